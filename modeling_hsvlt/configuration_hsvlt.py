@@ -1,0 +1,228 @@
+"""HSVLT configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hsvlt.HSVLTConfig",
+    "AutoModel": "modeling_hsvlt.HSVLTForImageClassification",
+    "AutoModelForImageClassification": "modeling_hsvlt.HSVLTForImageClassification",
+}
+CUSTOM_PIPELINES = {
+    "multi-label-image-classification": {
+        "impl": "pipeline_multilabel.MultiLabelImageClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    }
+}
+# Trunks whose blocks are public, so that an interaction can follow every block, as published.
+BLOCK_TRUNKS = ("convnext", "convnextv2")
+
+# Depths and widths: specs of the released models. "nano" is this package's own, for tests and small data; the fields
+# it turns on (normalised tokens, torch's default init, layer scale 1) are what training from random weights needs.
+PRESETS = {
+    "nano": {
+        "backbone_config": {
+            "model_type": "convnext",
+            "hidden_sizes": [32, 64, 128, 192],
+            "depths": [1, 1, 2, 1],
+            "patch_size": 2,
+            "layer_scale_init_value": 1.0,
+        },
+        "image_size": 64,
+        "label_embedding_dim": 128,
+        "normalize_visual_tokens": True,
+        "normalize_label_tokens": True,
+        "initializer_range": None,
+    },
+    "tiny": {
+        "backbone_config": {"model_type": "convnext", "hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]},
+    },
+    "small": {
+        "backbone_config": {"model_type": "convnext", "hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 27, 3]},
+    },
+    "base": {
+        "backbone_config": {"model_type": "convnext", "hidden_sizes": [128, 256, 512, 1024], "depths": [3, 3, 27, 3]},
+    },
+}
+
+
+@strict
+class HSVLTConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`HSVLTModel`] and [`HSVLTForImageClassification`]: a four-stage visual trunk and a stream of label
+    tokens that query its pixels (HSVLT, ACM MM 2023). Defaults are the released "small" model's reading, see
+    [`HSVLTConfig.preset`] for the sizes.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the trunk. ConvNeXt and ConvNeXtV2 are walked block by block as published; any other
+            backbone of four stages (Swin, ResNet, MlTr, ...) is read at the output of each stage. Default: ConvNeXt.
+        interaction_depths (`list[int]`, *optional*):
+            Interactions on the output of each of the four stages. None puts one after every block of a ConvNeXt
+            (published), and one on each stage of any other trunk.
+        image_size (`int`, defaults to 448):
+            Side of the square picture that the checkpoint was trained on, in pixels; the trunk takes any size.
+        label_embedding_dim (`int`, defaults to 768):
+            Width of the label embeddings; 768 is `bert-base-uncased`, the published encoder.
+        num_attention_heads (`int`, defaults to 1):
+            Heads of the label-to-pixel attention; the released configuration has 1.
+        absorb_projections (`bool`, defaults to `True`):
+            Whether attention is computed as `(L Wq Wk^T) X^T` and `(A X) Wv Wo`, never forming keys and values of the
+            pixels. Same function, same parameters, less arithmetic; False computes what the released code does.
+        label_update (`str`, defaults to `"gate"`):
+            Update of a label token after the multi-modal state was added: `"gate"` (published) or `"none"`.
+        aggregation (`str`, defaults to `"concat"`):
+            Cross-scale aggregation: `"concat"` (the published run) or `"topdown"` (coarse to fine, the variant that
+            the released code holds without running it; here without mixing neighbouring labels).
+        classifier (`str`, defaults to `"per_label"`):
+            `"per_label"`: a weight vector a label (published); `"shared"`: one for all, so that labels can be swapped.
+        normalize_visual_tokens (`bool`, defaults to `False`):
+            Whether pixels are layer-normalised in front of the attention. Not published; helps small data.
+        normalize_label_tokens (`bool`, defaults to `False`):
+            Whether label tokens are layer-normalised in front of attention and gate. Not published; helps small data.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the truncated normal that starts the label stream's linear layers (gate, multi-modal
+            layer and classifier keep torch's default, as released). None keeps torch's default everywhere.
+        label_seed (`int`, defaults to 0):
+            Seed of the random label embeddings that a new model holds until they are set.
+        label_chunk_size (`int`, *optional*):
+            Labels processed at a time at inference; bounds memory for thousands of labels. None: all at once.
+        candidate_labels (`int`, *optional*):
+            At inference, the label stream runs for only this many labels a picture, proposed by a linear scorer on the
+            pooled last feature map. The others are NaN in `logits` and False in `evaluated`. None: all labels.
+        candidate_loss_weight (`float`, defaults to 1.0):
+            Weight of the scorer's own loss in training, where `candidate_labels` is set.
+        loss_type (`str`, defaults to `"bce"`):
+            Training loss, a key of `losses_multilabel.MULTILABEL_LOSSES`.
+        loss_kwargs (`dict`, *optional*):
+            Arguments of that loss.
+        thresholds (`list[float]`, *optional*):
+            Score from which on each label counts as present; None until fitted on validation data.
+        label_text_encoder (`str`, *optional*):
+            Text encoder that the label embeddings came from; None: random or unknown. Never loaded from.
+        label_reading (`str`, *optional*):
+            How its states became embeddings, `"official"` or `"mean"` (see `label_prompts.encode_labels`).
+        label_template (`str`, *optional*):
+            Text that each name was put into, for example `"a photo of a {}"`.
+
+    Example:
+
+    ```python
+    >>> from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+
+    >>> config = HSVLTConfig.preset("nano", num_labels=10)
+    >>> model = HSVLTForImageClassification(config)
+    ```
+    """
+
+    model_type = "hsvlt"
+    sub_configs_defaults = {  # noqa: RUF012  (transformers reads a plain class attribute)
+        "backbone_config": SubConfigSpec(
+            AutoConfig, model_type="convnext", init_kwargs=PRESETS["small"]["backbone_config"]
+        )
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    interaction_depths: list[int] | tuple[int, ...] | None = None
+    image_size: int = 448
+    label_embedding_dim: int = 768
+    num_attention_heads: int = 1
+    absorb_projections: bool = True
+    label_update: str = "gate"
+    aggregation: str = "concat"
+    classifier: str = "per_label"
+    normalize_visual_tokens: bool = False
+    normalize_label_tokens: bool = False
+    initializer_range: float | None = 0.02
+    label_seed: int = 0
+    label_chunk_size: int | None = None
+    candidate_labels: int | None = None
+    candidate_loss_weight: float | int = 1.0
+    loss_type: str = "bce"
+    loss_kwargs: dict | None = None
+    thresholds: list[float] | tuple[float, ...] | None = None
+    label_text_encoder: str | None = None
+    label_reading: str | None = None
+    label_template: str | None = None
+    problem_type: str | None = "multi_label_classification"
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "HSVLTConfig":
+        """A published size (`"tiny"`, `"small"`, `"base"`), or `"nano"` for tests and small data.
+
+        Args:
+            name (`str`): the size.
+            overrides: any field of the configuration. A `backbone_config` dict without `model_type` changes single
+                fields of the preset's trunk; with `model_type`, or as a config object, it replaces the trunk.
+
+        Raises:
+            ValueError: an unknown size.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {list(PRESETS)}.")
+        fields = {**PRESETS[name], **overrides}
+        trunk = fields["backbone_config"]
+        if isinstance(trunk, dict) and "model_type" not in trunk:
+            fields["backbone_config"] = {**PRESETS[name]["backbone_config"], **trunk}
+        return cls(**fields)
+
+    def __post_init__(self, **kwargs):
+        # A downloaded configuration must never name code or another repository to load from.
+        for key in ("backbone", "use_pretrained_backbone", "use_timm_backbone", "backbone_kwargs"):
+            if kwargs.pop(key, None):
+                raise ValueError(
+                    f"{key} is not accepted: describe the trunk in backbone_config; to start from pretrained weights "
+                    "use HSVLTForImageClassification.from_backbone."
+                )
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = dict(self.backbone_config)
+            if self.backbone_config.get("model_type") == "mltr":
+                # Not in transformers' own mapping when this file was downloaded with a checkpoint.
+                # pending: from .configuration_mltr import MlTrConfig
+                MlTrConfig = None
+
+                self.backbone_config = MlTrConfig(**self.backbone_config)
+        super().__post_init__(**kwargs)
+        trunk = self.backbone_config
+        if trunk.model_type not in BLOCK_TRUNKS and len(getattr(trunk, "out_features", None) or []) != 4:
+            stage_names = getattr(trunk, "stage_names", None) or []
+            if len(stage_names) < 4:
+                raise ValueError(
+                    f"backbone_config of type {trunk.model_type!r} has {len(stage_names)} stages; HSVLT reads four: "
+                    "choose a hierarchical backbone such as convnext, swin or resnet."
+                )
+            trunk.set_output_features_output_indices(out_features=stage_names[-4:], out_indices=None)
+
+    def validate_architecture(self):
+        """Cross-field checks; called by transformers after construction and before saving.
+
+        Raises:
+            ValueError: naming the field and what it may be.
+        """
+        choices = {
+            "label_update": ("gate", "none"),
+            "aggregation": ("concat", "topdown"),
+            "classifier": ("per_label", "shared"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, but it is {getattr(self, field)!r}.")
+        if self.interaction_depths is not None and (
+            len(self.interaction_depths) != 4 or any(depth < 1 for depth in self.interaction_depths)
+        ):
+            raise ValueError(
+                f"interaction_depths must be four positive numbers, one a stage, but it is {self.interaction_depths}."
+            )
+        for field in ("label_chunk_size", "candidate_labels"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be a positive number or None, but it is {value}.")
+        if self.candidate_labels is not None and not self.candidate_loss_weight > 0:
+            raise ValueError("candidate_loss_weight must be above 0 with candidate_labels, or the scorer never trains.")
+
+
+__all__ = ["HSVLTConfig"]

@@ -1,0 +1,824 @@
+"""PyTorch HSVLT: label tokens query the pixels of a four-stage visual trunk in every block.
+
+HSVLT: Hierarchical Scale-Aware Vision-Language Transformer for Multi-Label Image Classification (ACM MM 2023,
+arXiv 2407.16244). Where the paper's text and the released code part ways, the code is followed: no pixel sees a label.
+
+Shapes: B pictures, N labels, D width of a label embedding, C channels, H x W pixels of a stage, P = H * W,
+h attention heads, d = C / h.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoBackbone, AutoConfig, AutoModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextEncoder
+from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2Embeddings, ConvNextV2Encoder
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_hsvlt import BLOCK_TRUNKS, HSVLTConfig
+from .losses_multilabel import UNKNOWN_LABEL, multilabel_loss, validate_labels
+
+# Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
+# pending: from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class HSVLTModelOutput(ModelOutput):
+    """Output of [`HSVLTModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, N, aggregated width)`): the features of each label after
+            cross-scale aggregation.
+        hidden_states (`tuple` of four tensors of shape `(B, C_i, H_i, W_i)`): visual map of each stage; with
+            `output_hidden_states=True`.
+        label_hidden_states (`tuple` of four tensors of shape `(B, N, C_i)`): label tokens after each stage; likewise.
+        multimodal_states (`tuple` of four tensors of shape `(B, N, C_i)`): multi-modal states of each stage's last
+            interaction, what is aggregated; likewise.
+        attentions (`tuple` of four tensors of shape `(B, h, N, H_i, W_i)`): each label's attention over the pixels in
+            each stage's last interaction, summing to 1 over the pixels; with `output_attentions=True`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    label_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    multimodal_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class HSVLTImageClassifierOutput(ModelOutput):
+    """Output of [`HSVLTForImageClassification`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, fp32): with `labels`.
+        logits (`torch.FloatTensor` of shape `(B, N)`): one score a label; its sigmoid is the label's probability.
+            NaN for labels that `candidate_labels` left out.
+        evaluated (`torch.BoolTensor` of shape `(B, N)`): False for labels that were left out; with `candidate_labels`.
+        hidden_states, label_hidden_states, multimodal_states, attentions: see [`HSVLTModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    evaluated: torch.BoolTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    label_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    multimodal_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class HSVLTBlockTrunk(nn.Module):
+    """A ConvNeXt or ConvNeXtV2 of transformers, read after every block (or only at the end of each stage).
+
+    The parts of `ConvNextModel` under their own names, without its final norm, which nothing here would use.
+    """
+
+    gradient_checkpointing = False
+
+    def __init__(self, config: HSVLTConfig):
+        super().__init__()
+        trunk = config.backbone_config
+        embeddings, encoder = {
+            "convnext": (ConvNextEmbeddings, ConvNextEncoder),
+            "convnextv2": (ConvNextV2Embeddings, ConvNextV2Encoder),
+        }[trunk.model_type]
+        self.embeddings = embeddings(trunk)
+        self.encoder = encoder._from_config(trunk)
+        self.channels = list(trunk.hidden_sizes)
+        self.every_block = config.interaction_depths is None
+        self.interaction_depths = list(trunk.depths if self.every_block else config.interaction_depths)
+
+    def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yields a (B, C_i, H_i, W_i) map, channels last in memory, for each interaction in order."""
+        # In this layout the permutes inside a ConvNeXt block are views, and so are the label stream's pixel tokens.
+        hidden_state = self.embeddings(pixel_values.contiguous(memory_format=torch.channels_last))
+        for stage, depth in zip(self.encoder.stages, self.interaction_depths, strict=True):
+            for layer in stage.downsampling_layer:
+                hidden_state = layer(hidden_state)
+            for layer in stage.layers:
+                if self.gradient_checkpointing and self.training:
+                    hidden_state = self._gradient_checkpointing_func(layer.__call__, hidden_state)
+                else:
+                    hidden_state = layer(hidden_state)
+                if self.every_block:
+                    yield hidden_state
+            if not self.every_block:
+                yield from [hidden_state] * depth
+
+
+class HSVLTStageTrunk(nn.Module):
+    """Any four-stage backbone of transformers, read at the output of each stage."""
+
+    def __init__(self, config: HSVLTConfig):
+        super().__init__()
+        if config.backbone_config.model_type == "mltr":
+            # AutoBackbone does not know a class that was downloaded with a checkpoint.
+            # pending: from .modeling_mltr import MlTrBackbone
+            MlTrBackbone = None
+
+            self.backbone = MlTrBackbone._from_config(config.backbone_config)
+        else:
+            self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.channels = list(self.backbone.channels)
+        self.interaction_depths = list(config.interaction_depths or [1, 1, 1, 1])
+
+    def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yields a (B, C_i, H_i, W_i) map for each interaction in order."""
+        feature_maps = self.backbone(pixel_values).feature_maps
+        for feature_map, depth in zip(feature_maps, self.interaction_depths, strict=True):
+            yield from [feature_map] * depth
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class HSVLTAttention(nn.Module):
+    """Attention of label tokens to pixels (HSVLT, IVLA): `softmax(L Wq (X Wk)^T / sqrt(d)) X Wv Wo + bo`, no bias
+    elsewhere, no position encoding.
+
+    Keys and values are one linear map of the pixels each, so the maps can be moved to the label side, which has far
+    fewer tokens: `(L Wq Wk^T) X^T` and `(A X) Wv Wo`. Exact for every head; with several heads it pays only while
+    `(h - 1) N P + N C < P C`, so it is chosen by the shapes. At inference with one head the two products `Wq Wk^T` and
+    `Wv Wo` are formed once and kept until a weight changes; in training they are applied in order, so gradients are
+    those of the plain form while the keys and values of all pixels are neither computed nor kept for backward.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: HSVLTConfig, hidden_size: int):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        if hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_heads}) must divide the {hidden_size} channels of every stage."
+            )
+        self.head_dim = hidden_size // self.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self._folded = None
+
+    def forward(
+        self, label_states: torch.Tensor, pixels: torch.Tensor, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            label_states (`torch.Tensor` of shape `(B or 1, N, C)`): label tokens.
+            pixels (`torch.Tensor` of shape `(B, P, C)`): pixel tokens.
+
+        Returns:
+            `(B, N, C)` and, where asked for, the attention `(B, h, N, P)`.
+        """
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if output_attentions:  # other kernels do not return their weights
+            attend = eager_attention_forward
+        if self._absorbs(label_states.shape[1], *pixels.shape[1:]):
+            return self._absorbed(attend, label_states, pixels)
+        return self._projected(attend, label_states, pixels)
+
+    def _absorbs(self, num_labels: int, num_pixels: int, channels: int) -> bool:
+        # Adapters and quantised layers replace the linear layers: then a layer is more than its weight.
+        plain = all(type(linear) is nn.Linear for linear in (self.query, self.key, self.value, self.out_proj))
+        pays = (self.num_heads - 1) * num_labels * num_pixels + num_labels * channels < num_pixels * channels
+        return self.config.absorb_projections and plain and pays
+
+    def _projected(self, attend, label_states, pixels):
+        heads = (self.num_heads, self.head_dim)
+        query = self.query(label_states).unflatten(-1, heads).transpose(1, 2)
+        query = query.expand(pixels.shape[0], -1, -1, -1)  # (B, h, N, d)
+        key = self.key(pixels).unflatten(-1, heads).transpose(1, 2)  # (B, h, P, d)
+        value = self.value(pixels).unflatten(-1, heads).transpose(1, 2)
+        context, weights = attend(self, query, key, value, None, scaling=self.scaling)  # (B, N, h, d)
+        return self.out_proj(context.flatten(2)), weights
+
+    def _absorbed(self, attend, label_states, pixels):
+        batch, num_pixels, channels = pixels.shape
+        num_labels = label_states.shape[1]
+        folded = self._fold(label_states.dtype)
+        if folded is not None:
+            query = F.linear(label_states, folded[0]).unsqueeze(1)  # (B or 1, 1, N, C)
+        else:
+            query = self.query(label_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            key_weight = self.key.weight.to(query.dtype).view(self.num_heads, self.head_dim, channels)
+            query = torch.matmul(query, key_weight)  # (B or 1, h, N, C)
+        # All heads read the same pixels, so they are more rows of one attention: (B, 1, h * N, C).
+        query = query.flatten(1, 2).unsqueeze(1).expand(batch, -1, -1, -1)
+        pixels = pixels.unsqueeze(1)
+        context, weights = attend(self, query, pixels, pixels, None, scaling=self.scaling)  # (B, h * N, 1, C)
+        if weights is not None:
+            weights = weights.view(batch, self.num_heads, num_labels, num_pixels)
+        if folded is not None:
+            return F.linear(context.squeeze(2), folded[1], self.out_proj.bias.to(context.dtype)), weights
+        context = context.reshape(batch, self.num_heads, num_labels, channels)
+        value_weight = self.value.weight.to(context.dtype).view(self.num_heads, self.head_dim, channels)
+        context = torch.matmul(context, value_weight.transpose(1, 2))  # (B, h, N, d)
+        return self.out_proj(context.transpose(1, 2).flatten(2)), weights
+
+    def _fold(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`(Wq Wk^T, Wv Wo)` as weights of linear layers, or None where they are not worth forming or not allowed."""
+        if self.num_heads > 1 or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        weights = [linear.weight for linear in (self.query, self.key, self.value, self.out_proj)]
+        # A change in place raises the version, a replacement changes the address.
+        state = (dtype, *((weight.data_ptr(), _version(weight), weight.dtype, weight.device) for weight in weights))
+        if self._folded is None or self._folded[0] != state:
+            query, key, value, out = (weight.float() for weight in weights)
+            self._folded = (state, (key.T @ query).to(dtype), (out @ value).to(dtype))
+        return self._folded[1:]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors keep no version
+
+
+class HSVLTLabelGate(nn.Module):
+    """Gated update of a label token (HSVLT, linguistic update): `L + tanh(U2 ReLU(U1 L)) * L`, no bias."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.in_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, label_states: torch.Tensor) -> torch.Tensor:
+        gate = torch.tanh(self.out_proj(F.relu(self.in_proj(_as(label_states, self.in_proj)))))
+        return label_states + gate * label_states
+
+
+class HSVLTInteractionLayer(GradientCheckpointingLayer):
+    """One interactive visual-linguistic attention and the update of the label tokens (HSVLT, IVLA block).
+
+    `M = GELU((GELU(L Wg + bg) * Attention(L, X)) Wm + bm)`, `L1 = L + M`, `L' = L1 + tanh(U2 ReLU(U1 L1)) * L1`.
+    """
+
+    def __init__(self, config: HSVLTConfig, hidden_size: int, is_last: bool):
+        super().__init__()
+        self.attention = HSVLTAttention(config, hidden_size)
+        self.gate = nn.Linear(hidden_size, hidden_size)
+        self.multimodal = nn.Linear(hidden_size, hidden_size)
+        self.visual_norm = nn.LayerNorm(hidden_size) if config.normalize_visual_tokens else nn.Identity()
+        self.label_norm = nn.LayerNorm(hidden_size) if config.normalize_label_tokens else nn.Identity()
+        # Nothing reads the label tokens after the last interaction: a gate there would never see a gradient.
+        self.label_gate = HSVLTLabelGate(hidden_size) if config.label_update == "gate" and not is_last else None
+
+    def forward(
+        self,
+        label_states: torch.Tensor,
+        feature_map: torch.Tensor,
+        update_labels: bool = True,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            label_states (`torch.Tensor` of shape `(B or 1, N, C)`): label tokens, fp32.
+            feature_map (`torch.Tensor` of shape `(B, C, H, W)`): visual map of the block.
+            update_labels (`bool`, defaults to `True`): False leaves the label tokens, where nothing reads them after.
+
+        Returns:
+            Label tokens and multi-modal state, `(B, N, C)` each, and the attention `(B, h, N, H, W)` or None.
+        """
+        pixels = feature_map.flatten(2).transpose(1, 2)  # (B, P, C), a view of a channels-last map
+        pixels = _as(self.visual_norm(_as(pixels, self.visual_norm)), self.gate)
+        queries = _as(self.label_norm(_as(label_states, self.label_norm)), self.gate)
+        attended, attention = self.attention(queries, pixels, output_attentions)
+        gated = F.gelu(self.gate(queries)) * attended
+        multimodal = F.gelu(self.multimodal(_as(gated, self.multimodal)))
+        if attention is not None:
+            attention = attention.unflatten(-1, feature_map.shape[-2:])
+        if not update_labels:
+            return label_states, multimodal, attention
+        label_states = label_states + multimodal
+        if self.label_gate is not None:
+            label_states = self.label_gate(label_states)
+        return label_states, multimodal, attention
+
+
+def _as(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """`tensor` in the dtype that `module` computes in: autocast's if it is on, else that of its weight.
+
+    Casting once here also spares autocast from casting the pixels twice, as key and as value.
+    """
+    device_type = tensor.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return tensor.to(torch.get_autocast_dtype(device_type))
+    weight = getattr(module, "weight", None)
+    return tensor if weight is None or not weight.is_floating_point() else tensor.to(weight.dtype)
+
+
+class HSVLTLabelStage(nn.Module):
+    """Channel unification of the label tokens (`L <- Linear_i(L)`) and the interactions of one stage."""
+
+    def __init__(self, config: HSVLTConfig, in_channels: int, channels: int, depth: int, is_last: bool):
+        super().__init__()
+        self.projection = nn.Linear(in_channels, channels)
+        self.layers = nn.ModuleList(
+            HSVLTInteractionLayer(config, channels, is_last=is_last and index == depth - 1) for index in range(depth)
+        )
+
+
+class HSVLTLabelStream(nn.Module):
+    """The label tokens' way through the four stages (HSVLT, Fig. 2).
+
+    Labels never see one another, so a label's result does not depend on which others are there. The running label
+    tokens stay in fp32: they are not normalised and are multiplied by up to 2 in every interaction.
+    """
+
+    def __init__(self, config: HSVLTConfig, channels: list[int], depths: list[int]):
+        super().__init__()
+        widths = [config.label_embedding_dim, *channels]
+        self.stages = nn.ModuleList(
+            HSVLTLabelStage(config, widths[i], widths[i + 1], depths[i], is_last=i == len(depths) - 1)
+            for i in range(len(depths))
+        )
+
+    def forward(
+        self,
+        label_embeddings: torch.Tensor,
+        feature_maps: Iterable[torch.Tensor],
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> HSVLTModelOutput:
+        """
+        Args:
+            label_embeddings (`torch.Tensor` of shape `(N, D)`, or `(B, N, D)` for labels of each picture's own).
+            feature_maps: an iterable of `(B, C_i, H_i, W_i)` maps, one an interaction, in order.
+
+        Returns:
+            [`HSVLTModelOutput`] without `last_hidden_state`; `multimodal_states` is always there.
+        """
+        feature_maps = iter(feature_maps)
+        # (1, N, D) until the labels meet the picture: no copy a picture before that.
+        label_states = label_embeddings if label_embeddings.ndim == 3 else label_embeddings.unsqueeze(0)
+        visual, label, multimodal, attentions = [], [], [], []
+        for stage in self.stages:
+            label_states = stage.projection(_as(label_states, stage.projection)).float()
+            for index, layer in enumerate(stage.layers):
+                ends_stage = index == len(stage.layers) - 1
+                feature_map = next(feature_maps)
+                label_states, state, attention = layer(
+                    label_states,
+                    feature_map,
+                    update_labels=output_hidden_states or not (ends_stage and stage is self.stages[-1]),
+                    output_attentions=output_attentions and ends_stage,
+                )
+            visual.append(feature_map)
+            label.append(label_states)
+            multimodal.append(state)
+            attentions.append(attention)
+        return HSVLTModelOutput(
+            hidden_states=tuple(visual) if output_hidden_states else None,
+            label_hidden_states=tuple(label) if output_hidden_states else None,
+            multimodal_states=tuple(multimodal),
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class HSVLTConcatAggregation(nn.Module):
+    """Cross-scale aggregation of the published run: the four multi-modal states of a label side by side."""
+
+    def __init__(self, channels: list[int]):
+        super().__init__()
+        self.hidden_size = sum(channels)
+
+    def forward(self, multimodal_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.cat(multimodal_states, dim=-1)  # (B, N, C_1 + C_2 + C_3 + C_4)
+
+
+class HSVLTTopDownAggregation(nn.Module):
+    """Cross-scale aggregation from coarse to fine: twice linear, norm, ReLU after each scale joined.
+
+    The released code holds it with a convolution over the label index, which mixes alphabetical neighbours, and with
+    the dimensions of another variant; here it acts on each label alone (kernel 1) with this model's dimensions.
+    """
+
+    def __init__(self, channels: list[int]):
+        super().__init__()
+        self.hidden_size = channels[-1] // 2
+        self.scales = nn.ModuleList()
+        in_size = channels[-1]
+        for width in reversed(channels[:-1]):
+            layers = []
+            for size in (in_size + width, self.hidden_size):
+                linear = nn.Linear(size, self.hidden_size, bias=False)
+                layers += [linear, nn.LayerNorm(self.hidden_size), nn.ReLU()]
+            self.scales.append(nn.Sequential(*layers))
+            in_size = self.hidden_size
+
+    def forward(self, multimodal_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        state = multimodal_states[-1]
+        for scale, finer in zip(self.scales, reversed(multimodal_states[:-1]), strict=True):
+            state = scale(torch.cat((state, finer), dim=-1))
+        return state  # (B, N, C_4 / 2)
+
+
+class HSVLTPerLabelClassifier(nn.Module):
+    """A weight vector and a bias for each label: `logit[b, c] = sum_k Z[b, c, k] W[c, k] + beta[c]`."""
+
+    def __init__(self, num_labels: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_labels, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_labels))
+
+    def forward(self, features: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(B, N, K)`): aggregated label features.
+            label_ids (`torch.LongTensor` of shape `(N,)` or `(B, N)`, *optional*): which labels they are of.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N)`: logits.
+        """
+        weight, bias = (self.weight, self.bias) if label_ids is None else (self.weight[label_ids], self.bias[label_ids])
+        return (features.unsqueeze(-2) @ weight.unsqueeze(-1)).flatten(-3) + bias
+
+
+class HSVLTSharedClassifier(nn.Linear):
+    """One weight vector for all labels, so that the label set can be exchanged by exchanging the embeddings."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1)
+
+    def forward(self, features: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(features).squeeze(-1)
+
+
+class HSVLTCandidateScorer(nn.Module):
+    """Scores every label from the pooled last feature map, cheaply, to choose the labels worth a closer look."""
+
+    def __init__(self, hidden_size: int, num_labels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.linear = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(_as(feature_map.mean((-2, -1)), self.linear)))  # (B, num_labels)
+
+
+class HSVLTPreTrainedModel(PreTrainedModel):
+    config: HSVLTConfig
+    base_model_prefix = "hsvlt"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["HSVLTInteractionLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # The label stream overflows fp16, see HSVLTLabelStream.
+    _keep_in_fp32_modules = ["label_stream", "aggregation", "classifier"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            if std is None:
+                _init_linear_as_torch(module)
+            else:
+                init.trunc_normal_(module.weight, std=std)
+                if module.bias is not None:
+                    init.zeros_(module.bias)
+        elif isinstance(module, HSVLTPerLabelClassifier):
+            bound = module.weight.shape[1] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, HSVLTInteractionLayer):
+            # 1 x 1 convolutions in the released code, which its initialisation passes over.
+            _init_linear_as_torch(module.gate)
+            _init_linear_as_torch(module.multimodal)
+        elif isinstance(module, HSVLTModel):
+            generator = torch.Generator().manual_seed(self.config.label_seed)
+            embeddings = torch.randn(self.config.num_labels, self.config.label_embedding_dim, generator=generator)
+            init.copy_(module.label_embeddings, embeddings.to(module.label_embeddings))
+
+    def half(self, *args):
+        """fp16, except for the label stream, which overflows it."""
+        model = super().half(*args)
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in self._keep_in_fp32_modules:
+                module.float()
+        return model
+
+
+def _init_linear_as_torch(linear: nn.Linear) -> None:
+    bound = linear.in_features**-0.5
+    init.uniform_(linear.weight, -bound, bound)
+    if linear.bias is not None:
+        init.uniform_(linear.bias, -bound, bound)
+
+
+class HSVLTModel(HSVLTPreTrainedModel):
+    """Trunk, label stream and cross-scale aggregation, without a classifier."""
+
+    def __init__(self, config: HSVLTConfig):
+        super().__init__(config)
+        trunk = HSVLTBlockTrunk if config.backbone_config.model_type in BLOCK_TRUNKS else HSVLTStageTrunk
+        self.trunk = trunk(config)
+        self.label_stream = HSVLTLabelStream(config, self.trunk.channels, self.trunk.interaction_depths)
+        aggregation = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
+        self.aggregation = aggregation(self.trunk.channels)
+        self.register_buffer("label_embeddings", torch.empty(config.num_labels, config.label_embedding_dim))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        label_embeddings: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        feature_maps: Iterable[torch.Tensor] | None = None,
+    ) -> HSVLTModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures.
+            label_embeddings (`torch.Tensor` of shape `(N, D)` or `(B, N, D)`, *optional*): label embeddings in place
+                of the checkpoint's.
+            output_hidden_states, output_attentions (`bool`, *optional*): see [`HSVLTModelOutput`].
+            feature_maps (*optional*): the trunk's maps, in place of `pixel_values`, so that several label sets can
+                share one visual pass: `list(model.trunk(pixel_values))`.
+        """
+        output_hidden_states, output_attentions = _resolve_outputs(self.config, output_hidden_states, output_attentions)
+        if feature_maps is None:
+            if pixel_values is None:
+                raise ValueError(
+                    "pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width)."
+                )
+            feature_maps = self.trunk(pixel_values)
+        if label_embeddings is None:
+            label_embeddings = self.label_embeddings
+        if label_embeddings.shape[-1] != self.config.label_embedding_dim:
+            raise ValueError(
+                f"label_embeddings are {label_embeddings.shape[-1]} wide, but this model was made for "
+                f"label_embedding_dim={self.config.label_embedding_dim}; use the text encoder it was trained with"
+                + (f" ({self.config.label_text_encoder})." if self.config.label_text_encoder else ".")
+            )
+        device_type = label_embeddings.device.type
+        fp16_autocast = device_type != "meta" and torch.get_autocast_dtype(device_type) == torch.float16
+        if fp16_autocast and torch.is_autocast_enabled(device_type):
+            feature_maps = list(feature_maps)  # the trunk, still under autocast
+            with torch.autocast(device_type, enabled=False):
+                output = self.label_stream(label_embeddings, feature_maps, output_hidden_states, output_attentions)
+        else:
+            output = self.label_stream(label_embeddings, feature_maps, output_hidden_states, output_attentions)
+        output.last_hidden_state = self.aggregation(output.multimodal_states)
+        if not output_hidden_states:
+            output.multimodal_states = None
+        return output
+
+
+def _resolve_outputs(config, output_hidden_states: bool | None, output_attentions: bool | None) -> tuple[bool, bool]:
+    if output_hidden_states is None:
+        output_hidden_states = config.output_hidden_states
+    if output_attentions is None:
+        output_attentions = config.output_attentions
+    return output_hidden_states, output_attentions
+
+
+class HSVLTForImageClassification(HSVLTPreTrainedModel):
+    """HSVLT with its per-label (published) or shared linear classifier: multi-label scores of a picture.
+
+    Example:
+
+    ```python
+    >>> from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+    >>> import torch
+
+    >>> model = HSVLTForImageClassification(HSVLTConfig.preset("nano", num_labels=10)).eval()
+    >>> with torch.inference_mode():
+    ...     scores = model(torch.rand(2, 3, 64, 64)).logits.sigmoid()  # (2, 10)
+    ```
+    """
+
+    def __init__(self, config: HSVLTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        if config.thresholds is not None and len(config.thresholds) != config.num_labels:
+            logger.warning(
+                f"The checkpoint's {len(config.thresholds)} thresholds were dropped: the model now has "
+                f"{config.num_labels} labels. Fit them again on validation data."
+            )
+            config.thresholds = None
+        self.hsvlt = HSVLTModel(config)
+        hidden_size = self.hsvlt.aggregation.hidden_size
+        if config.classifier == "per_label":
+            self.classifier = HSVLTPerLabelClassifier(config.num_labels, hidden_size)
+        else:
+            self.classifier = HSVLTSharedClassifier(hidden_size)
+        self.candidate_scorer = None
+        if config.candidate_labels is not None:
+            self.candidate_scorer = HSVLTCandidateScorer(self.hsvlt.trunk.channels[-1], config.num_labels)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls, source: str, *, revision: str | None = None, config: HSVLTConfig | None = None, **config_kwargs
+    ) -> "HSVLTForImageClassification":
+        """A new model on a pretrained trunk.
+
+        Args:
+            source (`str`): folder or Hub id of any four-stage backbone in transformers' format (safetensors).
+            revision (`str`, *optional*): commit or tag on the Hub.
+            config ([`HSVLTConfig`], *optional*): configuration whose `backbone_config` is replaced by the source's.
+            config_kwargs: fields of a new [`HSVLTConfig`], where `config` is None.
+
+        Raises:
+            ValueError: where the trunk's weights do not fit those of the source.
+        """
+        backbone_config = AutoConfig.from_pretrained(source, revision=revision)
+        if config is None:
+            config = HSVLTConfig(backbone_config=backbone_config, **config_kwargs)
+        else:
+            config = HSVLTConfig.from_dict({**config.to_dict(), "backbone_config": backbone_config.to_dict()})
+        model = cls(config)
+        load = {"revision": revision, "use_safetensors": True}
+        if config.backbone_config.model_type in BLOCK_TRUNKS:
+            state_dict = AutoModel.from_pretrained(source, **load).state_dict()
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("layernorm.")}
+            result = model.hsvlt.trunk.load_state_dict(state_dict, strict=False)
+            if result.missing_keys or result.unexpected_keys:
+                raise ValueError(
+                    f"the weights of {source} do not fit the trunk: missing {result.missing_keys[:3]}, "
+                    f"unexpected {result.unexpected_keys[:3]}."
+                )
+        else:
+            # A checkpoint of the bare model has no norms in front of the feature maps; those start fresh.
+            trunk = AutoBackbone.from_pretrained(source, out_features=config.backbone_config.out_features, **load)
+            model.hsvlt.trunk.backbone.load_state_dict(trunk.state_dict())
+        return model
+
+    def set_label_embeddings(
+        self,
+        label_embeddings: torch.Tensor,
+        *,
+        encoder: str | None = None,
+        reading: str | None = None,
+        template: str | None = None,
+    ) -> None:
+        """Sets the text embedding of each label, and notes in the configuration where it came from.
+
+        Args:
+            label_embeddings (`torch.Tensor` of shape `(num_labels, label_embedding_dim)`): in the order of `id2label`;
+                see `label_prompts.encode_labels`.
+            encoder, reading, template (`str`, *optional*): text encoder, its reading and the template.
+
+        Raises:
+            ValueError: another shape, or values that are not finite.
+        """
+        buffer = self.hsvlt.label_embeddings
+        if label_embeddings.shape != buffer.shape:
+            raise ValueError(
+                f"label_embeddings have shape {tuple(label_embeddings.shape)}, but this model needs "
+                f"{tuple(buffer.shape)}: one row a label, label_embedding_dim={self.config.label_embedding_dim} wide."
+            )
+        if not bool(torch.isfinite(label_embeddings).all()):
+            raise ValueError("label_embeddings hold values that are not finite; encode the label names again.")
+        buffer.copy_(label_embeddings)
+        self.config.label_text_encoder = encoder
+        self.config.label_reading = reading
+        self.config.label_template = template
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        label_embeddings: torch.Tensor | None = None,
+        label_ids: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> HSVLTImageClassifierOutput | tuple:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures.
+            labels (`torch.Tensor` of shape `(B, N)`, *optional*): multi-hot; 1 present, 0 absent, in between soft,
+                -100 unknown (no loss, no gradient).
+            label_embeddings (`torch.Tensor` of shape `(N, D)`, *optional*): embeddings in place of the checkpoint's;
+                with the shared classifier of any number of labels.
+            label_ids (`torch.LongTensor` of shape `(N,)`, *optional*): score only these labels, in this order; `logits`
+                and `labels` then have their columns. A label's logit is the same whichever others are asked for.
+            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
+
+        Raises:
+            ValueError: labels outside the contract (values are checked only outside `torch.compile`), or embeddings
+                of another number of labels than a per-label classifier has.
+        """
+        output_hidden_states, output_attentions = _resolve_outputs(self.config, output_hidden_states, output_attentions)
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
+        if label_embeddings is None:
+            label_embeddings = self.hsvlt.label_embeddings
+        elif self.config.classifier == "per_label" and label_embeddings.shape[0] != self.num_labels:
+            raise ValueError(
+                f"label_embeddings of {label_embeddings.shape[0]} labels do not fit a classifier with a weight for "
+                f"each of {self.num_labels} labels; choose labels with label_ids, or train with classifier='shared'."
+            )
+        num_labels = label_embeddings.shape[0] if label_ids is None else label_ids.shape[0]
+
+        feature_maps = self.hsvlt.trunk(pixel_values)
+        candidate_logits = evaluated = None
+        if self.candidate_scorer is not None and label_ids is None and num_labels == self.num_labels:
+            feature_maps = list(feature_maps)
+            candidate_logits = self.candidate_scorer(feature_maps[-1])
+            if not self.training and self.config.candidate_labels < num_labels:
+                label_ids = candidate_logits.topk(self.config.candidate_labels, dim=-1).indices  # (B, m)
+
+        chunk = num_labels if label_ids is None else label_ids.shape[-1]
+        if self.config.label_chunk_size is not None and not self.training:
+            chunk = min(chunk, self.config.label_chunk_size)
+        outputs = []
+        if chunk == num_labels and label_ids is None:
+            outputs.append(
+                self._read_labels(feature_maps, label_embeddings, None, output_hidden_states, output_attentions)
+            )
+        else:
+            feature_maps = list(feature_maps)
+            if label_ids is None:
+                label_ids = torch.arange(num_labels, device=label_embeddings.device)
+            for ids in label_ids.split(chunk, dim=-1):
+                outputs.append(
+                    self._read_labels(feature_maps, label_embeddings, ids, output_hidden_states, output_attentions)
+                )
+        output = outputs[0] if len(outputs) == 1 else _concatenate(outputs)
+
+        if label_ids is not None and label_ids.ndim == 2:
+            values = output.logits
+            output.logits = values.new_full((values.shape[0], num_labels), float("nan")).scatter(1, label_ids, values)
+            evaluated = torch.zeros_like(output.logits, dtype=torch.bool).scatter(1, label_ids, True)
+            output.evaluated = evaluated
+
+        if labels is not None:
+            if not torch.compiler.is_compiling():
+                validate_labels(labels, num_labels)
+            known = labels if evaluated is None else labels.masked_fill(~evaluated, UNKNOWN_LABEL)
+            loss_type, loss_kwargs = self.config.loss_type, self.config.loss_kwargs
+            output.loss = multilabel_loss(output.logits, known, loss_type, loss_kwargs)
+            if candidate_logits is not None and self.training:
+                scorer_loss = multilabel_loss(candidate_logits, labels, loss_type, loss_kwargs)
+                output.loss = output.loss + self.config.candidate_loss_weight * scorer_loss
+
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _read_labels(
+        self, feature_maps, label_embeddings, label_ids, output_hidden_states, output_attentions
+    ) -> HSVLTImageClassifierOutput:
+        """Logits (and, where asked for, states) of all labels, or of those of `label_ids`."""
+        output = self.hsvlt(
+            label_embeddings=label_embeddings if label_ids is None else label_embeddings[label_ids],
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            feature_maps=feature_maps,
+            return_dict=True,
+        )
+        return HSVLTImageClassifierOutput(
+            logits=self.classifier(output.last_hidden_state, label_ids),
+            hidden_states=output.hidden_states,
+            label_hidden_states=output.label_hidden_states,
+            multimodal_states=output.multimodal_states,
+            attentions=output.attentions,
+        )
+
+
+def _concatenate(outputs: list[HSVLTImageClassifierOutput]) -> HSVLTImageClassifierOutput:
+    """One output of all labels from those of chunks of labels."""
+
+    def join(field: str, dim: int):
+        if getattr(outputs[0], field) is None:
+            return None
+        return tuple(torch.cat(stage, dim=dim) for stage in zip(*(getattr(o, field) for o in outputs), strict=True))
+
+    return HSVLTImageClassifierOutput(
+        logits=torch.cat([output.logits for output in outputs], dim=1),
+        hidden_states=outputs[0].hidden_states,
+        label_hidden_states=join("label_hidden_states", 1),
+        multimodal_states=join("multimodal_states", 1),
+        attentions=join("attentions", 2),
+    )
+
+
+__all__ = ["HSVLTForImageClassification", "HSVLTModel", "HSVLTPreTrainedModel"]
