@@ -1,9 +1,10 @@
 """Built-in scenes: real handwritten digits composed into small colour pictures, labelled "zero" ... "nine".
 
-The digits are the 1,797 scans of the UCI *Optical Recognition of Handwritten Digits* test set that ships inside scikit-learn
-(`sklearn.datasets.load_digits`), so nothing is downloaded. Each scene places a few of them at several sizes, overlaps and
-contrasts on a coloured, mottled, noisy background among fragments of other digits (the clutter of Mnih et al., "Recurrent
-Models of Visual Attention", 2014): a small multi-label, multi-scale problem on which a tiny model learns in minutes.
+The digits are the 1,797 scans of the UCI *Optical Recognition of Handwritten Digits* test set that ships inside
+scikit-learn (`sklearn.datasets.load_digits`), so nothing is downloaded. Each scene places a few of them at several
+sizes, overlaps and contrasts on a coloured, mottled, noisy background among fragments of other digits (the clutter of
+Mnih et al., "Recurrent Models of Visual Attention", 2014): a small multi-label, multi-scale problem on which a tiny
+model learns in minutes.
 
 A scene is a pure function of (seed, split, epoch, index): it does not depend on the order of access, on the number of
 workers or on the machine. All pixels come from integer arithmetic and from uniform draws of numpy's PCG64 generator.
@@ -22,10 +23,11 @@ from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 
 SCENE_LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# The digit that a digit brings along with probability `cooccurrence`. Neighbours are about equally frequent in a long tail
-# over 0..9, so that the co-occurrence knob leaves the imbalance knob nearly as it was set.
+# The digit that a digit brings along with probability `cooccurrence`. Neighbours are about equally frequent in a long
+# tail over 0..9, so that the co-occurrence knob leaves the imbalance knob nearly as it was set.
 PARTNER = (1, 0, 3, 2, 5, 4, 7, 6, 9, 8)
 SPLITS = ("train", "validation", "test")
+DEFAULT_NUM_SCENES = {"train": 6000, "validation": 1000, "test": 1000}
 
 _LUMA = (299, 587, 114)  # ITU-R BT.601 luma in thousandths
 _PLACEMENT_TRIES = 30
@@ -36,8 +38,8 @@ def source_digits() -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
     """The handwritten digits and which split may show which.
 
     Returns:
-        `images` (1797, 8, 8) uint8 ink, 0 to 255, and for each split a list of ten index arrays into it, one a digit. Of
-        every 20 scans of a digit, 14 go to train, 3 to validation and 3 to test: the splits share writers, never a scan.
+        `images` (1797, 8, 8) uint8 ink, 0 to 255, and for each split a list of ten index arrays into it, one a digit.
+        Of every 20 scans of a digit 14 go to train, 3 to validation, 3 to test: splits share writers, never a scan.
     """
     digits = load_digits()
     images = (digits.images.astype(np.int64) * 255 // 16).astype(np.uint8)
@@ -65,20 +67,22 @@ def _glyph(row: int, size: int) -> np.ndarray:
 class SceneDataset(torch.utils.data.Dataset):
     """Map-style dataset of scenes drawn on access; `set_epoch` gives new scenes without end.
 
-    Each row is a dictionary with `image` (RGB `PIL.Image`, `image_size` square), `labels` (distinct names, in digit order)
-    and `boxes` (one `{"x", "y", "w", "h", "label"}` per object, whole pixels around its ink; painted in this order).
-    Wrap it in `training.data.MultiLabelDataset` for training.
+    Each row is a dictionary with `image` (RGB `PIL.Image`, `image_size` square), `labels` (distinct names, in digit
+    order) and `boxes` (one `{"x", "y", "w", "h", "label"}` per object, whole pixels around its ink; painted in this
+    order). Wrap it in `training.data.MultiLabelDataset` for training.
 
     Args:
         num_scenes: Scenes per epoch.
         seed: Any non-negative integer.
         split: "train", "validation" or "test". The splits use disjoint handwritten digits.
         image_size: Side of the square picture in px.
-        min_objects, max_objects: Number of digits in a scene, uniform. Where `overlap` leaves no room a scene holds fewer
-            (at least one); a partner (see `cooccurrence`) may add to the drawn number up to `max_objects`.
-        min_size, max_size: Side in px to which a digit's 8 x 8 scan is enlarged, uniform; its ink is as high and narrower.
+        min_objects, max_objects: Number of digits in a scene, uniform. Where `overlap` leaves no room a scene holds
+            fewer (at least one); a partner (see `cooccurrence`) may add to the drawn number up to `max_objects`.
+        min_size, max_size: Side in px to which a digit's 8 x 8 scan is enlarged, uniform; its ink is about as
+            high, and narrower.
         overlap: Largest intersection over union that two boxes may have. The smaller digit is painted on top.
-        contrast: Range of the difference of luma (0 to 1) between a digit and what lies under it, before noise.
+        contrast: Range of the difference of luma (0 to 1) between a digit and what lies under it, before noise, as far
+            as there is room: no luma is further than 0.5 from a middle grey.
         cooccurrence: Probability that a drawn digit brings its `PARTNER`, while there is room for one more object.
         imbalance: Frequency of the most common digit (zero) over that of the rarest (nine), falling geometrically as in
             long-tailed CIFAR; 1 is balanced. It holds for the draws: partners flatten it a little.
@@ -224,7 +228,7 @@ class SceneDataset(torch.utils.data.Dataset):
         region += ((np.array(_colour(luma, chroma), dtype=np.int32) - region) * glyph) >> 8
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
-        """(image_size, image_size, 3) int32: a coarse grid of related colours, enlarged; 1 x 1 is flat, 2 x 2 a gradient."""
+        """(image_size, image_size, 3) int32: a coarse grid of related colours, enlarged."""
         cells = (1, 2, 3, 4, 6)[int(rng.random() * 5)]
         luma, spread, *chroma = rng.random(5).tolist()
         luma, spread = 20 + 215 * luma, 70 * spread

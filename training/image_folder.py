@@ -1,0 +1,151 @@
+"""Reads an `imagefolder`: pictures beside a `metadata.jsonl` of `{"file_name": ..., "labels": [...]}` rows, and a
+`labels.txt`.
+
+`datasets.load_dataset("imagefolder")` drops a picture without a row silently, keeps a row without a picture until it is
+read, and names no line; here each is told with file and line before anything is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, Image
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+logger = logging.getLogger(__name__)
+
+# The folder names that Hugging Face datasets take for each split.
+SPLIT_ALIASES = {
+    "training": "train",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+_PICTURE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
+
+
+def read_label_names(path: Path) -> list[str]:
+    """The names of a `labels.txt`, one a line in class order; blanks around names and trailing empty lines are dropped.
+
+    Raises:
+        ValueError: an empty line between names, a name listed twice, no name at all; with the line.
+    """
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    if not names:
+        raise ValueError(f"{path} is empty; write one label name a line.")
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise ValueError(f"{path}, line {number} is empty; write one label name a line.")
+        if name in names[: number - 1]:
+            raise ValueError(
+                f"{path}, line {number}: {name!r} is listed before on line {names.index(name) + 1}; keep one."
+            )
+    return names
+
+
+def read_image_folders(
+    folder: Path,
+    label_column: str = "labels",
+    *,
+    unlisted_pictures: str = "error",
+    missing_pictures: str = "error",
+) -> tuple[DatasetDict, dict[str, Callable[[int], str]]]:
+    """Reads every `<split>/metadata.jsonl`, or a `metadata.jsonl` of the folder itself, which is then the train split.
+
+    Args:
+        unlisted_pictures: "error", or "skip" to leave out pictures that no row names.
+        missing_pictures: "error", or "skip" to leave out rows whose picture does not exist.
+
+    Returns:
+        The splits with columns `image` (paths, not decoded) and `labels`, and per split a function from a row to the
+        words that name it in an error: file, line, picture.
+
+    Raises:
+        ValueError: a malformed line, a picture with two rows, a row without picture or a picture without row.
+    """
+    for name, policy in (("unlisted_pictures", unlisted_pictures), ("missing_pictures", missing_pictures)):
+        if policy not in ("error", "skip"):
+            raise ValueError(f"{name}={policy!r} must be 'error' or 'skip'.")
+    loaded, row_words = DatasetDict(), {}
+    for metadata in sorted([*folder.glob("metadata.jsonl"), *folder.glob("*/metadata.jsonl")]):
+        name = "train" if metadata.parent == folder else SPLIT_ALIASES.get(metadata.parent.name, metadata.parent.name)
+        if name in loaded:
+            raise ValueError(f"{folder} has two metadata.jsonl for the split {name!r}; keep one of them.")
+        loaded[name], row_words[name] = _read_split(metadata, label_column, unlisted_pictures, missing_pictures)
+    return loaded, row_words
+
+
+def _read_split(
+    metadata: Path, label_column: str, unlisted_pictures: str, missing_pictures: str
+) -> tuple[Dataset, Callable[[int], str]]:
+    folder = metadata.parent
+    pictures = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _PICTURE_SUFFIXES and not path.name.startswith((".", "__"))
+    }
+    line_of: dict[str, int] = {}
+    labels, absent = [], []
+    with metadata.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{metadata}, line {number} is not valid JSON ({error}); correct the line.") from error
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or label_column not in row:
+                raise ValueError(f"{metadata}, line {number} must be an object with file_name and {label_column}.")
+            name, value = row["file_name"], row[label_column]
+            if value is not None and not isinstance(value, list):
+                raise ValueError(
+                    f"{metadata}, line {number} ({name}): {label_column} is {value!r}, but must be a list."
+                )
+            if name in line_of:
+                raise ValueError(
+                    f"{metadata}, line {number}: {name!r} has a row already on line {line_of[name]}; keep one of them."
+                )
+            line_of[name] = number
+            if name not in pictures:
+                absent.append(name)
+            else:
+                labels.append(value)
+    present = [name for name in line_of if name in pictures]
+    _refuse_or_skip(
+        absent,
+        missing_pictures,
+        f"{metadata} names {{}} that {folder} does not hold; add the pictures, take the rows out, or pass "
+        "missing_pictures='skip'",
+    )
+    _refuse_or_skip(
+        sorted(pictures - line_of.keys()),
+        unlisted_pictures,
+        f"{folder} holds {{}} without a row in metadata.jsonl; add rows (labels may be []), take the pictures out, or "
+        "pass unlisted_pictures='skip'",
+    )
+    try:
+        column = pa.array(labels)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(
+            f"{metadata} mixes kinds of labels ({error}); write either names or numbers in every row."
+        ) from error
+    images = Dataset.from_dict(
+        {"image": [str(folder / name) for name in present]}, features=Features({"image": Image(decode=False)})
+    )
+    return images.add_column("labels", column), lambda row: f"{metadata}, line {line_of[present[row]]} ({present[row]})"
+
+
+def _refuse_or_skip(names: list[str], policy: str, problem: str) -> None:
+    if names:
+        count = f"{len(names)} picture{'s' if len(names) > 1 else ''}"
+        first = f"{count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        if policy == "error":
+            raise ValueError(problem.format(first) + ".")
+        logger.warning("Left out: " + problem.format(first) + ".")
