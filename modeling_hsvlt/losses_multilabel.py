@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-
 UNKNOWN_LABEL = -100
 
 
@@ -151,10 +150,155 @@ def asymmetric_loss(
     return _reduce(-loss, known, reduction)
 
 
+def distribution_balanced_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    class_counts: list[float] | torch.Tensor,
+    num_samples: int,
+    tau: float = 0.1,
+    beta: float = 10.0,
+    mu: float = 0.2,
+    negative_scale: float = 2.0,
+    kappa: float = 0.025,
+    positive_weight: str | float = "none",
+    focal_gamma: float = 0.0,
+    focal_alpha: float = 2.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Distribution-balanced loss for long-tailed labels (DB: Wu et al., ECCV 2020), and HP-DVAL's DB* (eq. 11 to 15).
+
+    With `n_i` the positives of label i among `n` training pictures, `s` a logit and `L = negative_scale`:
+
+    - re-balanced weight `r_i = tau + sigmoid(beta (rhat_i - mu))`, `rhat_i = (1 / n_i) / sum_{j: y_j = 1} (1 / n_j)`:
+      undoes the sampling that co-occurrence brings along. A picture without a positive takes its limit, `1 + tau`.
+      (HP-DVAL prints that sum over all labels; the original, and the code of both, sum over the picture's positives.)
+    - class prior `v_i = kappa log(n / n_i - 1)`: a rare label is asked for a higher score.
+    - `r_i [y softplus(-w_i (s - v_i)) + (1 - y) / L softplus(L (s - v_i))]`: negatives are tolerated.
+
+    Each element is weighted by itself; the port of DB that HP-DVAL's code inherited averages before its focal step.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, num_labels)`): raw scores.
+        labels (`torch.Tensor` of shape `(batch, num_labels)`): see the module's label contract.
+        class_counts (list or tensor of shape `(num_labels,)`): `n_i`, positives of each label in the training set. A
+            label that is never (or always) present counts as present (or absent) once, so that its prior is finite.
+        num_samples (`int`): `n`, pictures of the training set.
+        tau, beta, mu (`float`): constants of the re-balanced weight; `mu` is 0.2 for COCO-LT, 0.3 for VOC-LT.
+        negative_scale (`float`, defaults to 2.0): `L`; 2 for COCO-LT, 5 for VOC-LT.
+        kappa (`float`, defaults to 0.025): scale of the prior, published as 0.05 / L: 0.025 and 0.01.
+        positive_weight (`str` or `float`, defaults to `"none"`): `w_i`. `"none"`: 1 (DB). `"class"`: `n_i / max n_j`
+            (DB*, HP-DVAL eq. 14); it takes nearly all gradient from the positives of tail labels. A number: that number
+            for all labels (HP-DVAL's stage 1 code: 5 for COCO-LT, 10 for VOC-LT).
+        focal_gamma (`float`, defaults to 0.0): above 0, multiplies each element by `focal_alpha (1 - p_t)^focal_gamma`,
+            `p_t = exp(-element before r and 1 / L)`. 2 gives DB-focal, what both papers' tables call DB.
+        focal_alpha (`float`, defaults to 2.0): see `focal_gamma`.
+        reduction (`str`, defaults to `"mean"`): `"mean"` over known entries, or `"sum"`.
+
+    Returns:
+        `torch.Tensor`: a scalar, fp32.
+
+    Raises:
+        ValueError: counts of another number of labels or outside [0, num_samples], or an unknown `positive_weight`.
+    """
+    logits, labels, known = _known_entries(logits, labels)
+    counts = _class_counts(class_counts, num_samples, logits)
+    if positive_weight == "class":
+        positive_scale = counts / counts.max()
+    elif positive_weight == "none":
+        positive_scale = 1.0
+    elif isinstance(positive_weight, str):
+        raise ValueError(f"positive_weight must be 'none', 'class' or a number, but it is {positive_weight!r}.")
+    else:
+        positive_scale = float(positive_weight)
+
+    inverse = 1 / counts
+    of_positives = (labels * inverse).sum(1, keepdim=True)  # (batch, 1)
+    tiny = torch.finfo(torch.float32).tiny
+    weight = tau + torch.sigmoid(beta * (inverse / of_positives.clamp(min=tiny) - mu))
+
+    shifted = logits - kappa * torch.log(num_samples / counts - 1)
+    positive = labels * F.softplus(-positive_scale * shifted)
+    negative = (1 - labels) * F.softplus(negative_scale * shifted)
+    loss = weight * (positive + negative / negative_scale)
+    if focal_gamma > 0:
+        loss = focal_alpha * (-torch.expm1(-(positive + negative))) ** focal_gamma * loss
+    return _reduce(loss, known, reduction)
+
+
+def _class_counts(class_counts, num_samples: int, logits: torch.Tensor) -> torch.Tensor:
+    """`class_counts` as a tensor like `logits`, at least 1 and at most `num_samples - 1`."""
+    counts = torch.as_tensor(class_counts, dtype=torch.float32, device=logits.device)
+    if counts.shape != logits.shape[1:]:
+        raise ValueError(
+            f"class_counts must hold one number for each of the {logits.shape[1]} labels, but its shape is "
+            f"{tuple(counts.shape)}; count the positives of every label in the training set."
+        )
+    if not torch.compiler.is_compiling() and not bool(((counts >= 0) & (counts <= num_samples)).all()):
+        raise ValueError(
+            f"class_counts must be between 0 and num_samples={num_samples}, but they go from {counts.min():g} to "
+            f"{counts.max():g}; both are counted over the same training set."
+        )
+    return counts.clamp(min=1, max=num_samples - 1)
+
+
+def zlpr_loss(logits: torch.Tensor, labels: torch.Tensor, *, reduction: str = "mean") -> torch.Tensor:
+    """Zero-bounded log-sum-exp and pairwise rank-based loss (ZLPR: Su et al., 2022, arXiv 2208.02955).
+
+    `log(1 + sum_{y=1} e^-s) + log(1 + sum_{y=0} e^s)` of each picture: every positive ranks above 0, every negative
+    below. A soft label `y` enters the two sums with weight `y` and `1 - y`.
+
+    Args:
+        reduction (`str`, defaults to `"mean"`): `"mean"` over pictures with a known label, or `"sum"` over pictures.
+
+    Others as in [`binary_cross_entropy_loss`].
+    """
+    logits, labels, known = _known_entries(logits, labels)
+    zero = logits.new_zeros(len(logits), 1)
+    positive = torch.cat((zero, -logits + torch.log(labels)), dim=1).logsumexp(1)
+    negative = torch.cat((zero, logits + torch.log((1 - labels) * known)), dim=1).logsumexp(1)
+    return _reduce(positive + negative, known.any(1), reduction)
+
+
+def two_way_loss(
+    logits: torch.Tensor, labels: torch.Tensor, *, positive_temperature: float = 4.0, reduction: str = "mean"
+) -> torch.Tensor:
+    """Two-way multi-label loss (Kobayashi, CVPR 2023): positives against negatives, along each picture (which labels)
+    and along each label (which pictures of the batch).
+
+    `softplus(log sum_{y=0} e^s + T log sum_{y=1} e^(-s / T))`, `T = positive_temperature`, along every row and every
+    column that has a positive. A soft label `y` enters the two sums with weight `1 - y` and `y`. The column part
+    compares the pictures of one batch, so it depends on the batch size.
+
+    Args:
+        positive_temperature (`float`, defaults to 4.0): `T`; above 1 a label's easy positives count as well.
+        reduction (`str`, defaults to `"mean"`): mean over the rows with a positive plus mean over the columns with one,
+            or `"sum"` of both.
+
+    Others as in [`binary_cross_entropy_loss`].
+    """
+    logits, labels, known = _known_entries(logits, labels)
+    loss = logits.new_zeros(())
+    for dim in (1, 0):
+        positive = positive_temperature * _weighted_logsumexp(-logits / positive_temperature, labels, dim)
+        negative = _weighted_logsumexp(logits, (1 - labels) * known, dim)
+        loss = loss + _reduce(F.softplus(positive + negative), (labels > 0).any(dim), reduction)
+    return loss
+
+
+def _weighted_logsumexp(values: torch.Tensor, weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """`log sum weight e^values`; very negative, with zero gradient (-inf would give NaN), where every weight is 0."""
+    weighted = values + torch.log(weight.clamp(min=torch.finfo(torch.float32).tiny))
+    return torch.where(weight > 0, weighted, -1e30).logsumexp(dim)
+
+
 MULTILABEL_LOSSES = {
     "bce": binary_cross_entropy_loss,
     "focal": focal_loss,
     "asl": asymmetric_loss,
+    "distribution_balanced": distribution_balanced_loss,
+    "zlpr": zlpr_loss,
+    "two_way": two_way_loss,
 }
 
 
@@ -181,7 +325,10 @@ __all__ = [
     "UNKNOWN_LABEL",
     "asymmetric_loss",
     "binary_cross_entropy_loss",
+    "distribution_balanced_loss",
     "focal_loss",
     "multilabel_loss",
+    "two_way_loss",
     "validate_labels",
+    "zlpr_loss",
 ]
