@@ -69,8 +69,8 @@ class SparseLabels:
                 (multi-hot). In a multi-hot list `null` and NaN are unknown. A `null` row is unknown throughout.
             label_names: The vocabulary; its order numbers the labels.
             class_names: Names that the column's own ids stand for (a `ClassLabel` feature); `label_names` if None.
-            label_format: "names", "ids", "multi_hot", or "auto": by the type, and for integers multi-hot when every
-                list is as long as the vocabulary and holds only 0, 1 and -100.
+            label_format: "names", "ids", "multi_hot", or "auto": by the type, and for integers multi-hot when most
+                lists are as long as the vocabulary.
             where: Gives the words that name a row in an error.
 
         Raises:
@@ -79,13 +79,9 @@ class SparseLabels:
         """
         num_labels = len(label_names)
         lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        if pa.types.is_null(lists.type):
+        if pa.types.is_null(lists.type):  # every row is null
             lists = lists.cast(pa.large_list(pa.null()))
-        if not (
-            pa.types.is_list(lists.type)
-            or pa.types.is_large_list(lists.type)
-            or pa.types.is_fixed_size_list(lists.type)
-        ):
+        if not pa.types.is_nested(lists.type) or not hasattr(lists.type, "value_type"):
             raise ValueError(
                 f"The labels are of type {lists.type}, but must be a list per picture: of names, of ids, or one number "
                 "per label (multi-hot)."
@@ -93,78 +89,83 @@ class SparseLabels:
         lists = lists.cast(pa.large_list(lists.type.value_type))
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        missing = lists.is_null().to_numpy(zero_copy_only=False)
+        null_row = _nulls(lists)
         flat = pc.list_flatten(lists)
-        label_format = _choose_format(flat, lengths[~missing], num_labels, class_names, label_format)
+        label_format = _choose_format(flat.type, lengths[~null_row], num_labels, class_names, label_format)
 
         def refuse(wrong: np.ndarray, problem: Callable[[int], str]) -> None:
             """Names the first entry where `wrong` holds, and how many more there are."""
             if wrong.any():
-                entry = int(np.argmax(wrong))
+                entry, more = int(np.argmax(wrong)), int(wrong.sum()) - 1
                 row = int(np.searchsorted(starts, entry, side="right")) - 1
-                more = int(wrong.sum()) - 1
                 raise ValueError(f"{where(row)}: {problem(entry)}" + (f" ({more} more like it)." if more else "."))
 
         if label_format == "multi_hot":
-            wrong = (lengths != num_labels) & ~missing
+            wrong = (lengths != num_labels) & ~null_row
             if wrong.any():
                 row = int(np.argmax(wrong))
                 raise ValueError(
-                    f"{where(row)}: its multi-hot list has {lengths[row]} numbers for {num_labels} labels; give one "
-                    "number per label."
+                    f"{where(row)}: its list has {lengths[row]} numbers for {num_labels} labels; give one number per "
+                    "label (multi-hot), or integer ids."
                 )
-            values = pc.fill_null(flat.cast(pa.float32()), np.nan).to_numpy(zero_copy_only=False)
-            values = np.where(np.isnan(values), np.float32(UNKNOWN_LABEL), values)
-            refuse(
-                ((values < 0) | (values > 1)) & (values != UNKNOWN_LABEL),
-                lambda entry: (
-                    f"label {label_names[entry % num_labels]!r} is {values[entry]:g}, which is neither in [0, 1] nor "
-                    "-100; use 1 for present, 0 for absent, -100 for unknown"
-                ),
-            )
-            # `null` rows have no entries, so that an entry's label is its place modulo the vocabulary.
+            values = _multi_hot_values(flat, label_names, refuse)
+            # A null row has no entries, so that an entry's label is its place modulo the vocabulary.
             kept = np.flatnonzero(values)
             starts, ids, values = np.searchsorted(kept, starts), kept % num_labels, values[kept]
         else:
-            if label_format == "names":
-                ids = pc.index_in(flat.cast(pa.large_string()), value_set=pa.array(label_names, pa.large_string()))
-                own_names = flat
-            else:
-                refuse(
-                    flat.is_null().to_numpy(zero_copy_only=False),
-                    lambda entry: "it lists null as a label; leave it out, or use a multi-hot list to say unknown",
-                )
-                ids, own_names = flat.cast(pa.int64()), class_names if class_names is not None else label_names
-                refuse(
-                    (ids.to_numpy() < 0) | (ids.to_numpy() >= len(own_names)),
-                    lambda entry: (
-                        f"label id {ids[entry]} is out of range; there are {len(own_names)} labels, numbered from 0"
-                    ),
-                )
-                number = {name: index for index, name in enumerate(label_names)}
-                order = pa.array([number.get(name) for name in own_names], pa.int64())
-                own_names = pc.take(pa.array(own_names, pa.string()), ids)
-                ids = pc.take(order, ids)
-            refuse(
-                ids.is_null().to_numpy(zero_copy_only=False),
-                lambda entry: _unknown_label(own_names[entry], label_names),
-            )
-            # A name listed twice is one label.
-            rows = np.repeat(np.arange(len(lengths)), lengths)
-            pairs = np.unique(rows * max(num_labels, 1) + ids.to_numpy(zero_copy_only=False).astype(np.int64))
-            starts = np.searchsorted(pairs, np.arange(len(lengths) + 1) * max(num_labels, 1))
-            ids, values = pairs % max(num_labels, 1), np.ones(len(pairs), dtype=np.float32)
-        default = np.where(missing, np.float32(UNKNOWN_LABEL), np.float32(0))
-        return cls(starts.astype(np.int64), ids.astype(np.int64), values, default, num_labels, label_format)
+            own_names = label_names if class_names is None else class_names
+            ids = _label_ids(flat, label_names, None if label_format == "names" else own_names, refuse)
+            # Sorted by row, then label; a label listed twice is one label.
+            stride = max(num_labels, 1)
+            keys = np.unique(np.repeat(np.arange(len(lengths)), lengths) * stride + ids)
+            starts = np.searchsorted(keys, np.arange(len(lengths) + 1) * stride)
+            ids, values = keys % stride, np.ones(len(keys), dtype=np.float32)
+        default = np.where(null_row, np.float32(UNKNOWN_LABEL), np.float32(0))
+        return cls(starts.astype(np.int64), ids, values, default, num_labels, label_format)
+
+
+def _nulls(array: pa.Array) -> np.ndarray:
+    return array.is_null().to_numpy(zero_copy_only=False)
+
+
+def _multi_hot_values(flat: pa.Array, label_names: Sequence[str], refuse: Callable) -> np.ndarray:
+    """(entries,) float32 with -100 for null and NaN."""
+    values = pc.fill_null(flat.cast(pa.float32()), np.nan).to_numpy(zero_copy_only=False)
+    values = np.where(np.isnan(values), np.float32(UNKNOWN_LABEL), values)
+    refuse(
+        ((values < 0) | (values > 1)) & (values != UNKNOWN_LABEL),
+        lambda entry: (
+            f"label {label_names[entry % len(label_names)]!r} is {values[entry]:g}, which is neither in [0, 1] nor "
+            "-100; use 1 for present, 0 for absent, -100 for unknown"
+        ),
+    )
+    return values
+
+
+def _label_ids(
+    flat: pa.Array, label_names: Sequence[str], own_names: Sequence[str] | None, refuse: Callable
+) -> np.ndarray:
+    """(entries,) int64 indices into `label_names` of names, or of ids that stand for `own_names`."""
+    refuse(_nulls(flat), lambda entry: "it lists null as a label; leave it out, or use multi-hot lists to say unknown")
+    if own_names is not None:
+        flat = flat.cast(pa.int64())
+        own_ids = flat.to_numpy()
+        refuse(
+            (own_ids < 0) | (own_ids >= len(own_names)),
+            lambda entry: f"label id {own_ids[entry]} is out of range; use 0 to {len(own_names) - 1}",
+        )
+        flat = pc.take(pa.array(own_names, pa.large_string()), flat)
+    ids = pc.index_in(flat.cast(pa.large_string()), value_set=pa.array(label_names, pa.large_string()))
+    refuse(_nulls(ids), lambda entry: _unknown_label(flat[entry].as_py(), label_names))
+    return ids.to_numpy().astype(np.int64)
 
 
 def _choose_format(
-    flat: pa.Array, lengths: np.ndarray, num_labels: int, class_names: Sequence[str] | None, label_format: str
+    kind: pa.DataType, lengths: np.ndarray, num_labels: int, class_names: Sequence[str] | None, label_format: str
 ) -> str:
-    """The format of a column by its type; refuses to guess where both readings of integers make sense."""
+    """The format of lists of type `kind`; refuses to guess where both readings of integers make sense."""
     if label_format not in LABEL_FORMATS:
         raise ValueError(f"label_format={label_format!r} is none of {', '.join(LABEL_FORMATS)}.")
-    kind = flat.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         possible = ("names",)
     elif pa.types.is_null(kind) and lengths.sum() == 0:
@@ -191,9 +192,7 @@ def _choose_format(
     return label_format
 
 
-def _unknown_label(name: pa.Scalar, label_names: Sequence[str]) -> str:
-    if not name.is_valid:
-        return "it lists null as a label; leave it out, or use a multi-hot list to say unknown"
-    close = get_close_matches(name.as_py(), label_names, n=1)
+def _unknown_label(name: str, label_names: Sequence[str]) -> str:
+    close = get_close_matches(name, label_names, n=1)
     hint = f"correct it (did you mean {close[0]!r}?)" if close else "take it out of the row"
-    return f"label {name.as_py()!r} is not among the {len(label_names)} label names; {hint}, or add it to the names"
+    return f"label {name!r} is not among the {len(label_names)} label names; {hint}, or add it to the names"
