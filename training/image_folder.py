@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import posixpath
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,74 +80,92 @@ def read_image_folders(
         name = "train" if metadata.parent == folder else SPLIT_ALIASES.get(metadata.parent.name, metadata.parent.name)
         if name in loaded:
             raise ValueError(f"{folder} has two metadata.jsonl for the split {name!r}; keep one of them.")
-        loaded[name], row_words[name] = _read_split(metadata, label_column, unlisted_pictures, missing_pictures)
+        loaded[name], row_words[name] = _read_split(metadata, folder, label_column, unlisted_pictures, missing_pictures)
     return loaded, row_words
 
 
 def _read_split(
-    metadata: Path, label_column: str, unlisted_pictures: str, missing_pictures: str
+    metadata: Path, root: Path, label_column: str, unlisted_pictures: str, missing_pictures: str
 ) -> tuple[Dataset, Callable[[int], str]]:
     folder = metadata.parent
-    pictures = {
+    unlisted = {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if path.suffix.lower() in _PICTURE_SUFFIXES and not path.name.startswith((".", "__"))
     }
     line_of: dict[str, int] = {}
-    labels, absent = [], []
+    present, labels, missing, kind_of_all = [], [], [], None
     with metadata.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{metadata}, line {number} is not valid JSON ({error}); correct the line.") from error
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or label_column not in row:
-                raise ValueError(f"{metadata}, line {number} must be an object with file_name and {label_column}.")
-            name, value = row["file_name"], row[label_column]
-            if value is not None and not isinstance(value, list):
+            name, value, kind = _parse_row(line, label_column, f"{metadata}, line {number}")
+            if kind and kind_of_all and kind != kind_of_all:
                 raise ValueError(
-                    f"{metadata}, line {number} ({name}): {label_column} is {value!r}, but must be a list."
+                    f"{metadata}, line {number} ({name}): its {label_column} are {kind}, but those of lines before are "
+                    f"{kind_of_all}; write the same kind in every row."
                 )
+            kind_of_all = kind_of_all or kind
             if name in line_of:
                 raise ValueError(
                     f"{metadata}, line {number}: {name!r} has a row already on line {line_of[name]}; keep one of them."
                 )
             line_of[name] = number
-            if name not in pictures:
-                absent.append(name)
-            else:
+            path = Path(os.path.normpath(folder / name))
+            # Splits may share a folder of pictures beside them, but a row must not reach out of the data set.
+            if name in unlisted or (path.is_file() and path.is_relative_to(os.path.normpath(root))):
+                unlisted.discard(name)
+                present.append(name)
                 labels.append(value)
-    present = [name for name in line_of if name in pictures]
+            else:
+                missing.append(name)
     _refuse_or_skip(
-        absent,
+        missing,
         missing_pictures,
-        f"{metadata} names {{}} that {folder} does not hold; add the pictures, take the rows out, or pass "
-        "missing_pictures='skip'",
+        f"{metadata} names",
+        f"that {root} does not hold; add the pictures, take the rows out, or pass missing_pictures='skip'.",
     )
     _refuse_or_skip(
-        sorted(pictures - line_of.keys()),
+        sorted(unlisted),
         unlisted_pictures,
-        f"{folder} holds {{}} without a row in metadata.jsonl; add rows (labels may be []), take the pictures out, or "
-        "pass unlisted_pictures='skip'",
+        f"{folder} holds",
+        "without a row in metadata.jsonl; add rows (labels may be []), take the pictures out, or pass "
+        "unlisted_pictures='skip'.",
     )
-    try:
-        column = pa.array(labels)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(
-            f"{metadata} mixes kinds of labels ({error}); write either names or numbers in every row."
-        ) from error
     images = Dataset.from_dict(
         {"image": [str(folder / name) for name in present]}, features=Features({"image": Image(decode=False)})
     )
-    return images.add_column("labels", column), lambda row: f"{metadata}, line {line_of[present[row]]} ({present[row]})"
+    return (
+        images.add_column("labels", pa.array(labels)),
+        lambda row: f"{metadata}, line {line_of[present[row]]} ({present[row]})",
+    )
 
 
-def _refuse_or_skip(names: list[str], policy: str, problem: str) -> None:
+def _parse_row(line: str, label_column: str, where: str) -> tuple[str, list | None, str | None]:
+    """File name, labels, and their kind ("names", "numbers", or None where there are none) of one line."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON ({error}); correct the line.") from error
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or label_column not in row:
+        raise ValueError(f"{where} must be an object with file_name and {label_column}.")
+    name, labels = posixpath.normpath(row["file_name"]), row[label_column]
+    if labels is not None and not isinstance(labels, list):
+        raise ValueError(f"{where} ({name}): {label_column} is {labels!r}, but must be a list.")
+    kinds = {
+        "names" if isinstance(label, str) else "numbers" if isinstance(label, int | float) else "other"
+        for label in labels or []
+        if label is not None
+    }
+    if len(kinds) > 1 or "other" in kinds:
+        raise ValueError(f"{where} ({name}): {label_column} is {labels!r}, but must hold only names or only numbers.")
+    return name, labels, next(iter(kinds), None)
+
+
+def _refuse_or_skip(names: list[str], policy: str, before: str, after: str) -> None:
     if names:
         count = f"{len(names)} picture{'s' if len(names) > 1 else ''}"
-        first = f"{count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        message = f"{before} {count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) {after}"
         if policy == "error":
-            raise ValueError(problem.format(first) + ".")
-        logger.warning("Left out: " + problem.format(first) + ".")
+            raise ValueError(message)
+        logger.warning("Left out: %s", message)

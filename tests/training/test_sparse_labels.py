@@ -72,7 +72,7 @@ def test_rows_stay_sparse_with_ten_thousand_labels():
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ([["cat"], ["dgo", "cow"]], r"row 1: label 'dgo' .* did you mean 'dog'.* \(1 more like it\)"),
+        ([["cat"], ["dgo", "cow"]], r"row 1: label 'dgo' .*did you mean 'dog'.*\(1 more like it\)"),
         ([["cat"], [], ["dog", "aeroplane"]], r"row 2: label 'aeroplane' is not among the 4 label names; take it out"),
         ([["cat"], ["dog", None]], r"row 1: it lists null"),
         ([[0], [1, 4]], r"row 1: label id 4 is out of range; use 0 to 3"),
