@@ -1,5 +1,7 @@
 """HSVLT configuration."""
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -162,11 +164,11 @@ class HSVLTConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; choose one of {list(PRESETS)}.")
-        fields = {**PRESETS[name], **overrides}
-        trunk = fields["backbone_config"]
+        preset = copy.deepcopy(PRESETS[name])
+        trunk = overrides.pop("backbone_config", {})
         if isinstance(trunk, dict) and "model_type" not in trunk:
-            fields["backbone_config"] = {**PRESETS[name]["backbone_config"], **trunk}
-        return cls(**fields)
+            trunk = {**preset["backbone_config"], **trunk}
+        return cls(**{**preset, **overrides, "backbone_config": trunk})
 
     def __post_init__(self, **kwargs):
         # A downloaded configuration must never name code or another repository to load from.
@@ -182,8 +184,7 @@ class HSVLTConfig(PreTrainedConfig):
             self.backbone_config = dict(self.backbone_config)
             if self.backbone_config.get("model_type") == "mltr":
                 # Not in transformers' own mapping when this file was downloaded with a checkpoint.
-                # pending: from .configuration_mltr import MlTrConfig
-                MlTrConfig = None
+                from .configuration_mltr import MlTrConfig
 
                 self.backbone_config = MlTrConfig(**self.backbone_config)
         super().__post_init__(**kwargs)

@@ -8,6 +8,7 @@ h attention heads, d = C / h.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,12 @@ from .configuration_hsvlt import BLOCK_TRUNKS, HSVLTConfig
 from .losses_multilabel import UNKNOWN_LABEL, multilabel_loss, validate_labels
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
-# pending: from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
+# pending: from .pipeline_multilabel
 
 logger = logging.get_logger(__name__)
+
+# Head width above which matrix products and a softmax beat scaled_dot_product_attention (whose flash kernels end here).
+MAX_FUSED_HEAD_DIM = 256
 
 
 @dataclass
@@ -121,12 +125,13 @@ class HSVLTStageTrunk(nn.Module):
         super().__init__()
         if config.backbone_config.model_type == "mltr":
             # AutoBackbone does not know a class that was downloaded with a checkpoint.
-            # pending: from .modeling_mltr import MlTrBackbone
-            MlTrBackbone = None
+            from .modeling_mltr import MlTrBackbone
 
             self.backbone = MlTrBackbone._from_config(config.backbone_config)
         else:
             self.backbone = AutoBackbone.from_config(config.backbone_config)
+            if config.backbone_config.model_type in ("swin", "focalnet"):  # built there, but never used
+                getattr(self.backbone, self.backbone.base_model_prefix).layernorm = nn.Identity()
         self.channels = list(self.backbone.channels)
         self.interaction_depths = list(config.interaction_depths or [1, 1, 1, 1])
 
@@ -147,7 +152,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    weights = torch.matmul(query * scaling, key.transpose(2, 3))  # scaling the few labels, not the scores of all pixels
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2), weights
 
@@ -192,10 +197,12 @@ class HSVLTAttention(nn.Module):
         Returns:
             `(B, N, C)` and, where asked for, the attention `(B, h, N, P)`.
         """
+        absorb = self._absorbs(label_states.shape[1], *pixels.shape[1:])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if output_attentions:  # other kernels do not return their weights
+        # Other kernels do not return their weights, and beyond this width none is faster: the scores are few.
+        if output_attentions or (pixels.shape[-1] if absorb else self.head_dim) > MAX_FUSED_HEAD_DIM:
             attend = eager_attention_forward
-        if self._absorbs(label_states.shape[1], *pixels.shape[1:]):
+        if absorb:
             return self._absorbed(attend, label_states, pixels)
         return self._projected(attend, label_states, pixels)
 
@@ -514,13 +521,23 @@ class HSVLTPreTrainedModel(PreTrainedModel):
             embeddings = torch.randn(self.config.num_labels, self.config.label_embedding_dim, generator=generator)
             init.copy_(module.label_embeddings, embeddings.to(module.label_embeddings))
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        """As in transformers, except that a trunk without that attention (a ConvNeXt has none) keeps its own."""
+        trunk = getattr(self, self.base_model_prefix, self).trunk
+        trunk = trunk.encoder if isinstance(trunk, HSVLTBlockTrunk) else trunk.backbone
+        if attn_implementation == "sdpa" and not trunk._supports_sdpa:
+            attn_implementation = {"": "sdpa", "backbone_config": "eager"}
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
     def half(self, *args):
         """fp16, except for the label stream, which overflows it."""
-        model = super().half(*args)
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in self._keep_in_fp32_modules:
-                module.float()
-        return model
+        keep = {
+            id(tensor)
+            for name, module in self.named_modules()
+            if name.rpartition(".")[2] in self._keep_in_fp32_modules
+            for tensor in module.parameters()
+        }
+        return self._apply(lambda t: t.half() if t.is_floating_point() and id(t) not in keep else t)
 
 
 def _init_linear_as_torch(linear: nn.Linear) -> None:
@@ -535,6 +552,8 @@ class HSVLTModel(HSVLTPreTrainedModel):
 
     def __init__(self, config: HSVLTConfig):
         super().__init__(config)
+        if config.backbone_config._attn_implementation == "sdpa":
+            config.backbone_config._attn_implementation = None  # where it can; many trunks refuse it by name
         trunk = HSVLTBlockTrunk if config.backbone_config.model_type in BLOCK_TRUNKS else HSVLTStageTrunk
         self.trunk = trunk(config)
         self.label_stream = HSVLTLabelStream(config, self.trunk.channels, self.trunk.interaction_depths)
@@ -576,18 +595,28 @@ class HSVLTModel(HSVLTPreTrainedModel):
                 f"label_embedding_dim={self.config.label_embedding_dim}; use the text encoder it was trained with"
                 + (f" ({self.config.label_text_encoder})." if self.config.label_text_encoder else ".")
             )
-        device_type = label_embeddings.device.type
-        fp16_autocast = device_type != "meta" and torch.get_autocast_dtype(device_type) == torch.float16
-        if fp16_autocast and torch.is_autocast_enabled(device_type):
-            feature_maps = list(feature_maps)  # the trunk, still under autocast
-            with torch.autocast(device_type, enabled=False):
-                output = self.label_stream(label_embeddings, feature_maps, output_hidden_states, output_attentions)
-        else:
+        if _autocasts_to_fp16(label_embeddings):
+            feature_maps = list(feature_maps)  # runs the trunk, still under autocast
+        with _no_fp16_autocast(label_embeddings):
             output = self.label_stream(label_embeddings, feature_maps, output_hidden_states, output_attentions)
-        output.last_hidden_state = self.aggregation(output.multimodal_states)
+            output.last_hidden_state = self.aggregation(output.multimodal_states)
         if not output_hidden_states:
             output.multimodal_states = None
         return output
+
+
+def _autocasts_to_fp16(tensor: torch.Tensor) -> bool:
+    device_type = tensor.device.type
+    return (
+        device_type != "meta"
+        and torch.is_autocast_enabled(device_type)
+        and torch.get_autocast_dtype(device_type) == torch.float16
+    )
+
+
+def _no_fp16_autocast(tensor: torch.Tensor):
+    """Context in which what overflows fp16 is computed in fp32; bf16 autocast has the range and stays."""
+    return torch.autocast(tensor.device.type, enabled=False) if _autocasts_to_fp16(tensor) else nullcontext()
 
 
 def _resolve_outputs(config, output_hidden_states: bool | None, output_attentions: bool | None) -> tuple[bool, bool]:
@@ -666,8 +695,12 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
                 )
         else:
             # A checkpoint of the bare model has no norms in front of the feature maps; those start fresh.
-            trunk = AutoBackbone.from_pretrained(source, out_features=config.backbone_config.out_features, **load)
-            model.hsvlt.trunk.backbone.load_state_dict(trunk.state_dict())
+            # Not AutoBackbone: it asks the Hub whether a local folder exists.
+            backbone = type(model.hsvlt.trunk.backbone)
+            trunk = backbone.from_pretrained(source, out_features=config.backbone_config.out_features, **load)
+            unused = [f"{trunk.base_model_prefix}.layernorm.{name}" for name in ("weight", "bias")]
+            state_dict = {key: value for key, value in trunk.state_dict().items() if key not in unused}
+            model.hsvlt.trunk.backbone.load_state_dict(state_dict)
         return model
 
     def set_label_embeddings(
@@ -764,22 +797,23 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
                 )
         output = outputs[0] if len(outputs) == 1 else _concatenate(outputs)
 
+        logits = output.logits
         if label_ids is not None and label_ids.ndim == 2:
-            values = output.logits
-            output.logits = values.new_full((values.shape[0], num_labels), float("nan")).scatter(1, label_ids, values)
-            evaluated = torch.zeros_like(output.logits, dtype=torch.bool).scatter(1, label_ids, True)
-            output.evaluated = evaluated
+            evaluated = torch.zeros_like(candidate_logits, dtype=torch.bool).scatter(1, label_ids, True)
+            logits = logits.new_full(evaluated.shape, float("nan")).scatter(1, label_ids, logits)
 
+        loss = None
         if labels is not None:
             if not torch.compiler.is_compiling():
                 validate_labels(labels, num_labels)
             known = labels if evaluated is None else labels.masked_fill(~evaluated, UNKNOWN_LABEL)
             loss_type, loss_kwargs = self.config.loss_type, self.config.loss_kwargs
-            output.loss = multilabel_loss(output.logits, known, loss_type, loss_kwargs)
+            loss = multilabel_loss(logits, known, loss_type, loss_kwargs)
             if candidate_logits is not None and self.training:
                 scorer_loss = multilabel_loss(candidate_logits, labels, loss_type, loss_kwargs)
-                output.loss = output.loss + self.config.candidate_loss_weight * scorer_loss
+                loss = loss + self.config.candidate_loss_weight * scorer_loss
 
+        output = HSVLTImageClassifierOutput(**{**output, "loss": loss, "logits": logits, "evaluated": evaluated})
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
@@ -795,8 +829,10 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             feature_maps=feature_maps,
             return_dict=True,
         )
+        with _no_fp16_autocast(output.last_hidden_state):
+            logits = self.classifier(output.last_hidden_state, label_ids)
         return HSVLTImageClassifierOutput(
-            logits=self.classifier(output.last_hidden_state, label_ids),
+            logits=logits,
             hidden_states=output.hidden_states,
             label_hidden_states=output.label_hidden_states,
             multimodal_states=output.multimodal_states,

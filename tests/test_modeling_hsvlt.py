@@ -1,0 +1,661 @@
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    ConvNextModel,
+    ConvNextV2Config,
+    ConvNextV2Model,
+    ResNetConfig,
+    SwinConfig,
+    SwinModel,
+)
+
+from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, HSVLTModel
+
+N = 5
+
+
+def make_config(**overrides):
+    fields = {
+        "num_labels": N,
+        "label_embedding_dim": 12,
+        "backbone_config": ConvNextConfig(
+            hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 2, 1], patch_size=2, layer_scale_init_value=0.5
+        ),
+        "image_size": 32,
+        "initializer_range": None,
+    }
+    return HSVLTConfig(**{**fields, **overrides})
+
+
+def make_model(**overrides):
+    torch.manual_seed(0)
+    return HSVLTForImageClassification(make_config(**overrides)).eval()
+
+
+def pictures(batch=2, size=32, seed=1):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def targets(batch=2):
+    return (torch.rand(batch, N, generator=torch.Generator().manual_seed(2)) > 0.5).float()
+
+
+def trunk_config(kind):
+    if kind == "swin":
+        return SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, patch_size=2)
+    if kind == "resnet":
+        return ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], layer_type="basic")
+    return ConvNextV2Config(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 2, 1], patch_size=2)
+
+
+# ---- sizes of the published models
+
+
+@pytest.mark.parametrize(("name", "count"), [("tiny", 53_114_864), ("small", 96_003_824), ("base", 170_218_448)])
+def test_parameter_count_is_the_published_one(name, count):
+    with torch.device("meta"):
+        model = HSVLTForImageClassification(HSVLTConfig.preset(name, num_labels=80))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "num_labels", "projected", "absorbed"),
+    [
+        ("tiny", 80, 24_943_242_240, 20_680e6),
+        ("small", 80, 48_158_825_472, 39_733e6),
+        ("base", 80, 84_287_016_960, 69_311e6),
+        ("small", 20, 44.331e9, 35_982e6),
+    ],
+)
+def test_multiply_adds_are_the_published_ones(name, num_labels, projected, absorbed):
+    def count(**fields):
+        with torch.device("meta"):
+            config = HSVLTConfig.preset(name, num_labels=num_labels, attn_implementation="eager", **fields)
+            model = HSVLTForImageClassification(config).eval()
+            picture = torch.empty(1, 3, 448, 448)
+        with torch.no_grad():
+            model(picture)  # folds the absorbed products, once
+            with FlopCounterMode(display=False) as counter:
+                model(picture)
+        return counter.get_total_flops() // 2
+
+    widths = HSVLTConfig.preset(name).backbone_config.hidden_sizes
+    # The released code also updates the label tokens after the last interaction, which nothing reads, and multiplies and
+    # sums the classifier element by element, which a counter of matrix products passes over.
+    difference = 2 * num_labels * widths[-1] ** 2 - num_labels * sum(widths)
+    if isinstance(projected, int):
+        assert count(absorb_projections=False) + difference == projected
+    else:
+        assert count(absorb_projections=False) + difference == pytest.approx(projected, abs=0.5e6)
+    # The spec's absorbed figures also take the labels' first projections, the same for every picture, from a cache.
+    first_projections = num_labels * (768 * widths[0] + 2 * widths[0] ** 2)
+    assert count() - first_projections == pytest.approx(absorbed, abs=1e6)
+
+
+# ---- against a naive implementation
+
+
+def naive_logits(model, pixel_values):
+    """HSVLT from the equations, one picture and one label at a time, on the model's own weights (one head)."""
+    state, config = model.state_dict(), model.config
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+    logits = torch.zeros(len(pixel_values), config.num_labels)
+    for b, picture in enumerate(pixel_values):
+        maps = list(model.hsvlt.trunk(picture[None]))
+        for n in range(config.num_labels):
+            label, states, step = state["hsvlt.label_embeddings"][n], [], 0
+            for i, depth in enumerate(config.backbone_config.depths):
+                label = linear(label, f"hsvlt.label_stream.stages.{i}.projection")
+                for j in range(depth):
+                    name = f"hsvlt.label_stream.stages.{i}.layers.{j}"
+                    pixels = maps[step][0].flatten(1).T  # (P, C)
+                    step += 1
+                    keys, values = (linear(pixels, f"{name}.attention.{k}") for k in ("key", "value"))
+                    scores = keys @ linear(label, f"{name}.attention.query") / pixels.shape[1] ** 0.5
+                    attended = linear(scores.softmax(0) @ values, f"{name}.attention.out_proj")
+                    gated = F.gelu(linear(label, f"{name}.gate")) * attended
+                    multimodal = F.gelu(linear(gated, f"{name}.multimodal"))
+                    label = label + multimodal
+                    if f"{name}.label_gate.in_proj.weight" in state:
+                        gate = linear(
+                            F.relu(linear(label, f"{name}.label_gate.in_proj")), f"{name}.label_gate.out_proj"
+                        )
+                        label = label + torch.tanh(gate) * label
+                states.append(multimodal)
+            features = torch.cat(states)
+            logits[b, n] = (features * state["classifier.weight"][n]).sum() + state["classifier.bias"][n]
+    return logits
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+def test_logits_equal_the_equations(absorb):
+    model = make_model(absorb_projections=absorb)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pictures()).logits, naive_logits(model, pictures()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class"), [(ConvNextConfig, ConvNextModel), (ConvNextV2Config, ConvNextV2Model)]
+)
+def test_trunk_is_transformers_own(config_class, model_class, tmp_path):
+    trunk = config_class(hidden_sizes=[8, 12, 16, 20], depths=[1, 2, 2, 1], out_features=["stage1", "stage4"])
+    torch.manual_seed(3)
+    reference = model_class(trunk).eval()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "grn" in name or "layer_scale" in name:
+                parameter.normal_()
+    reference.save_pretrained(tmp_path)
+    model = HSVLTForImageClassification.from_backbone(tmp_path, num_labels=N, label_embedding_dim=12).eval()
+    with torch.no_grad():
+        maps = model(pictures(size=64), output_hidden_states=True).hidden_states
+        expected = reference(pictures(size=64), output_hidden_states=True).hidden_states[-4:]
+    for ours, theirs in zip(maps, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_from_backbone_keeps_the_given_config(tmp_path):
+    ConvNextModel(make_config().backbone_config).save_pretrained(tmp_path)
+    config = make_config(aggregation="topdown", id2label={i: f"name {i}" for i in range(3)}, num_labels=3)
+    model = HSVLTForImageClassification.from_backbone(tmp_path, config=config)
+    assert model.config.aggregation == "topdown" and model.config.id2label[2] == "name 2"
+    swin = tmp_path / "swin"
+    SwinModel(trunk_config("swin")).save_pretrained(swin)
+    model = HSVLTForImageClassification.from_backbone(swin, num_labels=N, label_embedding_dim=12)
+    weights = SwinModel.from_pretrained(swin).state_dict()
+    ours = model.hsvlt.trunk.backbone.state_dict()
+    name = next(key for key in weights if "attention" in key and key.endswith("weight"))
+    match = [value for key, value in ours.items() if key.endswith(name)]
+    assert len(match) == 1 and torch.equal(match[0], weights[name])
+
+
+# ---- absorbed = projected
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_absorbed_equals_projected_forward_and_gradients(heads, implementation):
+    absorbed = make_model(num_attention_heads=heads, attn_implementation=implementation).double()
+    projected = copy.deepcopy(absorbed)
+    projected.config.absorb_projections = False
+    for module in projected.modules():
+        if hasattr(module, "config"):
+            module.config = projected.config
+    results = []
+    for model in (absorbed, projected):
+        output = model(pictures().double(), labels=targets())
+        output.loss.backward()
+        results.append((output.logits, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], atol=1e-6, rtol=1e-5, msg=name)
+    with torch.no_grad():  # folded products
+        torch.testing.assert_close(absorbed(pictures().double()).logits, results[1][0], atol=1e-6, rtol=1e-5)
+
+
+def test_absorption_is_chosen_by_the_rule_of_the_shapes():
+    attention = make_model(num_attention_heads=4).hsvlt.label_stream.stages[0].layers[0].attention
+    for labels, pixels, channels in [(5, 256, 8), (1, 256, 8), (80, 4, 8), (2, 1000, 8)]:
+        assert attention._absorbs(labels, pixels, channels) == (
+            3 * labels * pixels + labels * channels < pixels * channels
+        )
+
+
+def test_folded_products_follow_every_change_of_the_weights():
+    model = make_model()
+    with torch.no_grad():
+        before = model(pictures()).logits
+        attention = model.hsvlt.label_stream.stages[0].layers[0].attention
+        assert attention._folded is not None
+        attention.key.weight.mul_(2)
+        changed = model(pictures()).logits
+        assert not torch.equal(before, changed)
+        torch.testing.assert_close(changed, naive_logits(model, pictures()), atol=1e-5, rtol=1e-5)
+        attention.value.weight.data = attention.value.weight.data * 3
+        torch.testing.assert_close(model(pictures()).logits, naive_logits(model, pictures()), atol=1e-5, rtol=1e-5)
+        model.load_state_dict(make_model().state_dict())
+        torch.testing.assert_close(model(pictures()).logits, before)
+    assert not any("fold" in key for key in model.state_dict())
+
+
+def test_lora_on_a_projection_is_not_bypassed():
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    config = peft.LoraConfig(target_modules=["key", "value"], r=2, init_lora_weights=False)
+    tuned = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        adapted = tuned(pictures()).logits
+        assert (adapted - model(pictures()).logits).abs().max() > 1e-4
+        torch.testing.assert_close(tuned.merge_and_unload()(pictures()).logits, adapted, atol=1e-5, rtol=1e-5)
+
+
+# ---- labels do not interact
+
+
+def test_label_subset_and_permutation_reproduce_logits():
+    model = make_model(label_chunk_size=None)
+    ids = torch.tensor([3, 0, 4])
+    with torch.no_grad():
+        logits = model(pictures()).logits
+        torch.testing.assert_close(model(pictures(), label_ids=ids).logits, logits[:, ids], atol=1e-6, rtol=1e-5)
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+        permuted = copy.deepcopy(model)
+        permuted.hsvlt.label_embeddings.copy_(model.hsvlt.label_embeddings[order])
+        permuted.classifier.weight.copy_(model.classifier.weight[order])
+        permuted.classifier.bias.copy_(model.classifier.bias[order])
+        torch.testing.assert_close(permuted(pictures()).logits, logits[:, order], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            model(pictures(), label_ids=ids, labels=targets()[:, ids]).loss,
+            F.binary_cross_entropy_with_logits(logits[:, ids], targets()[:, ids]),
+        )
+
+
+def test_label_chunks_give_the_whole():
+    model = make_model()
+    with torch.no_grad():
+        whole = model(pictures(), output_hidden_states=True, output_attentions=True)
+        model.config.label_chunk_size = 2
+        chunked = model(pictures(), output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(chunked.logits, whole.logits, atol=1e-6, rtol=1e-5)
+    for field in ("hidden_states", "label_hidden_states", "multimodal_states", "attentions"):
+        for ours, theirs in zip(getattr(chunked, field), getattr(whole, field), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_candidate_labels_are_exact_and_the_rest_is_not_a_score():
+    model = make_model(candidate_labels=2)
+    with torch.no_grad():
+        output = model(pictures(), labels=targets())
+        scores = model.candidate_scorer(list(model.hsvlt.trunk(pictures()))[-1])
+        model.config.candidate_labels = N
+        full = model(pictures())
+    chosen = torch.zeros(2, N, dtype=torch.bool).scatter(1, scores.topk(2).indices, True)
+    assert torch.equal(output.evaluated, chosen)
+    assert torch.equal(output.logits.isnan(), ~chosen)
+    torch.testing.assert_close(output.logits[chosen], full.logits[chosen], atol=1e-6, rtol=1e-5)
+    expected = F.binary_cross_entropy_with_logits(full.logits[chosen], targets()[chosen])
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_candidate_scorer_trains_with_the_rest():
+    model = make_model(candidate_labels=2, candidate_loss_weight=0.5).train()
+    output = model(pictures(), labels=targets())
+    assert output.evaluated is None and not output.logits.isnan().any()
+    scores = model.candidate_scorer(list(model.hsvlt.trunk(pictures()))[-1])
+    expected = [F.binary_cross_entropy_with_logits(x, targets()) for x in (output.logits, scores)]
+    torch.testing.assert_close(output.loss, expected[0] + 0.5 * expected[1])
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_label_embeddings_can_be_exchanged_with_a_shared_classifier():
+    model = make_model(classifier="shared")
+    other = torch.randn(9, 12)
+    with torch.no_grad():
+        logits = model(pictures(), label_embeddings=other).logits
+        assert logits.shape == (2, 9)
+        torch.testing.assert_close(model(pictures(), label_embeddings=other[[7]]).logits, logits[:, [7]])
+    with pytest.raises(ValueError, match=r"9 labels do not fit.*classifier='shared'"):
+        make_model()(pictures(), label_embeddings=other)
+    with pytest.raises(ValueError, match=r"label_embeddings are 3 wide.*label_embedding_dim=12"):
+        model(pictures(), label_embeddings=torch.randn(N, 3))
+
+
+# ---- outputs and trunks
+
+
+def test_outputs_have_their_shapes_and_attention_sums_to_one():
+    model = make_model(num_attention_heads=2)
+    with torch.no_grad():
+        output = model(pictures(), output_hidden_states=True, output_attentions=True)
+        plain = model(pictures())
+    sides, widths = [16, 8, 4, 2], [8, 12, 16, 20]
+    for i in range(4):
+        assert output.hidden_states[i].shape == (2, widths[i], sides[i], sides[i])
+        assert output.label_hidden_states[i].shape == (2, N, widths[i])
+        assert output.multimodal_states[i].shape == (2, N, widths[i])
+        assert output.attentions[i].shape == (2, 2, N, sides[i], sides[i])
+        torch.testing.assert_close(output.attentions[i].sum((-2, -1)), torch.ones(2, 2, N))
+    torch.testing.assert_close(output.logits, plain.logits, atol=1e-6, rtol=1e-5)
+    assert plain.hidden_states is None and plain.attentions is None and plain.multimodal_states is None
+    as_tuple = model(pictures(), labels=targets(), return_dict=False)
+    assert isinstance(as_tuple, tuple) and as_tuple[0].ndim == 0 and as_tuple[1].shape == (2, N)
+    base = model.hsvlt(pictures(), output_hidden_states=True)
+    torch.testing.assert_close(torch.cat(base.multimodal_states, -1), base.last_hidden_state)
+
+
+def test_attention_maps_are_those_of_the_equations():
+    model = make_model()
+    with torch.no_grad():
+        output = model(pictures(), output_attentions=True, output_hidden_states=True)
+        layer = model.hsvlt.label_stream.stages[0].layers[0]
+        labels = model.hsvlt.label_stream.stages[0].projection(model.hsvlt.label_embeddings)
+        pixels = output.hidden_states[0].flatten(2).transpose(1, 2)
+        scores = layer.attention.query(labels) @ layer.attention.key(pixels).transpose(1, 2) / 8**0.5
+    torch.testing.assert_close(output.attentions[0].flatten(3)[:, 0], scores.softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["swin", "resnet", "convnextv2"])
+@pytest.mark.parametrize("interaction_depths", [None, [1, 2, 1, 1]])
+def test_any_four_stage_trunk(kind, interaction_depths, tmp_path):
+    model = make_model(backbone_config=trunk_config(kind), interaction_depths=interaction_depths)
+    depths = interaction_depths or ([1, 1, 2, 1] if kind == "convnextv2" else [1, 1, 1, 1])
+    assert [len(stage.layers) for stage in model.hsvlt.label_stream.stages] == depths
+    model.train()
+    output = model(pictures(size=64), labels=targets(), output_hidden_states=True)
+    assert len(output.hidden_states) == 4
+    output.loss.backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None]
+    assert dead == []
+    model.eval().save_pretrained(tmp_path)
+    again = HSVLTForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(pictures(size=64)).logits, model(pictures(size=64)).logits)
+
+
+@pytest.mark.parametrize("aggregation", ["concat", "topdown"])
+@pytest.mark.parametrize("classifier", ["per_label", "shared"])
+@pytest.mark.parametrize("label_update", ["gate", "none"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_gradient_reaches_every_parameter(aggregation, classifier, label_update, normalize):
+    model = make_model(
+        aggregation=aggregation,
+        classifier=classifier,
+        label_update=label_update,
+        normalize_visual_tokens=normalize,
+        normalize_label_tokens=normalize,
+    ).train()
+    model(pictures(), labels=targets()).loss.backward()
+    # With an absorbed query the gradient of a key bias would be zero; there is none, so all must be above it.
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_topdown_aggregation_by_hand():
+    model = make_model(aggregation="topdown")
+    states = [torch.randn(2, N, width) for width in (8, 12, 16, 20)]
+    x = states[3]
+    for scale, finer in zip(model.hsvlt.aggregation.scales, (states[2], states[1], states[0]), strict=True):
+        x = torch.cat((x, finer), -1)
+        for linear, norm in ((scale[0], scale[1]), (scale[3], scale[4])):
+            assert linear.bias is None
+            x = F.relu(F.layer_norm(x @ linear.weight.T, (10,), norm.weight, norm.bias))
+    torch.testing.assert_close(model.hsvlt.aggregation(tuple(states)), x)
+    assert x.shape == (2, N, 10)  # half the width of the last stage
+
+
+def test_a_picture_does_not_depend_on_its_batch():
+    model = make_model()
+    with torch.no_grad():
+        together = model(pictures(4)).logits
+        alone = torch.cat([model(picture[None]).logits for picture in pictures(4)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_eager_equals_sdpa(heads):
+    eager = make_model(num_attention_heads=heads, attn_implementation="eager")
+    sdpa = make_model(num_attention_heads=heads, attn_implementation="sdpa")
+    assert eager.config._attn_implementation == "eager" and sdpa.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        expected = eager(pictures()).logits
+        torch.testing.assert_close(sdpa(pictures()).logits, expected, atol=1e-5, rtol=1e-5)
+        sdpa.set_attn_implementation("eager")
+        torch.testing.assert_close(sdpa(pictures()).logits, expected, atol=0, rtol=0)
+        sdpa.set_attn_implementation("sdpa")
+        assert sdpa.config._attn_implementation == "sdpa"
+
+
+# ---- loss and label contract
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool, torch.float64])
+def test_loss_is_that_of_the_returned_logits(dtype):
+    output = make_model()(pictures(), labels=targets().to(dtype))
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, targets()))
+
+
+def test_loss_type_comes_from_the_config():
+    from modeling_hsvlt import asymmetric_loss
+
+    kwargs = {"gamma_neg": 2.0, "clip": 0.1, "reduction": "sum"}
+    output = make_model(loss_type="asl", loss_kwargs=kwargs)(pictures(), labels=targets())
+    torch.testing.assert_close(output.loss, asymmetric_loss(output.logits, targets(), **kwargs))
+
+
+def test_unknown_labels_have_exactly_no_gradient():
+    model = make_model()
+    labels = targets()
+    labels[:, 1] = -100
+    labels[0, 2] = -100
+    output = model(pictures(), labels=labels)
+    output.logits.retain_grad()
+    output.loss.backward()
+    assert torch.equal(output.logits.grad == 0, labels == -100)
+    assert not model.classifier.weight.grad[1].any()
+    all_unknown = model(pictures(), labels=torch.full((2, N), -100))
+    assert all_unknown.loss.item() == 0
+    all_unknown.loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value"), [(1, 3, 2.0), (0, 0, -1.0), (1, 4, float("nan")), (0, 2, float("inf"))]
+)
+def test_a_value_outside_the_contract_is_named(row, column, value):
+    labels = targets()
+    labels[row, column] = value
+    with pytest.raises(ValueError, match=rf"labels\[{row}, {column}\].*neither in \[0, 1\] nor -100"):
+        make_model()(pictures(), labels=labels)
+
+
+def test_labels_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(batch, 5\)"):
+        make_model()(pictures(), labels=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="multi-hot"):
+        make_model()(pictures(), labels=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="pixel_values is missing"):
+        make_model()(labels=targets())
+
+
+# ---- the common tests of transformers' models
+
+
+def test_save_load_save_is_identical(tmp_path):
+    model = make_model(thresholds=[0.1, 0.2, 0.3, 0.4, 0.5])
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModel.from_pretrained(tmp_path / "a")
+    assert type(again) is HSVLTForImageClassification  # AutoModel gives the classifier
+    assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "a")) is HSVLTForImageClassification
+    again.save_pretrained(tmp_path / "b")
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert "modeling_hsvlt.py" in names and "losses_multilabel.py" in names
+    for name in names:
+        first, second = (tmp_path / folder / name for folder in "ab")
+        if name == "config.json":
+            configs = [json.loads(path.read_text()) for path in (first, second)]
+            for config in configs:
+                config["backbone_config"].pop("dtype")  # null before the first load
+            assert configs[0] == configs[1]
+        else:
+            assert first.read_bytes() == second.read_bytes(), name
+    with torch.no_grad():
+        assert torch.equal(again(pictures()).logits, model(pictures()).logits)
+    assert again.config.thresholds == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_the_base_model_loads_from_the_classifier_and_back(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "classifier")
+    base = HSVLTModel.from_pretrained(tmp_path / "classifier")
+    with torch.no_grad():
+        expected = model.hsvlt(pictures()).last_hidden_state
+        torch.testing.assert_close(base(pictures()).last_hidden_state, expected)
+    base.save_pretrained(tmp_path / "base")
+    again, info = HSVLTForImageClassification.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    with torch.no_grad():
+        torch.testing.assert_close(again.hsvlt(pictures()).last_hidden_state, expected)
+
+
+def test_missing_weights_are_initialised_not_garbage(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make_model(initializer_range=0.02, aggregation="topdown", normalize_label_tokens=True)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    kept = {key: value for key, value in state.items() if "trunk.embeddings" in key}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = HSVLTForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.hsvlt.label_embeddings, model.hsvlt.label_embeddings)  # by seed
+    for name, parameter in again.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        if "layer_scale" in name:
+            assert (parameter == 0.5).all(), name
+        elif "norm" in name:
+            assert (parameter == float(name.endswith("weight"))).all(), name
+        elif any(part in name for part in ("attention", "label_gate", "projection")) and name.endswith("weight"):
+            assert 0.01 < parameter.std() < 0.03 and parameter.abs().max() < 0.1, name
+        elif name.startswith("classifier"):
+            assert 0 < parameter.abs().max() <= again.classifier.weight.shape[1] ** -0.5, name
+
+
+def test_meta_device_then_load(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = HSVLTForImageClassification(make_config())
+    assert all(p.is_meta for p in empty.parameters())
+    pytest.importorskip("accelerate")
+    again = HSVLTForImageClassification.from_pretrained(tmp_path, device_map="cpu")
+    with torch.no_grad():
+        assert torch.equal(again(pictures()).logits, model(pictures()).logits)
+
+
+def test_another_number_of_labels(tmp_path):
+    make_model(thresholds=[0.5] * N).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
+        HSVLTForImageClassification.from_pretrained(tmp_path, num_labels=9)
+    model = HSVLTForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    assert model.hsvlt.label_embeddings.shape == (9, 12) and model.config.thresholds is None
+    with torch.no_grad():
+        logits = model(pictures()).logits
+    assert logits.shape == (2, 9) and torch.isfinite(logits).all()
+
+
+def test_training_lowers_the_loss_and_is_deterministic():
+    losses = []
+    for _ in range(2):
+        model = make_model().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        history = []
+        for _ in range(20):
+            loss = model(pictures(4), labels=targets(4)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(loss.item())
+        losses.append(history)
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < 0.5 * losses[0][0]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+    plain, checkpointed = make_model().train(), make_model().train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls = []
+    layer = checkpointed.hsvlt.label_stream.stages[2].layers[0]
+    original = layer.attention.forward
+    layer.attention.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+    for model in (plain, checkpointed):
+        model(pictures(), labels=targets()).loss.backward()
+    assert len(calls) == 2  # once forward, once more in backward
+    for (name, p), (_, q) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(training):
+    model = make_model().train(training)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected = model(pictures(), labels=targets())
+    output = compiled(pictures(), labels=targets())
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(compiled(pictures(5)).logits, model(pictures(5)).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_stays_finite_and_close(dtype, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        expected = model(pictures()).logits
+        model.save_pretrained(tmp_path)
+        half = HSVLTForImageClassification.from_pretrained(tmp_path, dtype=dtype)
+        assert half.hsvlt.trunk.embeddings.patch_embeddings.weight.dtype == dtype
+        torch.testing.assert_close(half(pictures().to(dtype)).logits.float(), expected, atol=0.03, rtol=0.03)
+        with torch.autocast("cpu", dtype=dtype):
+            torch.testing.assert_close(model(pictures()).logits.float(), expected, atol=0.03, rtol=0.03)
+    loss = half(pictures().to(dtype), labels=targets()).loss
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in half.parameters())
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "autocast", "half"])
+def test_a_label_stream_beyond_fp16_stays_finite(way, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        for layer in (layer for stage in model.hsvlt.label_stream.stages for layer in stage.layers):
+            layer.multimodal.bias.fill_(2e5)  # beyond the largest fp16, 65504
+        expected = model(pictures()).logits
+        if way == "from_pretrained":
+            model.save_pretrained(tmp_path)
+            output = HSVLTForImageClassification.from_pretrained(tmp_path, dtype=torch.float16)(pictures().half())
+        elif way == "half":
+            output = copy.deepcopy(model).half()(pictures().half())
+        else:
+            with torch.autocast("cpu", dtype=torch.float16):
+                output = model(pictures())
+    assert torch.isfinite(output.logits).all()
+    torch.testing.assert_close(output.logits.float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+def test_any_picture_size():
+    model = make_model()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 48, 80)).logits.shape == (1, N)
+
+
+def test_set_label_embeddings():
+    model = make_model()
+    embeddings = torch.randn(N, 12)
+    model.set_label_embeddings(embeddings, encoder="some-encoder", reading="mean", template="a {}")
+    assert torch.equal(model.hsvlt.label_embeddings, embeddings)
+    assert (model.config.label_text_encoder, model.config.label_reading) == ("some-encoder", "mean")
+    with pytest.raises(ValueError, match=r"shape \(5, 13\).*\(5, 12\)"):
+        model.set_label_embeddings(torch.randn(N, 13))
+    with pytest.raises(ValueError, match="not finite"):
+        model.set_label_embeddings(torch.full((N, 12), float("nan")))
+
+
+def test_random_label_embeddings_are_given_by_the_seed():
+    first, second, third = (make_model(label_seed=seed).hsvlt.label_embeddings for seed in (0, 0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_heads_must_divide_the_channels():
+    with pytest.raises(ValueError, match=r"num_attention_heads \(3\) must divide the 8 channels"):
+        make_model(num_attention_heads=3)
