@@ -1,0 +1,281 @@
+"""MlTr configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_mltr.MlTrConfig",
+    "AutoModel": "modeling_mltr.MlTrForImageClassification",
+    "AutoModelForImageClassification": "modeling_mltr.MlTrForImageClassification",
+}
+CUSTOM_PIPELINES = {
+    "multi-label-image-classification": {
+        "impl": "pipeline_multilabel.MultiLabelImageClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    }
+}
+SUBLAYERS = ("pixel", "cross", "mlp")
+CAT_BLOCK = ("pixel", "mlp", "cross", "mlp", "pixel", "mlp")
+
+# s, m, l: the simplest layout whose parameter counts at 80 labels are the published 33M, 62M and 108M. xl: a guess,
+# nothing but its resolution was published. cat_*: CAT (arXiv 2106.05786), the same group's code, exact. nano: this
+# package's own, for tests and small data, with the same 64 / 16 / 4 / 1 windows a stage as the published sizes.
+PRESETS = {
+    "nano": {
+        "image_size": 64,
+        "patch_size": 2,
+        "embed_dim": 32,
+        "depths": (1, 1, 2, 1),
+        "num_heads": (1, 2, 4, 8),
+        "window_size": 4,
+        "drop_path_rate": 0.0,
+    },
+    "s": {"embed_dim": 96, "depths": (2, 2, 9, 2), "num_heads": (3, 6, 12, 24)},
+    "m": {
+        "image_size": 384,
+        "embed_dim": 96,
+        "depths": (2, 2, 24, 2),
+        "num_heads": (3, 6, 12, 24),
+        "window_size": 12,
+        "drop_path_rate": 0.2,
+    },
+    "l": {
+        "image_size": 384,
+        "embed_dim": 128,
+        "depths": (2, 2, 24, 2),
+        "num_heads": (4, 8, 16, 32),
+        "window_size": 12,
+        "drop_path_rate": 0.3,
+    },
+    "xl": {
+        "image_size": 384,
+        "embed_dim": 192,
+        "depths": (2, 2, 24, 2),
+        "num_heads": (6, 12, 24, 48),
+        "window_size": 12,
+        "drop_path_rate": 0.3,
+    },
+    "cat_t": {
+        "embed_dim": 64,
+        "depths": (1, 1, 3, 1),
+        "num_heads": (2, 4, 8, 16),
+        "block_pattern": CAT_BLOCK,
+        "use_absolute_embeddings": True,
+    },
+    "cat_s": {
+        "embed_dim": 96,
+        "depths": (1, 1, 3, 1),
+        "num_heads": (3, 6, 12, 24),
+        "block_pattern": CAT_BLOCK,
+        "use_absolute_embeddings": True,
+        "drop_path_rate": 0.2,
+    },
+    "cat_b": {
+        "embed_dim": 96,
+        "depths": (1, 1, 6, 1),
+        "num_heads": (3, 6, 12, 24),
+        "block_pattern": CAT_BLOCK,
+        "use_absolute_embeddings": True,
+        "drop_path_rate": 0.3,
+    },
+}
+
+
+@strict
+class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of [`MlTrModel`], [`MlTrBackbone`] and [`MlTrForImageClassification`]: a four-stage transformer whose
+    blocks attend within windows of pixels and across windows (MlTr, arXiv 2106.06195).
+
+    **MlTr, reconstructed; layout inferred from the published parameter counts.** The authors released no code. The two
+    attentions are those of CAT (arXiv 2106.05786), to which the author points; how a block is put together and how many
+    blocks there are was chosen to give the published parameter counts. See [`MlTrConfig.preset`] for the sizes.
+
+    Args:
+        image_size (`int`, defaults to 224):
+            Side of the square picture that the checkpoint was trained on, in pixels. With `window_size` it fixes the
+            window of each stage; the model takes any picture size.
+        patch_size (`int`, defaults to 4):
+            Side of a patch of the stem, in pixels; the four stages have strides of 1, 2, 4 and 8 patches.
+        num_channels (`int`, defaults to 3):
+            Channels of the picture.
+        embed_dim (`int`, defaults to 96):
+            Channels of the first stage; each further stage has twice as many.
+        depths (`list[int]`, defaults to `(2, 2, 9, 2)`):
+            Blocks in each of the four stages.
+        num_heads (`list[int]`, defaults to `(3, 6, 12, 24)`):
+            Heads of the in-window pixel attention in each stage.
+        window_size (`int`, defaults to 7):
+            Side of a window, in pixels of the stage's map; smaller where the map at `image_size` is smaller.
+        mlp_ratio (`float`, defaults to 4.0):
+            Width of the MLP's hidden layer over its input.
+        qkv_bias (`bool`, defaults to `True`):
+            Whether query, key and value projections of both attentions have a bias.
+        hidden_act (`str`, defaults to `"gelu"`):
+            Activation of the MLP.
+        hidden_dropout_prob (`float`, defaults to 0.0):
+            Dropout after the embeddings, each attention and each MLP.
+        attention_probs_dropout_prob (`float`, defaults to 0.0):
+            Dropout on the pixel attention's probabilities.
+        cross_attention_probs_dropout_prob (`float`, defaults to 0.0):
+            Dropout on the cross-window attention's probabilities.
+        drop_path_rate (`float`, defaults to 0.1):
+            Stochastic depth of the last block, rising linearly from 0 at the first; the sublayers of a block share it.
+        use_absolute_embeddings (`bool`, defaults to `False`):
+            Whether a learned position embedding is added to the patches (CAT does; the reconstruction fits without).
+        use_relative_position_bias (`bool`, defaults to `True`):
+            Whether the pixel attention has a learned bias for each offset within the window.
+        block_pattern (`list[str]`, defaults to `("pixel", "cross", "mlp")`):
+            Sublayers of a block in order, each with its own norm and residual: `"pixel"` in-window pixel attention,
+            `"cross"` cross-window attention, `"mlp"`. CAT is `("pixel", "mlp", "cross", "mlp", "pixel", "mlp")`.
+        last_stage_block_pattern (`list[str]`, *optional*):
+            Sublayers of the last stage's blocks, where they differ.
+        skip_single_window_cross (`bool`, defaults to `False`):
+            Whether to leave out cross-window attention in stages that are a single window at `image_size`, where it is
+            a linear map of the window's pixels. CAT keeps it.
+        layer_norm_eps (`float`, defaults to 1e-5):
+            Epsilon of the layer norms.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the truncated normal that starts linear layers, position bias and position embedding.
+            None keeps torch's default for linear layers (and 0.02 for the two tables).
+        out_features (`list[str]`, *optional*):
+            Stages that [`MlTrBackbone`] returns, of `"stem"`, `"stage1"`, ... `"stage4"`; default: the last.
+        out_indices (`list[int]`, *optional*):
+            The same as indices.
+        loss_type (`str`, defaults to `"bce"`):
+            Training loss, a key of `losses_multilabel.MULTILABEL_LOSSES`.
+        loss_kwargs (`dict`, *optional*):
+            Arguments of that loss.
+        thresholds (`list[float]`, *optional*):
+            Score from which on each label counts as present; None until fitted on validation data.
+
+    Example:
+
+    ```python
+    >>> from modeling_hsvlt import MlTrConfig, MlTrForImageClassification
+
+    >>> config = MlTrConfig.preset("nano", num_labels=10)
+    >>> model = MlTrForImageClassification(config)
+    ```
+    """
+
+    model_type = "mltr"
+    attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012  (transformers reads a plain class attribute)
+
+    image_size: int = 224
+    patch_size: int = 4
+    num_channels: int = 3
+    embed_dim: int = 96
+    depths: list[int] | tuple[int, ...] = (2, 2, 9, 2)
+    num_heads: list[int] | tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    mlp_ratio: float | int = 4.0
+    qkv_bias: bool = True
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    cross_attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.1
+    use_absolute_embeddings: bool = False
+    use_relative_position_bias: bool = True
+    block_pattern: list[str] | tuple[str, ...] = ("pixel", "cross", "mlp")
+    last_stage_block_pattern: list[str] | tuple[str, ...] | None = None
+    skip_single_window_cross: bool = False
+    layer_norm_eps: float = 1e-5
+    initializer_range: float | None = 0.02
+    loss_type: str = "bce"
+    loss_kwargs: dict | None = None
+    thresholds: list[float] | tuple[float, ...] | None = None
+    problem_type: str | None = "multi_label_classification"
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "MlTrConfig":
+        """A size of the reconstruction (`"s"`, `"m"`, `"l"`, `"xl"`), of CAT (`"cat_t"`, `"cat_s"`, `"cat_b"`), or
+        `"nano"` for tests and small data.
+
+        Args:
+            name (`str`): the size.
+            overrides: any field of the configuration.
+
+        Raises:
+            ValueError: an unknown size.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {list(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
+        self.stage_names = ["stem", *(f"stage{index}" for index in range(1, 5))]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_sizes(self) -> list[int]:
+        """Channels of each stage."""
+        return [self.embed_dim * 2**stage for stage in range(4)]
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage, the width of what the classifier reads."""
+        return self.hidden_sizes[-1]
+
+    @property
+    def grid_sizes(self) -> list[int]:
+        """Side of each stage's map for a picture of `image_size`, in pixels of the map."""
+        grid = -(-self.image_size // self.patch_size)
+        return [-(-grid // 2**stage) for stage in range(4)]
+
+    @property
+    def window_sizes(self) -> list[int]:
+        """Side of the window of each stage; it fixes the shapes of the stage's weights."""
+        return [min(self.window_size, grid) for grid in self.grid_sizes]
+
+    @property
+    def stage_patterns(self) -> list[tuple[str, ...]]:
+        """Sublayers of a block of each stage."""
+        patterns = [tuple(self.block_pattern)] * 4
+        if self.last_stage_block_pattern is not None:
+            patterns[-1] = tuple(self.last_stage_block_pattern)
+        if self.skip_single_window_cross:
+            single = [grid <= window for grid, window in zip(self.grid_sizes, self.window_sizes, strict=True)]
+            patterns = [
+                tuple(kind for kind in pattern if kind != "cross") if is_single else pattern
+                for pattern, is_single in zip(patterns, single, strict=True)
+            ]
+        return patterns
+
+    def validate_architecture(self):
+        """Cross-field checks; called by transformers after construction and before saving.
+
+        Raises:
+            ValueError: naming the field and what it may be.
+        """
+        for field in ("image_size", "patch_size", "num_channels", "embed_dim", "window_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be a positive number, but it is {getattr(self, field)}.")
+        for field in ("depths", "num_heads"):
+            value = getattr(self, field)
+            if len(value) != 4 or any(number < 1 for number in value):
+                raise ValueError(f"{field} must be four positive numbers, one a stage, but it is {list(value)}.")
+        for stage, (channels, heads) in enumerate(zip(self.hidden_sizes, self.num_heads, strict=True), start=1):
+            if channels % heads:
+                raise ValueError(
+                    f"num_heads of stage {stage} is {heads}, which does not divide its {channels} channels."
+                )
+        for field in ("block_pattern", "last_stage_block_pattern"):
+            value = getattr(self, field)
+            if value is not None and (not value or any(kind not in SUBLAYERS for kind in value)):
+                raise ValueError(f"{field} must name sublayers out of {SUBLAYERS} in order, but it is {value}.")
+        if not all(self.stage_patterns):
+            raise ValueError("skip_single_window_cross leaves blocks of the last stage empty; set it to False.")
+
+
+__all__ = ["MlTrConfig"]
