@@ -1,0 +1,89 @@
+import pytest
+import yaml
+
+from training.config import TrainingConfig, parse_config
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_the_command_line_overrides_yaml_overrides_the_defaults(recipe):
+    path = recipe("epochs: 7\nbatch_size: 3\nmodel: {num_attention_heads: 2, classifier: shared}\n")
+    config = parse_config([path, "--batch_size", "5", "--model.num_attention_heads", "4", "--seed=9"])
+    assert (config.epochs, config.batch_size, config.seed) == (7, 5, 9)
+    assert config.model == {"num_attention_heads": 4, "classifier": "shared"}
+    assert config.image_size == TrainingConfig().image_size
+
+
+def test_values_are_read_as_their_type():
+    config = parse_config(
+        [
+            *("--learning_rate", "1e-5"),  # YAML 1.1 reads this as text
+            *("--weight_decay", "0"),
+            *("--max_grad_norm", "null"),
+            *("--mixed_precision", "no"),  # and this as false
+            *("--label_names", "[cat, dog]"),
+            *("--image_mean", "[0, 0.5, 1]"),
+            *("--image-std", "[1, 1, 1]"),
+            *("--output_dir", "7"),
+            "--compile",
+            *("--augmentation.mixup", "0.2"),
+            *("--model.backbone_config.depths", "[1, 1, 2, 1]"),
+            *("--model.backbone_config.patch_size", "2"),
+        ]
+    )
+    assert config.learning_rate == 1e-5
+    assert config.weight_decay == 0.0 and isinstance(config.weight_decay, float)
+    assert config.max_grad_norm is None and config.mixed_precision == "no" and config.compile is True
+    assert config.label_names == ["cat", "dog"] and config.image_mean == [0.0, 0.5, 1.0]
+    assert config.output_dir == "7" and config.augmentation == {"mixup": 0.2}
+    assert config.model == {"backbone_config": {"depths": [1, 1, 2, 1], "patch_size": 2}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", "1"], "Unknown option 'learning_rat' in the command line: did you mean 'learning_rate'"),
+        (["--backbone_lr", "1"], "did you mean 'backbone"),
+        (["--zzzz", "1"], "see training/config.py"),
+        (["--epochs", "many"], "epochs is 'many', but must be a value of type int"),
+        (["--epochs", "0"], "epochs is 0, but must be at least 1"),
+        (["--compile", "2"], "compile is 2, but must be a value of type bool"),
+        (["--seed", "true"], "seed is True, but must be a value of type int"),
+        (["--label_names", "cat"], "label_names is 'cat', but must be a value of type list"),
+        (["--scheduler", "step"], "scheduler is 'step': choose 'cosine' or 'plateau'"),
+        (["--dataset", "null"], "dataset is None"),
+        (["--seed", "1", "2"], "'2' follows no option"),
+        (["--resume", "--overwrite"], "contradict"),
+        (["--image_mean", "null"], "belong together"),
+        (["--init_from", "a", "--backbone", "b"], "already brings a trunk"),
+        (["--augmentation.mix_up", "1"], "did you mean 'mixup'"),
+    ],
+)
+def test_what_is_wrong_is_refused_in_a_sentence(arguments, message):
+    with pytest.raises(ValueError) as error:
+        parse_config(arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_key_in_yaml_is_refused_with_the_nearest(recipe):
+    path = recipe("epoch: 3\n")
+    with pytest.raises(ValueError, match=r"Unknown option 'epoch' in .*recipe.yaml: did you mean 'epochs'"):
+        parse_config([path])
+    with pytest.raises(ValueError, match="must hold"):
+        parse_config([recipe("- a\n")])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        parse_config(["nowhere.yaml"])
+
+
+def test_what_is_written_reads_back_equal(recipe):
+    config = parse_config(["--learning_rate", "3e-4", "--scenes.num_scenes.train", "5", "--push_to_hub", "me/model"])
+    assert parse_config([recipe(config.to_yaml())]) == config
+    assert yaml.safe_load(config.to_yaml())["scenes"] == {"num_scenes": {"train": 5}}

@@ -1,0 +1,199 @@
+"""Every option of a training run, with the reason for its default; read from YAML and the command line."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from .augment import check_augmentation_names
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    # --- the run
+    output_dir: str = "runs/hsvlt"  # config.yaml, log.jsonl, best/, last/ and results.json go here
+    overwrite: bool = False  # delete what output_dir holds; off, because it may be days of work
+    resume: bool = False  # continue from output_dir/last, exactly where it stopped
+    seed: int = 0  # of weights, order and augmentation; every batch has its own generator state derived from it
+    save_every_steps: int | None = None  # also save last/ inside an epoch; null: at the end of each epoch
+    log_every_steps: int = 10  # often enough for a curve, rare enough that the device need not wait
+    trackers: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, wandb, trackio, mlflow, ...
+    project_name: str = "hsvlt"  # what those trackers call the project
+
+    # --- data, see training/data.py
+    dataset: str = "scenes"  # Hub id, folder, or "scenes": the built-in data needs no download
+    dataset_revision: str | None = None  # commit or tag of a Hub dataset; pin it, data sets change
+    dataset_config: str | None = None  # the configuration of a Hub dataset that has several
+    label_names: list[str] | None = None  # class order; null: labels.txt, else what the dataset says
+    image_column: str = "image"  # the name that imagefolder gives
+    label_column: str = "labels"
+    label_format: Literal["auto", "names", "ids", "multi_hot"] = "auto"
+    scenes: dict = field(default_factory=dict)  # knobs of training.scenes.build_scenes, for dataset "scenes"
+    fresh_scenes: bool = True  # new training scenes every epoch: drawing is free, memorising 6,000 scenes is easy
+    check_pictures: bool = True  # decode every picture before the first step: one bad file ends an epoch otherwise
+    on_unreadable: Literal["error", "skip"] = "error"  # skip: train without the pictures that cannot be decoded
+    missing_pictures: Literal["error", "skip"] = "error"  # metadata rows whose file does not exist
+    unlisted_pictures: Literal["error", "skip"] = "error"  # files that no metadata row names
+    cache_images: bool = False  # keep resized pictures in memory: faster where decoding is slower than the model
+    num_workers: int = 4  # decoding processes (the official run's number); 0: decode in the training process
+
+    # --- pictures
+    image_size: int = 448  # side in px, as published; a multiple of the trunk's stride (32)
+    image_mean: list[float] | None = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's, which
+    image_std: list[float] | None = field(default_factory=lambda: [0.229, 0.224, 0.225])  # pretrained trunks expect;
+    # both null: pixels stay in [0, 1], as in the official HSVLT run
+    augmentation: dict | None = field(
+        default_factory=dict
+    )  # options of training.augment.build_augmentation; null: none
+    crop_margin: float = 0.125  # pictures reach the random crop this much larger, so that it need not enlarge them
+
+    # --- model
+    model_type: str = "hsvlt"  # a key of training.models.MODELS
+    preset: str | None = "small"  # the published size with a published number
+    model: dict = field(default_factory=dict)  # any field of the model's configuration
+    backbone: str | None = None  # pretrained trunk: folder or Hub id in transformers' format; null: random weights
+    backbone_revision: str | None = None  # required for a Hub id: a commit (config.yaml gets the commit of a branch)
+    label_encoder: str | None = None  # text encoder of the label names: folder or Hub id; null: random by seed
+    label_encoder_revision: str | None = None
+    label_reading: Literal["mean", "official"] = "mean"  # "official" is the released embedding script's, for parity
+    label_template: str = "a photo of a {}"  # CLIP's prompt; unused by the official reading
+    label_text: dict = field(default_factory=dict)  # what to encode in place of a name: {tvmonitor: tv monitor}
+    init_from: str | None = None  # start from all weights of this checkpoint of ours: folder or Hub id
+    init_from_revision: str | None = None
+    loss_type: str = "bce"  # as published; others: modeling_hsvlt/losses_multilabel.py
+    loss_kwargs: dict | None = None
+    gradient_checkpointing: bool = False  # recompute activations backwards: less memory, about a third more time
+    compile: bool = False  # torch.compile: faster after a minute or more of compiling
+
+    # --- optimisation, see training/optim.py
+    epochs: int = 20  # fine-tuning converges within these (the official COCO curve is flat from epoch 10 on)
+    max_steps: int | None = None  # stop after this many optimizer steps, for a quick try
+    batch_size: int = 16  # pictures a process and step
+    eval_batch_size: int | None = None  # null: batch_size
+    gradient_accumulation_steps: int = 1  # effective batch = processes * batch_size * this
+    learning_rate: float = 1e-4  # of what starts from random weights
+    backbone_lr_multiplier: float = 1.0  # 0.1 spares a pretrained trunk: that is 1e-5, the published rate
+    weight_decay: float = 1e-4  # as published
+    decay_all: bool = False  # true decays norms, biases and scales as well, as the official run did
+    scheduler: Literal["cosine", "plateau"] = "cosine"  # cosine needs no luck with patience; plateau is as published
+    warmup_epochs: float = 2.0  # as published
+    warmup_steps: int | None = None  # in place of warmup_epochs
+    plateau_factor: float = 0.1  # as published
+    plateau_patience: int = 1  # as published
+    max_grad_norm: float | None = 1.0  # one odd batch must not undo an epoch; null: no clipping
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: what `accelerate launch` was told
+    ema_decay: float | None = 0.9997  # the field's usual value; its ramp makes it harmless in short runs; null: off
+
+    # --- validation and the end
+    early_stopping_patience: int | None = None  # epochs without a better validation mAP before stopping
+    threshold_objective: str = "f1"  # what the per-label thresholds maximise on validation
+    evaluate_test: bool = False  # score the test split once, at the very end; it never chooses anything
+    push_to_hub: str | None = None  # repository id, "user/name"
+    hub_private: bool = True  # publishing is a decision of its own
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(TrainingConfig)
+        for key in dataclasses.fields(self):
+            setattr(self, key.name, _convert(key.name, getattr(self, key.name), hints[key.name]))
+        for key in ("batch_size", "gradient_accumulation_steps", "epochs", "image_size", "log_every_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}, but must be at least 1.")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite contradict each other: give one of them.")
+        if self.init_from and self.backbone:
+            raise ValueError("init_from already brings a trunk: leave backbone out, or init_from.")
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("image_mean and image_std belong together: give both, or null for both.")
+        if self.augmentation is not None:
+            check_augmentation_names(list(self.augmentation))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def parse_config(argv: list[str]) -> TrainingConfig:
+    """Read `CONFIG.yaml [--key value ...]`; what comes later wins.
+
+    A value is read as YAML (`--label_names "[cat, dog]"`, `--max_grad_norm null`). A key alone means true. A dot
+    reaches into a dictionary: `--model.num_attention_heads 4`, `--augmentation.mixup 0.2`.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a value of the wrong type, a value without a key.
+        FileNotFoundError: no such YAML file.
+    """
+    values: dict = {}
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("--"):
+        path = Path(arguments.pop(0))
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: the first argument is a YAML file of training options.")
+        values = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold `key: value` lines.")
+        _check_keys(values, str(path))
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith("--"):
+            raise ValueError(f"{argument!r} follows no option: write --key value.")
+        key, equals, text = argument[2:].partition("=")
+        if not equals:
+            text = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
+        key, _, inner = key.replace("-", "_").partition(".")
+        _check_keys([key], "the command line")
+        value = yaml.safe_load(text)
+        if inner:
+            for name in reversed(inner.split(".")):
+                value = {name: value}
+            value = _merge(values.get(key) or {}, value)
+        values[key] = value
+    return TrainingConfig(**values)
+
+
+def _check_keys(keys, where: str) -> None:
+    known = [entry.name for entry in dataclasses.fields(TrainingConfig)]
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "see training/config.py for all of them."
+            raise ValueError(f"Unknown option {key!r} in {where}: {hint}")
+
+
+def _merge(old: dict, new: dict) -> dict:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _convert(key: str, value, hint):
+    """`value` as the type that `hint` says; YAML reads 1e-5 as text and 1 as an integer."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value is False and "no" in options:  # YAML reads a bare `no` as false
+            value = "no"
+        if value not in options:
+            raise ValueError(f"{key} is {value!r}: choose {' or '.join(map(repr, options))}.")
+        return value
+    if origin is list and isinstance(value, list | tuple):
+        return [_convert(f"{key}[{index}]", item, options[0]) for index, item in enumerate(value)]
+    kind = origin or hint
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # a folder or revision whose name is a number
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{key} is {value!r}, but must be a value of type {kind.__name__}.")

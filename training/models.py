@@ -1,0 +1,157 @@
+"""The model of a run: new, on a pretrained trunk, or from a checkpoint; and its label embeddings."""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+import modeling_hsvlt  # noqa: F401  (registers the model types)
+from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
+
+from .config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedModel:
+    """Make the model that `config` describes, for these labels.
+
+    Where it names a Hub id with a branch or tag, the commit that this was is written back into `config`, so that
+    config.yaml says what was really used.
+
+    Arguments:
+        config: reads `model_type`, `preset`, `model`, `backbone`, `label_encoder`, `init_from` and their companions.
+        label_names: in class order.
+
+    Raises:
+        ValueError: an unknown model type, an option that this model does not have, a Hub id without a revision.
+    """
+    encoded = None
+    if config.label_encoder is not None:
+        check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
+        encoder, tokenizer = load_text_encoder(config.label_encoder, config.label_encoder_revision)
+        config.label_encoder_revision = _commit(encoder.config) or config.label_encoder_revision
+        encoded = encode_labels(
+            label_names,
+            encoder,
+            tokenizer,
+            reading=config.label_reading,
+            template=config.label_template,
+            label_text=config.label_text,
+        )
+
+    overrides = {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+        "image_size": config.image_size,
+        "loss_type": config.loss_type,
+        "loss_kwargs": config.loss_kwargs,
+        **config.model,
+    }
+    if config.init_from is not None:
+        model = _from_checkpoint(config, label_names, overrides)
+    else:
+        if encoded is not None:
+            overrides.setdefault("label_embedding_dim", encoded.shape[1])
+        model = _new_model(config, overrides)
+
+    if encoded is not None:
+        if not hasattr(model, "set_label_embeddings"):
+            raise ValueError(f"model_type {config.model_type!r} reads no label text: leave label_encoder out.")
+        official = config.label_reading == "official"
+        model.set_label_embeddings(
+            encoded,
+            encoder=config.label_encoder,
+            reading=config.label_reading,
+            template=None if official else config.label_template,
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def check_pinned(option: str, source: str, revision: str | None) -> None:
+    """Refuse a Hub id without a revision: a branch moves, and a run must be repeatable."""
+    if revision is None and not Path(source).is_dir():
+        raise ValueError(
+            f"{option} {source!r} is no folder, and as a Hub id it needs --{option}_revision: the commit that the "
+            "repository's page shows under 'Files and versions'."
+        )
+
+
+def _commit(loaded_config) -> str | None:
+    return getattr(loaded_config, "_commit_hash", None)  # set by transformers where it came from the Hub
+
+
+def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
+    ours = sorted(name for name, kind in CONFIG_MAPPING._extra_content.items() if hasattr(kind, "preset"))
+    if config.model_type not in ours:
+        raise ValueError(f"model_type is {config.model_type!r}: choose one of {', '.join(ours)}.")
+    config_class = CONFIG_MAPPING[config.model_type]
+    unknown = [name for name in config.model if not hasattr(config_class(), name)]
+    if unknown:
+        raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}: see its docstring for all fields.")
+    if config.preset is None:
+        model_config = config_class(**overrides)
+    else:
+        model_config = config_class.preset(config.preset, **overrides)
+    model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
+    if config.backbone is None:
+        return model_class(model_config)
+    if not hasattr(model_class, "from_backbone"):
+        raise ValueError(f"model_type {config.model_type!r} stands on no other backbone: leave backbone out.")
+    check_pinned("backbone", config.backbone, config.backbone_revision)
+    source_config = AutoConfig.from_pretrained(config.backbone, revision=config.backbone_revision)
+    config.backbone_revision = _commit(source_config) or config.backbone_revision
+    return model_class.from_backbone(config.backbone, revision=config.backbone_revision, config=model_config)
+
+
+def _from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: dict) -> PreTrainedModel:
+    """A model for `label_names` with the checkpoint's weights.
+
+    What belongs to a label (rows of the head, label embeddings) is carried over by the label's name; labels that the
+    checkpoint does not know start fresh.
+    """
+    check_pinned("init_from", config.init_from, config.init_from_revision)
+    source = AutoModelForImageClassification.from_pretrained(config.init_from, revision=config.init_from_revision)
+    config.init_from_revision = _commit(source.config) or config.init_from_revision
+    if not hasattr(type(source.config), "preset"):
+        raise ValueError(
+            f"{config.init_from} holds a {type(source).__name__}, not a model of this package: give it as backbone."
+        )
+    source_names = [source.config.id2label[index] for index in range(source.config.num_labels)]
+    if source_names == label_names and not config.model:
+        for name, value in {**overrides, "thresholds": None}.items():
+            setattr(source.config, name, value)
+        return source
+
+    model_config = type(source.config).from_dict({**source.config.to_dict(), **overrides, "thresholds": None})
+    model = type(source)(model_config)
+    common = [(row, source_names.index(name)) for row, name in enumerate(label_names) if name in source_names]
+    rows, source_rows = ([pair[side] for pair in common] for side in (0, 1))
+    logger.warning(
+        "%d of %d labels are known to %s; the others start fresh.", len(common), len(label_names), config.init_from
+    )
+    # A tensor belongs to labels in that dimension which grows with their number.
+    with torch.device("meta"):
+        labels = {"id2label": dict(enumerate([*label_names, ""])), "label2id": None}
+        wider = type(source)(type(model_config).from_dict({**model_config.to_dict(), **labels}))
+    wider_shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
+    source_tensors = source.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in source_tensors or source_tensors[name].ndim != tensor.ndim:
+            logger.warning("%s has no %s of this shape; it starts fresh.", config.init_from, name)
+            continue
+        grows = [dim for dim in range(tensor.ndim) if wider_shapes[name][dim] != tensor.shape[dim]]
+        value = source_tensors[name]
+        if grows:
+            index = torch.tensor(rows, dtype=torch.long)
+            value = tensor.index_copy(grows[0], index, value.index_select(grows[0], torch.tensor(source_rows).long()))
+        if value.shape != tensor.shape:
+            logger.warning("%s has no %s of this shape; it starts fresh.", config.init_from, name)
+            continue
+        tensor.copy_(value)
+    return model
