@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError
 from modeling_hsvlt.processing_multilabel import load_image
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
@@ -27,7 +28,7 @@ from modeling_hsvlt.losses_multilabel import validate_labels
 
 from .image_folder import SPLIT_ALIASES, read_image_folders, read_label_names
 from .scenes import DEFAULT_NUM_SCENES, SCENE_LABELS, SceneDataset, build_scenes
-from .sparse_labels import SparseLabels
+from .sparse_labels import SparseLabels, arrow_column, class_names, row_namer
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,10 @@ def load_multilabel_dataset(
     elif Path(source).exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} is no folder; give a folder, the id of a dataset on the Hub, or 'scenes'.")
     else:
-        loaded = load_dataset(str(source), name=config_name, revision=revision, cache_dir=cache_dir)
+        try:
+            loaded = load_dataset(str(source), name=config_name, revision=revision, cache_dir=cache_dir)
+        except (DatasetNotFoundError, ConnectionError) as error:
+            raise FileNotFoundError(f"{source} is neither a folder here nor a dataset within reach: {error}") from error
 
     loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     loaded = {SPLIT_ALIASES.get(name, name): split for name, split in loaded.items()}
@@ -120,14 +124,11 @@ def load_multilabel_dataset(
     for name in splits or loaded:
         images = loaded[name].select_columns([image_column]).cast_column(image_column, Image(decode=False))
         images = images if image_column == "image" else images.rename_column(image_column, "image")
-        uniform[name] = _with_labels(
-            images,
-            _arrow_column(loaded[name], label_column),
-            label_names,
-            class_names=_class_names(loaded[name], label_column),
-            label_format=label_format,
-            where=row_words.get(name) or _row_words(images, name),
+        where = row_words.get(name) or row_namer(images, f"split {name!r}, ")
+        labels = SparseLabels.from_dataset(
+            loaded[name], label_names, label_column=label_column, label_format=label_format, where=where
         )
+        uniform[name] = _with_labels(images, labels, arrow_column(loaded[name], label_column), label_names, where)
     return uniform, label_names
 
 
@@ -141,10 +142,9 @@ def _resolve_label_names(
             raise ValueError(f"The label names list {twice[0]!r} twice; keep one.")
         return list(given)
     train = splits.get("train") or next(iter(splits.values()))
-    names = _class_names(train, label_column)
-    if names is not None:
-        return list(names)
-    column = _arrow_column(train, label_column)
+    if (names := class_names(train, label_column)) is not None:
+        return names
+    column = arrow_column(train, label_column)
     values = pc.list_flatten(column) if pa.types.is_nested(column.type) else column
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise ValueError(
@@ -154,29 +154,10 @@ def _resolve_label_names(
     return sorted(values.unique().drop_null().to_pylist())
 
 
-def _class_names(split: Dataset, label_column: str) -> list[str] | None:
-    feature = split.features[label_column]
-    inner = getattr(feature, "feature", None)
-    return inner.names if isinstance(inner, ClassLabel) else None
-
-
-def _arrow_column(split: Dataset, column: str) -> pa.ChunkedArray:
-    return split.select_columns([column]).with_format("arrow")[:].column(column)
-
-
-def _row_words(images: Dataset, name: str | None = None) -> Callable[[int], str]:
-    """The words for a row in an error: split, row, and the picture's file name where it has one."""
-
-    def words(row: int) -> str:
-        path = images[row]["image"]["path"]
-        return (f"Split {name!r}, row {row}" if name else f"Row {row}") + (f" ({path})" if path else "")
-
-    return words
-
-
-def _with_labels(images: Dataset, column: pa.ChunkedArray, label_names: list[str], *, where, **reading) -> Dataset:
-    """`images` with a column `labels` (class ids, or multi-hot) that holds to the label contract."""
-    labels = SparseLabels.from_arrow(column, label_names, where=where, **reading)
+def _with_labels(
+    images: Dataset, labels: SparseLabels, column: pa.ChunkedArray, label_names: list[str], where: Callable[[int], str]
+) -> Dataset:
+    """`images` with a column `labels`: class ids, or multi-hot as in `column` where that can say more than ids."""
     unknown = labels.default != 0
     if unknown.any():
         logger.warning(
@@ -236,14 +217,12 @@ class MultiLabelDataset(torch.utils.data.Dataset):
         self.size = _enlarged_size(self.image_processor, margin) if margin else None
         if isinstance(split, Dataset):
             self.split = split.cast_column("image", Image(decode=False))
-            self.sparse_labels = SparseLabels.from_arrow(
-                _arrow_column(split, "labels"),
-                self.label_names,
-                class_names=_class_names(split, "labels"),
-                label_format=label_format,
-                where=_row_words(self.split),
+            self.sparse_labels = SparseLabels.from_dataset(
+                split, self.label_names, label_format=label_format, where=row_namer(self.split)
             )
         else:
+            if not set(SCENE_LABELS) <= set(label_names):
+                raise ValueError(f"Scenes are labelled {', '.join(SCENE_LABELS)}; take these as the label names.")
             self.split, self.sparse_labels = split, None
             self._label_index = {name: index for index, name in enumerate(self.label_names)}
         self._cache = None
@@ -277,7 +256,7 @@ class MultiLabelDataset(torch.utils.data.Dataset):
             source = _picture(self.split[index]["image"])
             return self._pixels(load_image(source if self.size is None else _reduced(source, 2 * max(self.size))))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{_row_words(self.split)(index)} cannot be read: {error}") from error
+            raise ValueError(f"{row_namer(self.split)(index)} cannot be read: {error}") from error
 
     def _pixels(self, image: PILImage.Image) -> torch.Tensor:
         if self.size is not None:
@@ -305,9 +284,12 @@ def _enlarged_size(image_processor, margin: float) -> tuple[int, int]:
     return round(width * (1 + margin)), round(height * (1 + margin))
 
 
-def _picture(image: dict):
-    """What `load_image` opens for an undecoded `datasets.Image`: the path, or the embedded bytes."""
-    return image["path"] if image["bytes"] is None else image["bytes"]
+def _picture(image: dict | None) -> str | bytes:
+    """What `load_image` opens for an undecoded `datasets.Image`: the embedded bytes, or the path."""
+    picture = image and (image["bytes"] or image["path"])
+    if not picture:
+        raise ValueError("the row has no picture.")
+    return picture
 
 
 def _reduced(source, side: int) -> PILImage.Image:
@@ -401,7 +383,7 @@ def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, s
         (row, file name, reason) of each picture that cannot be decoded: corrupt, truncated, too large, missing.
     """
 
-    def reason(image: dict) -> str | None:
+    def reason(image: dict | None) -> str | None:
         try:
             load_image(_picture(image))
         except (OSError, ValueError) as error:
@@ -420,7 +402,8 @@ def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, s
             for offset, problem in enumerate(pool.map(reason, pictures)):
                 progress.update()
                 if problem is not None:
-                    unreadable.append((start + offset, pictures[offset]["path"] or f"row {start + offset}", problem))
+                    name = (pictures[offset] or {}).get("path") or f"row {start + offset}"
+                    unreadable.append((start + offset, name, problem))
     return unreadable
 
 
@@ -459,8 +442,8 @@ def class_counts(dataset: MultiLabelDataset | Dataset, num_labels: int) -> np.nd
     """
     labels = getattr(dataset, "sparse_labels", None)
     if labels is None:
-        names = _class_names(dataset, "labels") or [str(index) for index in range(num_labels)]
-        labels = SparseLabels.from_arrow(_arrow_column(dataset, "labels"), names)
+        names = class_names(dataset, "labels") or [str(index) for index in range(num_labels)]
+        labels = SparseLabels.from_dataset(dataset, names)
     if labels.num_labels != num_labels:
         raise ValueError(
             f"The dataset has {labels.num_labels} labels, not {num_labels}; give both the same label names."

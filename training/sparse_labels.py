@@ -12,6 +12,7 @@ from difflib import get_close_matches
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
@@ -53,6 +54,14 @@ class SparseLabels:
         return np.bincount(self.ids[self.values >= 0.5], minlength=self.num_labels)
 
     @classmethod
+    def from_dataset(
+        cls, split: Dataset, label_names: Sequence[str], *, label_column: str = "labels", **reading
+    ) -> SparseLabels:
+        """Reads the label column of a split; `reading` and errors as in `from_arrow`."""
+        column = arrow_column(split, label_column)
+        return cls.from_arrow(column, label_names, class_names=class_names(split, label_column), **reading)
+
+    @classmethod
     def from_arrow(
         cls,
         column: pa.ChunkedArray,
@@ -68,7 +77,7 @@ class SparseLabels:
             column: Lists of strings (names), of integers (ids, or multi-hot of 0, 1, -100), of floats or booleans
                 (multi-hot). In a multi-hot list `null` and NaN are unknown. A `null` row is unknown throughout.
             label_names: The vocabulary; its order numbers the labels.
-            class_names: Names that the column's own ids stand for (a `ClassLabel` feature); `label_names` if None.
+            class_names: The names that the column's own ids stand for (a `ClassLabel` feature); `label_names` if None.
             label_format: "names", "ids", "multi_hot", or "auto": by the type, and for integers multi-hot when most
                 lists are as long as the vocabulary.
             where: Gives the words that name a row in an error.
@@ -83,8 +92,8 @@ class SparseLabels:
             lists = lists.cast(pa.large_list(pa.null()))
         if not pa.types.is_nested(lists.type) or not hasattr(lists.type, "value_type"):
             raise ValueError(
-                f"The labels are of type {lists.type}, but must be a list per picture: of names, of ids, or one number "
-                "per label (multi-hot)."
+                f"{where(0)}: the labels are of type {lists.type}, but must be a list per picture: of names, of ids, "
+                "or one number per label (multi-hot)."
             )
         lists = lists.cast(pa.large_list(lists.type.value_type))
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
@@ -122,6 +131,27 @@ class SparseLabels:
             ids, values = keys % stride, np.ones(len(keys), dtype=np.float32)
         default = np.where(null_row, np.float32(UNKNOWN_LABEL), np.float32(0))
         return cls(starts.astype(np.int64), ids, values, default, num_labels, label_format)
+
+
+def arrow_column(split: Dataset, column: str) -> pa.ChunkedArray:
+    """One column as it is stored, in the order of the rows."""
+    return split.select_columns([column]).with_format("arrow")[:].column(column)
+
+
+def class_names(split: Dataset, label_column: str) -> list[str] | None:
+    """The names that the ids of a list column stand for, or None where its feature has none."""
+    inner = getattr(split.features[label_column], "feature", None)
+    return list(inner.names) if isinstance(inner, ClassLabel) else None
+
+
+def row_namer(images: Dataset, prefix: str = "") -> Callable[[int], str]:
+    """A function that gives the words for a row in an error: its number, and its picture's file name if it has one."""
+
+    def words(row: int) -> str:
+        path = (images[row]["image"] or {}).get("path")
+        return f"{prefix}row {row}" + (f" ({path})" if path else "")
+
+    return words
 
 
 def _nulls(array: pa.Array) -> np.ndarray:

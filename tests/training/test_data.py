@@ -198,12 +198,12 @@ def test_bad_labels_are_refused_with_file_and_row(image_folder):
     (image_folder / "train/metadata.jsonl").write_text(rows.replace('["cat", "dog"]', '["cat", "dgo"]'))
     with pytest.raises(ValueError, match=r"metadata.jsonl, line 4 \(3.png\): label 'dgo' .*did you mean 'dog'"):
         load_multilabel_dataset(image_folder)
-    with pytest.raises(ValueError, match=r"Split 'train', row 2 \(2.png\): label id 7 is out of range; use 0 to 2"):
+    with pytest.raises(ValueError, match=r"split 'train', row 2 \(2.png\): label id 7 is out of range; use 0 to 2"):
         load_multilabel_dataset(embedded([[0], [], [1, 7], [], []], List(Value("int64"))), label_names=NAMES)
     bad = [[0, 1, 0], [0, 0, 0.5], [0, 1.1, 0], [1, 1, 1], [0, 0, 0]]
-    with pytest.raises(ValueError, match=r"Split 'train', row 2 \(2.png\): label 'cat' is 1.1, which is neither"):
+    with pytest.raises(ValueError, match=r"split 'train', row 2 \(2.png\): label 'cat' is 1.1, which is neither"):
         load_multilabel_dataset(embedded(bad, List(Value("float64"))), label_names=NAMES)
-    with pytest.raises(ValueError, match=r"Row 1 \(1.png\): label 'cow'"):
+    with pytest.raises(ValueError, match=r"row 1 \(1.png\): label 'cow'"):
         MultiLabelDataset(embedded([["cat"], ["cow"], [], [], []], List(Value("string"))), NAMES, squash(8))
 
 
@@ -329,7 +329,7 @@ def test_unreadable_pictures_can_be_skipped_and_are_told(damaged, caplog):
 
 @pytest.mark.parametrize("index", [1, 2, 4])
 def test_a_picture_that_breaks_later_is_named(damaged, index):
-    with pytest.raises(ValueError, match=rf"Row {index} \(.*{index}.png\) cannot be read: "):
+    with pytest.raises(ValueError, match=rf"row {index} \(.*{index}.png\) cannot be read: "):
         MultiLabelDataset(*damaged, squash(8))[index]
 
 
