@@ -1,8 +1,9 @@
 """Multi-label image classification for the Hugging Face Hub: HSVLT, MlTr and HP-DVAL."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_hsvlt import HSVLTConfig
+from .configuration_mltr import MlTrConfig
 from .losses_multilabel import (
     UNKNOWN_LABEL,
     asymmetric_loss,
@@ -11,19 +12,21 @@ from .losses_multilabel import (
     multilabel_loss,
 )
 from .modeling_hsvlt import HSVLTForImageClassification, HSVLTModel, HSVLTPreTrainedModel
-
+from .modeling_mltr import MlTrBackbone, MlTrForImageClassification, MlTrModel, MlTrPreTrainedModel
 
 __version__ = "0.1.0"
 
-# AutoModel gives the classifier: these are one-task checkpoints.
-AutoConfig.register("hsvlt", HSVLTConfig)
-AutoModel.register(HSVLTConfig, HSVLTForImageClassification)
-AutoModelForImageClassification.register(HSVLTConfig, HSVLTForImageClassification)
-
-# Saving a checkpoint then copies the code that it needs, for those who do not have this package.
-HSVLTConfig.register_for_auto_class()
-HSVLTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-HSVLTModel.register_for_auto_class("AutoModel")
+for config, model in ((HSVLTConfig, HSVLTForImageClassification), (MlTrConfig, MlTrForImageClassification)):
+    # AutoModel gives the classifier: these are one-task checkpoints.
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, model)
+    AutoModelForImageClassification.register(config, model)
+    # Saving a checkpoint then copies the code that it needs, for those who do not have this package.
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModelForImageClassification")
+AutoBackbone.register(MlTrConfig, MlTrBackbone)
+for base in (HSVLTModel, MlTrModel):
+    base.register_for_auto_class("AutoModel")
 
 __all__ = [
     "UNKNOWN_LABEL",
@@ -31,6 +34,11 @@ __all__ = [
     "HSVLTForImageClassification",
     "HSVLTModel",
     "HSVLTPreTrainedModel",
+    "MlTrBackbone",
+    "MlTrConfig",
+    "MlTrForImageClassification",
+    "MlTrModel",
+    "MlTrPreTrainedModel",
     "asymmetric_loss",
     "binary_cross_entropy_loss",
     "focal_loss",

@@ -1,0 +1,36 @@
+# Every target makes .venv when it is missing; `make clean` removes it.
+PYTHON ?= python3
+BIN := .venv/bin
+# accelerate gives a CPU process one thread unless told otherwise.
+THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
+RUN := runs/quickstart
+
+.PHONY: quickstart test test-fast lint format clean
+
+quickstart: .venv/installed
+	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
+	$(BIN)/python -m training.scenes $(RUN)/scenes --split test --num_scenes 12 --seed 7 --overwrite
+	$(BIN)/python training/try_checkpoint.py $(RUN)/best $(RUN)/scenes --output $(RUN)/predictions.png
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,bench]"
+	touch $@
