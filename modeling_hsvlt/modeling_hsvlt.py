@@ -244,6 +244,10 @@ class HSVLTAttention(nn.Module):
         context = torch.matmul(context, value_weight.transpose(1, 2))  # (B, h, N, d)
         return self.out_proj(context.transpose(1, 2).flatten(2)), weights
 
+    def train(self, mode: bool = True):
+        self._folded = None  # torch's fused optimizers change a weight without raising its version
+        return super().train(mode)
+
     def _fold(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(Wq Wk^T, Wv Wo)` as weights of linear layers, or None where they are not worth forming or not allowed."""
         if self.num_heads > 1 or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -332,11 +332,13 @@ class MultiLabelCollator:
         labels = torch.stack([sample["labels"] for sample in samples])
         validate_labels(labels, self.num_labels)
         pixels = torch.stack([sample["pixel_values"] for sample in samples])
-        return {
+        batch = {
             "pixel_values": pixels if self.processor is None else normalize_pixels(pixels, self.processor),
             "labels": labels,
-            "index": torch.tensor([sample["index"] for sample in samples]),
         }
+        if "index" in samples[0]:  # transformers' Trainer drops what the model's forward does not take
+            batch["index"] = torch.tensor([sample["index"] for sample in samples])
+        return batch
 
 
 def build_dataloader(
