@@ -1,0 +1,82 @@
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import modeling_hsvlt
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "modeling_hsvlt").glob("*.py"))
+# What whoever loads a checkpoint has: transformers and what it needs.
+ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.name != "__init__.py"], ids=lambda file: file.name)
+def test_a_checkpoint_can_carry_the_file(file):
+    """transformers follows `from .name import thing` and nothing else when it copies a model's code."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module and "." not in node.module, ast.unparse(node)
+            assert (file.parent / f"{node.module}.py").exists(), ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module.partition(".")[0] in ALLOWED, ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            assert all(name.name.partition(".")[0] in ALLOWED for name in node.names), ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # Its scanner reads docstrings as well.
+            assert not any(line.lstrip().startswith(("from .", "import .")) for line in node.value.splitlines())
+
+
+def test_public_names_exist_and_are_documented():
+    for name in modeling_hsvlt.__all__:
+        item = getattr(modeling_hsvlt, name)
+        if callable(item):
+            assert item.__doc__, f"{name} has no docstring"
+
+
+def test_version_is_the_distribution_s():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == modeling_hsvlt.__version__
+    constraints = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
+    extras = project["optional-dependencies"].values()
+    for requirement in [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]:
+        name = requirement.partition(">=")[0].lower().replace("_", "-")
+        assert f"\n{name}==" in constraints, f"{name} is missing from constraints.txt"
+
+
+@pytest.mark.slow
+def test_a_built_wheel_works_alone(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    source = tmp_path / "source"  # building leaves files beside the sources
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "modeling_hsvlt"):
+        os.symlink(ROOT / name, source / name)
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    wheel = next(tmp_path.glob("hsvlt-*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name for name in names if ".dist-info/" not in name}
+    assert packed == {f"modeling_hsvlt/{file.name}" for file in FILES}
+    assert any(name.endswith("LICENSE") for name in names)
+
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel],
+        check=True,
+    )
+    script = (
+        "import modeling_hsvlt, torch\n"
+        "from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification\n"
+        "print(modeling_hsvlt.__file__)\n"
+        "model = HSVLTForImageClassification(HSVLTConfig.preset('nano', num_labels=3)).eval()\n"
+        "print(tuple(model(torch.rand(1, 3, 64, 64)).logits.shape))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    output = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert str(tmp_path / "site") in output and "(1, 3)" in output
