@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 import modeling_hsvlt  # noqa: F401  (registers the model types)
 from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
+from modeling_hsvlt.losses_multilabel import multilabel_loss
 
 from .config import TrainingConfig
 
@@ -27,8 +28,15 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
         label_names: in class order.
 
     Raises:
-        ValueError: an unknown model type, an option that this model does not have, a Hub id without a revision.
+        ValueError: an unknown model type or loss, an option that they do not have, a Hub id without a revision.
     """
+    try:
+        nothing = torch.zeros(1, len(label_names))
+        multilabel_loss(nothing, nothing, config.loss_type, config.loss_kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"loss_kwargs {config.loss_kwargs} do not fit loss_type {config.loss_type!r}: {error}."
+        ) from None
     encoded = None
     if config.label_encoder is not None:
         check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)

@@ -1,0 +1,394 @@
+"""The command itself, on a model a few channels wide and a few dozen built-in scenes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+
+import training.train
+from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+from training.config import TrainingConfig, parse_config
+from training.data import MultiLabelCollator, MultiLabelDataset, build_dataloader, load_multilabel_dataset
+from training.run import build_processor
+from training.scenes import SCENE_LABELS
+from training.train import main
+
+ROOT = Path(__file__).parents[2]
+NANO = {
+    "backbone_config": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
+    "label_embedding_dim": 8,
+}
+SCENES = {"num_scenes": {"train": 48, "validation": 24, "test": 24}, "image_size": 32, "max_objects": 2, "max_size": 20}
+TINY = {
+    "preset": "nano",
+    "image_size": 32,
+    "model": NANO,
+    "scenes": SCENES,
+    "augmentation": {"horizontal_flip": 0, "crop_scale": [0.9, 1.0]},
+    "num_workers": 0,
+    "batch_size": 8,
+    "epochs": 2,
+    "learning_rate": 3e-3,
+    "warmup_epochs": 0.5,
+    "log_every_steps": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps process-wide state; each command would have a process of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main([recipe, "--output_dir", str(folder), "--evaluate_test"]) == 0
+    return folder
+
+
+def log_of(folder, *, timeless=True):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not (timeless and "second" in key)} for line in lines]
+
+
+def tensors_of(folder):
+    return load_file(folder / "last" / "training_state" / "tensors.safetensors")
+
+
+def score(folder, split="validation"):
+    """Scores and labels of a split, through the checkpoint as a stranger would load it."""
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    splits, names = load_multilabel_dataset("scenes", scenes=SCENES)
+    loader = build_dataloader(MultiLabelDataset(splits[split], names, processor), batch_size=7, processor=processor)
+    with torch.no_grad():
+        pairs = [(model(batch["pixel_values"]).logits, batch["labels"]) for batch in loader]
+    return *(torch.cat(part).double().numpy() for part in zip(*pairs, strict=True)), model
+
+
+def test_the_loss_falls_and_everything_is_logged(finished):
+    log = log_of(finished, timeless=False)
+    steps = [line for line in log if "train/loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    losses = [line["train/loss"] for line in steps]
+    assert np.mean(losses[-3:]) < 0.98 * np.mean(losses[:3])
+    assert all(line["train/grad_norm"] > 0 and line["train/pictures_per_second"] > 0 for line in steps)
+    rates = [line["train/learning_rate"] for line in steps]
+    warmup = [3e-3 * step / 3 for step in range(3)]
+    cosine = [3e-3 * 0.5 * (1 + np.cos(np.pi * step / 9)) for step in range(9)]
+    assert rates == pytest.approx(warmup + cosine)
+    epochs = [line for line in log if "validation/mAP" in line]
+    assert [(line["step"], line["epoch"]) for line in epochs] == [(6, 1), (12, 2)]
+
+
+def test_the_run_folder_is_whole_and_its_config_reads_back(finished, recipe):
+    assert {path.name for path in finished.iterdir()} == {"best", "last", "config.yaml", "log.jsonl", "results.json"}
+    expected = parse_config([recipe, "--output_dir", str(finished), "--evaluate_test"])
+    assert parse_config([str(finished / "config.yaml")]) == expected
+    assert {"config.json", "model.safetensors", "modeling_hsvlt.py", "processing_multilabel.py"} <= {
+        path.name for path in (finished / "best").iterdir()
+    }
+
+
+def test_best_reloads_to_the_logged_validation_map(finished):
+    logits, labels, model = score(finished / "best")
+    logged = [line["validation/mAP"] for line in log_of(finished) if "validation/mAP" in line]
+    results = json.loads((finished / "results.json").read_text())
+    assert results["best_epoch"] == int(np.argmax(logged)) + 1
+    assert results["validation"]["mAP"] == max(logged)
+    seen = labels.any(axis=0)
+    assert average_precision_score(labels[:, seen], logits[:, seen]) == pytest.approx(max(logged), abs=1e-9)
+    assert list(model.config.id2label.values()) == list(SCENE_LABELS)
+
+
+def test_best_has_thresholds_that_beat_one_half_on_validation(finished):
+    logits, labels, model = score(finished / "best")
+    scores = 1 / (1 + np.exp(-logits))
+    thresholds = np.array(model.config.thresholds)
+    assert thresholds.shape == (10,) and ((thresholds >= 0) & (thresholds <= 1)).all()
+
+    def f1(threshold):
+        predicted, present = scores >= threshold, labels == 1
+        return np.mean(2 * (predicted & present).sum(0) / np.maximum((predicted.sum(0) + present.sum(0)), 1))
+
+    assert f1(thresholds) > f1(0.5)
+    results = json.loads((finished / "results.json").read_text())
+    assert list(results["thresholds"].values()) == pytest.approx(thresholds.tolist())
+
+
+def test_last_holds_the_weight_average_and_the_weights(finished):
+    tensors, plain = tensors_of(finished), load_file(finished / "last" / "model.safetensors")
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, tensors[f"ema.module.{name}"])
+    assert any(not torch.equal(tensors[f"model.{name}"], tensor) for name, tensor in plain.items())
+
+
+def test_the_test_split_is_scored_once_at_the_end(finished):
+    logits, labels, _ = score(finished / "best", "test")
+    seen = labels.any(axis=0)
+    expected = average_precision_score(labels[:, seen], logits[:, seen])
+    assert json.loads((finished / "results.json").read_text())["test"]["mAP"] == pytest.approx(expected, abs=1e-9)
+    assert not any("test" in key for line in log_of(finished) for key in line)
+
+
+def interrupt(monkeypatch, at_batch):
+    """Ctrl-C in the middle of batch `at_batch` (counted over the whole run)."""
+    batches = iter(range(10_000))
+    plain = training.train.normalize_pixels
+
+    def normalize_pixels(*arguments):
+        if next(batches) == at_batch:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(training.train, "normalize_pixels", normalize_pixels)
+
+
+RESUME = [
+    *("--gradient_accumulation_steps", "2"),
+    *("--batch_size", "5"),
+    *("--save_every_steps", "2"),
+    *("--augmentation.mixup", "0.3"),
+    *("--augmentation.rand_augment", "true"),
+]
+
+
+@pytest.mark.parametrize("options", [[], ["--scheduler", "plateau", "--ema_decay", "null", "--fresh_scenes", "false"]])
+@pytest.mark.parametrize("at_batch", [7, 11, 18])  # inside epoch 1, at the start of epoch 2, inside it
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    recipe, tmp_path, tmp_path_factory, monkeypatch, capsys, at_batch, options
+):
+    whole = tmp_path_factory.getbasetemp() / f"whole{len(options)}"
+    if not whole.exists():
+        assert main([recipe, "--output_dir", str(whole), *RESUME, *options]) == 0
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, at_batch)
+        assert main([recipe, "--output_dir", str(folder), *RESUME, *options]) == 130
+    saved = {7: 2, 11: 5, 18: 8}[at_batch]
+    assert f"keeps step {saved} in last/" in capsys.readouterr().err
+    torch.manual_seed(at_batch)  # whatever state the new process starts in
+    assert main([str(folder / "config.yaml"), "--resume"]) == 0
+    expected, got = tensors_of(whole), tensors_of(folder)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    best = [load_file(run / "best" / "model.safetensors") for run in (whole, folder)]
+    assert all(torch.equal(tensor, best[1][name]) for name, tensor in best[0].items())
+    assert log_of(whole) == log_of(folder)
+    assert (whole / "results.json").read_text() == (folder / "results.json").read_text()
+
+
+def test_resume_refuses_another_run(finished, tmp_path, capsys):
+    config = str(finished / "config.yaml")
+    assert main([config, "--resume", "--epochs", "5"]) == 2
+    assert "total_steps 12, not 30" in capsys.readouterr().err
+    assert main([config, "--resume", "--label_names", json.dumps(list(reversed(SCENE_LABELS)))]) == 2
+    assert "label_names" in capsys.readouterr().err
+    assert main([config, "--resume", "--output_dir", str(tmp_path / "nothing")]) == 2
+    assert "start without --resume" in capsys.readouterr().err
+
+
+def test_a_used_folder_is_refused_unless_told(finished, recipe, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("weeks of work")
+    short = [recipe, "--output_dir", str(folder), "--max_steps", "1", "--warmup_epochs", "0"]
+    assert main(short) == 2
+    error = capsys.readouterr().err
+    assert "--resume" in error and "--overwrite" in error and (folder / "notes.txt").exists()
+    assert main([*short, "--overwrite"]) == 0
+    assert not (folder / "notes.txt").exists() and (folder / "best").exists()
+
+
+def test_interrupted_before_the_first_save(recipe, tmp_path, monkeypatch, capsys):
+    interrupt(monkeypatch, 1)
+    assert main([recipe, "--output_dir", str(tmp_path / "run")]) == 130
+    assert "nothing to continue from" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(recipe, tmp_path, monkeypatch, capsys):
+    batches = iter(range(100))
+    plain = training.train.normalize_pixels
+    monkeypatch.setattr(
+        training.train, "normalize_pixels", lambda *inputs: plain(*inputs) / (0.0 if next(batches) == 7 else 1.0)
+    )
+    folder = tmp_path / "run"
+    assert main([recipe, "--output_dir", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert "not finite at step 8 (epoch 2, rows [" in error and "learning_rate" in error
+    tensors = tensors_of(folder)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert json.loads((folder / "last/training_state/state.json").read_text())["progress"]["step"] == 6
+
+
+def test_early_stopping_waits_for_validation(recipe, tmp_path):
+    options = ["--learning_rate", "0", "--epochs", "9", "--early_stopping_patience", "2"]
+    assert main([recipe, "--output_dir", str(tmp_path / "run"), *options]) == 0
+    epochs = [line["epoch"] for line in log_of(tmp_path / "run") if "validation/mAP" in line]
+    assert epochs == [1, 2, 3], "nothing improved after epoch 1, so two more epochs are run"
+
+
+def test_finished_training_is_pushed_when_asked(recipe, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        training.train, "push_checkpoint", lambda folder, repo, private: pushed.append((folder, repo, private))
+    )
+    folder = tmp_path / "run"
+    options = ["--max_steps", "1", "--warmup_epochs", "0", "--push_to_hub", "me/model"]
+    assert main([recipe, "--output_dir", str(folder), *options]) == 0
+    assert pushed == [(folder / "best", "me/model", True)]
+    assert json.loads((folder / "best" / "config.json").read_text())["thresholds"] is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epoch", "3"], "did you mean 'epochs'"),
+        (["--model.num_heads", "3"], "HSVLTConfig has no field 'num_heads'"),
+        (["--loss_type", "bse"], "bse"),
+        (["--trackers", "[nothing]"], "nothing"),
+        (["--dataset", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(recipe, tmp_path, capsys, options, message):
+    folder = tmp_path / "run"
+    assert main([recipe, "--output_dir", str(folder), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert not folder.exists()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """An imagefolder of 12 + 6 pictures, coloured by label."""
+    folder = tmp_path / "pictures"
+    for split, count in (("train", 12), ("validation", 6)):
+        (folder / split).mkdir(parents=True)
+        rows = []
+        for number in range(count):
+            Image.new("RGB", (40, 30), (250 * (number % 2), 200, 30)).save(folder / split / f"{number}.png")
+            rows.append({"file_name": f"{number}.png", "labels": ["red"] * (number % 2) + ["green"]})
+        (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_folder_of_pictures_trains(recipe, pictures, tmp_path):
+    options = ["--dataset", str(pictures), "--cache_images", "--batch_size", "4"]
+    assert main([recipe, "--output_dir", str(tmp_path / "run"), *options]) == 0
+    config = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
+    assert config["id2label"] == {"0": "green", "1": "red"} and len(config["thresholds"]) == 2
+
+
+def test_a_missing_split_is_refused(recipe, pictures, tmp_path, capsys):
+    (pictures / "validation").rename(tmp_path / "elsewhere")
+    assert main([recipe, "--output_dir", str(tmp_path / "run"), "--dataset", str(pictures)]) == 2
+    assert "no split 'validation'" in capsys.readouterr().err
+
+
+def test_a_corrupt_picture_is_named_before_the_first_step_and_can_be_skipped(recipe, pictures, tmp_path, capsys):
+    (pictures / "train" / "3.png").write_bytes((pictures / "train" / "3.png").read_bytes()[:60])
+    options = ["--output_dir", str(tmp_path / "run"), "--dataset", str(pictures), "--batch_size", "4"]
+    assert main([recipe, *options]) == 2
+    error = capsys.readouterr().err
+    assert "3.png" in error and "skip" in error and not (tmp_path / "run").exists()
+    assert main([recipe, *options, "--on_unreadable", "skip"]) == 0
+    assert "11 pictures to train on, 6 to validate" in capsys.readouterr().out
+
+
+def test_transformers_trainer_trains_the_model(tmp_path):
+    config = TrainingConfig(image_size=32)
+    splits, names = load_multilabel_dataset("scenes", scenes=SCENES)
+    processor = build_processor(config, names)
+    model = HSVLTForImageClassification(HSVLTConfig.preset("nano", num_labels=10, image_size=32, **NANO))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=8,
+            num_train_epochs=3,
+            learning_rate=5e-3,
+            logging_steps=1,
+            eval_strategy="epoch",
+            label_names=["labels"],  # Trainer would take label_embeddings and label_ids for labels as well
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=MultiLabelDataset(splits["train"], names, processor),
+        eval_dataset=MultiLabelDataset(splits["validation"], names, processor),
+        data_collator=MultiLabelCollator(10, processor),
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 18 and np.mean(losses[-3:]) < 0.95 * np.mean(losses[:3])
+    prediction = trainer.predict(trainer.eval_dataset)
+    assert prediction.predictions.shape == (24, 10) and prediction.metrics["test_loss"] > 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_reads(path):
+    parse_config([str(path)])
+
+
+def launch(command, **environment):
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_the_command(recipe, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+    result = launch([*command, "-m", "training.train", recipe, "--output_dir", str(tmp_path / "run"), "--epochs", "1"])
+    assert result.returncode == 0, result.stderr
+    assert "steps of 8 pictures on 1 x cpu" in result.stdout and (tmp_path / "run" / "best").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(recipe, tmp_path):
+    # 46 validation pictures do not divide by two processes and batches of 4: the metrics must still see each once.
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "training.train", recipe]
+    folder = tmp_path / "run"
+    options = ["--batch_size", "4", "--scenes.num_scenes.validation", "23", "--fresh_scenes", "false"]
+    result = launch([*command, "--output_dir", str(folder), *options], ACCELERATE_USE_CPU="true")
+    assert result.returncode == 0, result.stderr
+    assert "12 steps of 8 pictures on 2 x cpu" in result.stdout
+    logged = [line["validation/mAP"] for line in log_of(folder) if "validation/mAP" in line]
+    assert len(logged) == 2, "one process logs"
+    accelerator = Accelerator(cpu=True)
+    splits, names = load_multilabel_dataset("scenes", scenes={**SCENES, "num_scenes": {"train": 1, "validation": 23}})
+    processor = AutoImageProcessor.from_pretrained(folder / "best")
+    dataset = MultiLabelDataset(splits["validation"], names, processor)
+    loader = accelerator.prepare(build_dataloader(dataset, batch_size=8, processor=processor))
+    model = AutoModelForImageClassification.from_pretrained(folder / "best")
+    scores, labels = training.train.predict(model, loader, accelerator)
+    assert scores.shape == (23, 10)
+    assert training.train.multilabel_report(scores, labels)["mAP"] == pytest.approx(max(logged), abs=1e-6)

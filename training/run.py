@@ -1,0 +1,276 @@
+"""Everything that a training run needs, built and checked before its first step: `setup` turns options into a `Run`."""
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from modeling_hsvlt import MultiLabelImageProcessor, MultiLabelProcessor
+
+from .augment import BatchAugmentation, build_augmentation
+from .checkpoint import load_training_state, read_progress, recover
+from .config import TrainingConfig
+from .data import MultiLabelDataset, build_dataloader, find_unreadable, load_multilabel_dataset, without_unreadable
+from .models import build_model
+from .optim import WarmupPlateau, build_ema, build_optimizer, build_scheduler
+from .scenes import SceneDataset
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What `setup` builds and `fit` trains. `model` is wrapped for the device or devices, `plain_model` is not."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    folder: Path
+    processor: MultiLabelProcessor
+    train_data: MultiLabelDataset
+    loaders: dict[str, DataLoader]  # "train", "validation" and, where asked for, "test"
+    augmentation: BatchAugmentation | None
+    plain_model: torch.nn.Module
+    model: torch.nn.Module
+    ema: AveragedModel | None
+    optimizer: AcceleratedOptimizer
+    scheduler: LambdaLR | WarmupPlateau
+    total_steps: int
+    progress: dict  # counters and scores; saved with every checkpoint
+
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        """The weights that are validated and kept: the average where there is one."""
+        return self.plain_model if self.ema is None else self.ema.module
+
+
+def setup(config: TrainingConfig) -> Run:
+    """Check whatever can be checked, and build everything, before the first step.
+
+    Raises:
+        ValueError, OSError: in one sentence, what was wrong and what to do.
+    """
+    folder = Path(config.output_dir)
+    log = JsonLinesTracker(folder / "log.jsonl")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=[log, *config.trackers],
+        project_dir=folder,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+    )
+    missing = set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:
+        raise ValueError(f"The tracker {min(missing)!r} is not installed: install it, or leave it out of trackers.")
+    if accelerator.is_main_process:
+        recover(folder / "best")
+        recover(folder / "last")
+    accelerator.wait_for_everyone()
+    if config.resume:
+        read_progress(folder / "last")  # refuses now if there is nothing to resume from
+    elif folder.exists() and any(folder.iterdir()) and not config.overwrite:
+        raise FileExistsError(
+            f"{folder} is not empty: continue that run with --resume, delete it with --overwrite, or choose another "
+            "--output_dir."
+        )
+
+    splits, label_names = load_splits(config, accelerator)
+    processor = build_processor(config, label_names)
+    crops = config.augmentation is not None and config.augmentation.get("crop_scale", True)
+    data = {}
+    for name, split in splits.items():
+        margin = config.crop_margin if name == "train" and crops else 0.0
+        cache = "memory" if config.cache_images and isinstance(split, Dataset) else None
+        data[name] = MultiLabelDataset(
+            split, label_names, processor, margin=margin, cache_images=cache, num_workers=config.num_workers
+        )
+    loaders = {
+        name: build_dataloader(
+            dataset,
+            batch_size=config.batch_size if name == "train" else config.eval_batch_size or config.batch_size,
+            shuffle=name == "train",
+            seed=config.seed,
+            num_workers=0 if config.cache_images else config.num_workers,
+            processor=None if name == "train" else processor,
+        )
+        for name, dataset in data.items()
+    }
+
+    set_seed(config.seed)
+    plain_model = build_model(config, label_names).to(accelerator.device)
+    ema = build_ema(plain_model, config.ema_decay) if config.ema_decay is not None else None
+    if config.compile:
+        plain_model.compile()
+    optimizer = build_optimizer(
+        plain_model,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        backbone_lr_multiplier=config.backbone_lr_multiplier,
+        decay_all=config.decay_all,
+    )
+    model, optimizer, *prepared = accelerator.prepare(plain_model, optimizer, *loaders.values())
+    loaders = dict(zip(loaders, prepared, strict=True))
+
+    steps_per_epoch = math.ceil(len(loaders["train"]) / config.gradient_accumulation_steps)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps // 2)
+    scheduler = build_scheduler(
+        optimizer.optimizer,
+        schedule=config.scheduler,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        plateau_factor=config.plateau_factor,
+        plateau_patience=config.plateau_patience,
+    )
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        processor=processor,
+        train_data=data["train"],
+        loaders=loaders,
+        augmentation=None
+        if config.augmentation is None
+        else build_augmentation(config.image_size, **config.augmentation),
+        plain_model=plain_model,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        total_steps=total_steps,
+        progress={
+            "epoch": 0,  # finished epochs
+            "batch": 0,  # batches of the next epoch that are done
+            "step": 0,  # optimizer steps
+            "best_mAP": None,
+            "best_epoch": None,
+            "dataset": config.dataset,
+            "label_names": label_names,
+            "total_steps": total_steps,
+        },
+    )
+    if config.resume:
+        restore(run)
+        log.forget_after(run.progress["step"])
+    elif accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        kept = replace(config, resume=False, overwrite=False)  # for `train.py RUN/config.yaml --resume`
+        (folder / "config.yaml").write_text(kept.to_yaml())
+    accelerator.init_trackers(config.project_name, config={key: str(value) for key, value in vars(config).items()})
+    accelerator.print(
+        f"{len(data['train']):,} pictures to train on, {len(data['validation']):,} to validate, "
+        f"{len(label_names)} labels; {plain_model.num_parameters():,} parameters; {total_steps:,} steps of "
+        f"{config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes} pictures on "
+        f"{accelerator.num_processes} x {accelerator.device.type}."
+    )
+    return run
+
+
+def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict, list[str]]:
+    """The train and validation split (and test, where asked for) with only pictures that can be read."""
+    names = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
+    with accelerator.main_process_first():  # the others then find the cache
+        splits, label_names = load_multilabel_dataset(
+            config.dataset,
+            revision=config.dataset_revision,
+            config_name=config.dataset_config,
+            splits=names,
+            label_names=config.label_names,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            label_format=config.label_format,
+            unlisted_pictures=config.unlisted_pictures,
+            missing_pictures=config.missing_pictures,
+            scenes=config.scenes,
+        )
+    splits = dict(splits)
+    if config.dataset == "scenes":
+        if config.fresh_scenes:
+            knobs = {name: value for name, value in config.scenes.items() if name != "num_scenes"}
+            splits["train"] = SceneDataset(len(splits["train"]), **knobs)
+    elif config.check_pictures:
+        for name, split in splits.items():
+            count, rank = accelerator.num_processes, accelerator.process_index
+            mine = find_unreadable(split.shard(count, rank, contiguous=False), config.num_workers)
+            unreadable = gather_object([(row * count + rank, file, reason) for row, file, reason in mine])
+            splits[name] = without_unreadable(split, sorted(unreadable), config.on_unreadable)
+    return splits, label_names
+
+
+def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabelProcessor:
+    """Squash to the training size, scale to [0, 1] and normalise: what the checkpoint will ask of every picture."""
+    image_processor = MultiLabelImageProcessor(
+        size={"height": config.image_size, "width": config.image_size},
+        do_normalize=config.image_mean is not None,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+    )
+    return MultiLabelProcessor(image_processor, id2label=dict(enumerate(label_names)))
+
+
+def restore(run: Run) -> None:
+    """Continue from last/, exactly: weights, average, optimizer, schedule, place in the epoch, scores.
+
+    Raises:
+        ValueError: it was another run: other labels, data or number of steps.
+    """
+    saved = read_progress(run.folder / "last")
+    for key in ("label_names", "dataset", "total_steps"):
+        if saved[key] != run.progress[key]:
+            raise ValueError(
+                f"{run.folder} was trained with {key} {saved[key]!r}, not {run.progress[key]!r}: resume with the "
+                "options in its config.yaml, or start a new run from its weights with --init_from."
+            )
+    run.progress = load_training_state(
+        run.folder / "last",
+        model=run.plain_model,
+        optimizer=run.optimizer.optimizer,
+        scheduler=run.scheduler,
+        ema=run.ema,
+        scaler=run.accelerator.scaler,
+    )
+
+
+class JsonLinesTracker(GeneralTracker):
+    """One JSON object a line: `step`, and whatever was logged at it."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    @on_main_process
+    def store_init_configuration(self, values: dict) -> None:
+        """The configuration is in config.yaml."""
+
+    @on_main_process
+    def log(self, values: dict, step: int | None = None, **kwargs) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    @on_main_process
+    def forget_after(self, step: int) -> None:
+        """Drop what an interrupted run logged after the step that is resumed from."""
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
