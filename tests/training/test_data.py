@@ -82,6 +82,7 @@ def test_an_image_folder_gives_names_in_class_order_and_checked_labels(image_fol
     }
     assert np.array_equal(dense(splits["train"]), MULTI_HOT)
     assert np.array_equal(dense(splits["validation"]), MULTI_HOT[:3])
+    assert load_multilabel_dataset(image_folder, label_names=NAMES[::-1])[1] == NAMES[::-1]
     (image_folder / "labels.txt").unlink()
     assert load_multilabel_dataset(image_folder)[1] == ["cat", "dog", "tv monitor"]
 
@@ -314,6 +315,15 @@ def test_unreadable_pictures_are_found_before_the_first_step(damaged, num_worker
     with pytest.raises(ValueError, match=r"3 of 5 pictures cannot be read \(.*1.png.*2.png.*4.png") as refusal:
         without_unreadable(split, found)
     assert "on_unreadable='skip'" in str(refusal.value)
+
+
+def test_unreadable_rows_are_numbered_in_the_whole_split():
+    pictures = [encoded(0)] * 300
+    pictures[270], pictures[290] = {"bytes": b"not a picture", "path": None}, None
+    split = Dataset.from_dict({"image": pictures}, features=Features({"image": Image(decode=False)}))
+    found = find_unreadable(split, num_workers=2)
+    assert [(row, name) for row, name, _ in found] == [(270, "row 270"), (290, "row 290")]
+    assert found[1][2] == "the row has no picture."
 
 
 def test_unreadable_pictures_can_be_skipped_and_are_told(damaged, caplog):
