@@ -31,7 +31,7 @@ from .losses_multilabel import UNKNOWN_LABEL, multilabel_loss, validate_labels
 
 logger = logging.get_logger(__name__)
 
-# Head width above which matrix products and a softmax beat scaled_dot_product_attention (whose flash kernels end here).
+# Widest head of the flash kernels behind scaled_dot_product_attention.
 MAX_FUSED_HEAD_DIM = 256
 
 
@@ -199,8 +199,10 @@ class HSVLTAttention(nn.Module):
         """
         absorb = self._absorbs(label_states.shape[1], *pixels.shape[1:])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        # Other kernels do not return their weights, and beyond this width none is faster: the scores are few.
-        if output_attentions or (pixels.shape[-1] if absorb else self.head_dim) > MAX_FUSED_HEAD_DIM:
+        # Fused kernels return no weights. They end at a width of 256 on GPUs, and with the few scores of labels they
+        # are no faster on CPUs: there, two matrix products and a softmax it is.
+        unfused = pixels.device.type == "cpu" or pixels.shape[-1] > MAX_FUSED_HEAD_DIM
+        if output_attentions or (absorb and unfused):
             attend = eager_attention_forward
         if absorb:
             return self._absorbed(attend, label_states, pixels)
@@ -488,6 +490,8 @@ class HSVLTCandidateScorer(nn.Module):
 
 
 class HSVLTPreTrainedModel(PreTrainedModel):
+    """What HSVLT's models share: initialisation, attention choice, what stays in fp32."""
+
     config: HSVLTConfig
     base_model_prefix = "hsvlt"
     main_input_name = "pixel_values"
