@@ -81,7 +81,7 @@ class TrainingConfig:
     weight_decay: float = 1e-4  # as published
     decay_all: bool = False  # true decays norms, biases and scales as well, as the official run did
     scheduler: Literal["cosine", "plateau"] = "cosine"  # cosine needs no luck with patience; plateau is as published
-    warmup_epochs: float = 2.0  # as published
+    warmup_epochs: float = 2.0  # as published; cut to half of a short run
     warmup_steps: int | None = None  # in place of warmup_epochs
     plateau_factor: float = 0.1  # as published
     plateau_patience: int = 1  # as published

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -93,6 +94,8 @@ def setup(config: TrainingConfig) -> Run:
         data[name] = MultiLabelDataset(
             split, label_names, processor, margin=margin, cache_images=cache, num_workers=config.num_workers
         )
+        if name != "train":
+            _check_measurable(name, data[name].sparse_labels.values)
     loaders = {
         name: build_dataloader(
             dataset,
@@ -178,6 +181,16 @@ def setup(config: TrainingConfig) -> Run:
         f"{accelerator.num_processes} x {accelerator.device.type}."
     )
     return run
+
+
+def _check_measurable(split: str, values: np.ndarray) -> None:
+    """Refuse now what the metrics would refuse after the first epoch; `values` are the entries that are not 0."""
+    if not (values == 1).any():
+        raise ValueError(f"No picture of the {split} split shows a label: check its labels, or take another split.")
+    if ((values > 0) & (values < 1)).any():
+        raise ValueError(
+            f"The {split} split has labels between 0 and 1, which only training can use: make them 0 or 1."
+        )
 
 
 def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict, list[str]]:

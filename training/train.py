@@ -95,7 +95,7 @@ def fit(run: Run) -> None:
                     "train/pictures_per_second": pictures * accelerator.num_processes / seconds,
                 }
                 accelerator.log(values, step=progress["step"])
-                bar.set_postfix(loss=f"{values['train/loss']:.4f}", mAP=progress["best_mAP"])
+                bar.set_postfix(loss=f"{values['train/loss']:.4f}", best_mAP=progress["best_mAP"])
                 pictures, start = 0, time.perf_counter()
             loss_sum = 0.0
             if progress["step"] == run.total_steps:
@@ -106,6 +106,8 @@ def fit(run: Run) -> None:
         validate(run)
         save_last(run)
     bar.close()
+    if progress["step"] < run.total_steps:
+        accelerator.print(f"Stopped early: no better validation mAP since epoch {progress['best_epoch']}.")
 
 
 def _stops_early(run: Run) -> bool:

@@ -86,14 +86,7 @@ def test_init_from_carries_labels_over_by_name(tmp_path, names, classifier):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *["a", "photo", "of", "cat", "dog", "tv", "monitor", "person"],
-    ]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", "tv", "monitor", "person"]
     (folder / "vocab.txt").write_text("\n".join(words))
     tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(words)})
     torch.manual_seed(0)

@@ -308,6 +308,17 @@ def test_a_missing_split_is_refused(recipe, pictures, tmp_path, capsys):
     assert "no split 'validation'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("labels", "message"), [([0.0, 0.0], "shows a label"), ([0.3, 1.0], "between 0 and 1")])
+def test_a_validation_split_that_cannot_be_measured_is_refused(recipe, pictures, tmp_path, capsys, labels, message):
+    (pictures / "labels.txt").write_text("green\nred\n")
+    table = pictures / "validation" / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    table.write_text("\n".join(json.dumps({**row, "labels": labels}) for row in rows))
+    assert main([recipe, "--output_dir", str(tmp_path / "run"), "--dataset", str(pictures)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "validation" in error
+
+
 def test_a_corrupt_picture_is_named_before_the_first_step_and_can_be_skipped(recipe, pictures, tmp_path, capsys):
     (pictures / "train" / "3.png").write_bytes((pictures / "train" / "3.png").read_bytes()[:60])
     options = ["--output_dir", str(tmp_path / "run"), "--dataset", str(pictures), "--batch_size", "4"]
