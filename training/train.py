@@ -31,7 +31,7 @@ from .evaluate import predict
 from .metrics.functional import multilabel_report
 from .optim import WarmupPlateau
 from .run import Run, setup
-from .thresholds import fit_thresholds
+from .thresholds import fit_thresholds, store_thresholds, threshold_info
 
 
 def fit(run: Run) -> None:
@@ -181,18 +181,20 @@ def finish(run: Run) -> dict:
     config, accelerator, folder = run.config, run.accelerator, run.folder / "best"
     model = type(run.plain_model).from_pretrained(folder).to(accelerator.device)
     scores, labels, validation = evaluate(run, model, "validation")
-    thresholds = [float(value) for value in fit_thresholds(scores, labels, objective=config.threshold_objective)]
-    model.config.thresholds = run.processor.thresholds = thresholds
+    how = {"objective": config.threshold_objective, "target": config.threshold_target}
+    fitted = fit_thresholds(scores, labels, **how, label_names=run.train_data.label_names)
+    store_thresholds(model, fitted, threshold_info(labels, **how, dataset=config.dataset, split="validation"))
+    run.processor.thresholds = model.config.thresholds
     results = {
         "best_epoch": run.progress["best_epoch"],
         "steps": run.progress["step"],
         "validation": validation,
-        "validation_at_thresholds": multilabel_report(scores, labels, threshold=np.array(thresholds)),
-        "thresholds": dict(zip(model.config.id2label.values(), thresholds, strict=True)),
+        "validation_at_thresholds": multilabel_report(scores, labels, fitted),
+        "thresholds": dict(zip(run.train_data.label_names, model.config.thresholds, strict=True)),
     }
     if config.evaluate_test:
         scores, labels, results["test"] = evaluate(run, model, "test")
-        results["test_at_thresholds"] = multilabel_report(scores, labels, threshold=np.array(thresholds))
+        results["test_at_thresholds"] = multilabel_report(scores, labels, fitted)
     if accelerator.is_main_process:
         with atomic_folder(folder) as new:
             save_checkpoint(new, model, run.processor)
