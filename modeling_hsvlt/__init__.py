@@ -1,6 +1,14 @@
 """Multi-label image classification for the Hugging Face Hub: HSVLT, MlTr and HP-DVAL."""
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoProcessor,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_hsvlt import HSVLTConfig
 from .configuration_mltr import MlTrConfig
@@ -13,6 +21,8 @@ from .losses_multilabel import (
 )
 from .modeling_hsvlt import HSVLTForImageClassification, HSVLTModel, HSVLTPreTrainedModel
 from .modeling_mltr import MlTrBackbone, MlTrForImageClassification, MlTrModel, MlTrPreTrainedModel
+from .pipeline_multilabel import MultiLabelImageClassificationPipeline
+from .processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor, load_image
 
 __version__ = "0.1.0"
 
@@ -21,12 +31,19 @@ for config, model in ((HSVLTConfig, HSVLTForImageClassification), (MlTrConfig, M
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, model)
     AutoModelForImageClassification.register(config, model)
+    AutoImageProcessor.register(config, image_processor_classes={"pil": MultiLabelImageProcessor})
+    AutoProcessor.register(config, MultiLabelProcessor)
     # Saving a checkpoint then copies the code that it needs, for those who do not have this package.
     config.register_for_auto_class()
     model.register_for_auto_class("AutoModelForImageClassification")
 AutoBackbone.register(MlTrConfig, MlTrBackbone)
 for base in (HSVLTModel, MlTrModel):
     base.register_for_auto_class("AutoModel")
+PIPELINE_REGISTRY.register_pipeline(
+    "multi-label-image-classification",
+    pipeline_class=MultiLabelImageClassificationPipeline,
+    pt_model=AutoModelForImageClassification,
+)
 
 __all__ = [
     "UNKNOWN_LABEL",
@@ -39,8 +56,12 @@ __all__ = [
     "MlTrForImageClassification",
     "MlTrModel",
     "MlTrPreTrainedModel",
+    "MultiLabelImageClassificationPipeline",
+    "MultiLabelImageProcessor",
+    "MultiLabelProcessor",
     "asymmetric_loss",
     "binary_cross_entropy_loss",
     "focal_loss",
+    "load_image",
     "multilabel_loss",
 ]

@@ -27,7 +27,7 @@ from .configuration_hsvlt import BLOCK_TRUNKS, HSVLTConfig
 from .losses_multilabel import UNKNOWN_LABEL, multilabel_loss, validate_labels
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
-# pending: from .pipeline_multilabel
+from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
 

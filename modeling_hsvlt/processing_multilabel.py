@@ -1,0 +1,439 @@
+"""Pictures to `pixel_values`, and logits to labels.
+
+A checkpoint carries this file, so it imports nothing of this package: transformers, torch, NumPy and Pillow are enough.
+"""
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+
+import numpy as np
+import torch
+from huggingface_hub.utils import httpx
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from transformers import PreTrainedConfig
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin
+
+# Where Pillow itself begins to warn of a decompression bomb: a quarter of a gibibyte of RGB. Pillow refuses only twice
+# as much, which a 20 KB file can reach in every worker of a data loader at once.
+MAX_PIXELS = 89_478_485
+RESIZE_MODES = ("squash", "pad")
+
+
+def load_image(
+    source,
+    *,
+    max_pixels: int | None = MAX_PIXELS,
+    size_hint: int | None = None,
+    timeout: float | None = 10.0,
+) -> Image.Image:
+    """Decodes a picture to RGB as people see it.
+
+    The EXIF orientation is applied (and ignored where the EXIF data are broken), transparency is laid on white, CMYK is
+    converted without its colour profile, and an animation gives its first frame. Grey and colour of more than 8 bits
+    are scaled by the range they use: the bits that a TIFF declares, else the fewest of 8, 10, 12, 14 and 16 bits that
+    hold the brightest pixel (16-bit files mostly carry 10 to 14 bits of a sensor); floats up to 1 by 1; and what is
+    negative or beyond 16 bits by the picture's own minimum and maximum.
+
+    Args:
+        source: A path, a URL (`http://`, `https://`, `data:image/`), a base64 string, the bytes of a file, an open
+            binary file, an undecoded `datasets.Image` (`{"bytes": ..., "path": ...}`), a `PIL.Image.Image`, or a NumPy
+            array or tensor of shape (height, width), (height, width, channels) or (channels, height, width) with 1, 3
+            or 4 channels.
+        max_pixels: The largest width * height to decode; None leaves Pillow's own limit alone.
+        size_hint: Side in px that the picture is going to be resized to. A JPEG whose two sides stay at least twice
+            that long is then decoded at 1/2, 1/4 or 1/8 of its size: several times faster for a photograph of 12
+            megapixels, at the price of slightly different pixels.
+        timeout: Seconds that a URL may take to answer.
+
+    Returns:
+        An RGB picture; `source` itself if it is one that needs no change.
+
+    Raises:
+        ValueError: the picture cannot be had, is too large, truncated or in no known format; the message names it.
+    """
+    name = _describe(source)
+    if isinstance(source, np.ndarray) or torch.is_tensor(source):
+        return _from_array(source, name)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, name, max_pixels, size_hint)
+    stream = _open_source(source, name, timeout)
+    with _naming_failures(name):
+        image = Image.open(stream)
+    with image:
+        return _to_rgb(image, name, max_pixels, size_hint)
+
+
+def _describe(source) -> str:
+    """How messages call a picture."""
+    if isinstance(source, Mapping):
+        return _describe(source.get("path") or source.get("bytes"))
+    if isinstance(source, Image.Image) or hasattr(source, "read"):
+        source = getattr(source, "filename", None) or getattr(source, "name", None) or f"a {type(source).__name__}"
+    if isinstance(source, (bytes, bytearray)):
+        return f"a picture of {len(source)} bytes"
+    if isinstance(source, np.ndarray) or torch.is_tensor(source):
+        return f"an array of shape {tuple(source.shape)}"
+    text = str(source)
+    return text if len(text) <= 200 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _open_source(source, name: str, timeout: float | None):
+    """A path or binary stream that Pillow can open."""
+    if isinstance(source, Mapping):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, (bytes, bytearray)):
+        return BytesIO(source)
+    if hasattr(source, "read"):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            f"{name} ({type(source).__name__}) is no picture; give a path, URL, bytes, file, image, array or tensor."
+        )
+    text = os.fspath(source)
+    if text.startswith(("http://", "https://")):
+        try:
+            response = httpx.get(text, timeout=timeout, follow_redirects=True).raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ValueError(f"{name} cannot be downloaded: {error}. Check the address, or raise timeout.") from error
+        return BytesIO(response.content)
+    if os.path.isfile(text):
+        return text
+    if os.path.exists(text):
+        raise ValueError(f"{name} is a folder; give the picture files in it.")
+    try:
+        data = text.split(",", 1)[1] if text.startswith("data:image/") else text
+        return BytesIO(base64.b64decode(data, validate=True))
+    except (binascii.Error, IndexError, ValueError) as error:
+        raise ValueError(f"{name} does not exist; check the path.") from error
+
+
+@contextmanager
+def _naming_failures(name: str):
+    """Turns whatever Pillow's plugins raise, which is nearly every exception, into a ValueError that names the file."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is in no picture format that Pillow reads; convert it or leave it out.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels.") from error
+    except Exception as error:
+        raise ValueError(f"{name} cannot be decoded ({error}); replace the file or leave it out.") from error
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int | None, size_hint: int | None) -> Image.Image:
+    width, height = image.size
+    if not width or not height:
+        raise ValueError(f"{name} has no pixels ({width} x {height}); leave it out.")
+    if max_pixels is not None and width * height > max_pixels:
+        raise ValueError(
+            f"{name} has {width} x {height} pixels, more than the limit of {max_pixels}; shrink it or raise max_pixels."
+        )
+    if image.format == "EPS":
+        # Pillow would hand the file, which is a program, to Ghostscript.
+        raise ValueError(f"{name} is an EPS drawing; convert it to PNG or leave it out.")
+    with _naming_failures(name):
+        if size_hint is not None:
+            image.draft(None, (2 * size_hint, 2 * size_hint))
+        image.load()
+        if _orientation(image) in range(2, 9):
+            image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            # TIFF's BitsPerSample (tag 258); Pillow fills the lower bits and drops the number.
+            bits = image.tag_v2.get(258, (None,))[0] if hasattr(image, "tag_v2") else None
+            image = Image.fromarray(_to_uint8(np.asarray(image), bits))
+        if image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, "white")
+            canvas.alpha_composite(image.convert("RGBA"))
+            image = canvas
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # A picture with broken EXIF data is still a picture.
+        return 1
+
+
+def _from_array(array, name: str) -> Image.Image:
+    if torch.is_tensor(array):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    if array.ndim not in (2, 3) or not array.size:
+        raise ValueError(f"{name} is no picture; its shape must be (height, width) or have 1, 3 or 4 channels besides.")
+    if array.ndim == 3:
+        try:
+            first = infer_channel_dimension_format(array, num_channels=(1, 3, 4)) == ChannelDimension.FIRST
+        except ValueError as error:
+            raise ValueError(f"{name} is no picture; it needs 1, 3 or 4 channels, first or last.") from error
+        array = np.moveaxis(array, 0, -1) if first else array
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    if array.dtype != bool and array.min() < 0:
+        raise ValueError(f"{name} has negative pixels, so it seems normalised; give pixels in [0, 255] or [0, 1].")
+    with _naming_failures(name):
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))), name, None, None)
+
+
+def _to_uint8(pixels: np.ndarray, bits: int | None = None) -> np.ndarray:
+    """Pixels of any number type to uint8, by the rule that `load_image` states."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * 255
+    low, high = 0.0, float(pixels.max())
+    if not np.isfinite(pixels).all():
+        raise ValueError("it has pixels that are NaN or infinite")
+    if pixels.min() < 0 or high > 65535:
+        low = float(pixels.min())
+    elif np.issubdtype(pixels.dtype, np.floating) and high <= 1:
+        high = 1.0
+    elif bits is not None and bits <= 16:
+        high = 2.0**bits - 1
+    else:
+        high = next(2.0**depth - 1 for depth in (8, 10, 12, 14, 16) if high < 2**depth)
+    return np.rint((pixels.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+class MultiLabelImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    resize_mode (`str`, *optional*, defaults to `self.resize_mode`):
+        `"squash"` stretches the picture to `size`; `"pad"` keeps its aspect ratio and fills the rest evenly on both
+        sides with the mean colour (letterbox).
+    """
+
+    resize_mode: str | None
+
+
+class MultiLabelImageProcessor(PilBackend):
+    r"""
+    Pictures to `pixel_values`, without torchvision: resized by Pillow (the very pixels of the stock Pillow processors,
+    in about half the time: nothing is copied between Pillow and NumPy on the way), then scaled and normalised.
+
+    Whatever [`load_image`] reads is accepted, one or a list. Defaults: squashed to 448 x 448 bicubically, ImageNet's
+    mean and standard deviation.
+
+    Args:
+        size (`dict`, defaults to `{"height": 448, "width": 448}`):
+            The size after resizing; `{"shortest_edge": s}`, with `do_center_crop` and `crop_size`, for the usual
+            resize-and-crop of ImageNet models.
+        resize_mode (`str`, defaults to `"squash"`):
+            `"squash"` or `"pad"`, see [`MultiLabelImageProcessorKwargs`].
+        resample (`int`, defaults to `PILImageResampling.BICUBIC`):
+            Pillow's filter.
+        kwargs:
+            The rest of `ImagesKwargs`: `do_resize`, `do_center_crop`, `crop_size`, `do_rescale`, `rescale_factor`,
+            `do_normalize`, `image_mean`, `image_std`. Without rescaling and normalising the pixels stay uint8.
+    """
+
+    valid_kwargs = MultiLabelImageProcessorKwargs
+    size = {"height": 448, "width": 448}  # noqa: RUF012
+    resize_mode = "squash"
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    do_convert_rgb = do_resize = do_rescale = do_normalize = True
+
+    def fetch_images(self, images):
+        """Decodes what is not an array yet with [`load_image`], keeping lists as they are."""
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        return images if isinstance(images, np.ndarray) or torch.is_tensor(images) else load_image(images)
+
+    def process_image(self, image, input_data_format: str | ChannelDimension | None = None, **kwargs) -> Image.Image:
+        """One picture as RGB. Arrays keep their `input_data_format`, if one is given."""
+        if input_data_format == ChannelDimension.FIRST and image.ndim == 3:
+            image = np.moveaxis(np.asarray(image), 0, -1)
+        return load_image(image)
+
+    def resize(
+        self, image: Image.Image, size, resample=None, resize_mode: str = "squash", fill: tuple[int, ...] = (0, 0, 0)
+    ) -> Image.Image:
+        """Resizes to `size`, by `resize_mode` where that gives both sides; `fill` is the padding's colour."""
+        if size.height and size.width:
+            if resize_mode == "pad":
+                return ImageOps.pad(image, (size.width, size.height), method=resample, color=fill)
+            return image.resize((size.width, size.height), resample)
+        if not size.shortest_edge:
+            raise ValueError(f"size must have height and width, or shortest_edge, but it is {dict(size)}.")
+        shape = get_size_with_aspect_ratio((image.height, image.width), size.shortest_edge, size.longest_edge)
+        return image.resize(shape[::-1], resample)
+
+    def _standardize_kwargs(self, resize_mode: str | None = None, **kwargs) -> dict:
+        kwargs = super()._standardize_kwargs(**kwargs)
+        if resize_mode not in (None, *RESIZE_MODES):
+            raise ValueError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}, but it is {resize_mode!r}.")
+        if resize_mode == "pad" and kwargs["size"] is not None and not kwargs["size"].height:
+            raise ValueError('resize_mode="pad" needs a size with height and width.')
+        if kwargs.get("do_pad"):
+            raise ValueError('do_pad is not supported; resize_mode="pad" pads to size.')
+        return kwargs | {"resize_mode": resize_mode}
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        do_resize: bool,
+        size,
+        resample,
+        resize_mode: str | None,
+        do_center_crop: bool,
+        crop_size,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        return_tensors: str | None,
+        **kwargs,
+    ) -> BatchFeature:
+        mean, std = (np.broadcast_to(np.float32(statistic), 3) for statistic in (image_mean, image_std))
+        # The mean colour, so that padding is 0 once normalised.
+        fill = tuple(np.rint(mean / rescale_factor).clip(0, 255).astype(int).tolist())
+        mean, std = (torch.tensor(statistic).view(3, 1, 1) for statistic in (mean, std))
+        pixel_values = []
+        for image in images:
+            if do_resize:
+                image = self.resize(image, size, resample, resize_mode, fill)
+            if do_center_crop:
+                left, top = (image.width - crop_size.width) // 2, (image.height - crop_size.height) // 2
+                image = image.crop((left, top, left + crop_size.width, top + crop_size.height))
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, height, width) uint8
+            if do_rescale or do_normalize:
+                pixels = pixels.float()
+            if do_rescale:
+                pixels *= rescale_factor
+            if do_normalize:
+                pixels.sub_(mean).div_(std)
+            pixel_values.append(pixels)
+        if return_tensors == "pt":
+            if len({pixels.shape for pixels in pixel_values}) > 1:
+                raise ValueError("Pictures of different sizes make no batch: give size a height and width, or crop.")
+            return BatchFeature({"pixel_values": torch.stack(pixel_values)})
+        return BatchFeature({"pixel_values": [pixels.numpy() for pixels in pixel_values]}, tensor_type=return_tensors)
+
+
+class MultiLabelProcessor(ProcessorMixin):
+    r"""
+    A checkpoint's picture and label side: `processor(images=..., return_tensors="pt")` before the model,
+    [`~MultiLabelProcessor.post_process_multi_label_classification`] after it.
+
+    Args:
+        image_processor ([`MultiLabelImageProcessor`] or another image processor of transformers):
+            Makes `pixel_values`.
+        id2label (`dict[int, str]`, *optional*):
+            Label names.
+        thresholds (`list[float]`, *optional*):
+            The score at and above which each label counts as present, one per label.
+
+    `from_pretrained` takes the label names and thresholds from the folder's `config.json` if that has label names, so
+    that the two files cannot disagree.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        id2label: Mapping[int, str] | None = None,
+        thresholds: Sequence[float] | None = None,
+    ):
+        self.id2label = None if id2label is None else {int(index): str(name) for index, name in id2label.items()}
+        self.thresholds = None if thresholds is None else [float(threshold) for threshold in thresholds]
+        super().__init__(image_processor)
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "id2label" in config:
+            processor_dict |= {"id2label": config["id2label"], "thresholds": config.get("thresholds")}
+        return processor_dict, kwargs
+
+    def post_process_multi_label_classification(
+        self, outputs, threshold: float | str | None = None, top_k: int | None = None
+    ) -> list[list[dict]]:
+        """The labels of each picture.
+
+        Args:
+            outputs: The model's output, or its logits of shape (batch, num_labels).
+            threshold: None gives every label, a number those that score at least that, `"auto"` those that score at
+                least their own fitted threshold.
+            top_k: At most so many labels a picture; None gives all of them.
+
+        Returns:
+            For each picture, `{"label": name, "score": sigmoid of the logit}` from the highest score to the lowest.
+            Labels whose logit is NaN were not evaluated and are left out.
+
+        Raises:
+            ValueError: no label names, or a number of labels other than the logits'; `"auto"` without fitted
+                thresholds; a threshold outside [0, 1].
+        """
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
+        return post_process_multi_label_classification(logits, self.id2label, self.thresholds, threshold, top_k)
+
+
+def post_process_multi_label_classification(
+    logits, id2label: Mapping[int, str] | None, thresholds=None, threshold: float | str | None = None, top_k=None
+) -> list[list[dict]]:
+    """[`MultiLabelProcessor.post_process_multi_label_classification`] for label names and thresholds kept elsewhere."""
+    logits = torch.as_tensor(logits).detach().float()  # (batch, num_labels)
+    if not id2label:
+        raise ValueError("The processor has no label names: give id2label, or load it from a folder with config.json.")
+    if logits.ndim != 2 or logits.shape[1] != len(id2label):
+        raise ValueError(f"logits must be of shape (batch, {len(id2label)}), but they are {tuple(logits.shape)}.")
+    cuts = resolve_threshold(threshold, thresholds, len(id2label))
+    scores = logits.sigmoid()
+    chosen = ~scores.isnan()
+    if cuts is not None:
+        chosen &= scores >= torch.tensor(cuts, device=scores.device)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    results = []
+    for row_scores, row_chosen, row_order in zip(scores.cpu(), chosen.cpu(), order.cpu(), strict=True):
+        labels = row_order[row_chosen[row_order]][:top_k]
+        results.append(
+            [
+                {"label": id2label[index], "score": score}
+                for index, score in zip(labels.tolist(), row_scores[labels].tolist(), strict=True)
+            ]
+        )
+    return results
+
+
+def resolve_threshold(threshold: float | str | None, thresholds, num_labels: int):
+    """What scores are compared with: None (nothing), one number, or one number per label.
+
+    Raises:
+        ValueError: as `post_process_multi_label_classification`.
+    """
+    if threshold is None:
+        return None
+    if threshold == "auto":
+        if thresholds is None:
+            raise ValueError(
+                'threshold="auto" needs fitted thresholds and this checkpoint has none; fit them on a validation '
+                "split, or give threshold a number."
+            )
+        if len(thresholds) != num_labels:
+            raise ValueError(f"There are {len(thresholds)} thresholds for {num_labels} labels; fit them again.")
+        return list(thresholds)
+    if isinstance(threshold, (str, bool)) or not 0 <= threshold <= 1:
+        raise ValueError(f'threshold must be None, a number in [0, 1] or "auto", but it is {threshold!r}.')
+    return float(threshold)
+
+
+# Registered here and not by the package, so that a class that only a checkpoint's code reached saves its code as well.
+MultiLabelImageProcessor.register_for_auto_class("AutoImageProcessor")
+MultiLabelProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["MultiLabelImageProcessor", "MultiLabelProcessor", "load_image"]
