@@ -47,6 +47,8 @@ class TrainingConfig:
     image_mean: list[float] | None = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's, which
     image_std: list[float] | None = field(default_factory=lambda: [0.229, 0.224, 0.225])  # pretrained trunks expect;
     # both null: pixels stay in [0, 1], as in the official HSVLT run
+    resize_mode: Literal["squash", "pad"] = "squash"  # as published: no label's object is lost, none is made smaller
+    resample: Literal["bilinear", "bicubic"] = "bicubic"  # what pretrained trunks saw; the official run: bilinear
     augmentation: dict | None = field(
         default_factory=dict
     )  # options of training.augment.build_augmentation; null: none

@@ -17,8 +17,9 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
+from transformers.image_utils import PILImageResampling
 
-from modeling_hsvlt import MultiLabelImageProcessor, MultiLabelProcessor
+from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 from .augment import BatchAugmentation, build_augmentation
 from .checkpoint import load_training_state, read_progress, recover
@@ -26,7 +27,7 @@ from .config import TrainingConfig
 from .data import MultiLabelDataset, build_dataloader, find_unreadable, load_multilabel_dataset, without_unreadable
 from .models import build_model
 from .optim import WarmupPlateau, build_ema, build_optimizer, build_scheduler
-from .scenes import SceneDataset
+from .scenes import DEFAULT_NUM_SCENES, SceneDataset
 
 
 @dataclass(kw_only=True)
@@ -196,12 +197,13 @@ def _check_measurable(split: str, values: np.ndarray) -> None:
 def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict, list[str]]:
     """The train and validation split (and test, where asked for) with only pictures that can be read."""
     names = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
+    fresh = config.dataset == "scenes" and config.fresh_scenes
     with accelerator.main_process_first():  # the others then find the cache
         splits, label_names = load_multilabel_dataset(
             config.dataset,
             revision=config.dataset_revision,
             config_name=config.dataset_config,
-            splits=names,
+            splits=names[1:] if fresh else names,
             label_names=config.label_names,
             image_column=config.image_column,
             label_column=config.label_column,
@@ -211,11 +213,10 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict,
             scenes=config.scenes,
         )
     splits = dict(splits)
-    if config.dataset == "scenes":
-        if config.fresh_scenes:
-            knobs = {name: value for name, value in config.scenes.items() if name != "num_scenes"}
-            splits["train"] = SceneDataset(len(splits["train"]), **knobs)
-    elif config.check_pictures:
+    if fresh:
+        knobs = {"num_scenes": DEFAULT_NUM_SCENES, **config.scenes}
+        splits["train"] = SceneDataset(knobs.pop("num_scenes")["train"], **knobs)
+    elif config.check_pictures and config.dataset != "scenes":
         for name, split in splits.items():
             count, rank = accelerator.num_processes, accelerator.process_index
             mine = find_unreadable(split.shard(count, rank, contiguous=False), config.num_workers)
@@ -225,12 +226,15 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict,
 
 
 def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabelProcessor:
-    """Squash to the training size, scale to [0, 1] and normalise: what the checkpoint will ask of every picture."""
+    """Resize to the training size, scale to [0, 1] and normalise: what the checkpoint will do to every picture."""
+    statistics = {"do_normalize": False}
+    if config.image_mean is not None:
+        statistics = {"image_mean": config.image_mean, "image_std": config.image_std}
     image_processor = MultiLabelImageProcessor(
         size={"height": config.image_size, "width": config.image_size},
-        do_normalize=config.image_mean is not None,
-        image_mean=config.image_mean,
-        image_std=config.image_std,
+        resize_mode=config.resize_mode,
+        resample=PILImageResampling[config.resample.upper()],
+        **statistics,
     )
     return MultiLabelProcessor(image_processor, id2label=dict(enumerate(label_names)))
 
