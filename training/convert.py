@@ -1,4 +1,4 @@
-"""Weights of other houses into ours and back.
+"""Weights of other code bases into ours and back.
 
     # a checkpoint of the released HSVLT, to a folder that AutoModel loads
     python -m training.convert best_model.pth checkpoints/hsvlt-coco --labels coco.txt --label_embeddings bert.npy
@@ -21,13 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, ConvNextConfig, ConvNextModel
+from transformers.image_utils import PILImageResampling
 
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from modeling_hsvlt.label_prompts import VOC_LABEL_TEXT, encode_labels, load_text_encoder
+from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 from training.checkpoint import atomic_folder, save_checkpoint
 from training.image_folder import read_label_names
 
@@ -75,7 +76,7 @@ LABEL_GATE = (("label_gate.in_proj.weight", "res_gate.0.weight"), ("label_gate.o
 # Built by the released code and never called; the last label gate is called, but nothing reads its result (every other
 # one is live and in the table, which is asked first).
 OFFICIAL_DEAD = re.compile(r"(fuse|norm|head|attn)\.|stages\.\d+\.\d+\.(mlp|norm2|res_gate)\.")
-# Linear layers that another house keeps as 1x1 convolutions: (out, in, 1) or (out, in, 1, 1).
+# Linear layers that other code keeps as 1x1 convolutions: (out, in, 1) or (out, in, 1, 1).
 POINTWISE = re.compile(r"\.(pwconv1|pwconv2|gate|multimodal)\.weight$")
 
 
@@ -302,7 +303,10 @@ def convert_to_hsvlt(args: argparse.Namespace) -> None:
     # The released code squashes a picture to a square, bilinearly, and feeds pixels in [0, 1].
     side = model.config.image_size
     image_processor = MultiLabelImageProcessor(
-        size={"height": side, "width": side}, resample=2, image_mean=[0.0] * 3, image_std=[1.0] * 3
+        size={"height": side, "width": side},
+        resample=PILImageResampling.BILINEAR,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
     )
     processor = MultiLabelProcessor(image_processor, id2label=model.config.id2label)
     with atomic_folder(args.target) as folder:
@@ -317,16 +321,20 @@ def convert_to_official(args: argparse.Namespace) -> None:
     weights = args.target
     if weights.suffix not in (".pth", ".safetensors"):
         weights = weights / "best_model.safetensors"
+    embeddings = weights.with_suffix(".npy")
+    if embeddings.exists() and not args.overwrite:
+        raise FileExistsError(f"'{embeddings}' exists: choose another TARGET, or replace both with --overwrite.")
     weights.parent.mkdir(parents=True, exist_ok=True)
     if weights.suffix == ".pth":
         torch.save(state_dict, weights)
     else:
         save_file(state_dict, weights)
-    np.save(weights.with_suffix(".npy"), model.hsvlt.label_embeddings.float().numpy())
-    print(f"Label embeddings are in {weights.with_suffix('.npy')}; the released code reads them from its bert.npy.")
+    np.save(embeddings, model.hsvlt.label_embeddings.float().numpy())
+    print(f"Label embeddings are in {embeddings}; the released code reads them from its bert.npy.")
     if model.config.num_attention_heads != 1:
         print(f"Set num_heads to {model.config.num_attention_heads} in the released code; its weights do not tell.")
-    if any(image_processor.image_mean) or set(image_processor.image_std) != {1.0}:
+    shifted = any(image_processor.image_mean) or set(image_processor.image_std) != {1.0}
+    if image_processor.do_normalize and shifted:
         print(
             f"The released code feeds pixels in [0, 1]; this model expects them normalised with mean "
             f"{list(image_processor.image_mean)} and std {list(image_processor.image_std)}: turn its Normalize on."

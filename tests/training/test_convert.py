@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -240,7 +241,7 @@ def convnext(depths=DEPTHS, num_labels=3):
 
 
 def in_layout(layout, model):
-    """The model's state dict as the other houses write it, by text replacement."""
+    """The model's state dict as other code bases write it, by text replacement."""
     state = {key.removeprefix("convnext."): tensor for key, tensor in model.state_dict().items()}
     if layout == "transformers":
         return dict(model.state_dict())
@@ -344,12 +345,11 @@ def test_command_makes_a_checkpoint_that_stands_alone(released, label_embeddings
         expected = naive_logits(random_official(), label_embeddings, pixels)
         torch.testing.assert_close(model(pixels).logits, expected, rtol=1e-5, atol=1e-5)
 
-    # Pictures as the released code feeds them: squashed to 448 x 448, pixels in [0, 1].
-    picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    picture[:2, :2] = 255
+    # Pictures as the released code feeds them: Resize((448, 448)), bilinear, and ToTensor; nothing subtracted.
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    resized = np.asarray(picture.resize((448, 448), Image.Resampling.BILINEAR))
     pixel_values = AutoProcessor.from_pretrained(target)(images=picture, return_tensors="pt").pixel_values
-    assert pixel_values.shape == (1, 3, 448, 448)
-    assert 0 <= pixel_values.min() < 0.2 and pixel_values.max() == 1
+    torch.testing.assert_close(pixel_values[0], torch.tensor(resized).permute(2, 0, 1) / 255, rtol=0, atol=1e-6)
     assert {"modeling_hsvlt.py", "pipeline_multilabel.py", "model.safetensors"} <= {p.name for p in target.iterdir()}
 
 
@@ -367,6 +367,11 @@ def test_command_writes_the_released_layout(released, label_embeddings, target, 
     assert back.keys() == live and all(torch.equal(back[key], official[key]) for key in live)
     assert np.array_equal(np.load(target.with_suffix(".npy")), label_embeddings.numpy())
     assert "bert.npy" in capsys.readouterr().out
+    # Neither of the two files is replaced unasked.
+    target.unlink()
+    assert main([ours, str(target), "--to", "official"]) == 1 and not target.exists()
+    assert f"{target.with_suffix('.npy')}' exists" in capsys.readouterr().err
+    assert main([ours, str(target), "--to", "official", "--overwrite"]) == 0 and target.is_file()
 
 
 def test_command_embeds_labels_in_the_official_reading(released):
