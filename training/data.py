@@ -11,7 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,11 @@ import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
-from modeling_hsvlt.processing_multilabel import load_image
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from modeling_hsvlt.losses_multilabel import validate_labels
+from modeling_hsvlt.processing_multilabel import load_image
 
 from .image_folder import SPLIT_ALIASES, read_image_folders, read_label_names
 from .scenes import DEFAULT_NUM_SCENES, SCENE_LABELS, SceneDataset, build_scenes
@@ -189,9 +188,9 @@ class MultiLabelDataset(torch.utils.data.Dataset):
             passed on to it).
         label_names: The vocabulary in class order.
         processor: A `MultiLabelProcessor`, or any image processor of transformers.
-        margin: 0: the processor's own resizing and cropping, pixel for pixel. Above 0, for training: every picture is
-            squashed to the processor's size enlarged by this fraction, which leaves room for a random crop on the
-            device while no label's object is lost before it.
+        margin: 0: the processor's own resizing and cropping, pixel for pixel. Above 0, for training: the whole picture
+            is resized (never cropped) to the processor's size enlarged by this fraction, which leaves room for a random
+            crop on the device while no label's object is lost before it; large JPEGs are decoded at reduced size.
         cache_images: "memory" decodes every picture once, here, and keeps the resized pixels (3 * height * width bytes
             each; 3,633 pictures at 144 px are 226 MB). None decodes on every access.
         num_workers: Threads that fill the cache.
@@ -214,7 +213,10 @@ class MultiLabelDataset(torch.utils.data.Dataset):
     ):
         self.label_names = list(label_names)
         self.image_processor = getattr(processor, "image_processor", processor)
-        self.size = _enlarged_size(self.image_processor, margin) if margin else None
+        self._resizing, self._size_hint = {}, None
+        if margin:
+            size = _enlarged_size(self.image_processor, margin)
+            self._resizing, self._size_hint = {"size": size, "do_center_crop": False}, max(size.values())
         if isinstance(split, Dataset):
             self.split = split.cast_column("image", Image(decode=False))
             self.sparse_labels = SparseLabels.from_dataset(
@@ -253,16 +255,14 @@ class MultiLabelDataset(torch.utils.data.Dataset):
 
     def _read(self, index: int) -> torch.Tensor:
         try:
-            source = _picture(self.split[index]["image"])
-            return self._pixels(load_image(source if self.size is None else _reduced(source, 2 * max(self.size))))
-        except (OSError, ValueError) as error:
+            return self._pixels(load_image(self.split[index]["image"], size_hint=self._size_hint))
+        except ValueError as error:
             raise ValueError(f"{row_namer(self.split)(index)} cannot be read: {error}") from error
 
     def _pixels(self, image: PILImage.Image) -> torch.Tensor:
-        if self.size is not None:
-            resized = image.resize(self.size, self.image_processor.resample)
-            return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
-        batch = self.image_processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")
+        batch = self.image_processor(
+            images=image, do_rescale=False, do_normalize=False, return_tensors="pt", **self._resizing
+        )
         return batch["pixel_values"][0]
 
     def _fill_cache(self, num_workers: int) -> torch.Tensor:
@@ -276,30 +276,11 @@ class MultiLabelDataset(torch.utils.data.Dataset):
         return cache
 
 
-def _enlarged_size(image_processor, margin: float) -> tuple[int, int]:
-    """Width and height of what the model is shown, enlarged by `margin`."""
-    cropped = getattr(image_processor, "do_center_crop", None)
-    size = image_processor.crop_size if cropped else image_processor.size
-    height, width = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
-    return round(width * (1 + margin)), round(height * (1 + margin))
-
-
-def _picture(image: dict | None) -> str | bytes:
-    """What `load_image` opens for an undecoded `datasets.Image`: the embedded bytes, or the path."""
-    picture = image and (image["bytes"] or image["path"])
-    if not picture:
-        raise ValueError("the row has no picture.")
-    return picture
-
-
-def _reduced(source, side: int) -> PILImage.Image:
-    """The opened picture, set to be decoded at 1/2, 1/4 or 1/8 where it is a JPEG that has `side` px left even so.
-
-    A photograph of 12 megapixels decodes several times faster; the resize that follows still halves it at least.
-    """
-    image = PILImage.open(BytesIO(source) if isinstance(source, bytes) else source)
-    image.draft(None, (side, side))
-    return image
+def _enlarged_size(image_processor, margin: float) -> dict[str, int]:
+    """The size of what the model is shown, enlarged by `margin`."""
+    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
+    height, width = (size["height"], size["width"]) if size.get("height") else (size["shortest_edge"],) * 2
+    return {"height": round(height * (1 + margin)), "width": round(width * (1 + margin))}
 
 
 def normalize_pixels(pixel_values: torch.Tensor, processor) -> torch.Tensor:
@@ -387,8 +368,8 @@ def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, s
 
     def reason(image: dict | None) -> str | None:
         try:
-            load_image(_picture(image))
-        except (OSError, ValueError) as error:
+            load_image(image)
+        except ValueError as error:
             return str(error)
         return None
 
