@@ -198,24 +198,28 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict,
     """The train and validation split (and test, where asked for) with only pictures that can be read."""
     names = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
     fresh = config.dataset == "scenes" and config.fresh_scenes
+    stored = names[1:] if fresh else names
+    knobs = {"num_scenes": DEFAULT_NUM_SCENES, **config.scenes}
+    counts = knobs.pop("num_scenes")
+    if not isinstance(counts, dict) or "train" not in counts:
+        raise ValueError("scenes.num_scenes must give a number of scenes for train and for each other split.")
     with accelerator.main_process_first():  # the others then find the cache
         splits, label_names = load_multilabel_dataset(
             config.dataset,
             revision=config.dataset_revision,
             config_name=config.dataset_config,
-            splits=names[1:] if fresh else names,
+            splits=stored,
             label_names=config.label_names,
             image_column=config.image_column,
             label_column=config.label_column,
             label_format=config.label_format,
             unlisted_pictures=config.unlisted_pictures,
             missing_pictures=config.missing_pictures,
-            scenes=config.scenes,
+            scenes={**knobs, "num_scenes": {name: counts[name] for name in stored if name in counts}},
         )
     splits = dict(splits)
     if fresh:
-        knobs = {"num_scenes": DEFAULT_NUM_SCENES, **config.scenes}
-        splits["train"] = SceneDataset(knobs.pop("num_scenes")["train"], **knobs)
+        splits["train"] = SceneDataset(counts["train"], **knobs)
     elif config.check_pictures and config.dataset != "scenes":
         for name, split in splits.items():
             count, rank = accelerator.num_processes, accelerator.process_index

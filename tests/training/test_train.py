@@ -271,6 +271,7 @@ def test_finished_training_is_pushed_when_asked(recipe, tmp_path, monkeypatch):
         (["--loss_type", "bse"], "bse"),
         (["--trackers", "[nothing]"], "nothing"),
         (["--dataset", "no/such/folder"], "no/such/folder"),
+        (["--scenes.num_scenes", "50"], "for train and for each other split"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(recipe, tmp_path, capsys, options, message):
