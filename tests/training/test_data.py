@@ -349,6 +349,8 @@ def test_the_collator_holds_the_label_contract():
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
         "pixel_values": (2, 3, 4, 4), "labels": (2, 2), "index": (2,)
     }  # fmt: skip
+    del sample["index"]  # as transformers' Trainer does
+    assert set(MultiLabelCollator(2)([sample])) == {"pixel_values", "labels"}
     with pytest.raises(ValueError, match=r"\(batch, 3\)"):
         MultiLabelCollator(3)([sample])
     with pytest.raises(ValueError, match=r"labels\[1, 0\] is 2"):
