@@ -12,7 +12,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx
+from huggingface_hub import get_session
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
@@ -106,8 +106,9 @@ def _open_source(source, name: str, timeout: float | None):
     text = os.fspath(source)
     if text.startswith(("http://", "https://")):
         try:
-            response = httpx.get(text, timeout=timeout, follow_redirects=True).raise_for_status()
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            response = get_session().get(text, timeout=timeout, follow_redirects=True)
+            response.raise_for_status()
+        except Exception as error:  # Which HTTP library stands behind the session depends on huggingface_hub's version.
             raise ValueError(f"{name} cannot be downloaded: {error}. Check the address, or raise timeout.") from error
         return BytesIO(response.content)
     if os.path.isfile(text):
@@ -354,7 +355,8 @@ class MultiLabelProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        hub_kwargs = {key: value for key, value in kwargs.items() if key != "trust_remote_code"}  # It would warn.
+        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "id2label" in config:
             processor_dict |= {"id2label": config["id2label"], "thresholds": config.get("thresholds")}
