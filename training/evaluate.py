@@ -1,0 +1,298 @@
+"""Score a checkpoint on a split.
+
+    python -m training.evaluate CHECKPOINT DATASET --split validation [--threshold 0.5 | auto] [--output FOLDER]
+
+CHECKPOINT and DATASET are folders or Hub ids. Prints mAP, CP/CR/CF1 and OP/OR/OF1 at the threshold and among the top 3;
+with --output writes results.json (all metrics) and per_label.csv. `accelerate launch -m training.evaluate ...` spreads
+the pictures over several devices and gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+
+import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
+
+from .data import MultiLabelDataset, build_dataloader, load_multilabel_dataset
+from .metrics.functional import per_label_report
+
+METRIC = Path(__file__).with_name("metrics") / "multilabel_classification"
+AP_DEFINITION = "non-interpolated"
+RESULT_FILES = ("results.json", "per_label.csv")
+
+
+def predict(
+    model: torch.nn.Module,
+    dataloader: DataLoader,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of every picture, in the order of the dataset's rows whatever the number of processes.
+
+    Args:
+        model: Gives `logits` (batch, num_labels) for `pixel_values`. Put in evaluation mode, and back.
+        dataloader: Of a `MultiLabelDataset`, built with the processor (normalised pixels); prepared or not.
+        accelerator: None makes one, and moves the model to its device.
+        progress: Whether the main process shows a bar.
+
+    Returns:
+        Sigmoid scores and labels, both (n, num_labels) float32, on every process. Labels that a model with
+        `candidate_labels` left out score 0.
+
+    Raises:
+        ValueError: pixels that were not normalised.
+        RuntimeError: the loader left out rows.
+    """
+    if accelerator is None:
+        accelerator = Accelerator()
+        model.to(accelerator.device)
+    dataloader = accelerator.prepare_data_loader(dataloader)
+    num_rows, dtype = len(dataloader.dataset), next(model.parameters()).dtype
+    batch_size = dataloader.total_batch_size // accelerator.num_processes
+    scores = labels = None
+    seen = np.zeros(num_rows, dtype=bool)
+    was_training = model.training
+    model.eval()
+    bar = tqdm(dataloader, "Scoring", leave=False, disable=not (progress and accelerator.is_main_process))
+    with torch.inference_mode():
+        for batch in bar:
+            if batch["pixel_values"].dtype == torch.uint8:
+                raise ValueError("The pixels are uint8; build the loader with processor=..., which normalises them.")
+            # Only batches of one size: matrix products round differently for another, and how many pictures are left for
+            # the last batch depends on the number of processes.
+            pixel_values = batch["pixel_values"].to(dtype)
+            count = len(pixel_values)
+            padding = pixel_values[-1:].expand(batch_size - count, *pixel_values.shape[1:])
+            output = model(pixel_values=torch.cat([pixel_values, padding]))
+            batch_scores = output.logits.float().sigmoid()
+            if getattr(output, "evaluated", None) is not None:
+                batch_scores = batch_scores.masked_fill(~output.evaluated, 0)
+            batch_scores = batch_scores[:count]
+            gathered = accelerator.gather_for_metrics((batch["index"], batch_scores, batch["labels"].float()))
+            index, batch_scores, batch_labels = (tensor.cpu().numpy() for tensor in gathered)
+            if scores is None:
+                scores, labels = (np.empty((num_rows, batch_scores.shape[1]), np.float32) for _ in range(2))
+            # By row, so that neither the order of the processes nor a row that two of them had matters.
+            scores[index], labels[index], seen[index] = batch_scores, batch_labels, True
+    model.train(was_training)
+    if not seen.all():
+        raise RuntimeError(
+            f"The loader gave {seen.sum()} of {num_rows} rows; build it with drop_last=False and without a sampler."
+        )
+    return scores, labels
+
+
+def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `load_checkpoint` and `score_split` read."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id")
+    parser.add_argument("dataset", metavar="DATASET", help="folder, Hub id, or scenes")
+    parser.add_argument("--split", default="validation", help="default: validation")
+    parser.add_argument("--revision", help="commit of a CHECKPOINT on the Hub")
+    parser.add_argument("--dataset_revision", help="commit of a DATASET on the Hub")
+    parser.add_argument("--dataset_config", help="configuration of a DATASET on the Hub")
+    parser.add_argument("--image_column", default="image", help="default: image")
+    parser.add_argument("--label_column", default="labels", help="default: labels")
+    parser.add_argument("--label_format", default="auto", help="names, ids or multi_hot; default: by the column's type")
+    parser.add_argument(
+        "--use_checkpoint_labels",
+        action="store_true",
+        help="read the labels with the checkpoint's vocabulary, for data that brings none of its own",
+    )
+    parser.add_argument("--scenes", type=json.loads, help="knobs of the built-in scenes, as JSON: '{\"seed\": 1}'")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures per device; default: 32")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures; default: 0")
+
+
+def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model and image processor of `args.checkpoint`, with the code of this checkout and never with a pickle.
+
+    Raises:
+        ValueError, OSError: there is none, or not of a known type.
+    """
+    if not Path(args.checkpoint).is_dir() and (args.checkpoint[:1] in "./~" or args.checkpoint.count("/") > 1):
+        raise FileNotFoundError(f"{args.checkpoint} is no folder; give the folder of a checkpoint or a Hub id.")
+    revision = args.revision or "main"
+    model = AutoModelForImageClassification.from_pretrained(args.checkpoint, revision=revision, use_safetensors=True)
+    return model, AutoImageProcessor.from_pretrained(args.checkpoint, revision=revision)
+
+
+def score_split(
+    model: PreTrainedModel, processor: BaseImageProcessor, args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Predicts the split that `args`, parsed `add_scoring_arguments`, names.
+
+    Returns:
+        The checkpoint's label names, and scores and labels (n, num_labels) in their order.
+
+    Raises:
+        ValueError, OSError: in one sentence, what was wrong with the dataset and what to do.
+    """
+    label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    with accelerator.main_process_first():  # the others then find the cache
+        splits, dataset_names = load_multilabel_dataset(
+            args.dataset,
+            revision=args.dataset_revision,
+            config_name=args.dataset_config,
+            splits=[args.split],
+            label_names=label_names if args.use_checkpoint_labels else None,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            label_format=args.label_format,
+            scenes=args.scenes,
+        )
+    order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
+    dataset = MultiLabelDataset(splits[args.split], dataset_names, processor)
+    loader = build_dataloader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, processor=processor)
+    with accelerator.autocast():
+        scores, labels = predict(model.to(accelerator.device), loader, accelerator)
+    return label_names, scores, labels[:, order]
+
+
+def match_labels(label_names: Sequence[str], dataset_names: Sequence[str], checkpoint: str, dataset: str) -> list[int]:
+    """Where each of the checkpoint's labels stands among the dataset's.
+
+    Raises:
+        ValueError: the two do not have the same names.
+    """
+    differences = []
+    for names, others, owner in ((label_names, dataset_names, checkpoint), (dataset_names, label_names, dataset)):
+        only = [name for name in names if name not in set(others)]
+        if only:
+            listing = ", ".join(map(repr, only[:5])) + (f" and {len(only) - 5} more" if len(only) > 5 else "")
+            differences.append(f"only {owner} has {listing}")
+    if differences:
+        raise ValueError(
+            f"The labels of checkpoint and dataset differ: {'; '.join(differences)}; rename them in the dataset (its "
+            "labels.txt or features), or pass --use_checkpoint_labels where the dataset lists no vocabulary of its own."
+        )
+    position = {name: index for index, name in enumerate(dataset_names)}
+    return [position[name] for name in label_names]
+
+
+def format_report(report: dict, threshold_words: str, absent: Sequence[str], top_k: int = 3) -> str:
+    """A table that fits a terminal."""
+    columns = ("CP", "CR", "CF1", "OP", "OR", "OF1", "CF1_per_class")
+    rows = {threshold_words: "", f"top {top_k} of these": f"_top{top_k}"}
+    width = max(map(len, rows))
+    lines = [
+        f"mAP {report['mAP']:.4f} ({AP_DEFINITION}; VOC07 11-point {report['mAP_voc07']:.4f}, VOC10 "
+        f"{report['mAP_voc10']:.4f}, micro {report['mAP_micro']:.4f}, weighted {report['mAP_weighted']:.4f})",
+        " " * width + "".join(f"{name:>{max(8, len(name) + 2)}}" for name in columns),
+    ]
+    for words, suffix in rows.items():
+        values = (f"{report[name + suffix]:>{max(8, len(name) + 2)}.4f}" for name in columns)
+        lines.append(f"{words:<{width}}" + "".join(values))
+    lines.append(
+        f"LRAP {report['LRAP']:.4f}, ranking loss {report['ranking_loss']:.4f}, coverage "
+        f"{report['coverage_error']:.2f} of {report['num_labels']} labels"
+    )
+    if absent:
+        listing = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        lines.append(f"Left out of the means, having no positive here: {len(absent)} labels ({listing}).")
+    if report["num_unknown"]:
+        lines.append(f"Unknown, and counted nowhere: {report['num_unknown']:,} entries.")
+    return "\n".join(lines)
+
+
+def write_results(folder: Path, results: dict, label_names: Sequence[str], per_label: dict[str, list]) -> None:
+    """Writes results.json, and per_label.csv with one row per label (empty where a value is not defined)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    with (folder / "per_label.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", *per_label])
+        for name, *values in zip(label_names, *per_label.values(), strict=True):
+            writer.writerow([name, *("" if math.isnan(value) else value for value in values)])
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Scores, prints and writes; returns what results.json holds (on the main process)."""
+    existing = [name for name in RESULT_FILES if args.output is not None and (args.output / name).exists()]
+    if existing and not args.overwrite:
+        raise FileExistsError(
+            f"{args.output / existing[0]} exists; choose another --output, or pass --overwrite to replace it."
+        )
+    model, processor = load_checkpoint(args)
+    threshold = args.threshold
+    if threshold == "auto":
+        threshold = getattr(model.config, "thresholds", None)
+        if threshold is None:
+            raise ValueError(
+                f"{args.checkpoint} holds no thresholds; fit them with python -m training.thresholds, or give a number "
+                "for --threshold."
+            )
+    accelerator = Accelerator()
+    label_names, scores, labels = score_split(model, processor, args, accelerator)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return {}
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    report = metric.compute(predictions=scores, references=labels, threshold=threshold, label_names=label_names)
+    per_label = per_label_report(scores, labels, threshold, label_names=label_names)
+    results = {
+        "checkpoint": args.checkpoint,
+        "revision": getattr(model.config, "_commit_hash", None) or args.revision,
+        "dataset": args.dataset,
+        "dataset_revision": args.dataset_revision,
+        "split": args.split,
+        "threshold": args.threshold,
+        "ap_definition": AP_DEFINITION,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "metrics": report,
+    }
+    absent = [name for name, positives in zip(label_names, per_label["positives"], strict=True) if not positives]
+    words = "fitted thresholds" if args.threshold == "auto" else f"score >= {args.threshold:g}"
+    print(
+        f"{args.checkpoint} on {args.dataset}, split {args.split}: {len(scores):,} pictures, "
+        f"{len(label_names)} labels\n" + format_report(report, words, absent)
+    )
+    if args.output is not None:
+        write_results(args.output, results, label_names, per_label)
+        print(f"Written: {', '.join(str(args.output / name) for name in RESULT_FILES)}")
+    return results
+
+
+def number_or_auto(text: str) -> float | str:
+    """The type of --threshold."""
+    return text if text == "auto" else float(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when all is done, 2 when something was refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_scoring_arguments(parser)
+    parser.add_argument(
+        "--threshold",
+        type=number_or_auto,
+        default=0.5,
+        help="a number, or auto: the thresholds in the checkpoint; default: 0.5",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"where to write {' and '.join(RESULT_FILES)}")
+    parser.add_argument("--overwrite", action="store_true", help="replace results that are in FOLDER")
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
