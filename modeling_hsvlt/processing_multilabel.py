@@ -44,9 +44,9 @@ def load_image(
 
     The EXIF orientation is applied (and ignored where the EXIF data are broken), transparency is laid on white, CMYK is
     converted without its colour profile, and an animation gives its first frame. Grey and colour of more than 8 bits
-    are scaled by the range they use: the bits that a TIFF declares, else the fewest of 8, 10, 12, 14 and 16 bits that
-    hold the brightest pixel (16-bit files mostly carry 10 to 14 bits of a sensor); floats up to 1 by 1; and what is
-    negative or beyond 16 bits by the picture's own minimum and maximum.
+    are scaled by the range they use: the bits that a TIFF declares if fewer than 16, else the fewest of 8, 10, 12, 14
+    and 16 bits that hold the brightest pixel (16-bit files mostly carry 10 to 14 bits of a sensor); floats up to 1 by
+    1; and what is negative or beyond 16 bits by the picture's own minimum and maximum.
 
     Args:
         source: A path, a URL (`http://`, `https://`, `data:image/`), a base64 string, the bytes of a file, an open
@@ -109,7 +109,8 @@ def _open_source(source, name: str, timeout: float | None):
             response = get_session().get(text, timeout=timeout, follow_redirects=True)
             response.raise_for_status()
         except Exception as error:  # Which HTTP library stands behind the session depends on huggingface_hub's version.
-            raise ValueError(f"{name} cannot be downloaded: {error}. Check the address, or raise timeout.") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{name} cannot be downloaded: {reason}. Check the address, or raise timeout.") from error
         return BytesIO(response.content)
     if os.path.isfile(text):
         return text
@@ -174,8 +175,8 @@ def _from_array(array, name: str) -> Image.Image:
     if torch.is_tensor(array):
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
-    if array.ndim not in (2, 3) or not array.size:
-        raise ValueError(f"{name} is no picture; its shape must be (height, width) or have 1, 3 or 4 channels besides.")
+    if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "buif":
+        raise ValueError(f"{name} is no picture; it needs numbers of shape (height, width) or 1, 3 or 4 channels.")
     if array.ndim == 3:
         try:
             first = infer_channel_dimension_format(array, num_channels=(1, 3, 4)) == ChannelDimension.FIRST
@@ -202,7 +203,7 @@ def _to_uint8(pixels: np.ndarray, bits: int | None = None) -> np.ndarray:
         low = float(pixels.min())
     elif np.issubdtype(pixels.dtype, np.floating) and high <= 1:
         high = 1.0
-    elif bits is not None and bits <= 16:
+    elif bits is not None and bits < 16:  # 16 is the container's size, whatever the sensor gave.
         high = 2.0**bits - 1
     else:
         high = next(2.0**depth - 1 for depth in (8, 10, 12, 14, 16) if high < 2**depth)
@@ -265,9 +266,14 @@ class MultiLabelImageProcessor(PilBackend):
     ) -> Image.Image:
         """Resizes to `size`, by `resize_mode` where that gives both sides; `fill` is the padding's colour."""
         if size.height and size.width:
-            if resize_mode == "pad":
-                return ImageOps.pad(image, (size.width, size.height), method=resample, color=fill)
-            return image.resize((size.width, size.height), resample)
+            if resize_mode == "squash":
+                return image.resize((size.width, size.height), resample)
+            # Not ImageOps.pad, which loses a picture so long that it becomes less than half a pixel wide.
+            scale = min(size.height / image.height, size.width / image.width)
+            inner = image.resize([max(round(side * scale), 1) for side in image.size], resample)
+            canvas = Image.new("RGB", (size.width, size.height), fill)
+            canvas.paste(inner, ((size.width - inner.width) // 2, (size.height - inner.height) // 2))
+            return canvas
         if not size.shortest_edge:
             raise ValueError(f"size must have height and width, or shortest_edge, but it is {dict(size)}.")
         shape = get_size_with_aspect_ratio((image.height, image.width), size.shortest_edge, size.longest_edge)

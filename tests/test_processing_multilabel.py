@@ -1,0 +1,597 @@
+import base64
+import copy
+import json
+import re
+import struct
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor
+from transformers.image_processing_backends import PilBackend
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from modeling_hsvlt import HSVLTConfig
+from modeling_hsvlt.processing_multilabel import (
+    MAX_PIXELS,
+    MultiLabelImageProcessor,
+    MultiLabelProcessor,
+    load_image,
+)
+
+
+def noise(height, width, channels=3, seed=0):
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(image, format="PNG", **kwargs):
+    stream = BytesIO()
+    image.save(stream, format, **kwargs)
+    return stream.getvalue()
+
+
+def pixels(source, **kwargs):
+    image = load_image(source, **kwargs)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+# load_image: what a picture may be, and how it looks
+
+
+# EXIF orientation -> from the stored array to the upright one (EXIF 2.32, tag 274).
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: np.rot90,
+    9: lambda a: a,  # No such orientation
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied_once(orientation):
+    stored = noise(5, 8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    loaded = load_image(encoded(Image.fromarray(stored), exif=exif))
+    assert np.array_equal(loaded, UPRIGHT[orientation](stored))
+    assert np.array_equal(load_image(loaded), loaded)
+
+
+def test_broken_exif_data_leave_a_picture_readable():
+    for garbage in (b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"):
+        assert pixels(encoded(Image.fromarray(noise(8, 8)), "JPEG", exif=garbage)).shape == (8, 8, 3)
+
+
+def on_white(rgb, alpha):
+    alpha = alpha[..., None] / 255
+    return np.asarray(rgb) * alpha + 255 * (1 - alpha)
+
+
+def test_transparency_is_laid_on_white():
+    rgba = noise(6, 7, 4)
+    grey_alpha = noise(6, 7, 2)
+    np.testing.assert_allclose(pixels(encoded(Image.fromarray(rgba))), on_white(rgba[..., :3], rgba[..., 3]), atol=1)
+    expected = on_white(grey_alpha[..., :1].repeat(3, -1), grey_alpha[..., 1])
+    np.testing.assert_allclose(pixels(encoded(Image.fromarray(grey_alpha, "LA"))), expected, atol=1)
+    # One transparent colour (PNG's tRNS) of RGB and of grey
+    rgb = np.array([[[10, 20, 30], [40, 50, 60]]], dtype=np.uint8)
+    keyed = pixels(encoded(Image.fromarray(rgb), transparency=(40, 50, 60)))
+    assert keyed.tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    grey = Image.fromarray(np.array([[7, 9]], dtype=np.uint8))
+    assert pixels(encoded(grey, transparency=9)).tolist() == [[[7] * 3, [255] * 3]]
+
+
+def test_palettes_with_and_without_transparency():
+    image = Image.new("P", (4, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    image.putdata([0, 1, 2, 3])
+    assert pixels(encoded(image)).tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]]]
+    clear = [[255, 0, 0], [255, 255, 255], [0, 0, 255], [9, 9, 9]]
+    assert pixels(encoded(image, transparency=1)).tolist() == [clear]
+    assert pixels(encoded(image, "GIF", transparency=1)).tolist() == [clear]
+    half = pixels(encoded(image, transparency=bytes([255, 128, 255, 255])))
+    np.testing.assert_allclose(half[0, 1], [127, 255, 127], atol=1)
+
+
+def test_cmyk_is_converted_and_not_inverted():
+    cmyk = noise(5, 5, 4)
+    ink, key = cmyk[..., :3] / 255, cmyk[..., 3:] / 255
+    expected = 255 * (1 - ink) * (1 - key)
+    np.testing.assert_allclose(pixels(encoded(Image.fromarray(cmyk, "CMYK"), "TIFF")), expected, atol=1)
+    # Adobe's JPEGs store CMYK inverted.
+    white = encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG")
+    assert pixels(white).min() > 250
+
+
+def test_grey_of_more_than_8_bits_is_scaled_by_its_own_range():
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    expected = np.arange(256).reshape(16, 16, 1).repeat(3, -1)
+    for depth, top in ((16, 65535), (14, 16383), (12, 4095), (10, 1023)):
+        grey = np.rint(ramp * (top / 65535)).astype(np.uint16)
+        for picture in (
+            encoded(Image.fromarray(grey)),
+            encoded(Image.fromarray(grey), "TIFF"),
+            Image.fromarray(grey),
+            grey,
+        ):
+            np.testing.assert_allclose(pixels(picture), expected, atol=1, err_msg=f"{depth} bits")
+    big_endian = Image.frombytes("I;16B", (16, 16), ramp.astype(">u2").tobytes())
+    np.testing.assert_allclose(pixels(big_endian), expected, atol=1)
+    # A 32-bit picture that holds 16 bits (as Pillow opens PGM), one that is signed, and floats up to 1.
+    np.testing.assert_allclose(pixels(Image.fromarray(ramp.astype(np.int32))), expected, atol=1)
+    np.testing.assert_allclose(pixels(Image.fromarray(ramp.astype(np.int32) - 30000)), expected, atol=1)
+    floats = (ramp / 65535).astype(np.float32)
+    np.testing.assert_allclose(pixels(encoded(Image.fromarray(floats), "TIFF")), expected, atol=1)
+    # Not stretched: half of the range stays half as bright.
+    assert pixels(encoded(Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)))).tolist()[0][0] == [128] * 3
+    assert pixels(np.full((4, 4), 0.5, dtype=np.float32)).max() == 128
+    assert pixels(Image.new("F", (4, 4), -1.0)).max() == 0  # No range at all
+
+
+def tiff_of_12_bits(values):
+    """A little-endian TIFF of one row, two 12-bit pixels in three bytes."""
+    pairs = zip(values[::2], values[1::2], strict=True)
+    data = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs)
+    tags = [(256, len(values)), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, len(data))]
+    offset = 8 + len(data) + len(data) % 2
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    body = data.ljust(offset - 8, b"\0") + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
+    return b"II*\0" + struct.pack("<I", offset) + body
+
+
+def test_the_bits_that_a_tiff_declares_are_its_range():
+    # 1000 would fit 10 bits and be nearly white by that.
+    assert pixels(tiff_of_12_bits([0, 1000, 500, 1000]))[0, :, 0].tolist() == [0, 62, 31, 62]
+
+
+def test_bilevel_grey_and_animated_pictures():
+    assert pixels(encoded(Image.fromarray(np.array([[True, False]])))).tolist() == [[[255] * 3, [0] * 3]]
+    grey = noise(4, 5, 0)
+    assert np.array_equal(pixels(encoded(Image.fromarray(grey))), grey[..., None].repeat(3, -1))
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
+    for format in ("GIF", "PNG", "WEBP", "TIFF"):
+        animation = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+        np.testing.assert_allclose(pixels(animation)[0, 0], [255, 0, 0], atol=3, err_msg=format)
+
+
+class Slow(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if self.path == "/slow.png":
+            self.server.released.wait(5)
+        self.send_response(200 if self.path == "/picture.png" else 404)
+        self.end_headers()
+        self.wfile.write(self.server.picture)
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = HTTPServer(("127.0.0.1", 0), Slow)
+    server.picture, server.released = encoded(Image.fromarray(noise(6, 9))), threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_kind_of_source_gives_the_same_picture(tmp_path, site):
+    array = noise(6, 9)
+    data = encoded(Image.fromarray(array))
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    text = base64.b64encode(data).decode()
+    sources = {
+        "path": path, "text": str(path), "bytes": data, "bytearray": bytearray(data), "stream": BytesIO(data),
+        "embedded": {"bytes": data, "path": None}, "linked": {"bytes": None, "path": str(path)},
+        "url": f"{site}/picture.png", "data": f"data:image/png;base64,{text}", "base64": text,
+        "pil": Image.fromarray(array), "lazy": Image.open(path), "array": array, "first": array.transpose(2, 0, 1),
+        "tensor": torch.from_numpy(array), "tensor_first": torch.from_numpy(array).permute(2, 0, 1),
+        "unit": array / 255, "unit_tensor": torch.from_numpy(array).permute(2, 0, 1) / 255,
+        "float": array.astype(float), "integer": array.astype(np.int64), "16 bits": array.astype(np.uint16) * 257,
+    }  # fmt: skip
+    for kind, source in sources.items():
+        assert np.array_equal(pixels(source), array), kind
+    with path.open("rb") as file:
+        assert np.array_equal(pixels(file), array)
+    half = torch.from_numpy(array).permute(2, 0, 1) / 255
+    np.testing.assert_allclose(pixels(half.bfloat16()), array, atol=1)
+    rgba = np.dstack([array, np.full((6, 9), 128, dtype=np.uint8)])
+    np.testing.assert_allclose(pixels(rgba), on_white(array, rgba[..., 3]), atol=1)
+    for grey in (array[..., :1], array[..., 0]):
+        assert np.array_equal(pixels(grey), array[..., :1].repeat(3, -1))
+
+
+def test_a_picture_that_needs_no_change_is_not_copied():
+    image = Image.fromarray(noise(4, 4))
+    assert load_image(image) is image
+
+
+# load_image: what is refused
+
+
+def png(width, height, data=b""):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_the_pixel_limit_holds_before_decoding():
+    # Files without a single pixel in them: decoding would fail otherwise.
+    with pytest.raises(
+        ValueError, match="12000 x 12000 pixels, more than the limit of 89478485; shrink it or raise max"
+    ):
+        load_image(png(12000, 12000))
+    with pytest.raises(ValueError, match=r"a picture of \d+ bytes.*raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels"):
+        load_image(png(60000, 60000))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        load_image(png(9000, 9000))
+    assert 9000 * 9000 < MAX_PIXELS < 12000 * 12000
+    data = encoded(Image.fromarray(noise(10, 10)))
+    assert load_image(data, max_pixels=100).size == (10, 10)
+    with pytest.raises(ValueError, match="10 x 10 pixels"):
+        load_image(data, max_pixels=99)
+    with pytest.raises(ValueError, match="10 x 10 pixels"):
+        load_image(data, max_pixels=99, size_hint=2)
+
+
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path):
+    good = noise(64, 64)
+    broken = {
+        "truncated.jpg": (encoded(Image.fromarray(good), "JPEG")[:-700], "truncated"),
+        "truncated.png": (encoded(Image.fromarray(good))[:3000], "cannot be decoded"),
+        "cut.gif": (encoded(Image.fromarray(good[..., 0]), "GIF")[:900], "cannot be decoded"),
+        "header.webp": (encoded(Image.fromarray(good), "WEBP")[:40], ""),
+        "page.jpg": (b"<html>404 Not Found</html>", "no picture format"),
+        "empty.png": (b"", "no picture format"),
+        "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", "EPS"),
+    }
+    for name, (data, reason) in broken.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        for source in (path, str(path), {"bytes": data, "path": str(path)}):
+            with pytest.raises(ValueError, match=rf"{re.escape(name)}.*{reason}.*\.$"):
+                load_image(source)
+        with pytest.raises(ValueError, match=reason):
+            load_image(data)
+    with (tmp_path / "page.jpg").open("rb") as file, pytest.raises(ValueError, match=r"page\.jpg"):
+        load_image(file)
+    with Image.open(tmp_path / "truncated.jpg") as image, pytest.raises(ValueError, match=r"truncated\.jpg"):
+        load_image(image)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing/photo.jpg", r"missing/photo\.jpg does not exist; check the path"),
+        (Path("missing.jpg"), r"missing\.jpg does not exist"),
+        ("photo", r"photo is in no picture format|photo does not exist"),
+        ("data:image/png;base64,@@@", "data:image/png.* does not exist"),
+        (".", "folder; give the picture files in it"),
+        ("no\0name", "does not exist"),
+        (7, r"7 \(int\) is no picture; give a path"),
+        (None, r"None \(NoneType\) is no picture"),
+        ({"bytes": None, "path": None}, "is no picture"),
+        (np.zeros((2, 3, 4, 5)), r"array of shape \(2, 3, 4, 5\) is no picture"),
+        (np.zeros((5, 6, 2)), "needs 1, 3 or 4 channels"),
+        (np.zeros((0, 4, 3)), "is no picture"),
+        (np.full((4, 4, 3), -0.5), "negative pixels, so it seems normalised"),
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (np.zeros((4, 4), dtype=complex), "needs numbers of shape"),
+        (Image.new("RGB", (0, 4)), "no pixels"),
+        ("x" * 5000, r"x{60}\.\.\. \(5000 characters\)"),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_told(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(source)
+
+
+def test_a_url_that_fails_is_told_in_time(site):
+    with pytest.raises(ValueError, match=r"nothing\.png cannot be downloaded: .*404.*Check the address"):
+        load_image(f"{site}/nothing.png")
+    with pytest.raises(ValueError, match=r"slow\.png cannot be downloaded: .*raise timeout"):
+        load_image(f"{site}/slow.png", timeout=0.2)
+    with pytest.raises(ValueError, match="cannot be downloaded"):
+        load_image("http://127.0.0.1:1/picture.png")
+
+
+def test_a_size_hint_decodes_less_and_changes_little():
+    y, x = np.mgrid[0:1200, 0:1600]
+    photo = np.stack([x * 255 / 1600, y * 255 / 1200, 128 + 100 * np.sin(x / 40) * np.cos(y / 30)], -1).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encoded(Image.fromarray(photo), "JPEG", quality=95, exif=exif)
+    sizes = {hint: load_image(data, size_hint=hint).size for hint in (50, 100, 150, 300, 301, 5000)}
+    # Turned by its EXIF orientation, and never below twice the hint.
+    assert sizes == {
+        50: (150, 200),
+        100: (300, 400),
+        150: (300, 400),
+        300: (600, 800),
+        301: (1200, 1600),
+        5000: (1200, 1600),
+    }
+    processor = MultiLabelImageProcessor(size=128, do_normalize=False)
+    full, reduced = (processor(load_image(data, size_hint=hint))["pixel_values"][0] for hint in (None, 128))
+    assert np.abs(full - reduced).mean() < 1 / 255
+    assert load_image(encoded(Image.fromarray(photo[:64, :64])), size_hint=8).size == (64, 64)  # PNGs have no draft.
+
+
+# The image processor
+
+
+def reference(**attributes):
+    """transformers' own Pillow processor."""
+    return type(
+        "Reference", (PilBackend,), {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True} | attributes
+    )()
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"size": {"height": 24, "width": 40}},
+        {"size": {"shortest_edge": 30}, "do_center_crop": True, "crop_size": {"height": 24, "width": 24}},
+        {"size": {"shortest_edge": 21}, "do_center_crop": True, "crop_size": {"height": 24, "width": 31}},
+        {"size": {"shortest_edge": 30, "longest_edge": 35}},
+        {"do_resize": False},
+    ],
+    ids=["squash", "crop", "crop_beyond_the_edge", "longest_edge", "as_is"],
+)  # fmt: skip
+def test_pixels_equal_the_stock_pillow_processor(attributes, resample):
+    attributes = (
+        {"do_resize": True}
+        | attributes
+        | {"resample": resample, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.25]}
+    )
+    ours, theirs = MultiLabelImageProcessor(**attributes), reference(**attributes)
+    for height, width in ((50, 70), (70, 50), (24, 40), (10, 13)):
+        image = Image.fromarray(noise(height, width))
+        expected = theirs(images=image, return_tensors="pt")["pixel_values"]
+        result = ours(images=image, return_tensors="pt")["pixel_values"]
+        assert result.dtype == torch.float32 and result.is_contiguous()
+        torch.testing.assert_close(result, expected.float(), rtol=0, atol=2e-6)
+
+
+def test_defaults_are_imagenet_statistics_and_bicubic():
+    processor = MultiLabelImageProcessor()
+    assert processor.size == {"height": 448, "width": 448} and processor.resize_mode == "squash"
+    assert processor.image_mean == (0.485, 0.456, 0.406) and processor.image_std == (0.229, 0.224, 0.225)
+    assert processor.resample == Image.Resampling.BICUBIC
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 60), (60, 20), (33, 33), (7, 200), (1, 500)])
+def test_padding_keeps_the_aspect_ratio_and_is_zero_once_normalised(height, width):
+    image = Image.fromarray(noise(height, width))
+    processor = MultiLabelImageProcessor(size=32, resize_mode="pad")
+    values = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    scale = 32 / max(height, width)
+    inner_height, inner_width = max(round(height * scale), 1), max(round(width * scale), 1)
+    top, left = (32 - inner_height) // 2, (32 - inner_width) // 2
+    inner = MultiLabelImageProcessor(size={"height": inner_height, "width": inner_width})
+    expected = inner(images=image, return_tensors="pt")["pixel_values"][0]
+    box = (slice(None), slice(top, top + inner_height), slice(left, left + inner_width))
+    torch.testing.assert_close(values[box], expected)
+    values[box] = 0
+    assert values.abs().max() < 0.5 / 255 / 0.224 + 1e-6
+    # The call's own mode goes first; uint8 pixels, as training keeps them, are padded alike.
+    squashed = processor(images=image, resize_mode="squash", return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(
+        squashed, MultiLabelImageProcessor(size=32)(images=image, return_tensors="pt")["pixel_values"]
+    )
+    raw = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    assert raw.dtype == torch.uint8 and (raw[:, :top] == torch.tensor([124, 116, 104]).view(3, 1, 1)).all()
+
+
+def test_batches_lists_arrays_and_types():
+    images = [noise(9, 12, seed=seed) for seed in range(3)]
+    processor = MultiLabelImageProcessor(size=8)
+    expected = processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
+    assert expected.shape == (3, 3, 8, 8)
+    stacked = np.stack(images)
+    channels_first = torch.from_numpy(stacked).permute(0, 3, 1, 2)
+    for batch in (images, stacked, torch.from_numpy(stacked), channels_first, channels_first.float() / 255):
+        assert torch.equal(processor(images=batch, return_tensors="pt")["pixel_values"], expected)
+    first = processor(images=stacked.transpose(0, 3, 1, 2), input_data_format="channels_first", return_tensors="np")
+    assert isinstance(first["pixel_values"], np.ndarray) and np.array_equal(first["pixel_values"], expected)
+    listed = processor(images=encoded(Image.fromarray(images[0])))["pixel_values"]
+    assert isinstance(listed, list) and np.array_equal(listed[0], expected[0])
+    half = processor(images=images, do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert half.min() >= 0 and half.max() <= 1
+    raw = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert raw.dtype == torch.uint8
+    torch.testing.assert_close(raw / 255, half)
+
+
+def test_the_picture_care_holds_in_the_processor():
+    processor = MultiLabelImageProcessor(do_resize=False, do_normalize=False)
+    rgba = Image.fromarray(noise(6, 7, 4))
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = Image.open(BytesIO(encoded(Image.fromarray(noise(6, 7)), exif=exif)))
+    deep = Image.fromarray(np.full((6, 7), 40000, dtype=np.uint16))
+    for image in (rgba, turned, deep):
+        expected = np.asarray(load_image(image)).transpose(2, 0, 1)
+        np.testing.assert_allclose(processor(images=image)["pixel_values"][0] * 255, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"resize_mode": "fit"}, "resize_mode must be one of squash, pad, but it is 'fit'"),
+        ({"resize_mode": "pad", "size": {"shortest_edge": 8}}, "needs a size with height and width"),
+        ({"do_pad": True, "pad_size": {"height": 8, "width": 8}}, "do_pad is not supported"),
+        ({"size": {"longest_edge": 8}}, "size must have height and width, or shortest_edge"),
+        ({"size": {"shortest_edge": 8}}, "different sizes make no batch"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(kwargs, message):
+    images = [Image.fromarray(noise(10, 20)), Image.fromarray(noise(20, 30))]
+    with pytest.raises(ValueError, match=message):
+        MultiLabelImageProcessor(size=8)(images=images, return_tensors="pt", **kwargs)
+    if "resize_mode" in kwargs or "do_pad" in kwargs:
+        with pytest.raises(ValueError, match=message):
+            MultiLabelImageProcessor(**kwargs)
+
+
+# The processor
+
+NAMES = {0: "cat", 1: "dog", 2: "bird", 3: "boat"}
+LOGITS = torch.tensor([[2.0, -1.0, 0.5, 0.0], [-3.0, 4.0, 0.0, 0.0]])
+
+
+def processor_of(**kwargs):
+    return MultiLabelProcessor(MultiLabelImageProcessor(size=8), **({"id2label": NAMES} | kwargs))
+
+
+def expected_labels(logits, keep):
+    scores = 1 / (1 + np.exp(-logits.double().numpy()))
+    rows = []
+    for row in scores:
+        order = sorted(range(len(row)), key=lambda index: (-row[index], index))
+        rows.append([(NAMES[index], row[index]) for index in order if keep(index, row[index])])
+    return rows
+
+
+def as_pairs(results):
+    return [[(label["label"], pytest.approx(label["score"], abs=1e-6)) for label in row] for row in results]
+
+
+def test_labels_by_no_threshold_a_number_and_their_own():
+    processor = processor_of(thresholds=[0.9, 0.2, 0.5, 0.6])
+    process = processor.post_process_multi_label_classification
+    assert as_pairs(process(LOGITS)) == expected_labels(LOGITS, lambda index, score: True)
+    assert as_pairs(process(LOGITS, threshold=0.6)) == expected_labels(LOGITS, lambda index, score: score >= 0.6)
+    own = as_pairs(process(LOGITS, threshold="auto"))
+    assert own == expected_labels(LOGITS, lambda index, score: score >= processor.thresholds[index])
+    assert [[name for name, _ in row] for row in own] == [["bird", "dog"], ["dog", "bird"]]
+    assert process(LOGITS, threshold=1.0) == [[], []]
+    assert [len(row) for row in process(LOGITS, top_k=3)] == [3, 3]
+    assert [[label["label"] for label in row] for row in process(LOGITS, threshold=0.4, top_k=1)] == [["cat"], ["dog"]]
+
+
+def test_outputs_of_every_kind_and_precision():
+    process = processor_of().post_process_multi_label_classification
+    expected = process(LOGITS)
+    for outputs in (ImageClassifierOutput(logits=LOGITS), {"logits": LOGITS}, LOGITS.numpy(), LOGITS.double(),
+                    LOGITS.clone().requires_grad_(), LOGITS.bfloat16(), LOGITS.half()):  # fmt: skip
+        assert process(outputs) == expected  # These logits are exact in bfloat16.
+    assert {type(label["score"]) for row in expected for label in row} == {float}
+
+
+def test_a_score_at_the_threshold_is_present():
+    process = processor_of().post_process_multi_label_classification
+    for row in torch.linspace(-6, 6, 400).view(100, 1, 4):
+        scores = {label["label"]: label["score"] for label in process(row)[0]}
+        for index, name in NAMES.items():
+            # The logits ascend: itself and those after it.
+            assert {label["label"] for label in process(row, scores[name])[0]} == set(list(NAMES.values())[index:])
+        fitted = [scores[name] for name in NAMES.values()]
+        own = processor_of(thresholds=fitted).post_process_multi_label_classification
+        assert len(own(row, "auto")[0]) == 4
+        above = np.nextafter(np.float32(fitted), np.float32(1)).tolist()
+        assert processor_of(thresholds=above).post_process_multi_label_classification(row, "auto") == [[]]
+
+
+def test_labels_that_were_not_evaluated_are_left_out():
+    logits = LOGITS.clone()
+    logits[0, 0] = logits[1, 3] = float("nan")
+    process = processor_of(thresholds=[0.0] * 4).post_process_multi_label_classification
+    for threshold in (None, 0.0, "auto"):
+        assert [[label["label"] for label in row] for row in process(logits, threshold)] == [
+            ["bird", "boat", "dog"],
+            ["dog", "bird", "cat"],
+        ]
+
+
+@pytest.mark.parametrize(
+    ("logits", "threshold", "kwargs", "message"),
+    [
+        (LOGITS, "auto", {}, "this checkpoint has none; fit them on a validation split"),
+        (LOGITS, "auto", {"thresholds": [0.5]}, "1 thresholds for 4 labels"),
+        (LOGITS, 1.5, {}, r'threshold must be None, a number in \[0, 1\] or "auto", but it is 1.5'),
+        (LOGITS, -0.1, {}, "threshold must be"),
+        (LOGITS, float("nan"), {}, "threshold must be"),
+        (LOGITS, True, {}, "threshold must be"),
+        (LOGITS, "best", {}, "threshold must be"),
+        (LOGITS[:, :3], None, {}, r"logits must be of shape \(batch, 4\), but they are \(2, 3\)"),
+        (LOGITS[0], None, {}, r"logits must be of shape \(batch, 4\), but they are \(4,\)"),
+        (LOGITS, None, {"id2label": None}, "has no label names: give id2label"),
+    ],
+)
+def test_thresholds_and_logits_that_cannot_be_used_are_refused(logits, threshold, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        processor_of(**kwargs).post_process_multi_label_classification(logits, threshold)
+
+
+def test_a_processor_reads_pictures_like_its_image_processor():
+    processor = processor_of()
+    data = encoded(Image.fromarray(noise(12, 9, 4)))
+    for options in ({}, {"resize_mode": "pad"}, {"size": {"height": 6, "width": 5}}, {"do_normalize": False}):
+        expected = processor.image_processor(images=[data], return_tensors="pt", **options)["pixel_values"]
+        assert torch.equal(processor(images=[data], return_tensors="pt", **options)["pixel_values"], expected)
+
+
+def test_saving_and_loading_keeps_everything(tmp_path):
+    image_processor = MultiLabelImageProcessor(
+        size={"height": 20, "width": 30},
+        resize_mode="pad",
+        resample=2,
+        image_mean=[0.1, 0.2, 0.3],
+        image_std=[0.4, 0.5, 0.6],
+    )
+    MultiLabelProcessor(image_processor, id2label=NAMES, thresholds=[0.1, 0.2, 0.3, 0.4]).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["processing_multilabel.py", "processor_config.json"]
+    loaded = MultiLabelProcessor.from_pretrained(tmp_path)
+    assert loaded.id2label == NAMES and loaded.thresholds == [0.1, 0.2, 0.3, 0.4]
+    image = Image.fromarray(noise(17, 23))
+    expected = image_processor(images=image, return_tensors="pt")["pixel_values"]
+    for processor in (loaded, loaded.image_processor, MultiLabelImageProcessor.from_pretrained(tmp_path)):
+        assert torch.equal(processor(images=image, return_tensors="pt")["pixel_values"], expected)
+    first = (tmp_path / "processor_config.json").read_text()
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/processor_config.json").read_text() == first
+
+
+def test_config_json_has_the_last_word_on_labels_and_thresholds(tmp_path, capfd):
+    stale = {0: "old"}
+    MultiLabelProcessor(MultiLabelImageProcessor(size=8), id2label=stale, thresholds=[0.3]).save_pretrained(tmp_path)
+    config = HSVLTConfig.preset("nano", num_labels=4, id2label=NAMES, thresholds=[0.1, 0.2, 0.3, 0.4])
+    config.save_pretrained(tmp_path)
+    loaded = MultiLabelProcessor.from_pretrained(tmp_path)
+    assert loaded.id2label == NAMES and loaded.thresholds == config.thresholds
+    # The package's own classes, so nothing of the folder is run.
+    for auto in (AutoProcessor, AutoImageProcessor):
+        assert type(auto.from_pretrained(tmp_path)) in (MultiLabelProcessor, MultiLabelImageProcessor)
+    given = MultiLabelProcessor.from_pretrained(tmp_path, thresholds=[0.9] * 4)
+    assert given.id2label == NAMES and given.thresholds == [0.9] * 4
+    # Trained anew, so no longer fitted: the processor's old thresholds are for other labels.
+    unfitted = copy.deepcopy(config)
+    unfitted.thresholds = None
+    unfitted.save_pretrained(tmp_path)
+    assert MultiLabelProcessor.from_pretrained(tmp_path).thresholds is None
+    # Another model's config.json, without label names
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hsvlt"}))
+    assert MultiLabelProcessor.from_pretrained(tmp_path).id2label == stale
+    assert "trust_remote_code" not in "".join(capfd.readouterr())
