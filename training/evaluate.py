@@ -73,8 +73,8 @@ def predict(
         for batch in bar:
             if batch["pixel_values"].dtype == torch.uint8:
                 raise ValueError("The pixels are uint8; build the loader with processor=..., which normalises them.")
-            # Only batches of one size: matrix products round differently for another, and how many pictures are left for
-            # the last batch depends on the number of processes.
+            # Only batches of one size: matrix products round differently for another, and how many pictures the last
+            # batch has depends on the number of processes.
             pixel_values = batch["pixel_values"].to(dtype)
             count = len(pixel_values)
             padding = pixel_values[-1:].expand(batch_size - count, *pixel_values.shape[1:])

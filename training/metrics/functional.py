@@ -172,7 +172,7 @@ def per_label_report(
         scores, labels, threshold, label_names: See `multilabel_report`.
 
     Returns:
-        "AP" (non-interpolated), "precision", "recall", "f1", "tp", "predicted", "positives", "known", "threshold".
+        "AP" (non-interpolated), "precision", "recall", "f1", "tp", "predicted", "positives", "known" and "threshold".
         Precision is 0 where nothing was predicted; AP, recall and F1 are NaN for a label without a known positive.
 
     Raises:
@@ -352,8 +352,11 @@ def _highest(scores: np.ndarray, top_k: int) -> np.ndarray:
     if top_k >= scores.shape[1]:
         return np.ones(scores.shape, dtype=bool)
     limit = np.partition(scores, -top_k, axis=1)[:, [-top_k]]
-    above, equal = scores > limit, scores == limit
-    return above | (equal & (equal.cumsum(1) <= top_k - above.sum(1, keepdims=True)))
+    chosen = scores >= limit
+    tied = np.flatnonzero(chosen.sum(1) > top_k)
+    above, equal = scores[tied] > limit[tied], scores[tied] == limit[tied]
+    chosen[tied] = above | (equal & (equal.cumsum(1) <= top_k - above.sum(1, keepdims=True)))
+    return chosen
 
 
 def _count(decided: np.ndarray, positive: np.ndarray) -> np.ndarray:

@@ -162,6 +162,17 @@ def test_top_k_is_selected_before_the_mask_and_must_reach_the_threshold():
     assert report["OF1"] == pytest.approx(2 * 3 / (5 + 5))  # without the limit label 3 of the second row is found
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_top_k_with_ties_takes_the_first(block_entries, top_k):
+    scores, labels = make(15)
+    kept = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(kept, np.argsort(-scores, axis=1, kind="stable")[:, :top_k], True, axis=1)
+    report = multilabel_report(scores, labels, threshold=0.3, top_k=top_k)
+    expected = multilabel_report(np.where(kept, scores, 0), labels, threshold=0.3)
+    for name in ("CP", "CR", "CF1", "CF1_per_class", "OP", "OR", "OF1"):
+        assert report[f"{name}_top{top_k}"] == expected[name]
+
+
 def test_top_k_of_all_labels_changes_nothing():
     scores, labels = make(5)
     report = multilabel_report(scores, labels, top_k=20)
