@@ -226,7 +226,10 @@ def run(args: argparse.Namespace) -> np.ndarray:
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.thresholds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training.thresholds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_scoring_arguments(parser)
     parser.add_argument("--objective", choices=OBJECTIVES, default="f1", help="default: f1")

@@ -216,7 +216,7 @@ def test_what_cannot_be_evaluated_is_refused(checkpoint, pictures, capsys, check
 
 
 def test_unknown_options_are_refused(checkpoint, pictures, capsys):
-    for option in (["--threshhold", "0.5"], ["--threshold", "high"]):
+    for option in (["--threshhold", "0.5"], ["--thresh", "0.5"], ["--threshold", "high"]):
         with pytest.raises(SystemExit):
             main([str(checkpoint), str(pictures), *option])
         assert option[0] in capsys.readouterr().err
