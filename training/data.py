@@ -1,186 +1,50 @@
 """Pictures and labels on their way into a model: any multi-label dataset in, uniform batches out.
 
-`load_multilabel_dataset` reads and checks, `MultiLabelDataset` decodes and resizes, `MultiLabelCollator` batches.
-Pixels stay uint8 up to the device; there `normalize_pixels` (after augmentation, in training) makes of them what the
-processor makes.
+`load_multilabel_dataset` (`load.py`) reads and checks, `MultiLabelDataset` decodes and resizes, `MultiLabelCollator`
+batches. Labels stay sparse, ten thousand of them if need be, until the collator makes a batch dense. Pixels stay uint8
+up to the device; there `normalize_pixels` (after augmentation, in training) makes of them what the processor makes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets import Dataset, Image
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from modeling_hsvlt.losses_multilabel import validate_labels
 from modeling_hsvlt.processing_multilabel import load_image
 
-from .image_folder import SPLIT_ALIASES, read_image_folders, read_label_names
-from .scenes import DEFAULT_NUM_SCENES, SCENE_LABELS, SceneDataset, build_scenes
-from .sparse_labels import SparseLabels, arrow_column, class_names, row_namer
+from .load import load_multilabel_dataset
+from .scenes import SCENE_LABELS, SceneDataset
+from .sparse_labels import SparseLabels, class_names, row_namer
+
+__all__ = [
+    "MultiLabelCollator",
+    "MultiLabelDataset",
+    "build_dataloader",
+    "class_counts",
+    "find_unreadable",
+    "load_multilabel_dataset",
+    "normalize_pixels",
+    "without_unreadable",
+]
 
 logger = logging.getLogger(__name__)
 
 
-def load_multilabel_dataset(
-    source: str | Path | Dataset | DatasetDict,
-    *,
-    revision: str | None = None,
-    config_name: str | None = None,
-    splits: Sequence[str] | None = None,
-    label_names: Sequence[str] | None = None,
-    image_column: str = "image",
-    label_column: str = "labels",
-    label_format: str = "auto",
-    unlisted_pictures: str = "error",
-    missing_pictures: str = "error",
-    cache_dir: str | None = None,
-    scenes: dict | None = None,
-) -> tuple[DatasetDict, list[str]]:
-    """Loads a multi-label image dataset and checks every label against the label contract.
-
-    Args:
-        source: One of
-            - a dataset id on the Hub (pin its `revision`; `config_name` is its configuration);
-            - a folder with `<split>/metadata.jsonl` (`imagefolder`: rows with `file_name` and `labels`; a `labels.txt`
-              beside the splits gives the class order, one name a line);
-            - a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote;
-            - a folder of parquet (or another format that `datasets.load_dataset` reads);
-            - "scenes", the built-in scenes, drawn by `training.scenes.build_scenes(**scenes)`;
-            - a `Dataset` (taken as "train") or `DatasetDict`.
-        splits: The splits to return, all of which must exist and have rows; None: all there are. Usual other names
-            (`val`, `dev`, `testing`, ...) are known.
-        label_names: Vocabulary in class order, for example a checkpoint's. By default that of `labels.txt`, else of
-            the column's `ClassLabel`, else the sorted names that occur in the train split.
-        label_format: "names", "ids", "multi_hot" or "auto", see `SparseLabels.from_arrow`.
-        unlisted_pictures: "error", or "skip" to leave out pictures of an image folder that no metadata row names.
-        missing_pictures: "error", or "skip" to leave out metadata rows whose picture does not exist.
-
-    Returns:
-        The splits and the label names. Rows hold `image` (`datasets.Image(decode=False)`: `path`, `bytes`) and
-        `labels`: lists of class ids (`ClassLabel` with the label names in order), or, where the source was multi-hot,
-        lists of one float32 a label. A `null` list, or a `null` or NaN in a multi-hot list, means unknown.
-
-    Raises:
-        ValueError, FileNotFoundError: one sentence that names the file, row and label and says what to do.
-    """
-    names_of_file, row_words = None, {}
-    if isinstance(source, Dataset | DatasetDict):
-        loaded = source
-    elif str(source) == "scenes":
-        loaded, names_of_file = build_scenes(**{"num_scenes": DEFAULT_NUM_SCENES, **(scenes or {})}), SCENE_LABELS
-    elif Path(source).is_dir():
-        folder = Path(source)
-        if (folder / "labels.txt").is_file():
-            names_of_file = read_label_names(folder / "labels.txt")
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = load_from_disk(str(folder))
-        elif any(folder.glob("metadata.jsonl")) or any(folder.glob("*/metadata.jsonl")):
-            loaded, row_words = read_image_folders(
-                folder,
-                label_column,
-                unlisted_pictures=unlisted_pictures,
-                missing_pictures=missing_pictures,
-            )
-            image_column, label_column = "image", "labels"
-        else:
-            loaded = load_dataset(str(folder), name=config_name, cache_dir=cache_dir)
-    elif Path(source).exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise FileNotFoundError(f"{source} is no folder; give a folder, the id of a dataset on the Hub, or 'scenes'.")
-    else:
-        try:
-            loaded = load_dataset(str(source), name=config_name, revision=revision, cache_dir=cache_dir)
-        except (DatasetNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(f"{source} is neither a folder here nor a dataset within reach: {error}") from error
-
-    loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-    loaded = {SPLIT_ALIASES.get(name, name): split for name, split in loaded.items()}
-    source = source if isinstance(source, str | Path) else "the dataset"
-    for name in splits or loaded:
-        if name not in loaded:
-            raise ValueError(f"{source} has no split {name!r}, only {', '.join(loaded)}; add it or choose another.")
-        if len(loaded[name]) == 0:
-            raise ValueError(f"The split {name!r} of {source} has no rows; add some or leave the split out.")
-        for column in (image_column, label_column):
-            if column not in loaded[name].column_names:
-                raise ValueError(
-                    f"The split {name!r} of {source} has no column {column!r}, only "
-                    f"{', '.join(loaded[name].column_names)}; name the right one with image_column or label_column, or "
-                    "write a metadata.jsonl with file_name and labels beside the pictures."
-                )
-    label_names = _resolve_label_names(label_names or names_of_file, loaded, label_column, source)
-    uniform = DatasetDict()
-    for name in splits or loaded:
-        images = loaded[name].select_columns([image_column]).cast_column(image_column, Image(decode=False))
-        images = images if image_column == "image" else images.rename_column(image_column, "image")
-        where = row_words.get(name) or row_namer(images, f"split {name!r}, ")
-        labels = SparseLabels.from_dataset(
-            loaded[name], label_names, label_column=label_column, label_format=label_format, where=where
-        )
-        uniform[name] = _with_labels(images, labels, arrow_column(loaded[name], label_column), label_names, where)
-    return uniform, label_names
-
-
-def _resolve_label_names(
-    given: Sequence[str] | None, splits: dict[str, Dataset], label_column: str, source: str | Path
-) -> list[str]:
-    """The vocabulary: what was given, else the names in the features, else the names in the train split."""
-    if given is not None:
-        twice = [name for name, count in Counter(given).items() if count > 1]
-        if twice:
-            raise ValueError(f"The label names list {twice[0]!r} twice; keep one.")
-        return list(given)
-    train = splits.get("train") or next(iter(splits.values()))
-    if (names := class_names(train, label_column)) is not None:
-        return names
-    column = arrow_column(train, label_column)
-    values = pc.list_flatten(column) if pa.types.is_nested(column.type) else column
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise ValueError(
-            f"The labels of {source} ({column.type}) carry no names; give label_names, or write a labels.txt with one "
-            "name a line in class order."
-        )
-    return sorted(values.unique().drop_null().to_pylist())
-
-
-def _with_labels(
-    images: Dataset, labels: SparseLabels, column: pa.ChunkedArray, label_names: list[str], where: Callable[[int], str]
-) -> Dataset:
-    """`images` with a column `labels`: class ids, or multi-hot as in `column` where that can say more than ids."""
-    unknown = labels.default != 0
-    if unknown.any():
-        logger.warning(
-            "%d of %d rows have null for labels, so they teach nothing (first: %s); write [] where none is present.",
-            unknown.sum(),
-            len(labels),
-            where(int(np.argmax(unknown))),
-        )
-    if labels.label_format == "multi_hot":
-        column, feature = pc.cast(column, pa.list_(pa.float32())), List(Value("float32"))
-    else:
-        starts = pa.array(labels.starts, pa.int32())
-        column = pa.ListArray.from_arrays(starts, pa.array(labels.ids), mask=pa.array(unknown))
-        feature = List(ClassLabel(names=label_names))
-    # A column beside the pictures, so that pictures (gigabytes, perhaps) are neither copied nor rewritten.
-    return images.add_column("labels", column, feature=feature)
-
-
 class MultiLabelDataset(torch.utils.data.Dataset):
-    """Map-style dataset of decoded, resized pictures and dense labels, one dictionary a picture:
+    """Map-style dataset of decoded, resized pictures and their labels, one dictionary a picture:
 
     - `pixel_values` (3, height, width) uint8: resized, not yet normalised, so that augmentation and `normalize_pixels`
       run on whole batches on the device;
-    - `labels` (num_labels,) float32: 1 present, 0 absent, between them soft, -100 unknown;
+    - `labels` (num_labels,) float32: 1 present, 0 absent, between them soft, -100 unknown; a sparse tensor where most
+      labels are absent (`labels.to_dense()`; the collator does that for the batch), else a dense one;
     - `index` int: the row in `split`.
 
     Args:
@@ -195,6 +59,8 @@ class MultiLabelDataset(torch.utils.data.Dataset):
             each; 3,633 pictures at 144 px are 226 MB). None decodes on every access.
         num_workers: Threads that fill the cache.
         label_format: As in `load_multilabel_dataset`; needed only for a split that did not come from it.
+        partial_labels: Options of `SparseLabels.partially_known`, which hides labels that are known, for experiments
+            with partly labelled data; a training split only.
 
     Raises:
         ValueError: a bad label, or a picture that cannot be read, naming the row and file.
@@ -210,6 +76,7 @@ class MultiLabelDataset(torch.utils.data.Dataset):
         cache_images: str | None = None,
         num_workers: int = 0,
         label_format: str = "auto",
+        partial_labels: dict | None = None,
     ):
         self.label_names = list(label_names)
         self.image_processor = getattr(processor, "image_processor", processor)
@@ -227,6 +94,10 @@ class MultiLabelDataset(torch.utils.data.Dataset):
                 raise ValueError(f"Scenes are labelled {', '.join(SCENE_LABELS)}; take these as the label names.")
             self.split, self.sparse_labels = split, None
             self._label_index = {name: index for index, name in enumerate(self.label_names)}
+        if partial_labels:
+            if self.sparse_labels is None:
+                raise ValueError("Labels of scenes that change every epoch cannot be hidden; fix the scenes.")
+            self.sparse_labels = self.sparse_labels.partially_known(**partial_labels)
         self._cache = None
         if cache_images == "memory":
             if self.sparse_labels is None:
@@ -241,12 +112,20 @@ class MultiLabelDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         if self.sparse_labels is None:
             row = self.split[index]
-            pixels, labels = self._pixels(row["image"]), np.zeros(len(self.label_names), dtype=np.float32)
-            labels[[self._label_index[name] for name in row["labels"]]] = 1
+            pixels, ids = self._pixels(row["image"]), sorted(self._label_index[name] for name in set(row["labels"]))
+            labels = self._sparse(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids)))
         else:
             pixels = self._read(index) if self._cache is None else self._cache[index]
-            labels = self.sparse_labels.dense(index)
-        return {"pixel_values": pixels, "labels": torch.from_numpy(labels), "index": index}
+            if self.sparse_labels.default[index]:
+                labels = torch.from_numpy(self.sparse_labels.dense(index))
+            else:
+                labels = self._sparse(*map(torch.from_numpy, self.sparse_labels.entries(index)))
+        return {"pixel_values": pixels, "labels": labels, "index": index}
+
+    def _sparse(self, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.sparse_coo_tensor(
+            ids[None], values, (len(self.label_names),), is_coalesced=True, check_invariants=True
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch to a split that changes with it."""
@@ -310,7 +189,8 @@ class MultiLabelCollator:
         self.num_labels, self.processor = num_labels, processor
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        labels = torch.stack([sample["labels"] for sample in samples])
+        # Dense from here on, not on the device: 10,000 labels are 40 KB a picture, a 448 px picture is 600 KB.
+        labels = torch.stack([sample["labels"].to_dense() for sample in samples])
         validate_labels(labels, self.num_labels)
         pixels = torch.stack([sample["pixel_values"] for sample in samples])
         batch = {

@@ -119,13 +119,13 @@ def _read_split(
                 labels.append(value)
             else:
                 missing.append(name)
-    _refuse_or_skip(
+    refuse_or_skip(
         missing,
         missing_pictures,
         f"{metadata} names",
         f"that {root} does not hold; add the pictures, take the rows out, or pass missing_pictures='skip'.",
     )
-    _refuse_or_skip(
+    refuse_or_skip(
         sorted(unlisted),
         unlisted_pictures,
         f"{folder} holds",
@@ -162,7 +162,7 @@ def _parse_row(line: str, label_column: str, where: str) -> tuple[str, list | No
     return name, labels, next(iter(kinds), None)
 
 
-def _refuse_or_skip(names: list[str], policy: str, before: str, after: str) -> None:
+def refuse_or_skip(names: list[str], policy: str, before: str, after: str) -> None:
     if names:
         count = f"{len(names)} picture{'s' if len(names) > 1 else ''}"
         message = f"{before} {count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) {after}"

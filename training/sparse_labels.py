@@ -45,9 +45,51 @@ class SparseLabels:
     def dense(self, row: int) -> np.ndarray:
         """(num_labels,) float32 labels of one picture: 1 present, 0 absent, between them soft, -100 unknown."""
         labels = np.full(self.num_labels, self.default[row], dtype=np.float32)
-        entries = slice(self.starts[row], self.starts[row + 1])
-        labels[self.ids[entries]] = self.values[entries]
+        ids, values = self.entries(row)
+        labels[ids] = values
         return labels
+
+    def entries(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Label indices (int64) and values (float32) of one picture's entries; every other label is its `default`."""
+        entries = slice(self.starts[row], self.starts[row + 1])
+        return self.ids[entries], self.values[entries]
+
+    def partially_known(
+        self, *, known_fraction: float | None = None, single_positive: bool = False, seed: int = 0
+    ) -> SparseLabels:
+        """The same pictures with some known labels made unknown, drawn by `seed`: for experiments with partial labels.
+
+        Args:
+            known_fraction: Every label of every picture stays known with this probability, present or absent.
+            single_positive: Of each picture one present label stays known, nothing else (Cole et al., CVPR 2021). A
+                picture that shows none is then unknown throughout.
+
+        Raises:
+            ValueError: neither or both of the two, or a fraction outside (0, 1].
+        """
+        if (known_fraction is None) == (not single_positive):
+            raise ValueError("Give one of known_fraction and single_positive, which say what labels stay known.")
+        if known_fraction is not None and not 0 < known_fraction <= 1:
+            raise ValueError(f"known_fraction={known_fraction!r} must be above 0 and at most 1.")
+        random = np.random.default_rng(seed)
+        rows = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        if single_positive:
+            present = np.flatnonzero(self.values >= 0.5)
+            present = present[random.permutation(len(present))]
+            _, first = np.unique(rows[present], return_index=True)  # the first of each picture in a random order
+            kept = present[first]
+            rows, ids, values = rows[kept], self.ids[kept], self.values[kept]
+        else:
+            parts = []
+            for start in range(0, len(self), 256):  # dense in blocks: 256 rows of 10,000 labels are 10 MB
+                block = np.stack([self.dense(row) for row in range(start, min(start + 256, len(self)))])
+                known = (random.random(block.shape, dtype=np.float32) < known_fraction) & (block != UNKNOWN_LABEL)
+                at = np.nonzero(known)
+                parts.append((at[0] + start, at[1], block[at]))
+            rows, ids, values = map(np.concatenate, zip(*parts, strict=True))
+        starts = np.searchsorted(rows, np.arange(len(self) + 1))
+        unknown = np.full(len(self), UNKNOWN_LABEL, dtype=np.float32)
+        return SparseLabels(starts, ids, values, unknown, self.num_labels, "multi_hot")
 
     def positives(self) -> np.ndarray:
         """(num_labels,) int64: how many pictures show each label (a soft label from 0.5 on counts)."""
@@ -138,9 +180,90 @@ def arrow_column(split: Dataset, column: str) -> pa.ChunkedArray:
     return split.select_columns([column]).with_format("arrow")[:].column(column)
 
 
+def split_text(
+    column: pa.ChunkedArray,
+    separator: str = ",",
+    label_format: str = "auto",
+    where: Callable[[int], str] = "row {}".format,
+) -> pa.Array:
+    """Texts such as "cat, dog" as lists of names; of integers or floats for `label_format` "ids" and "multi_hot".
+
+    Blanks around a label are dropped. An empty text is a picture without labels, `null` one of unknown labels.
+
+    Raises:
+        ValueError: nothing between two separators, or what is no number where numbers are asked for; with the row.
+    """
+    kind, parse = {"ids": (pa.int64(), int), "multi_hot": (pa.float32(), _number)}.get(label_format, (pa.string(), str))
+    rows = []
+    for row, text in enumerate(column.to_pylist()):
+        items = None if text is None else [item.strip() for item in text.split(separator)] if text.strip() else []
+        for item in items or ():
+            if not item:
+                raise ValueError(f"{where(row)}: {text!r} lists an empty label; take out the separator too many.")
+        try:
+            rows.append(None if items is None else [parse(item) for item in items])
+        except ValueError as error:
+            raise ValueError(f"{where(row)}: {text!r} must list numbers (label_format={label_format!r}).") from error
+    return pa.array(rows, pa.list_(kind))
+
+
+# Spellings of "unknown" in a column of text, beside an empty cell.
+_UNKNOWN_CELLS = frozenset(("", "nan", "null", "none", "na", "n/a", "?"))
+_WORDS = {"true": 1.0, "false": 0.0}
+
+
+def _number(cell: str) -> float:
+    cell = cell.strip().lower()
+    return np.nan if cell in _UNKNOWN_CELLS else _WORDS[cell] if cell in _WORDS else float(cell)
+
+
+def stack_columns(split: Dataset, columns: Sequence[str], where: Callable[[int], str] = "row {}".format) -> pa.Array:
+    """One column a label (numbers, booleans or text) as multi-hot lists of float32; `null`, NaN and an empty text are
+    NaN, which is unknown.
+
+    Raises:
+        ValueError: a text that is no number, or a column of another type; with the row and column.
+    """
+    table = split.select_columns(list(columns)).with_format("arrow")[:]
+    stacked = np.empty((len(split), len(columns)), dtype=np.float32)
+    for number, name in enumerate(columns):
+        column = table.column(name)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            cells = pc.dictionary_encode(column.combine_chunks())
+            try:
+                values = np.array([*map(_number, cells.dictionary.to_pylist()), np.nan], dtype=np.float32)
+            except ValueError:
+                cells = column.to_pylist()
+                row = next(row for row, cell in enumerate(cells) if cell is not None and not _is_number(cell))
+                raise ValueError(
+                    f"{where(row)}: column {name!r} holds {cells[row]!r}, but must hold 1 for present, 0 for absent, "
+                    "nothing for unknown; name the columns that are labels with label_columns."
+                ) from None
+            stacked[:, number] = values[pc.fill_null(cells.indices, len(values) - 1).to_numpy(zero_copy_only=False)]
+        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+            numbers = pc.fill_null(column.cast(pa.float32()), np.nan)
+            stacked[:, number] = numbers.to_numpy()
+        elif pa.types.is_null(column.type):
+            stacked[:, number] = np.nan
+        else:
+            raise ValueError(
+                f"{where(0)}: column {name!r} is of type {column.type}, but must hold one number a picture."
+            )
+    starts = np.arange(len(split) + 1, dtype=np.int64) * len(columns)
+    return pa.LargeListArray.from_arrays(pa.array(starts), pa.array(stacked.ravel()))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        _number(cell)
+    except ValueError:
+        return False
+    return True
+
+
 def class_names(split: Dataset, label_column: str) -> list[str] | None:
     """The names that the ids of a list column stand for, or None where its feature has none."""
-    inner = getattr(split.features[label_column], "feature", None)
+    inner = getattr(split.features.get(label_column), "feature", None)
     return list(inner.names) if isinstance(inner, ClassLabel) else None
 
 
