@@ -26,6 +26,9 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mltr import MlTrConfig
 from .losses_multilabel import multilabel_loss, validate_labels
 
+# Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
+from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
+
 logger = logging.get_logger(__name__)
 
 # CUDA attention kernels take at most this many in the batch slot (pytorch issue 142228).
@@ -198,7 +201,7 @@ def eager_attention_forward(
         weights = weights * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
 
