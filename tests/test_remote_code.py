@@ -1,0 +1,234 @@
+"""Checkpoints in the hands of those who do not have this package: in processes that cannot import it."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_hsvlt import (
+    HPDVALConfig,
+    HPDVALForImageClassification,
+    HSVLTConfig,
+    HSVLTForImageClassification,
+    MlTrConfig,
+    MlTrForImageClassification,
+    MultiLabelImageProcessor,
+    MultiLabelProcessor,
+)
+
+from .loopback_hub import LoopbackHub
+
+pytestmark = pytest.mark.slow
+
+PACKAGE = Path(__file__).parent.parent / "modeling_hsvlt"
+FAMILIES = {
+    "hsvlt": (HSVLTConfig, HSVLTForImageClassification),
+    "mltr": (MlTrConfig, MlTrForImageClassification),
+    "hp_dval": (HPDVALConfig, HPDVALForImageClassification),
+}
+NAMES = {index: f"label {index}" for index in range(7)}
+THRESHOLDS = [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+
+# Whoever is asked for the package says that there is none, installed or not.
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "modeling_hsvlt":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+USE = """
+import json
+from functools import partial
+import torch
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor, pipeline
+)
+
+TRUST = {"trust_remote_code": True}
+
+def use(repo, **kwargs):
+    processor = AutoProcessor.from_pretrained(repo, **TRUST, **kwargs)
+    image_processor = AutoImageProcessor.from_pretrained(repo, **TRUST, **kwargs)
+    config = AutoConfig.from_pretrained(repo, **TRUST, **kwargs)
+    autos = (AutoModel, AutoModelForImageClassification)
+    models = [auto.from_pretrained(repo, **TRUST, **kwargs).eval() for auto in autos]
+    pixels = [one(images="picture.png", return_tensors="pt")["pixel_values"] for one in (processor, image_processor)]
+    assert torch.equal(*pixels)
+    with torch.no_grad():
+        outputs = [model(pixel_values=pixels[0]) for model in models]
+    tagger = pipeline(model=repo, device="cpu", **TRUST, **kwargs)
+    stock = pipeline("image-classification", model=repo, device="cpu", top_k=7, **TRUST, **kwargs)
+    for thing in (processor, image_processor, *models, tagger):
+        assert type(thing).__module__.startswith("transformers_modules."), type(thing)
+    return {
+        "pixels": pixels[0].tolist(),
+        "logits": [output.logits.tolist() for output in outputs],
+        "labels": processor.post_process_multi_label_classification(outputs[0], threshold="auto")[0],
+        "task": tagger.task,
+        "tagger": tagger("picture.png"),
+        "auto": tagger(["picture.png"] * 3, threshold="auto", batch_size=2)[2],
+        "stock": stock("picture.png"),
+        "thresholds": [config.thresholds, processor.thresholds],
+    }
+"""
+
+
+def run(script, folder, *arguments, package=False, **environment):
+    """Runs a script in `folder`, by itself, and gives what it printed last as JSON."""
+    script = USE + script if package else WITHOUT_THE_PACKAGE + USE + script
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    settings = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+    settings = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings
+    result = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def checkpoint(family):
+    torch.manual_seed(0)
+    config_class, model_class = FAMILIES[family]
+    config = config_class.preset("nano", num_labels=7, id2label=NAMES, thresholds=THRESHOLDS)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # Fresh heads give scores that hardly differ.
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    image_processor = MultiLabelImageProcessor(size=64, resize_mode="pad", image_mean=[0.3, 0.4, 0.5], resample=2)
+    return model, MultiLabelProcessor(image_processor, config.id2label, config.thresholds)
+
+
+def check(used, model, processor, picture):
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(torch.tensor(used["pixels"]), pixels)
+    with torch.no_grad():
+        logits = model(pixel_values=pixels).logits
+    for remote in used["logits"]:
+        torch.testing.assert_close(torch.tensor(remote), logits, rtol=1e-4, atol=1e-5)
+    every = processor.post_process_multi_label_classification(logits)[0]
+    own = processor.post_process_multi_label_classification(logits, "auto")[0]
+    assert {label["label"] for label in own} == {f"label {index}" for index in (0, 2, 4, 6)}
+    assert used["task"] == "multi-label-image-classification" and used["thresholds"] == [THRESHOLDS, THRESHOLDS]
+    for key, expected in {"tagger": every, "stock": every, "auto": own, "labels": own}.items():
+        found = used[key]
+        assert [label["label"] for label in found] == [label["label"] for label in expected]
+        assert [label["score"] for label in found] == pytest.approx([label["score"] for label in expected], abs=1e-5)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_folders_load_and_save_and_load_without_the_package(tmp_path, picture):
+    checkpoints = {family: checkpoint(family) for family in FAMILIES}
+    for family, (model, processor) in checkpoints.items():
+        model.save_pretrained(tmp_path / family)
+        processor.save_pretrained(tmp_path / family)
+    script = """
+results = {}
+for family in sys.argv[1:]:
+    results[family] = use(family)
+    AutoModel.from_pretrained(family, **TRUST).save_pretrained(f"{family}_again")
+    AutoProcessor.from_pretrained(family, **TRUST).save_pretrained(f"{family}_again")
+    results[f"{family}_again"] = use(f"{family}_again")
+    pipeline(model=family, device="cpu", **TRUST).save_pretrained(f"{family}_piped")
+    results[f"{family}_piped"] = use(f"{family}_piped")
+assert "modeling_hsvlt" not in sys.modules
+print(json.dumps(results))
+"""
+    results = run(script, tmp_path, *FAMILIES)
+    for name, used in results.items():
+        family = name.removesuffix("_again").removesuffix("_piped")
+        check(used, *checkpoints[family], picture)
+        # The code that travels is the package's, to the byte, however often it was saved.
+        code = sorted(path.name for path in (tmp_path / name).glob("*.py"))
+        assert {f"modeling_{family}.py", f"configuration_{family}.py"} <= set(code)
+        assert {"pipeline_multilabel.py", "processing_multilabel.py", "losses_multilabel.py"} <= set(code)
+        assert filecmp.cmpfiles(tmp_path / name, PACKAGE, code, shallow=False) == (code, [], [])
+        weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in (name, family)]
+        assert weights[0] == weights[1]
+    again = json.loads((tmp_path / "hsvlt_again/processor_config.json").read_text())
+    assert again == json.loads((tmp_path / "hsvlt/processor_config.json").read_text())
+
+
+def test_code_is_not_run_unless_it_is_trusted(tmp_path, picture):
+    model, processor = checkpoint("hsvlt")
+    model.save_pretrained(tmp_path / "hsvlt")
+    processor.save_pretrained(tmp_path / "hsvlt")
+    script = """
+refused = []
+for load in (AutoModel.from_pretrained, AutoProcessor.from_pretrained, partial(pipeline, None)):
+    try:
+        load("hsvlt", trust_remote_code=False)
+    except ValueError as error:
+        refused.append("trust_remote_code=True" in str(error))
+print(json.dumps(refused))
+"""
+    assert run(script, tmp_path) == [True, True, True]
+
+
+def test_pushed_checkpoints_load_from_the_hub_without_the_package(tmp_path, picture):
+    model, processor = checkpoint("hsvlt")
+    model.save_pretrained(tmp_path / "local")
+    processor.save_pretrained(tmp_path / "local")
+    push = """
+from modeling_hsvlt import HSVLTForImageClassification, MultiLabelProcessor
+from huggingface_hub import HfApi
+model = HSVLTForImageClassification.from_pretrained("local")
+model.push_to_hub("me/tagger")
+MultiLabelProcessor.from_pretrained("local").push_to_hub("me/tagger")
+HfApi().create_tag("me/tagger", tag="v1")
+model.config.thresholds = [0.5] * 7
+model.push_to_hub("me/tagger", commit_message="other thresholds")
+print(json.dumps(None))
+"""
+    load = """
+from huggingface_hub import HfApi
+results = {"tag": use("me/tagger", revision="v1"), "main": AutoConfig.from_pretrained("me/tagger", **TRUST).thresholds}
+# On from here: what was downloaded is pushed again, and what was pushed again is downloaded.
+AutoModel.from_pretrained("me/tagger", revision="v1", **TRUST).push_to_hub("me/copy")
+AutoProcessor.from_pretrained("me/tagger", revision="v1", **TRUST).push_to_hub("me/copy")
+results["copy"] = use("me/copy")
+pipeline(model="me/copy", device="cpu", **TRUST).push_to_hub("me/piped")
+results["piped"] = use("me/piped")
+for repo, revision in (("me/nothing", None), ("me/tagger", "v2")):
+    try:
+        AutoModel.from_pretrained(repo, revision=revision, **TRUST)
+    except OSError as error:
+        results[f"{repo}@{revision}"] = str(error)
+print(json.dumps(results))
+"""
+    with LoopbackHub() as hub:
+        run(push, tmp_path, package=True, **hub.environment(tmp_path / "sender"))
+        results = run(load, tmp_path, **hub.environment(tmp_path / "receiver"))
+        # Served again to someone with another cache, and from that cache when the Hub is away.
+        reader = hub.environment(tmp_path / "reader")
+        seen = run('print(json.dumps(use("me/tagger", revision="v1")))', tmp_path, **reader)
+    offline = reader | {"HF_HUB_OFFLINE": "1"}
+    assert run('print(json.dumps(use("me/tagger", revision="v1")))', tmp_path, **offline) == seen
+    for used in (results["tag"], results["copy"], results["piped"], seen):
+        check(used, model, processor, picture)
+    assert results["main"] == [0.5] * 7
+    assert "me/nothing is not a local folder and is not a valid model identifier" in results["me/nothing@None"]
+    assert "v2 is not a valid git identifier" in results["me/tagger@v2"]
+    assert hub.unknown == []
+    for name in ("me/tagger", "me/copy", "me/piped"):
+        files = hub.files(name)
+        code = {path: data for path, data in files.items() if path.endswith(".py")}
+        assert {"modeling_hsvlt.py", "pipeline_multilabel.py", "processing_multilabel.py"} <= set(code)
+        assert all(data == (PACKAGE / path).read_bytes() for path, data in code.items())
+        assert files["model.safetensors"] == (tmp_path / "local/model.safetensors").read_bytes()
+    assert any(method == "PUT" and path.startswith("/lfs/") for method, path in hub.requests)
