@@ -364,6 +364,29 @@ def test_any_four_stage_trunk(kind, interaction_depths, tmp_path):
         torch.testing.assert_close(again(pictures(size=64)).logits, model(pictures(size=64)).logits)
 
 
+def test_pixels_reach_the_labels_without_a_copy():
+    model = make_model()
+    seen = []
+    attention = model.hsvlt.label_stream.stages[2].layers[1].attention
+    original = attention.forward
+    attention.forward = lambda labels, pixels, *rest: (seen.append(pixels), original(labels, pixels, *rest))[1]
+    with torch.no_grad():
+        maps = model(pictures(), output_hidden_states=True).hidden_states
+    for feature_map in maps:
+        assert feature_map.is_contiguous(memory_format=torch.channels_last)
+    assert seen[0].data_ptr() == maps[2].data_ptr() and seen[0].is_contiguous()
+
+
+def test_labels_are_not_copied_to_the_batch_before_they_meet_it():
+    model = make_model()
+    layer = model.hsvlt.label_stream.stages[0].layers[0]
+    shapes = []
+    layer.gate.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        model(pictures(7))
+    assert shapes == [(1, N, 8)]
+
+
 @pytest.mark.parametrize("aggregation", ["concat", "topdown"])
 @pytest.mark.parametrize("classifier", ["per_label", "shared"])
 @pytest.mark.parametrize("label_update", ["gate", "none"])
