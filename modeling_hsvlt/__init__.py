@@ -10,15 +10,20 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_hp_dval import HPDVALConfig
 from .configuration_hsvlt import HSVLTConfig
 from .configuration_mltr import MlTrConfig
 from .losses_multilabel import (
     UNKNOWN_LABEL,
     asymmetric_loss,
     binary_cross_entropy_loss,
+    distribution_balanced_loss,
     focal_loss,
     multilabel_loss,
+    two_way_loss,
+    zlpr_loss,
 )
+from .modeling_hp_dval import HPDVALForImageClassification, HPDVALModel, HPDVALPreTrainedModel
 from .modeling_hsvlt import HSVLTForImageClassification, HSVLTModel, HSVLTPreTrainedModel
 from .modeling_mltr import MlTrBackbone, MlTrForImageClassification, MlTrModel, MlTrPreTrainedModel
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline
@@ -26,7 +31,11 @@ from .processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 __version__ = "0.1.0"
 
-for config, model in ((HSVLTConfig, HSVLTForImageClassification), (MlTrConfig, MlTrForImageClassification)):
+for config, model in (
+    (HSVLTConfig, HSVLTForImageClassification),
+    (MlTrConfig, MlTrForImageClassification),
+    (HPDVALConfig, HPDVALForImageClassification),
+):
     # AutoModel gives the classifier: these are one-task checkpoints.
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, model)
@@ -37,7 +46,7 @@ for config, model in ((HSVLTConfig, HSVLTForImageClassification), (MlTrConfig, M
     config.register_for_auto_class()
     model.register_for_auto_class("AutoModelForImageClassification")
 AutoBackbone.register(MlTrConfig, MlTrBackbone)
-for base in (HSVLTModel, MlTrModel):
+for base in (HSVLTModel, MlTrModel, HPDVALModel):
     base.register_for_auto_class("AutoModel")
 PIPELINE_REGISTRY.register_pipeline(
     "multi-label-image-classification",
@@ -47,6 +56,10 @@ PIPELINE_REGISTRY.register_pipeline(
 
 __all__ = [
     "UNKNOWN_LABEL",
+    "HPDVALConfig",
+    "HPDVALForImageClassification",
+    "HPDVALModel",
+    "HPDVALPreTrainedModel",
     "HSVLTConfig",
     "HSVLTForImageClassification",
     "HSVLTModel",
@@ -61,7 +74,10 @@ __all__ = [
     "MultiLabelProcessor",
     "asymmetric_loss",
     "binary_cross_entropy_loss",
+    "distribution_balanced_loss",
     "focal_loss",
     "load_image",
     "multilabel_loss",
+    "two_way_loss",
+    "zlpr_loss",
 ]

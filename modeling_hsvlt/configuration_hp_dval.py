@@ -1,0 +1,276 @@
+"""HP-DVAL configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hp_dval.HPDVALConfig",
+    "AutoModel": "modeling_hp_dval.HPDVALForImageClassification",
+    "AutoModelForImageClassification": "modeling_hp_dval.HPDVALForImageClassification",
+}
+CUSTOM_PIPELINES = {
+    "multi-label-image-classification": {
+        "impl": "pipeline_multilabel.MultiLabelImageClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    }
+}
+STAGES = ("stage1", "stage2", "joint")
+# Image towers that give a class token and one token a patch, without others between.
+STUDENT_TYPES = ("clip_vision_model", "vit")
+
+# "vit-b-16": the published CLIP. "nano": this package's own, for tests and small data. Vocabularies are those of the
+# text tower without context tokens, whose rows are added behind.
+PRESETS = {
+    "vit-b-16": {"text_config": {"vocab_size": 49408}, "vision_config": {"patch_size": 16}},
+    "nano": {
+        "text_config": {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 32,
+            "bos_token_id": 510,
+            "eos_token_id": 511,
+            "pad_token_id": 511,
+        },
+        "vision_config": {
+            "image_size": 64,
+            "patch_size": 8,
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+        },
+        "projection_dim": 64,
+        "local_top_k": 10,
+    },
+}
+
+
+@strict
+class HPDVALConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`HPDVALModel`] and [`HPDVALForImageClassification`]: dual-view alignment and hierarchical prompt
+    tuning of a CLIP (HP-DVAL, IEEE TIP 2025, arXiv 2509.17747). Where the paper and its released code part ways, the
+    defaults follow the paper and the code's variant is a choice, named below.
+
+    Args:
+        text_config (`dict` or `CLIPTextConfig`, *optional*):
+            Text tower. Its `vocab_size` counts the reserved context tokens.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Image tower that is trained, the student: `clip_vision_model` (the released code) or `vit` (the paper starts
+            from an ImageNet ViT). Default: CLIP's ViT-B/16.
+        teacher_config (`dict` or `CLIPVisionConfig`, *optional*):
+            CLIP's own image tower, the frozen teacher of stage 1. None: like the student.
+        projection_dim (`int`, defaults to 512):
+            Width of the space that pictures and texts share.
+        image_size (`int`, *optional*):
+            Side of the square picture that the checkpoint was trained on, in pixels. None: that of `vision_config`;
+            another one is reached by interpolating the position embeddings.
+        embedding_head (`str`, *optional*):
+            From student tokens to the shared space: `"clip"`, CLIP's visual projection (the code), or `"mlp"`, two
+            linear layers with a tanh between (the paper's two layers; the tanh is the code's). None: `"clip"` for a
+            student that is a CLIP, else `"mlp"`.
+        alpha (`float`, defaults to 0.4):
+            Weight of the global score; the local one has `1 - alpha` (paper eq. 5; the code has it the other way
+            round). 1 is CLIP's own score.
+        local_top_k (`int`, defaults to 32):
+            Patches whose mean score is a label's local score.
+        score_normalization (`str`, defaults to `"cosine"`):
+            `"cosine"` (paper), or `"class_l2"` (code): dot products, each view's scores divided by their norm over the
+            labels; then a label's logit depends on the other labels, and any logit scale cancels.
+        logit_scale (`float`, defaults to 1.0):
+            Factor of the scores. The paper has none, so its logits lie within [-1, 1].
+        learn_logit_scale (`bool`, defaults to `False`):
+            Whether the factor is trained, in every stage.
+        num_context_tokens (`int`, defaults to 4):
+            Learned context tokens of a prompt, `M`, for each of the two views.
+        class_specific_context (`bool`, defaults to `False`):
+            Whether each label has contexts of its own. Not HP-DVAL; what LMPT and CoOp's "CSC" do.
+        context_init (`str`, defaults to `"random"`):
+            Start of stage 2: `"random"`, N(0, 0.02) (paper), or `"template"`, the embeddings of the template's words in
+            front of the name (code), of which there must be `num_context_tokens`: stage 2 then starts at the
+            hand-written prompts. With few steps or a small learning rate take `"template"`.
+        prompt_template (`str`, defaults to `"a photo of a {}."`):
+            Hand-written prompt. What follows `{}` also follows the name in the learned prompts.
+        prompt_length (`int`, defaults to 16):
+            Tokens of the longest prompt, start and end included; set with the labels.
+        stage (`str`, defaults to `"stage1"`):
+            What is trained: `"stage1"` the student, `"stage2"` the context tokens, `"joint"` both (an ablation).
+        distillation_weight (`float`, defaults to 1.0):
+            Weight of the L1 distance to the teacher in stage 1; 0 runs no teacher.
+        semantic_consistency_weight (`float`, defaults to 1.0):
+            Weight of the L1 distance of the global learned text embeddings to the hand-written ones in stage 2.
+        has_teacher, has_text_model (`bool`, defaults to `True`):
+            Whether the checkpoint holds the teacher and the text tower; inference needs neither.
+        loss_type (`str`, defaults to `"bce"`):
+            Classification loss, a key of `losses_multilabel.MULTILABEL_LOSSES`. The paper's is
+            `"distribution_balanced"` with `positive_weight="class"`, which needs the training set's counts.
+        loss_kwargs (`dict`, *optional*):
+            Arguments of that loss.
+        thresholds (`list[float]`, *optional*):
+            Score from which on each label counts as present; None until fitted on validation data.
+
+    Example:
+
+    ```python
+    >>> from modeling_hsvlt import HPDVALConfig, HPDVALForImageClassification
+
+    >>> config = HPDVALConfig.preset("nano", num_labels=10)
+    >>> model = HPDVALForImageClassification(config)
+    ```
+    """
+
+    model_type = "hp_dval"
+    sub_configs_defaults = {  # noqa: RUF012  (transformers reads a plain class attribute)
+        "text_config": SubConfigSpec(CLIPTextConfig, init_kwargs={"vocab_size": 49408 + 2 * 4}),
+        "vision_config": SubConfigSpec(AutoConfig, model_type="clip_vision_model", init_kwargs={"patch_size": 16}),
+        "teacher_config": SubConfigSpec(CLIPVisionConfig, optional=True),
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    teacher_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    image_size: int | None = None
+    embedding_head: str | None = None
+    alpha: float | int = 0.4
+    local_top_k: int = 32
+    score_normalization: str = "cosine"
+    logit_scale: float | int = 1.0
+    learn_logit_scale: bool = False
+    num_context_tokens: int = 4
+    class_specific_context: bool = False
+    context_init: str = "random"
+    prompt_template: str = "a photo of a {}."
+    prompt_length: int = 16
+    stage: str = "stage1"
+    distillation_weight: float | int = 1.0
+    semantic_consistency_weight: float | int = 1.0
+    has_teacher: bool = True
+    has_text_model: bool = True
+    loss_type: str = "bce"
+    loss_kwargs: dict | None = None
+    thresholds: list[float] | tuple[float, ...] | None = None
+    problem_type: str | None = "multi_label_classification"
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "HPDVALConfig":
+        """The published size (`"vit-b-16"`), or `"nano"` for tests and small data.
+
+        Args:
+            name (`str`): the size.
+            overrides: any field of the configuration. Fields of `text_config` and `vision_config` are changed one by
+                one; `text_config.vocab_size` is here without the context tokens, which are added.
+
+        Raises:
+            ValueError: an unknown size.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {list(PRESETS)}.")
+        fields = {**PRESETS[name], **overrides}
+        for part in ("text_config", "vision_config"):
+            fields[part] = {**PRESETS[name][part], **overrides.get(part, {})}
+            fields[part].setdefault("projection_dim", fields.get("projection_dim", cls.projection_dim))
+        num_labels = len(fields["id2label"]) if fields.get("id2label") else fields.get("num_labels", 2)
+        contexts = 2 * (num_labels if fields.get("class_specific_context") else 1)
+        fields["text_config"]["vocab_size"] += contexts * fields.get("num_context_tokens", cls.num_context_tokens)
+        return cls(**fields)
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
+        super().__post_init__(**kwargs)
+        if self.has_teacher and self.teacher_config is None and self.vision_config.model_type == "clip_vision_model":
+            self.teacher_config = CLIPVisionConfig(**self.vision_config.to_dict())
+        if not self.has_teacher:
+            self.teacher_config = None
+        if self.image_size is None:
+            self.image_size = self.vision_config.image_size
+        if self.embedding_head is None:
+            self.embedding_head = "clip" if self.vision_config.model_type == "clip_vision_model" else "mlp"
+
+    @property
+    def num_reserved_tokens(self) -> int:
+        """Context tokens of both views and, with `class_specific_context`, of all labels."""
+        return 2 * self.num_context_tokens * (self.num_labels if self.class_specific_context else 1)
+
+    @property
+    def context_token_ids(self) -> list[int]:
+        """Ids of the context tokens, the last rows of the vocabulary: the global view's, then the local view's."""
+        return list(range(self.text_config.vocab_size - self.num_reserved_tokens, self.text_config.vocab_size))
+
+    @property
+    def context_tokens(self) -> list[str]:
+        """Names of the context tokens, in the order of `context_token_ids`: `<global_0>`, ..., `<local_0>`, ...; with
+        `class_specific_context`, `<global_{label}_{i}>` and so on."""
+        labels = [f"{label}_" for label in range(self.num_labels)] if self.class_specific_context else [""]
+        indices = range(self.num_context_tokens)
+        return [f"<{view}_{label}{i}>" for view in ("global", "local") for label in labels for i in indices]
+
+    def validate_architecture(self):
+        """Cross-field checks; called by transformers after construction and before saving.
+
+        Raises:
+            ValueError: naming the field and what it may be.
+        """
+        choices = {
+            "embedding_head": ("clip", "mlp"),
+            "score_normalization": ("cosine", "class_l2"),
+            "context_init": ("random", "template"),
+            "stage": STAGES,
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, but it is {getattr(self, field)!r}.")
+        if self.vision_config.model_type not in STUDENT_TYPES:
+            raise ValueError(
+                f"vision_config is of type {self.vision_config.model_type!r}, but the student must give a class token "
+                f"and one token a patch: choose one of {STUDENT_TYPES}."
+            )
+        if self.has_teacher and self.teacher_config is None:
+            raise ValueError("teacher_config is missing: a student that is no CLIP needs its teacher described.")
+        widths = {"text_config": self.text_config.projection_dim}
+        if self.teacher_config is not None:
+            widths["teacher_config"] = self.teacher_config.projection_dim
+        for field, width in widths.items():
+            if width != self.projection_dim:
+                raise ValueError(
+                    f"{field}.projection_dim is {width}, but must be projection_dim={self.projection_dim}."
+                )
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be within [0, 1], but it is {self.alpha}.")
+        num_patches = (self.image_size // self.vision_config.patch_size) ** 2
+        if not 1 <= self.local_top_k <= num_patches:
+            raise ValueError(
+                f"local_top_k must be from 1 to the {num_patches} patches of a picture of {self.image_size} px, but it "
+                f"is {self.local_top_k}."
+            )
+        if self.logit_scale <= 0:
+            raise ValueError(f"logit_scale must be above 0, but it is {self.logit_scale}.")
+        if self.num_context_tokens < 1:
+            raise ValueError(f"num_context_tokens must be at least 1, but it is {self.num_context_tokens}.")
+        if self.prompt_template.count("{}") != 1:
+            raise ValueError(f"prompt_template must hold {{}} once, but it is {self.prompt_template!r}.")
+        shortest, longest = self.num_context_tokens + 3, self.text_config.max_position_embeddings
+        if not shortest <= self.prompt_length <= longest:
+            raise ValueError(
+                f"prompt_length must be from {shortest} (start, context, one token of a name, end) to {longest} (the "
+                f"positions of the text tower), but it is {self.prompt_length}."
+            )
+        if self.text_config.eos_token_id == 2:
+            raise ValueError(
+                "text_config.eos_token_id is 2, the mark of early CLIP configurations: texts would be read at their "
+                "highest token id, which is a context token; set the tokenizer's own end token (49407 in CLIP)."
+            )
+        if self.context_token_ids[0] <= max(self.text_config.bos_token_id, self.text_config.eos_token_id):
+            raise ValueError(
+                f"text_config.vocab_size ({self.text_config.vocab_size}) leaves no room for {self.num_reserved_tokens} "
+                "context tokens behind the tokenizer's own; HPDVALForImageClassification.from_clip adds them."
+            )
+
+
+__all__ = ["HPDVALConfig"]
