@@ -2,12 +2,15 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_score
 from torch.utils.data import DataLoader
@@ -18,6 +21,8 @@ from training.metrics.functional import multilabel_report
 from training.thresholds import store_thresholds
 
 from .tiny_checkpoint import NAMES, PICTURE_LABELS, save_checkpoint, save_pictures, tiny_model
+
+ROOT = Path(__file__).parents[2]
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -75,31 +80,52 @@ def test_loaders_that_would_give_wrong_scores_are_refused():
         predict(tiny_model(), DataLoader(data, batch_size=2), progress=False)
 
 
+def launch(function, arguments, folder):
+    """`function(*arguments, folder / "<n>")` on n = 1, 2 and 3 processes, each on one thread.
+
+    From a fresh process: a fork of this one, whose thread pools have run, can hang.
+    """
+    code = (
+        "import sys\n"
+        "from accelerate import debug_launcher\n"
+        f"from {__name__} import {function.__name__} as function\n"
+        "arguments = sys.argv[1:]\n"
+        "for n in (2, 3):\n"
+        "    debug_launcher(function, (*arguments[:-1], f'{arguments[-1]}/{n}'), num_processes=n)\n"
+        "function(*arguments[:-1], f'{arguments[-1]}/1')\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
 COUNTS = (1, 2, 11, 13, 24)
 
 
-def predict_on_every_process(model, num_processes, folder):
-    AcceleratorState._reset_state(True)  # a fork of the test's process, which knows of one
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == num_processes
+def predict_and_save(folder):
+    accelerator, folder = Accelerator(cpu=True), Path(folder)
+    assert accelerator.num_processes == int(folder.name)
+    folder.mkdir(exist_ok=True)
     for count in COUNTS:
-        scores, labels = predict(model, DataLoader(Pictures(count), batch_size=4), accelerator, progress=False)
+        loader = DataLoader(Pictures(count), batch_size=4)
+        scores, labels = predict(tiny_model(), loader, accelerator, progress=False)
         np.savez(folder / f"{count}-{accelerator.process_index}.npz", scores=scores, labels=labels)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_several_processes_equal_one_to_the_last_digit(num_processes, tmp_path):
-    model = tiny_model()
-    debug_launcher(predict_on_every_process, (model, num_processes, tmp_path), num_processes=num_processes)
+def test_several_processes_equal_one_to_the_last_digit(tmp_path):
+    launch(predict_and_save, [], tmp_path)
     for count in COUNTS:
-        expected = predict(model, DataLoader(Pictures(count), batch_size=4), progress=False)
-        for process in range(num_processes):
-            found = np.load(tmp_path / f"{count}-{process}.npz")
-            np.testing.assert_array_equal(found["scores"], expected[0])
-            np.testing.assert_array_equal(found["labels"], expected[1])
-            if count > 2:
-                assert multilabel_report(found["scores"], found["labels"]) == multilabel_report(*expected)
+        expected = np.load(tmp_path / "1" / f"{count}-0.npz")
+        np.testing.assert_array_equal(expected["labels"], Pictures(count).labels)
+        for num_processes in (2, 3):
+            for process in range(num_processes):
+                found = np.load(tmp_path / str(num_processes) / f"{count}-{process}.npz")
+                np.testing.assert_array_equal(found["scores"], expected["scores"])
+                np.testing.assert_array_equal(found["labels"], expected["labels"])
+                if count > 2:
+                    assert multilabel_report(**found) == multilabel_report(**expected)
 
 
 @pytest.fixture(scope="module")
@@ -222,15 +248,14 @@ def test_unknown_options_are_refused(checkpoint, pictures, capsys):
         assert option[0] in capsys.readouterr().err
 
 
-def run_command(arguments):
-    AcceleratorState._reset_state(True)
-    main(arguments)
+def evaluate_to(checkpoint, pictures, folder):
+    assert main([checkpoint, pictures, "--batch_size", "2", "--output", folder]) == 0
 
 
 @pytest.mark.slow
-def test_the_command_gives_the_same_on_two_processes(checkpoint, pictures, tmp_path):
-    metrics = []
-    for name, launch in (("one", run_command), ("two", lambda arguments: debug_launcher(run_command, (arguments,)))):
-        launch([str(checkpoint), str(pictures), "--batch_size", "2", "--output", str(tmp_path / name)])
-        metrics.append(json.loads((tmp_path / name / "results.json").read_text())["metrics"])
-    assert metrics[0] == metrics[1]
+def test_the_command_gives_the_same_on_several_processes(checkpoint, pictures, tmp_path):
+    launch(evaluate_to, [checkpoint, pictures], tmp_path)
+    results = [json.loads((tmp_path / n / "results.json").read_text())["metrics"] for n in "123"]
+    assert results[0] == results[1] == results[2]
+    tables = [(tmp_path / n / "per_label.csv").read_text() for n in "123"]
+    assert tables[0] == tables[1] == tables[2]
