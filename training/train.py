@@ -13,9 +13,11 @@ Every option, with the reason for its default, is in training/config.py. The run
 best/ (the checkpoint to use), last/ (to resume from) and results.json.
 """
 
+import inspect
 import json
 import math
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -95,7 +97,7 @@ def fit(run: Run) -> None:
                     "train/pictures_per_second": pictures * accelerator.num_processes / seconds,
                 }
                 accelerator.log(values, step=progress["step"])
-                bar.set_postfix(loss=f"{values['train/loss']:.4f}", best_mAP=progress["best_mAP"])
+                bar.set_postfix(loss=values["train/loss"], best_mAP=progress["best_mAP"] or 0.0)
                 pictures, start = 0, time.perf_counter()
             loss_sum = 0.0
             if progress["step"] == run.total_steps:
@@ -205,7 +207,6 @@ def finish(run: Run) -> dict:
         f"The best checkpoint is {folder} (epoch {results['best_epoch']}): validation mAP {validation['mAP']:.4f}"
         + (f", test mAP {results['test']['mAP']:.4f}." if config.evaluate_test else ".")
     )
-    accelerator.end_training()
     return results
 
 
@@ -213,7 +214,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line: 0 when all is done, 2 when the run was refused, 1 when it broke, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else argv
     if "-h" in arguments or "--help" in arguments:
-        print(f"{__doc__}\nOptions and their defaults:\n\n{TrainingConfig().to_yaml()}")
+        options = inspect.getsource(TrainingConfig).partition(":\n")[2].partition("\n\n    def ")[0]
+        print(f"{__doc__}\nOptions, their defaults, and why:\n\n{textwrap.dedent(options)}")
         return 0
     transformers.utils.logging.disable_progress_bar()  # one bar, ours
     try:
@@ -229,12 +231,19 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         last = run.folder / "last"
-        if last.exists():
+        if not run.accelerator.is_main_process:
+            pass
+        elif last.exists():
             kept = f"{run.folder} keeps step {read_progress(last)['step']} in last/ and the best epoch in best/"
             print(f"\nInterrupted. {kept}; continue with `{run.folder}/config.yaml --resume`.", file=sys.stderr)
         else:
             print("\nInterrupted before the first save: there is nothing to continue from.", file=sys.stderr)
         return 130
+    finally:
+        # DistributedDataParallel must not hold the last reference to the process group: it would drop that with
+        # Python's lock in hand, join gloo's threads, and hang where one of them waits for the lock (torch 2.13).
+        (run.model,) = run.accelerator.free_memory(run.model)
+    run.accelerator.end_training()
     return 0
 
 

@@ -9,10 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
@@ -25,41 +22,20 @@ from training.run import build_processor
 from training.scenes import SCENE_LABELS
 from training.train import main
 
+from .tiny_run import NANO, SCENES, reset_accelerate, write_recipe
+
 ROOT = Path(__file__).parents[2]
-NANO = {
-    "backbone_config": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-    "label_embedding_dim": 8,
-}
-SCENES = {"num_scenes": {"train": 48, "validation": 24, "test": 24}, "image_size": 32, "max_objects": 2, "max_size": 20}
-TINY = {
-    "preset": "nano",
-    "image_size": 32,
-    "model": NANO,
-    "scenes": SCENES,
-    "augmentation": {"horizontal_flip": 0, "crop_scale": [0.9, 1.0]},
-    "num_workers": 0,
-    "batch_size": 8,
-    "epochs": 2,
-    "learning_rate": 3e-3,
-    "warmup_epochs": 0.5,
-    "log_every_steps": 1,
-}
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps process-wide state; each command would have a process of its own."""
+def own_process():
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
-    return str(path)
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")
@@ -201,28 +177,6 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     assert (whole / "results.json").read_text() == (folder / "results.json").read_text()
 
 
-def test_resume_refuses_another_run(finished, tmp_path, capsys):
-    config = str(finished / "config.yaml")
-    assert main([config, "--resume", "--epochs", "5"]) == 2
-    assert "total_steps 12, not 30" in capsys.readouterr().err
-    assert main([config, "--resume", "--label_names", json.dumps(list(reversed(SCENE_LABELS)))]) == 2
-    assert "label_names" in capsys.readouterr().err
-    assert main([config, "--resume", "--output_dir", str(tmp_path / "nothing")]) == 2
-    assert "start without --resume" in capsys.readouterr().err
-
-
-def test_a_used_folder_is_refused_unless_told(finished, recipe, tmp_path, capsys):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "notes.txt").write_text("weeks of work")
-    short = [recipe, "--output_dir", str(folder), "--max_steps", "1", "--warmup_epochs", "0"]
-    assert main(short) == 2
-    error = capsys.readouterr().err
-    assert "--resume" in error and "--overwrite" in error and (folder / "notes.txt").exists()
-    assert main([*short, "--overwrite"]) == 0
-    assert not (folder / "notes.txt").exists() and (folder / "best").exists()
-
-
 def test_interrupted_before_the_first_save(recipe, tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, 1)
     assert main([recipe, "--output_dir", str(tmp_path / "run")]) == 130
@@ -244,6 +198,20 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(recipe, tmp_pa
     assert json.loads((folder / "last/training_state/state.json").read_text())["progress"]["step"] == 6
 
 
+def test_help_lists_every_option_with_its_reason(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in vars(TrainingConfig()):
+        assert f"\n{name}: " in text, name
+    assert "accelerate launch" in text and "# as published" in text
+
+
+def test_bf16_keeps_weights_in_fp32(recipe, tmp_path):
+    options = ["--mixed_precision", "bf16", "--max_steps", "2", "--warmup_epochs", "0"]
+    assert main([recipe, "--output_dir", str(tmp_path / "run"), *options]) == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "run/best/model.safetensors").values()} == {torch.float32}
+
+
 def test_early_stopping_waits_for_validation(recipe, tmp_path):
     options = ["--learning_rate", "0", "--epochs", "9", "--early_stopping_patience", "2"]
     assert main([recipe, "--output_dir", str(tmp_path / "run"), *options]) == 0
@@ -261,73 +229,6 @@ def test_finished_training_is_pushed_when_asked(recipe, tmp_path, monkeypatch):
     assert main([recipe, "--output_dir", str(folder), *options]) == 0
     assert pushed == [(folder / "best", "me/model", True)]
     assert json.loads((folder / "best" / "config.json").read_text())["thresholds"] is not None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--epoch", "3"], "did you mean 'epochs'"),
-        (["--model.num_heads", "3"], "HSVLTConfig has no field 'num_heads'"),
-        (["--loss_type", "bse"], "bse"),
-        (["--trackers", "[nothing]"], "nothing"),
-        (["--dataset", "no/such/folder"], "no/such/folder"),
-        (["--scenes.num_scenes", "50"], "for train and for each other split"),
-    ],
-)
-def test_wrong_options_are_refused_before_anything_is_written(recipe, tmp_path, capsys, options, message):
-    folder = tmp_path / "run"
-    assert main([recipe, "--output_dir", str(folder), *options]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error
-    assert not folder.exists()
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """An imagefolder of 12 + 6 pictures, coloured by label."""
-    folder = tmp_path / "pictures"
-    for split, count in (("train", 12), ("validation", 6)):
-        (folder / split).mkdir(parents=True)
-        rows = []
-        for number in range(count):
-            Image.new("RGB", (40, 30), (250 * (number % 2), 200, 30)).save(folder / split / f"{number}.png")
-            rows.append({"file_name": f"{number}.png", "labels": ["red"] * (number % 2) + ["green"]})
-        (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def test_a_folder_of_pictures_trains(recipe, pictures, tmp_path):
-    options = ["--dataset", str(pictures), "--cache_images", "--batch_size", "4"]
-    assert main([recipe, "--output_dir", str(tmp_path / "run"), *options]) == 0
-    config = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
-    assert config["id2label"] == {"0": "green", "1": "red"} and len(config["thresholds"]) == 2
-
-
-def test_a_missing_split_is_refused(recipe, pictures, tmp_path, capsys):
-    (pictures / "validation").rename(tmp_path / "elsewhere")
-    assert main([recipe, "--output_dir", str(tmp_path / "run"), "--dataset", str(pictures)]) == 2
-    assert "no split 'validation'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("labels", "message"), [([0.0, 0.0], "shows a label"), ([0.3, 1.0], "between 0 and 1")])
-def test_a_validation_split_that_cannot_be_measured_is_refused(recipe, pictures, tmp_path, capsys, labels, message):
-    (pictures / "labels.txt").write_text("green\nred\n")
-    table = pictures / "validation" / "metadata.jsonl"
-    rows = [json.loads(line) for line in table.read_text().splitlines()]
-    table.write_text("\n".join(json.dumps({**row, "labels": labels}) for row in rows))
-    assert main([recipe, "--output_dir", str(tmp_path / "run"), "--dataset", str(pictures)]) == 2
-    error = capsys.readouterr().err
-    assert message in error and "validation" in error
-
-
-def test_a_corrupt_picture_is_named_before_the_first_step_and_can_be_skipped(recipe, pictures, tmp_path, capsys):
-    (pictures / "train" / "3.png").write_bytes((pictures / "train" / "3.png").read_bytes()[:60])
-    options = ["--output_dir", str(tmp_path / "run"), "--dataset", str(pictures), "--batch_size", "4"]
-    assert main([recipe, *options]) == 2
-    error = capsys.readouterr().err
-    assert "3.png" in error and "skip" in error and not (tmp_path / "run").exists()
-    assert main([recipe, *options, "--on_unreadable", "skip"]) == 0
-    assert "11 pictures to train on, 6 to validate" in capsys.readouterr().out
 
 
 def test_transformers_trainer_trains_the_model(tmp_path):
