@@ -747,10 +747,10 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         label_embeddings: torch.Tensor | None = None,
-        label_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        label_ids: torch.Tensor | None = None,
     ) -> HSVLTImageClassifierOutput | tuple:
         """
         Args:
@@ -759,9 +759,9 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
                 -100 unknown (no loss, no gradient).
             label_embeddings (`torch.Tensor` of shape `(N, D)`, *optional*): embeddings in place of the checkpoint's;
                 with the shared classifier of any number of labels.
+            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
             label_ids (`torch.LongTensor` of shape `(N,)`, *optional*): score only these labels, in this order; `logits`
                 and `labels` then have their columns. A label's logit is the same whichever others are asked for.
-            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
 
         Raises:
             ValueError: labels outside the contract (values are checked only outside `torch.compile`), or embeddings
