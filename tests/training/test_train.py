@@ -152,8 +152,11 @@ RESUME = [
 ]
 
 
-@pytest.mark.parametrize("options", [[], ["--scheduler", "plateau", "--ema_decay", "null", "--fresh_scenes", "false"]])
-@pytest.mark.parametrize("at_batch", [7, 11, 18])  # inside epoch 1, at the start of epoch 2, inside it
+PLAIN = ["--scheduler", "plateau", "--ema_decay", "null", "--fresh_scenes", "false"]
+
+
+# Batches of epoch 1: 0 to 9. Interrupted inside it, at the start of epoch 2, and inside that.
+@pytest.mark.parametrize(("at_batch", "options"), [(7, []), (11, []), (18, []), (18, PLAIN)])
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     recipe, tmp_path, tmp_path_factory, monkeypatch, capsys, at_batch, options
 ):
