@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import os
 import posixpath
 from collections.abc import Callable, Sequence
@@ -11,9 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
-from .image_folder import SPLIT_ALIASES, refuse_or_skip
-
-logger = logging.getLogger(__name__)
+from .image_folder import SPLIT_ALIASES, check_policies, pictures_below, refuse_or_skip
 
 # What the column of file names is called where it is not what the caller said; the first is imagefolder's.
 _FILE_COLUMNS = ("file_name", "filename", "image", "path")
@@ -43,6 +40,7 @@ def read_csv_tables(
     label_column: str = "labels",
     label_columns: Sequence[str] | None = None,
     picture_folder: str | Path | None = None,
+    unlisted_pictures: str = "error",
     missing_pictures: str = "error",
 ) -> tuple[DatasetDict, dict[str, Callable[[int], str]], str, list[str] | None]:
     """Reads CSV files (UTF-8, comma; `.tsv`: tab) with a header, one row a picture.
@@ -53,6 +51,7 @@ def read_csv_tables(
         label_column: The column of texts, labels divided by a separator.
         label_columns: One column a label; where neither they nor `label_column` exist, all columns but file and split.
         picture_folder: Where file names start; None: the folder of each table.
+        unlisted_pictures, missing_pictures: As in `image_folder.read_image_folders`.
 
     Returns:
         The splits as text columns, per split a function from a row to the words that name it in an error, the column
@@ -62,10 +61,10 @@ def read_csv_tables(
         ValueError: no such column, a line with more or fewer cells than the header, a picture named twice, a picture
             that does not exist; with file and line.
     """
-    if missing_pictures not in ("error", "skip"):
-        raise ValueError(f"missing_pictures={missing_pictures!r} must be 'error' or 'skip'.")
+    check_policies(unlisted_pictures, missing_pictures)
     columns: dict[str, dict[str, list[str]]] = {}  # of each split
     lines: dict[str, list[tuple[Path, int, str]]] = {}
+    listed: dict[Path, set[Path]] = {}  # of each folder of pictures
     kept = first_header = file_column = None
     for table, path in tables.items():
         root = Path(picture_folder) if picture_folder is not None else path.parent
@@ -109,6 +108,7 @@ def read_csv_tables(
             if not (picture.is_relative_to(os.path.normpath(root)) and picture.is_file()):
                 missing.append(f"line {line}: {file_name}")
                 continue
+            listed.setdefault(root, set()).add(picture)
             of_this = columns.setdefault(split, {name: [] for name in (file_column, *kept)})
             of_this[file_column].append(str(picture))
             for name, index in zip(kept, of_kept, strict=True):
@@ -119,6 +119,13 @@ def read_csv_tables(
             missing_pictures,
             f"{path} names",
             f"that {root} does not hold; add the pictures, take the rows out, or pass missing_pictures='skip'.",
+        )
+    for root, pictures in listed.items():
+        refuse_or_skip(
+            sorted(name for name in pictures_below(root) if root / name not in pictures),
+            unlisted_pictures,
+            f"{root} holds",
+            "without a row in a table; add rows, take the pictures out, or pass unlisted_pictures='skip'.",
         )
     if not columns:
         raise ValueError(f"{', '.join(map(str, tables.values()))} holds no row with a picture; add some.")

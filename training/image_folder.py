@@ -7,6 +7,7 @@ read, and names no line; here each is told with file and line before anything is
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -35,21 +36,48 @@ _PICTURE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 
 def read_label_names(path: Path) -> list[str]:
     """The names of a `labels.txt`, one a line in class order; blanks around names and trailing empty lines are dropped.
+    Of a CSV (a tagger's `selected_tags.csv`) the column `name`.
 
     Raises:
         ValueError: an empty line between names, a name listed twice, no name at all; with the line.
     """
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    if not names:
+    if path.suffix.lower() == ".csv":
+        numbered = _names_of_csv(path)
+    else:
+        numbered = [
+            (number, line.strip())
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").rstrip().splitlines(), 1)
+        ]
+    if not numbered:
         raise ValueError(f"{path} is empty; write one label name a line.")
-    for number, name in enumerate(names, 1):
+    line_of: dict[str, int] = {}
+    for number, name in numbered:
         if not name:
             raise ValueError(f"{path}, line {number} is empty; write one label name a line.")
-        if name in names[: number - 1]:
-            raise ValueError(
-                f"{path}, line {number}: {name!r} is listed before on line {names.index(name) + 1}; keep one."
-            )
-    return names
+        if name in line_of:
+            raise ValueError(f"{path}, line {number}: {name!r} is listed before on line {line_of[name]}; keep one.")
+        line_of[name] = number
+    return list(line_of)
+
+
+def _names_of_csv(path: Path) -> list[tuple[int, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            if "name" not in (reader.fieldnames or ()):
+                raise ValueError(f"{path}, line 1 has no column 'name'; give a selected_tags.csv or a labels.txt.")
+            return [(reader.line_num, (row["name"] or "").strip()) for row in reader]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} is not valid CSV ({error}); correct it.") from error
+
+
+def pictures_below(folder: Path) -> set[str]:
+    """Relative names of all picture files in a folder and its folders; hidden ones are none."""
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _PICTURE_SUFFIXES and not path.name.startswith((".", "__"))
+    }
 
 
 def read_image_folders(
@@ -72,9 +100,7 @@ def read_image_folders(
     Raises:
         ValueError: a malformed line, a picture with two rows, a row without picture or a picture without row.
     """
-    for name, policy in (("unlisted_pictures", unlisted_pictures), ("missing_pictures", missing_pictures)):
-        if policy not in ("error", "skip"):
-            raise ValueError(f"{name}={policy!r} must be 'error' or 'skip'.")
+    check_policies(unlisted_pictures, missing_pictures)
     loaded, row_words = DatasetDict(), {}
     for metadata in sorted([*folder.glob("metadata.jsonl"), *folder.glob("*/metadata.jsonl")]):
         name = "train" if metadata.parent == folder else SPLIT_ALIASES.get(metadata.parent.name, metadata.parent.name)
@@ -88,11 +114,7 @@ def _read_split(
     metadata: Path, root: Path, label_column: str, unlisted_pictures: str, missing_pictures: str
 ) -> tuple[Dataset, Callable[[int], str]]:
     folder = metadata.parent
-    unlisted = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _PICTURE_SUFFIXES and not path.name.startswith((".", "__"))
-    }
+    unlisted = pictures_below(folder)
     line_of: dict[str, int] = {}
     present, labels, missing, kind_of_all = [], [], [], None
     with metadata.open(encoding="utf-8-sig") as lines:
@@ -162,10 +184,21 @@ def _parse_row(line: str, label_column: str, where: str) -> tuple[str, list | No
     return name, labels, next(iter(kinds), None)
 
 
+def check_policies(unlisted_pictures: str, missing_pictures: str) -> None:
+    """Raises a ValueError for what is neither "error" nor "skip"."""
+    for name, policy in (("unlisted_pictures", unlisted_pictures), ("missing_pictures", missing_pictures)):
+        if policy not in ("error", "skip"):
+            raise ValueError(f"{name}={policy!r} must be 'error' or 'skip'.")
+
+
 def refuse_or_skip(names: list[str], policy: str, before: str, after: str) -> None:
+    """Raises a ValueError that counts and names pictures (`before` and `after` stand around them), or logs a warning
+    for the policy "skip"."""
     if names:
         count = f"{len(names)} picture{'s' if len(names) > 1 else ''}"
         message = f"{before} {count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) {after}"
         if policy == "error":
             raise ValueError(message)
-        logger.warning("Left out: %s", message)
+        # The names in full, for whoever listens (training.check_data does).
+        place = before.rpartition(" ")[0]
+        logger.warning("Left out: %s", message, extra={"left_out": [f"{place}: {name}" for name in names]})

@@ -90,6 +90,7 @@ def load_multilabel_dataset(
             label_column=label_column,
             label_columns=label_columns,
             picture_folder=picture_folder,
+            unlisted_pictures=unlisted_pictures,
             missing_pictures=missing_pictures,
         )
     elif Path(source).is_dir():

@@ -1,0 +1,140 @@
+"""`python -m training.prepare KIND SOURCE TARGET`: a data set in its own format becomes a Hugging Face dataset.
+
+TARGET is a folder of parquet shards with the pictures in them, which `datasets.load_dataset` and the commands of this
+folder read, and which can be uploaded as it is. Counts are printed beside the published ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ..sparse_labels import SparseLabels
+from . import coco, nuswide, tables, voc
+from .reading import Reading
+from .write import write_dataset
+
+KINDS = {
+    "coco": coco,
+    "voc": voc,
+    "nuswide": nuswide,
+    "csv": tables,
+    "imagefolder": tables,
+    "dataset": tables,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        if args.target.exists():
+            raise FileExistsError(f"{args.target} exists: delete it, or choose another TARGET.")
+        reading = select_splits(KINDS[args.kind].read(args), args.split)
+        if args.without_labels == "drop":
+            drop_pictures_without_labels(reading)
+        print(count_table(reading), flush=True)
+        write_dataset(reading.splits, reading.label_names, args.target, max_shard_bytes=args.max_shard_mb * 1_000_000)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Written to {args.target}; load_dataset({str(args.target)!r}) and --dataset {args.target} read it.")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for name, module in KINDS.items():
+        kind = kinds.add_parser(name, help=module.HELP[name], description=module.__doc__, allow_abbrev=False)
+        kind.add_argument("source", metavar="SOURCE", type=str if module is tables else Path, help=module.SOURCE[name])
+        kind.add_argument("target", metavar="TARGET", type=Path, help="folder to make; refused if it exists")
+        kind.add_argument(
+            "--split",
+            metavar="NAME=SPLIT",
+            type=_pair,
+            action="append",
+            help="take the source's NAME as SPLIT, and nothing that is not named so (several times)",
+        )
+        kind.add_argument(
+            "--without_labels",
+            choices=("keep", "drop"),
+            default="keep",
+            help="pictures that show no label; default: keep",
+        )
+        kind.add_argument(
+            "--missing_pictures",
+            choices=("error", "skip"),
+            default="error",
+            help="pictures that are listed but not there; skip leaves them out and says so; default: error",
+        )
+        kind.add_argument("--max_shard_mb", type=int, default=500, help="default: 500, as the Hub advises")
+        module.add_arguments(kind)
+    return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, split = text.partition("=")
+    if not name or not split.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=SPLIT, for example val2014=test")
+    return name, split
+
+
+def select_splits(reading: Reading, pairs: list[tuple[str, str]] | None) -> Reading:
+    """The splits that `--split` names, under their new names.
+
+    Raises:
+        ValueError: a name that the source does not have, or one new name twice.
+    """
+    if pairs is None:
+        pairs = [(name, split) for name, split in reading.usual_names.items() if name in reading.splits]
+    for position, (name, split) in enumerate(pairs):
+        if name not in reading.splits:
+            raise ValueError(f"There is no {name!r}, only {', '.join(reading.splits)}; correct --split.")
+        if split in [other for _, other in pairs[:position]]:
+            raise ValueError(f"{name!r} is not the only one that would become {split!r}; choose with --split.")
+    reading.splits = {split: reading.splits[name] for name, split in pairs}
+    reading.published = {split: reading.published[name] for name, split in pairs if name in reading.published}
+    return reading
+
+
+def drop_pictures_without_labels(reading: Reading) -> None:
+    for name, split in reading.splits.items():
+        rows = np.flatnonzero(_shows_a_label(SparseLabels.from_dataset(split, reading.label_names)))
+        print(f"Left out of {name}: {len(split) - len(rows):,} pictures that show no label.")
+        reading.splits[name] = split.select(rows)
+
+
+def _shows_a_label(labels: SparseLabels) -> np.ndarray:
+    """(rows,) bool."""
+    rows = np.repeat(np.arange(len(labels)), np.diff(labels.starts))
+    return np.bincount(rows[labels.values >= 0.5], minlength=len(labels)) > 0
+
+
+def count_table(reading: Reading) -> str:
+    """Pictures, pictures that show a label, unknown entries; beside them what is published for the data set."""
+    title = f"   published for {reading.title}" if reading.published else ""
+    lines = [f"{'split':<12}{'pictures':>10}{'with a label':>14}{'positives':>12}{'unknown':>10}{title}"]
+    for name, split in reading.splits.items():
+        labels = SparseLabels.from_dataset(split, reading.label_names)
+        unknown = int((labels.values < 0).sum() + (labels.default != 0).sum() * labels.num_labels)
+        shown = int(_shows_a_label(labels).sum())
+        line = f"{name:<12}{len(split):>10,}{shown:>14,}{labels.positives().sum():>12,}{unknown:>10,}"
+        if name in reading.published:
+            pictures, labelled = reading.published[name]
+            line += f"   {pictures:,} pictures" + (f", {labelled:,} with a label" if labelled else "")
+            same = len(split) in (pictures, labelled) and labelled in (None, shown)
+            line += ": the same" if same else ": NOT the same"
+        lines.append(line)
+    return "\n".join([*lines, f"{len(reading.label_names):,} labels"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""What every kind gives back, and the rows of a split on the way there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, Image
+
+from ..image_folder import refuse_or_skip
+from ..load import load_multilabel_dataset
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """A data set that was read.
+
+    Attributes:
+        splits: As `load_multilabel_dataset` gives them, by the names that the source has for them.
+        label_names: In class order.
+        usual_names: What a split of the source is called in a Hugging Face dataset, for those to take by default.
+        title: Of the data set that `published` is about.
+        published: Pictures, and pictures that show a label (None: not published), by the source's name of the split.
+    """
+
+    splits: dict[str, Dataset]
+    label_names: list[str]
+    usual_names: dict[str, str]
+    title: str = ""
+    published: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+
+
+class Rows:
+    """The rows of one split: each picture once, and there.
+
+    Args:
+        missing_pictures: "error", or "skip" to leave rows without a picture out, with a warning.
+    """
+
+    def __init__(self, missing_pictures: str):
+        self.missing_pictures = missing_pictures
+        self.pictures, self.labels, self.missing = [], [], []
+        self._where: dict[Path, str] = {}
+
+    def add(self, picture: Path, labels: list[int] | np.ndarray, where: str) -> None:
+        """One picture with its label ids, or multi-hot labels; `where` names its file and line.
+
+        Raises:
+            ValueError: the picture has a row already.
+        """
+        if picture in self._where:
+            raise ValueError(f"{where}: {picture.name!r} is listed already by {self._where[picture]}; keep one.")
+        self._where[picture] = where
+        if picture.is_file():
+            self.pictures.append(str(picture))
+            self.labels.append(labels)
+        else:
+            self.missing.append(f"{where}: {picture}")
+
+    def dataset(self, kind: pa.DataType) -> Dataset:
+        """Columns `image` and `labels`, lists of `kind`.
+
+        Raises:
+            ValueError: pictures that do not exist, or none at all.
+        """
+        refuse_or_skip(
+            self.missing,
+            self.missing_pictures,
+            "The lists name",
+            "that are not there; add them, or pass --missing_pictures skip.",
+        )
+        if not self.pictures:
+            raise ValueError("A list of pictures is empty; take that split out with --split, or add some.")
+        images = Dataset.from_dict({"image": self.pictures}, features=Features({"image": Image(decode=False)}))
+        return images.add_column("labels", pa.array(self.labels, pa.list_(kind)))
+
+
+def checked(splits: dict[str, Dataset], label_names: list[str], label_format: str) -> dict[str, Dataset]:
+    """The splits in the form that is written, held once more against the label contract."""
+    return {
+        name: load_multilabel_dataset(split, label_names=label_names, label_format=label_format)[0]["train"]
+        for name, split in splits.items()
+    }
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a list, without blanks at their ends and without empty lines at the end of the file.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no UTF-8 text.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the folder that the data set was unpacked to.")
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); unpack it again.") from error
+
+
+def first_folder(*folders: Path) -> Path:
+    """The first that exists; the last where none does."""
+    return next((folder for folder in folders if folder.is_dir()), folders[-1])

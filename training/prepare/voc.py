@@ -1,0 +1,186 @@
+"""PASCAL VOC and what is annotated like it: JPEGImages/, ImageSets/Main/SET.txt, and labels from Annotations/*.xml or
+from ImageSets/Main/CLASS_SET.txt. A label of which a picture shows difficult objects only is unknown (as VOC scores
+it) or negative (as it is usually trained). By default trainval becomes train and test test."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from xml.etree import ElementTree
+from xml.parsers import expat
+
+import numpy as np
+import pyarrow as pa
+
+from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+
+from ..image_folder import SPLIT_ALIASES, read_label_names
+from .reading import Reading, Rows, checked, text_lines
+
+HELP = {"voc": "PASCAL VOC, xml or lists of ImageSets/Main"}
+SOURCE = {"voc": "VOCdevkit/VOC2007, or VOCdevkit where it holds one year"}
+
+PUBLISHED = {"VOC2007": {"trainval": (5_011, None), "test": (4_952, None)}}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--difficult",
+        choices=("unknown", "negative"),
+        default="negative",
+        help="labels of which a picture shows difficult objects only; default: negative, as papers train",
+    )
+    parser.add_argument(
+        "--labels_from",
+        choices=("annotations", "image_sets"),
+        default="annotations",
+        help="Annotations/*.xml, or the lists of ImageSets/Main; default: annotations",
+    )
+    parser.add_argument(
+        "--label_names", type=Path, help="class order: a labels.txt; default: the classes of ImageSets/Main, by name"
+    )
+
+
+def read(args: argparse.Namespace) -> Reading:
+    """Raises ValueError or FileNotFoundError, in one sentence with file and line."""
+    root = args.source
+    if not (root / "ImageSets" / "Main").is_dir():
+        years = sorted(path.parent.parent for path in root.glob("*/ImageSets/Main"))
+        if len(years) != 1:
+            raise FileNotFoundError(
+                f"{root} has no ImageSets/Main" + (f"; give one of {', '.join(map(str, years))}." if years else ".")
+            )
+        root = years[0]
+    main = root / "ImageSets" / "Main"
+    sets = {path.stem for path in main.glob("*.txt")} & {"train", "val", "trainval", "test"}
+    usual = {"trainval": "train", "test": "test"} if "trainval" in sets else {"train": "train", "val": "validation"}
+    usual["test"] = "test"
+    wanted = dict(args.split).keys() if args.split else [name for name in usual if name in sets]
+    if not wanted:
+        raise FileNotFoundError(f"{main} has no trainval.txt, train.txt, val.txt or test.txt.")
+    lists = {name: _read_set(main / f"{name}.txt") for name in wanted}
+    if args.label_names:
+        label_names = read_label_names(args.label_names)
+    else:
+        found = {path.stem.removesuffix(f"_{name}") for name in wanted for path in main.glob(f"*_{name}.txt")}
+        label_names = sorted(found)
+    difficult = UNKNOWN_LABEL if args.difficult == "unknown" else 0
+    if args.labels_from == "image_sets":
+        if not label_names:
+            raise FileNotFoundError(f"{main} has no CLASS_SET.txt; take the labels from annotations.")
+        labels = {name: _labels_of_lists(main, name, ids, label_names) for name, ids in lists.items()}
+    else:
+        objects = {
+            name: {picture: _read_annotation(root / "Annotations" / f"{picture}.xml") for picture in ids}
+            for name, ids in lists.items()
+        }
+        if not label_names:
+            label_names = sorted({label for ids in objects.values() for found in ids.values() for label, *_ in found})
+        labels = {name: _labels_of_objects(ids, label_names) for name, ids in objects.items()}
+    splits = {}
+    for name, ids in lists.items():
+        rows = Rows(args.missing_pictures)
+        for picture, line in ids.items():
+            values = labels[name][picture]
+            where = f"{main / name}.txt, line {line}"
+            values = np.where(values == 0, difficult, values > 0).astype(np.float32)
+            rows.add(root / "JPEGImages" / f"{picture}.jpg", values, where)
+        splits[name] = rows.dataset(pa.float32())
+    return Reading(
+        splits=checked(splits, label_names, "multi_hot"),
+        label_names=label_names,
+        usual_names={name: usual.get(name) or SPLIT_ALIASES.get(name, name) for name in splits},
+        title=root.name,
+        published={name: counts for name, counts in PUBLISHED.get(root.name, {}).items() if name in splits},
+    )
+
+
+def _read_set(path: Path) -> dict[str, int]:
+    """Picture ids of a list, with their lines."""
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text_lines(path), 1):
+        if len(line.split()) != 1 or "/" in line or "\\" in line:
+            raise ValueError(f"{path}, line {number} is {line!r}, but must be one picture's id.")
+        if line in lines:
+            raise ValueError(f"{path}, line {number}: {line} is listed before on line {lines[line]}; keep one.")
+        lines[line] = number
+    return lines
+
+
+# Below, a picture's labels are (num_labels,) int8 in VOC's own code: 1 present, 0 difficult objects only, -1 absent.
+
+
+def _labels_of_lists(main: Path, name: str, ids: dict[str, int], label_names: list[str]) -> dict[str, np.ndarray]:
+    labels = {picture: np.zeros(len(label_names), dtype=np.int8) for picture in ids}
+    for column, label in enumerate(label_names):
+        path, seen = main / f"{label}_{name}.txt", set()
+        for number, line in enumerate(text_lines(path), 1):
+            picture, *flags = line.split() or [""]
+            if flags not in (["1"], ["0"], ["-1"]):
+                raise ValueError(f"{path}, line {number} is {line!r}, but must be a picture's id and 1, 0 or -1.")
+            if picture not in labels:
+                raise ValueError(f"{path}, line {number}: {picture} is not listed in {name}.txt; take it out.")
+            if picture in seen:
+                raise ValueError(f"{path}, line {number}: {picture} is listed before; keep one of its lines.")
+            seen.add(picture)
+            labels[picture][column] = int(flags[0])
+        if len(seen) < len(ids):
+            absent = next(picture for picture in ids if picture not in seen)
+            raise ValueError(f"{path} has no line for {absent}, which {name}.txt lists; add it.")
+    return labels
+
+
+def _labels_of_objects(objects: dict[str, list], label_names: list[str]) -> dict[str, np.ndarray]:
+    index = {label: column for column, label in enumerate(label_names)}
+    labels = {}
+    for picture, found in objects.items():
+        values = np.full(len(label_names), -1, dtype=np.int8)
+        for label, difficult, where in found:
+            if label not in index:
+                raise ValueError(
+                    f"{where}: label {label!r} is not among the {len(index)} label names; correct it, or give names "
+                    "with --label_names."
+                )
+            values[index[label]] = max(values[index[label]], 0 if difficult else 1)
+        labels[picture] = values
+    return labels
+
+
+def _read_annotation(path: Path) -> list[tuple[str, bool, str]]:
+    """Label, whether difficult, and the words for file and line, of each object.
+
+    Raises:
+        ValueError: no well-formed XML, a document type (it could define entities that grow without bound or read other
+            files; VOC's files have none), an object without a name, or difficult other than 0 and 1.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; add it, or take the picture out of the list.")
+    builder, lines = ElementTree.TreeBuilder(), {}
+    parser = expat.ParserCreate()
+
+    def start(tag: str, attributes: dict) -> None:
+        lines[builder.start(tag, attributes)] = parser.CurrentLineNumber
+
+    def refuse(*_) -> None:
+        raise ValueError(f"{path}, line {parser.CurrentLineNumber} has a document type, which is refused; take it out.")
+
+    parser.StartElementHandler, parser.EndElementHandler = start, builder.end
+    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, refuse
+    try:
+        parser.Parse(path.read_bytes(), True)
+    except expat.ExpatError as error:
+        raise ValueError(f"{path}, line {error.lineno} is not well-formed XML ({error}); correct it.") from error
+    root = builder.close()
+    if root.tag != "annotation":
+        raise ValueError(f"{path}, line {lines[root]}: the root is {root.tag!r}, but must be 'annotation'.")
+    return [_read_object(element, f"{path}, line {lines[element]}") for element in root.findall("object")]
+
+
+def _read_object(element: ElementTree.Element, where: str) -> tuple[str, bool, str]:
+    name = (element.findtext("name") or "").strip()
+    difficult = element.findtext("difficult", "0").strip()
+    if not name:
+        raise ValueError(f"{where}: the object has no name; add it.")
+    if difficult not in ("0", "1"):
+        raise ValueError(f"{where}: difficult is {difficult!r}, but must be 0 or 1.")
+    return name, difficult == "1", where
