@@ -232,7 +232,7 @@ class HSVLTAttention(nn.Module):
         else:
             query = self.query(label_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             key_weight = self.key.weight.to(query.dtype).view(self.num_heads, self.head_dim, channels)
-            query = torch.matmul(query, key_weight)  # (B or 1, h, N, C)
+            query = _times_head_weights(query, key_weight)  # (B or 1, h, N, C)
         # All heads read the same pixels, so they are more rows of one attention: (B, 1, h * N, C).
         query = query.flatten(1, 2).unsqueeze(1).expand(batch, -1, -1, -1)
         pixels = pixels.unsqueeze(1)
@@ -243,7 +243,7 @@ class HSVLTAttention(nn.Module):
             return F.linear(context.squeeze(2), folded[1], self.out_proj.bias.to(context.dtype)), weights
         context = context.reshape(batch, self.num_heads, num_labels, channels)
         value_weight = self.value.weight.to(context.dtype).view(self.num_heads, self.head_dim, channels)
-        context = torch.matmul(context, value_weight.transpose(1, 2))  # (B, h, N, d)
+        context = _times_head_weights(context, value_weight.transpose(1, 2))  # (B, h, N, d)
         return self.out_proj(context.transpose(1, 2).flatten(2)), weights
 
     def train(self, mode: bool = True):
@@ -252,7 +252,10 @@ class HSVLTAttention(nn.Module):
 
     def _fold(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(Wq Wk^T, Wv Wo)` as weights of linear layers, or None where they are not worth forming or not allowed."""
-        if self.num_heads > 1 or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.num_heads > 1 or torch.compiler.is_compiling():
+            return None
+        if self.training or torch.is_grad_enabled():
+            self._folded = None  # an optimizer may step next, see `train`
             return None
         weights = [linear.weight for linear in (self.query, self.key, self.value, self.out_proj)]
         # A change in place raises the version, a replacement changes the address.
@@ -261,6 +264,16 @@ class HSVLTAttention(nn.Module):
             query, key, value, out = (weight.float() for weight in weights)
             self._folded = (state, (key.T @ query).to(dtype), (out @ value).to(dtype))
         return self._folded[1:]
+
+
+def _times_head_weights(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`(B, h, N, x)` times the weight `(h, x, y)` of each head: one product a head over all pictures.
+
+    Broadcasting would copy the weights, and their gradient, for every picture.
+    """
+    batch, heads, num_labels, _ = states.shape
+    product = torch.bmm(states.transpose(0, 1).reshape(heads, batch * num_labels, -1), weights)
+    return product.view(heads, batch, num_labels, -1).transpose(0, 1)
 
 
 def _version(tensor: torch.Tensor) -> int:
