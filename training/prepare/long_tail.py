@@ -29,48 +29,46 @@ from ..sparse_labels import SparseLabels
 from .reading import Rows, checked, text_lines
 from .write import write_dataset
 
-COCO_LABELS = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
-    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
-    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
-    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
-    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
-    "mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
-    "teddy bear, hair drier, toothbrush"
-).split(", ")
-VOC_LABELS = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-    "sofa train tvmonitor"
-).split()
+# fmt: off
+COCO_LABELS = [
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+]
+VOC_LABELS = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+]
+COCO_POSITIVES = [
+    1128, 37, 276, 32, 9, 41, 18, 87, 20, 50, 11, 13, 8, 97, 19, 49, 70, 17, 7, 10, 8, 6, 7, 7, 100, 39, 189, 31, 24,
+    11, 12, 8, 35, 10, 25, 21, 17, 10, 20, 460, 84, 498, 126, 207, 173, 366, 39, 35, 44, 36, 29, 25, 14, 45, 16, 73,
+    585, 153, 164, 44, 624, 25, 200, 137, 70, 89, 73, 127, 91, 175, 9, 237, 119, 292, 87, 113, 15, 21, 6, 11,
+]
+VOC_POSITIVES = [6, 34, 8, 14, 154, 17, 249, 29, 479, 4, 240, 48, 11, 20, 775, 100, 5, 82, 7, 64]
+# fmt: on
 
 
 @dataclass(frozen=True)
 class PublishedSplit:
-    """What a published long-tailed split must hold: pictures of train and test, and the positives of train by label."""
+    """What a published long-tailed split must hold: pictures of train and test, and the positives of train by label.
 
-    label_names: Sequence[str]
+    Counted in the published lists, which are the same byte by byte in the repositories that carry them.
+    """
+
+    label_names: list[str]
     num_train: int
     num_test: int
-    positives: Sequence[int]
+    positives: list[int]
 
 
-# Counted in the published lists, which are the same file by file in the repositories that carry them.
 PUBLISHED = {
-    "coco": PublishedSplit(
-        COCO_LABELS,
-        1909,
-        5000,
-        [1128, 37, 276, 32, 9, 41, 18, 87, 20, 50, 11, 13, 8, 97, 19, 49, 70, 17, 7, 10, 8, 6, 7, 7, 100, 39, 189, 31]
-        + [24, 11, 12, 8, 35, 10, 25, 21, 17, 10, 20, 460, 84, 498, 126, 207, 173, 366, 39, 35, 44, 36, 29, 25, 14, 45]
-        + [16, 73, 585, 153, 164, 44, 624, 25, 200, 137, 70, 89, 73, 127, 91, 175, 9, 237, 119, 292, 87, 113, 15, 21]
-        + [6, 11],
-    ),
-    "voc": PublishedSplit(
-        VOC_LABELS,
-        1142,
-        4952,
-        [6, 34, 8, 14, 154, 17, 249, 29, 479, 4, 240, 48, 11, 20, 775, 100, 5, 82, 7, 64],
-    ),
+    "coco": PublishedSplit(COCO_LABELS, 1909, 5000, COCO_POSITIVES),
+    "voc": PublishedSplit(VOC_LABELS, 1142, 4952, VOC_POSITIVES),
 }
 
 
@@ -134,10 +132,10 @@ def co_occurrence_order(present: np.ndarray) -> np.ndarray:
 def draw_long_tail(present: np.ndarray, targets: Sequence[int], *, seed: int = 0) -> np.ndarray:
     """Draws pictures so that label counts fall as `targets` do, by the construction of COCO-LT and VOC-LT.
 
-    Labels are visited in `co_occurrence_order`, and the i-th of them gets the i-th target: random pictures that show it
-    are added until there are so many (or no more), or, where those drawn for labels before it already bring more, random
-    ones of them are taken out again. Counts of labels visited early therefore end off their targets; that of the last
-    one is exact.
+    Labels are visited in `co_occurrence_order`, and the i-th of them gets the i-th target: random pictures that show
+    it are added until there are so many (or no more), or, where those drawn for labels before it already bring more,
+    random ones of them are taken out again. Counts of labels visited early therefore end off their targets; that of
+    the last one is exact.
 
     Args:
         present: (pictures, num_labels) bool.
@@ -262,10 +260,10 @@ def _write_lists(args: argparse.Namespace) -> None:
         for number, (picture, labels) in enumerate(listed, 1):
             rows.add(args.pictures / picture, labels, f"{path}, line {number}")
         counts = np.bincount([label for _, labels in listed for label in labels], minlength=len(published.label_names))
-        same = len(listed) == num_pictures and (split != "train" or counts.tolist() == list(published.positives))
+        same = len(listed) == num_pictures and (split != "train" or counts.tolist() == published.positives)
         print(f"{path}: {len(listed):,} pictures, {counts.sum():,} labels: {'' if same else 'NOT '}the published split")
         splits[split] = rows.dataset(pa.int64())
-    _write(checked(splits, list(published.label_names), "ids"), list(published.label_names), args.target)
+    _write(checked(splits, published.label_names, "ids"), published.label_names, args.target)
 
 
 def _write_draw(args: argparse.Namespace) -> None:
