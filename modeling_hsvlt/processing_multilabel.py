@@ -171,7 +171,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _from_array(array, name: str) -> Image.Image:
+def _from_array(array, name: str, data_format: str | ChannelDimension | None = None) -> Image.Image:
     if torch.is_tensor(array):
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
@@ -179,10 +179,10 @@ def _from_array(array, name: str) -> Image.Image:
         raise ValueError(f"{name} is no picture; it needs numbers of shape (height, width) or 1, 3 or 4 channels.")
     if array.ndim == 3:
         try:
-            first = infer_channel_dimension_format(array, num_channels=(1, 3, 4)) == ChannelDimension.FIRST
+            data_format = data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
         except ValueError as error:
             raise ValueError(f"{name} is no picture; it needs 1, 3 or 4 channels, first or last.") from error
-        array = np.moveaxis(array, 0, -1) if first else array
+        array = np.moveaxis(array, 0, -1) if data_format == ChannelDimension.FIRST else array
         array = array[..., 0] if array.shape[-1] == 1 else array
     if array.dtype != bool and array.min() < 0:
         raise ValueError(f"{name} has negative pixels, so it seems normalised; give pixels in [0, 255] or [0, 1].")
@@ -256,10 +256,8 @@ class MultiLabelImageProcessor(PilBackend):
         return images if isinstance(images, np.ndarray) or torch.is_tensor(images) else load_image(images)
 
     def process_image(self, image, input_data_format: str | ChannelDimension | None = None, **kwargs) -> Image.Image:
-        """One picture as RGB. Arrays keep their `input_data_format`, if one is given."""
-        if input_data_format == ChannelDimension.FIRST and image.ndim == 3:
-            image = np.moveaxis(np.asarray(image), 0, -1)
-        return load_image(image)
+        """One picture as RGB; `input_data_format` says where an array has its channels."""
+        return image if isinstance(image, Image.Image) else _from_array(image, _describe(image), input_data_format)
 
     def resize(
         self, image: Image.Image, size, resample=None, resize_mode: str = "squash", fill: tuple[int, ...] = (0, 0, 0)

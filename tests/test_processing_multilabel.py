@@ -70,9 +70,16 @@ def test_exif_orientation_is_applied_once(orientation):
     assert np.array_equal(load_image(loaded), loaded)
 
 
-def test_broken_exif_data_leave_a_picture_readable():
-    for garbage in (b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"):
-        assert pixels(encoded(Image.fromarray(noise(8, 8)), "JPEG", exif=garbage)).shape == (8, 8, 3)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_data_leave_a_picture_readable(format):
+    for garbage in (
+        b"Exif\0\0garbage!",
+        b"Exif\0\0II",
+        b"Exif\0\0MM\0*\0\0\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01",
+    ):
+        assert pixels(encoded(Image.fromarray(noise(8, 8)), format, exif=garbage)).shape == (8, 8, 3)
 
 
 def on_white(rgb, alpha):
@@ -174,7 +181,7 @@ class Slow(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/slow.png":
             self.server.released.wait(5)
-        self.send_response(200 if self.path == "/picture.png" else 404)
+        self.send_response(404 if self.path == "/nothing.png" else 200)
         self.end_headers()
         self.wfile.write(self.server.picture)
 
@@ -413,8 +420,14 @@ def test_batches_lists_arrays_and_types():
     channels_first = torch.from_numpy(stacked).permute(0, 3, 1, 2)
     for batch in (images, stacked, torch.from_numpy(stacked), channels_first, channels_first.float() / 255):
         assert torch.equal(processor(images=batch, return_tensors="pt")["pixel_values"], expected)
-    first = processor(images=stacked.transpose(0, 3, 1, 2), input_data_format="channels_first", return_tensors="np")
-    assert isinstance(first["pixel_values"], np.ndarray) and np.array_equal(first["pixel_values"], expected)
+    first = processor(images=stacked.transpose(0, 3, 1, 2), return_tensors="np")["pixel_values"]
+    assert isinstance(first, np.ndarray) and np.array_equal(first, expected)
+    strip = noise(4, 6, 3)  # Four rows, or the four channels of a picture of 6 x 3
+    for data_format, rgb in (("channels_last", strip), ("channels_first", load_image(strip.transpose(1, 2, 0)))):
+        values = processor(images=[strip], input_data_format=data_format, return_tensors="pt")["pixel_values"]
+        assert torch.equal(
+            values, processor(images=Image.fromarray(np.asarray(rgb)), return_tensors="pt")["pixel_values"]
+        )
     listed = processor(images=encoded(Image.fromarray(images[0])))["pixel_values"]
     assert isinstance(listed, list) and np.array_equal(listed[0], expected[0])
     half = processor(images=images, do_normalize=False, return_tensors="pt")["pixel_values"]
