@@ -161,16 +161,21 @@ def load_multilabel_dataset(
     label_names = list(label_names or names_of_file)
     if twice := [name for name, count in Counter(label_names).items() if count > 1]:
         raise ValueError(f"The label names list {twice[0]!r} twice; keep one.")
-    uniform = DatasetDict()
-    for name in splits or loaded:
-        labels = SparseLabels.from_arrow(
-            column := lists(name),
+    labels = {
+        name: SparseLabels.from_arrow(
+            lists(name),
             label_names,
             class_names=None if label_columns else class_names(loaded[name], label_column),
             label_format="multi_hot" if label_columns else label_format,
             where=row_words[name],
         )
-        uniform[name] = _with_labels(images[name], labels, column, label_names, row_words[name])
+        for name in splits or loaded
+    }
+    # One form for all splits, which `datasets` asks for.
+    as_ids = all((of_split.values == 1).all() for of_split in labels.values())
+    uniform = DatasetDict()
+    for name, of_split in labels.items():
+        uniform[name] = _with_labels(images[name], of_split, label_names, as_ids, row_words[name])
     return uniform, label_names
 
 
@@ -204,13 +209,9 @@ def _names_of_labels(
 
 
 def _with_labels(
-    images: Dataset,
-    labels: SparseLabels,
-    column: pa.ChunkedArray | pa.Array,
-    label_names: list[str],
-    where: Callable[[int], str],
+    images: Dataset, labels: SparseLabels, label_names: list[str], as_ids: bool, where: Callable[[int], str]
 ) -> Dataset:
-    """`images` with a column `labels`: class ids, or multi-hot as in `column` where that can say more than ids."""
+    """`images` with a column `labels`: class ids, or multi-hot; null for a row of which nothing is known."""
     unknown = labels.default != 0
     if unknown.any():
         logger.warning(
@@ -219,11 +220,12 @@ def _with_labels(
             len(labels),
             where(int(np.argmax(unknown))),
         )
-    if (labels.values == 1).all():
-        starts = pa.array(labels.starts, pa.int32())
-        column = pa.ListArray.from_arrays(starts, pa.array(labels.ids), mask=pa.array(unknown))
-        feature = List(ClassLabel(names=label_names))
+    if as_ids:
+        starts, values, feature = labels.starts, labels.ids, List(ClassLabel(names=label_names))
     else:
-        column, feature = pc.cast(column, pa.list_(pa.float32())), List(Value("float32"))
+        rows = [labels.dense(row) for row in np.flatnonzero(~unknown)]
+        starts = np.concatenate([[0], np.cumsum(~unknown)]) * labels.num_labels
+        values, feature = np.concatenate([np.empty(0, np.float32), *rows]), List(Value("float32"))
+    lists = pa.LargeListArray.from_arrays(pa.array(starts, pa.int64()), pa.array(values), mask=pa.array(unknown))
     # A column beside the pictures, so that pictures (gigabytes, perhaps) are neither copied nor rewritten.
-    return images.add_column("labels", column, feature=feature)
+    return images.add_column("labels", lists.cast(pa.list_(lists.type.value_type)), feature=feature)

@@ -142,6 +142,7 @@ class SparseLabels:
         starts = np.concatenate([[0], np.cumsum(lengths)])
         null_row = _nulls(lists)
         flat = pc.list_flatten(lists)
+        guessed = label_format == "auto" and class_names is None
         label_format = _choose_format(flat.type, lengths[~null_row], num_labels, class_names, label_format)
 
         def refuse(wrong: np.ndarray, problem: Callable[[int], str]) -> None:
@@ -164,6 +165,11 @@ class SparseLabels:
             kept = np.flatnonzero(values)
             starts, ids, values = np.searchsorted(kept, starts), kept % num_labels, values[kept]
         else:
+            if guessed and _looks_multi_hot(flat, lengths[~null_row]):
+                raise ValueError(
+                    f"{where(0)}: lists of {lengths.max()} zeros and ones look like multi-hot, but there are "
+                    f"{num_labels} labels; give the right label names, or set label_format to 'ids'."
+                )
             own_names = label_names if class_names is None else class_names
             ids = _label_ids(flat, label_names, None if label_format == "names" else own_names, refuse)
             # Sorted by row, then label; a label listed twice is one label.
@@ -246,9 +252,7 @@ def stack_columns(split: Dataset, columns: Sequence[str], where: Callable[[int],
         elif pa.types.is_null(column.type):
             stacked[:, number] = np.nan
         else:
-            raise ValueError(
-                f"{where(0)}: column {name!r} is of type {column.type}, but must hold one number a picture."
-            )
+            raise ValueError(f"{where(0)}: column {name!r} is of type {column.type}, but must hold numbers.")
     starts = np.arange(len(split) + 1, dtype=np.int64) * len(columns)
     return pa.LargeListArray.from_arrays(pa.array(starts), pa.array(stacked.ravel()))
 
@@ -343,6 +347,13 @@ def _choose_format(
     if label_format not in possible:
         raise ValueError(f"label_format={label_format!r} does not fit a column of lists of {kind}.")
     return label_format
+
+
+def _looks_multi_hot(flat: pa.Array, lengths: np.ndarray) -> bool:
+    """Whether lists of integers are all of one length and of zeros and ones alone; ids would repeat themselves so."""
+    if not pa.types.is_integer(flat.type) or len(lengths) == 0 or lengths.min() != lengths.max() or lengths.max() < 3:
+        return False
+    return pc.all(pc.is_in(flat, value_set=pa.array([0, 1, UNKNOWN_LABEL]).cast(flat.type, safe=False))).as_py()
 
 
 def _unknown_label(name: str, label_names: Sequence[str]) -> str:

@@ -3,8 +3,9 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from datasets import Dataset
 
-from training.sparse_labels import SparseLabels
+from training.sparse_labels import SparseLabels, split_text, stack_columns
 
 NAMES = ["cat", "dog", "bird", "tv monitor"]
 EXPECTED = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=np.float32)
@@ -84,6 +85,7 @@ def test_rows_stay_sparse_with_ten_thousand_labels():
         ([None, [0.0, 1, 0, 0], [0, 0, -0.5, 0]], r"row 2: label 'bird' is -0.5"),
         ([[0, 1, 0, 0], [0, 0, 1], [0, 0, 0, 0]], r"row 1: its list has 3 numbers for 4 labels"),
         ([[0.0, 1.0]], r"row 0: its list has 2 numbers for 4 labels; .*integer ids"),
+        ([[0, 1, 0], [0, 0, 1]], r"row 0: lists of 3 zeros and ones look like multi-hot, but there are 4 labels"),
         (["cat", "dog"], r"type string, but must be a list"),
         ([{"cat": 1}], r"type struct.* but must be a list"),
         ([[{"cat": 1}]], r"lists of struct"),
@@ -93,6 +95,87 @@ def test_what_breaks_the_contract_is_refused_by_row_and_label(column, message):
     with pytest.raises(ValueError, match=message) as refusal:
         dense(pa.array(column))
     assert "\n" not in str(refusal.value)
+
+
+def test_texts_become_lists():
+    texts = pa.chunked_array([["cat , dog", "", None], [" ", "tv monitor"]])
+    assert split_text(texts).to_pylist() == [["cat", "dog"], [], None, [], ["tv monitor"]]
+    assert split_text(pa.chunked_array([["3 0", "1"]]), " ", "ids").to_pylist() == [[3, 0], [1]]
+    numbers = split_text(pa.chunked_array([["1;0.5;nan;-100"]]), ";", "multi_hot")
+    assert np.array_equal(dense(numbers), [[1, 0.5, -100, -100]])
+    with pytest.raises(ValueError, match=r"row 1: 'cat,,dog' lists an empty label"):
+        split_text(pa.chunked_array([["cat", "cat,,dog"]]))
+    with pytest.raises(ValueError, match=r"row 0: 'cat' must list numbers \(label_format='ids'\)"):
+        split_text(pa.chunked_array([["cat"]]), label_format="ids")
+
+
+def test_columns_become_multi_hot_lists():
+    columns = {
+        "cat": [1, 0, None, -100],
+        "dog": [0.5, float("nan"), None, 1.0],
+        "bird": [True, False, None, True],
+        "tv monitor": ["1", "", "null", "0.0"],
+    }
+    stacked = stack_columns(Dataset.from_dict(columns), NAMES)
+    assert np.array_equal(dense(stacked), [[1, 0.5, 1, 1], [0, -100, 0, -100], [-100] * 4, [-100, 1, 1, 0]])
+    swapped = stack_columns(Dataset.from_dict(columns), NAMES[::-1])
+    assert np.array_equal(dense(swapped), dense(stacked)[:, ::-1])
+    rows = Dataset.from_dict({"cat": ["1", "present"], "dog": [["1"], ["0"]]})
+    with pytest.raises(ValueError, match=r"row 1: column 'cat' holds 'present', but must hold 1 for present"):
+        stack_columns(rows, ["cat"])
+    with pytest.raises(ValueError, match=r"column 'dog' is of type list<.*>, but must hold numbers"):
+        stack_columns(rows, ["dog"])
+
+
+def partly_labelled():
+    rng = np.random.default_rng(0)
+    hot = (rng.random((2000, 4)) < [0.9, 0.5, 0.2, 0.05]).astype(np.float32)
+    hot[rng.random(hot.shape) < 0.1] = -100
+    hot[7] = 0
+    return hot, SparseLabels.from_arrow(pa.array(hot.tolist()), NAMES)
+
+
+def rows_of(labels):
+    return np.stack([labels.dense(row) for row in range(len(labels))])
+
+
+def test_a_known_fraction_keeps_that_many_labels_unchanged():
+    hot, labels = partly_labelled()
+    hidden = rows_of(labels.partially_known(known_fraction=0.3, seed=1))
+    known = hidden != -100
+    assert np.array_equal(hidden[known], hot[known])
+    # Present or absent, each label alike.
+    for kept in (known[hot == 1], known[hot == 0], *known.T):
+        assert abs(kept.mean() - 0.3) < 0.05
+    assert np.array_equal(hidden, rows_of(labels.partially_known(known_fraction=0.3, seed=1)))
+    assert not np.array_equal(hidden, rows_of(labels.partially_known(known_fraction=0.3, seed=2)))
+    assert np.array_equal(rows_of(labels.partially_known(known_fraction=1)), hot)
+
+
+def test_a_single_positive_is_one_of_the_present_labels():
+    hot, labels = partly_labelled()
+    hidden = rows_of(labels.partially_known(single_positive=True, seed=1))
+    assert np.isin(hidden, (1, -100)).all() and (hot[hidden == 1] == 1).all()
+    assert np.array_equal((hidden == 1).sum(1), (hot == 1).any(1)) and (hidden[7] == -100).all()
+    # Each present label alike: of the pictures with "cat" and "dog" alone, half keep "dog".
+    both = (hot[:, :2] == 1).all(1) & (hot[:, 2:] != 1).all(1)
+    assert abs((hidden[both, 1] == 1).mean() - 0.5) < 0.06
+    assert np.array_equal(hidden, rows_of(labels.partially_known(single_positive=True, seed=1)))
+    assert not np.array_equal(hidden, rows_of(labels.partially_known(single_positive=True, seed=2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "Give one of known_fraction and single_positive"),
+        ({"known_fraction": 0.5, "single_positive": True}, "Give one of"),
+        ({"known_fraction": 0}, "known_fraction=0 must be above 0"),
+        ({"known_fraction": 10}, "known_fraction=10 must be above 0 and at most 1"),
+    ],
+)
+def test_what_stays_known_must_be_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        partly_labelled()[1].partially_known(**options)
 
 
 def test_the_caller_names_the_row():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Image
+from datasets import Dataset, DatasetDict, Features, Image
 
 from ..image_folder import refuse_or_skip
 from ..load import load_multilabel_dataset
@@ -79,10 +79,10 @@ class Rows:
 
 def checked(splits: dict[str, Dataset], label_names: list[str], label_format: str) -> dict[str, Dataset]:
     """The splits in the form that is written, held once more against the label contract."""
-    return {
-        name: load_multilabel_dataset(split, label_names=label_names, label_format=label_format)[0]["train"]
-        for name, split in splits.items()
-    }
+    # Under names of their own: `load_multilabel_dataset` would rename "val".
+    parts = DatasetDict({f"part{number}": split for number, split in enumerate(splits.values())})
+    parts, _ = load_multilabel_dataset(parts, label_names=label_names, label_format=label_format)
+    return dict(zip(splits, parts.values(), strict=True))
 
 
 def text_lines(path: Path) -> list[str]:

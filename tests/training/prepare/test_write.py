@@ -1,0 +1,65 @@
+"""Shards: every picture's bytes, in order; a folder that is complete or not there."""
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, List
+
+import training.prepare.write as writing
+from training.prepare.write import write_dataset
+
+NAMES = ["cat", "dog"]
+
+
+def rows(count, folder=None):
+    pictures = [{"bytes": bytes([row]) * 100, "path": f"{row}.jpg"} for row in range(count)]
+    if folder is not None:
+        for row, image in enumerate(pictures):
+            (folder / image["path"]).write_bytes(image["bytes"])
+            pictures[row] = {"bytes": None, "path": str(folder / image["path"])}
+    features = Features({"image": Image(decode=False), "labels": List(ClassLabel(names=NAMES))})
+    labels = [None if row == 1 else [row % 2] * (row > 2) for row in range(count)]
+    return Dataset.from_dict({"image": pictures, "labels": labels}, features=features)
+
+
+@pytest.mark.parametrize("stored", ["bytes", "files"])
+def test_shards_hold_every_picture_in_order(tmp_path, stored):
+    split = rows(10, tmp_path if stored == "files" else None)
+    write_dataset({"train": split, "test": rows(2)}, NAMES, tmp_path / "out", max_shard_bytes=400)
+    names = sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
+    assert names == ["test-00000-of-00001.parquet", *(f"train-0000{number}-of-00003.parquet" for number in range(3))]
+    tables = [pq.read_table(tmp_path / "out" / "data" / name).to_pylist() for name in names[1:]]
+    read = [row for table in tables for row in table]
+    assert [row["image"] for row in read] == [{"bytes": bytes([n]) * 100, "path": f"{n}.jpg"} for n in range(10)]
+    assert [row["labels"] for row in read] == split["labels"] and read[1]["labels"] is None
+    assert (tmp_path / "out" / "labels.txt").read_text() == "cat\ndog\n"
+
+
+def test_rows_are_grouped_so_that_one_can_be_read_alone(tmp_path):
+    write_dataset({"train": rows(230)}, NAMES, tmp_path / "out")
+    assert pq.ParquetFile(tmp_path / "out/data/train-00000-of-00001.parquet").num_row_groups == 3
+
+
+def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
+    split = rows(10, tmp_path)
+    calls = []
+
+    def write_shard(shard, path, progress):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        assert not (tmp_path / "out").exists()
+        path.write_bytes(b"shard")
+
+    monkeypatch.setattr(writing, "_write_shard", write_shard)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset({"train": split}, NAMES, tmp_path / "out", max_shard_bytes=400)
+    assert len(calls) == 2 and not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'a\\nb' is empty, or has blanks around it or a line break"):
+        write_dataset({"train": rows(2)}, ["cat", "a\nb"], tmp_path / "out")
+    with pytest.raises(ValueError, match="split 'test' has no pictures left"):
+        write_dataset({"train": rows(2), "test": rows(0)}, NAMES, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="exists: delete it"):
+        write_dataset({"train": rows(2)}, NAMES, tmp_path)
