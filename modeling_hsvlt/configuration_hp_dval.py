@@ -113,6 +113,11 @@ class HPDVALConfig(PreTrainedConfig):
             Arguments of that loss.
         thresholds (`list[float]`, *optional*):
             Score from which on each label counts as present; None until fitted on validation data.
+        threshold_info (`dict`, *optional*):
+            How they were fitted: objective, target, data set, split, its fingerprint, date. Nothing computes with it.
+        calibration_info (`dict`, *optional*):
+            How the classifier was calibrated: method, data as above, and the `scale` and `bias` of each label's logit
+            that its weights hold since, so that it can be undone. Nothing at inference reads it.
 
     Example:
 
@@ -155,6 +160,8 @@ class HPDVALConfig(PreTrainedConfig):
     loss_type: str = "bce"
     loss_kwargs: dict | None = None
     thresholds: list[float] | tuple[float, ...] | None = None
+    threshold_info: dict | None = None
+    calibration_info: dict | None = None
     problem_type: str | None = "multi_label_classification"
 
     @classmethod

@@ -104,6 +104,11 @@ class HSVLTConfig(PreTrainedConfig):
             Arguments of that loss.
         thresholds (`list[float]`, *optional*):
             Score from which on each label counts as present; None until fitted on validation data.
+        threshold_info (`dict`, *optional*):
+            How they were fitted: objective, target, data set, split, its fingerprint, date. Nothing computes with it.
+        calibration_info (`dict`, *optional*):
+            How the classifier was calibrated: method, data as above, and the `scale` and `bias` of each label's logit
+            that its weights hold since, so that it can be undone. Nothing at inference reads it.
         label_text_encoder (`str`, *optional*):
             Text encoder that the label embeddings came from; None: random or unknown. Never loaded from.
         label_reading (`str`, *optional*):
@@ -147,6 +152,8 @@ class HSVLTConfig(PreTrainedConfig):
     loss_type: str = "bce"
     loss_kwargs: dict | None = None
     thresholds: list[float] | tuple[float, ...] | None = None
+    threshold_info: dict | None = None
+    calibration_info: dict | None = None
     label_text_encoder: str | None = None
     label_reading: str | None = None
     label_template: str | None = None

@@ -400,7 +400,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 f"The checkpoint's {len(config.thresholds)} thresholds were dropped: the model now has "
                 f"{config.num_labels} labels. Fit them again on validation data."
             )
-            config.thresholds = None
+            config.thresholds = config.threshold_info = config.calibration_info = None
         self.hp_dval = HPDVALModel(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
         self.post_init()
@@ -519,7 +519,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 raise ValueError(f"label {name!r} has {len(tokens[-1])} tokens, but a prompt has room for {longest}.")
 
         if len(names) != config.num_labels:
-            config.thresholds = None
+            config.thresholds = config.threshold_info = config.calibration_info = None
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
         self.num_labels = len(names)

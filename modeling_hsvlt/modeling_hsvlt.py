@@ -671,7 +671,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
                 f"The checkpoint's {len(config.thresholds)} thresholds were dropped: the model now has "
                 f"{config.num_labels} labels. Fit them again on validation data."
             )
-            config.thresholds = None
+            config.thresholds = config.threshold_info = config.calibration_info = None
         self.hsvlt = HSVLTModel(config)
         hidden_size = self.hsvlt.aggregation.hidden_size
         if config.classifier == "per_label":

@@ -593,7 +593,7 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
                 f"The checkpoint's {len(config.thresholds)} thresholds were dropped: the model now has "
                 f"{config.num_labels} labels. Fit them again on validation data."
             )
-            config.thresholds = None
+            config.thresholds = config.threshold_info = config.calibration_info = None
         self.mltr = MlTrModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()

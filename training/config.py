@@ -93,8 +93,8 @@ class TrainingConfig:
 
     # --- validation and the end
     early_stopping_patience: int | None = None  # epochs without a better validation mAP before stopping
-    threshold_objective: Literal["f1", "precision", "recall"] = "f1"  # what thresholds are fitted to, on validation
-    threshold_target: float | None = None  # the precision or recall to hold, for those two objectives
+    threshold_objective: Literal["f1", "precision", "recall", "cost"] = "f1"  # for each label, on validation
+    threshold_target: float | None = None  # the precision or recall to hold, or what a false positive costs
     evaluate_test: bool = False  # score the test split once, at the very end; it never chooses anything
     push_to_hub: str | None = None  # repository id, "user/name"
     hub_private: bool = True  # publishing is a decision of its own
@@ -113,7 +113,7 @@ class TrainingConfig:
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std belong together: give both, or null for both.")
         if (self.threshold_objective == "f1") != (self.threshold_target is None):
-            raise ValueError("threshold_target belongs to the objectives precision and recall, and they need it.")
+            raise ValueError("threshold_target belongs to the objectives precision, recall and cost, and they need it.")
         if self.augmentation is not None:
             check_augmentation_names(list(self.augmentation))
 

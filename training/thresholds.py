@@ -2,10 +2,11 @@
 
     python -m training.thresholds CHECKPOINT DATASET --split validation [--objective f1]
     python -m training.thresholds CHECKPOINT DATASET --objective precision --target 0.9
+    python -m training.thresholds CHECKPOINT DATASET --objective cost --target 5  # a false alarm costs 5 misses
 
 Afterwards `pipeline(..., threshold="auto")` and `python -m training.evaluate ... --threshold auto` use them. Fit on
-pictures that the model was not trained on, and measure on others again: on the pictures they were fitted on thresholds
-look better than they are.
+pictures that the model was not trained on. On the pictures they were fitted to thresholds look better than they are;
+what to expect elsewhere is printed as "held out": fitted on one half of the pictures, applied to the other, and back.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .metrics.functional import (
     ranked_label_positives,
 )
 
-OBJECTIVES = ("f1", "precision", "recall")
+OBJECTIVES = ("f1", "precision", "recall", "cost")
 MIN_POSITIVES = 10
 
 
@@ -47,15 +48,17 @@ def fit_thresholds(
     """The best threshold of each label under `score >= threshold`, exact: every cut between two scores is tried.
 
     A threshold lies halfway between the lowest score that is let through, a positive's, and the next lower one. Of
-    equally good cuts the one that finds more is taken.
+    equally good cuts the one that finds more is taken. Only "cost" may let nothing through: its threshold then lies
+    halfway between the highest score and 1.
 
     Args:
         scores: (n, num_labels) in [0, 1]; may be memory-mapped, see `training.metrics.functional`.
         labels: (n, num_labels) array or scipy sparse matrix of 1, 0, and -100 or NaN for unknown.
         objective: "f1", the highest F1; "precision", the highest recall at a precision of at least `target`, or the
             highest precision where the label cannot reach it; "recall", the highest precision at a recall of at least
-            `target`.
-        target: Wanted precision or recall in (0, 1].
+            `target`; "cost", the lowest cost where a false negative costs 1 and a false positive `target` (for
+            calibrated scores, near target / (1 + target)).
+        target: Wanted precision or recall in (0, 1], or what a false positive costs, above 0; None for "f1".
         min_positives: A label with fewer known positives gets a mean of its own best threshold and of the shared one,
             the best for all entries of all labels together; its own has the weight positives / min_positives. A label
             without any gets the shared one. 0: labels with a positive keep their own.
@@ -71,7 +74,12 @@ def fit_thresholds(
         raise ValueError(f"objective={objective!r} is none of {', '.join(OBJECTIVES)}.")
     if objective == "f1" and target is not None:
         raise ValueError(f"target={target} has no meaning with the objective 'f1'; leave it out.")
-    if objective != "f1" and (target is None or not 0 < target <= 1):
+    if objective == "cost" and (target is None or not 0 < target < np.inf):
+        raise ValueError(
+            f"The objective 'cost' needs a target above 0, what a false positive costs where a false negative costs 1, "
+            f"but target is {target}."
+        )
+    if objective in ("precision", "recall") and (target is None or not 0 < target <= 1):
         raise ValueError(f"The objective {objective!r} needs a target in (0, 1], but target is {target}.")
     scores, labels = check_inputs(scores, labels, label_names)
     own, positives = np.empty(scores.shape[1]), np.zeros(scores.shape[1], dtype=np.int64)
@@ -95,6 +103,37 @@ def fit_thresholds(
     weight = np.minimum(positives / max(min_positives, 1), 1)
     own = np.where(positives > 0, own, shared)
     return np.where(weight == 1, own, weight * own + (1 - weight) * shared).astype(np.float32)
+
+
+def held_out_decisions(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    objective: str = "f1",
+    target: float | None = None,
+    *,
+    min_positives: int = MIN_POSITIVES,
+    seed: int = 0,
+) -> np.ndarray | None:
+    """Which labels fitted thresholds give to pictures that they were not fitted to.
+
+    The rows are divided at random into two halves; each is decided by the thresholds of the other.
+
+    Returns:
+        (n, num_labels) bool; None where the halves are too small: one holds no known positive at all.
+    """
+    decided = np.zeros(scores.shape, dtype=bool)
+    for fitted, applied in halves(len(scores), seed):
+        if not (labels[fitted] == 1).any():
+            return None
+        thresholds = fit_thresholds(scores[fitted], labels[fitted], objective, target, min_positives=min_positives)
+        decided[applied] = scores[applied] >= thresholds
+    return decided
+
+
+def halves(num_rows: int, seed: int = 0) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Two random halves of the row indices as (fit, apply), and the other way round."""
+    first, second = (np.sort(part) for part in np.array_split(np.random.default_rng(seed).permutation(num_rows), 2))
+    return (first, second), (second, first)
 
 
 def threshold_info(
@@ -175,15 +214,21 @@ def _best_cuts(ranked: RankedPositives, num_rows: int, objective: str, target: f
         gain = 2 * ranked.hits / (ranked.predicted + totals)
     elif objective == "precision":
         gain = np.where(precision >= target, 1 + recall, precision)
-    else:
+    elif objective == "recall":
         gain = np.where(recall >= target, 1 + precision, recall)
+    else:  # what is saved against finding nothing, which misses every positive
+        gain = ranked.hits - target * (ranked.predicted - ranked.hits)
     # Halfway between neighbouring float32 numbers is rounded to one of them, perhaps to the lower one.
     halfway = ((ranked.value + np.maximum(ranked.below, 0)) / 2).astype(np.float32)
     halfway = np.where(halfway > ranked.below, halfway, ranked.value)
+    if objective == "cost":
+        highest = ranked.highest.astype(np.float32)
+        above = np.maximum((highest + 1) / 2, np.nextafter(highest, np.float32(2)))  # over 1 where a score is 1
     cuts = np.full(num_rows, np.nan)
     for row in np.flatnonzero(np.diff(bounds)):
         last_best = bounds[row + 1] - 1 - np.argmax(gain[bounds[row] : bounds[row + 1]][::-1])
-        cuts[row] = halfway[last_best]
+        nothing_is_better = objective == "cost" and gain[last_best] < 0
+        cuts[row] = above[last_best] if nothing_is_better else halfway[last_best]
     return cuts
 
 
@@ -210,13 +255,18 @@ def run(args: argparse.Namespace) -> np.ndarray:
         )
         store_thresholds(folder, thresholds, info)
         print(f"{'':<10}{'CP':>8}{'CR':>8}{'OP':>8}{'OR':>8}{'F1 macro':>10}{'F1 micro':>10}")
-        for words, report in (("0.5" if before is None else "as it was", old), ("fitted", new)):
+        rows = [("0.5" if before is None else "as it was", old), ("fitted", new)]
+        decided = held_out_decisions(scores, labels, args.objective, args.target, min_positives=args.min_positives)
+        if decided is not None:
+            rows.append(("held out", multilabel_report(decided.astype(np.float32), labels, top_k=None)))
+        for words, report in rows:
             values = (f"{report[name]:>8.4f}" for name in ("CP", "CR", "OP", "OR"))
             print(f"{words:<10}{''.join(values)}{report['f1_macro']:>10.4f}{report['f1_micro']:>10.4f}")
         few = int(((labels == 1).sum(0) < args.min_positives).sum())
         print(
-            f"On the {len(scores):,} pictures they were fitted to. Labels with fewer than {args.min_positives} "
-            f"positives, which lean on the shared threshold: {few} of {len(label_names)}."
+            f"On the {len(scores):,} pictures they were fitted to; held out: fitted on one half of them, applied to "
+            f"the other, and back. Labels with fewer than {args.min_positives} positives, which lean on the shared "
+            f"threshold: {few} of {len(label_names)}."
         )
         print(f"Written: {folder / 'config.json'}")
     accelerator.end_training()
@@ -233,7 +283,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_scoring_arguments(parser)
     parser.add_argument("--objective", choices=OBJECTIVES, default="f1", help="default: f1")
-    parser.add_argument("--target", type=float, help="the precision or recall that is wanted, in (0, 1]")
+    parser.add_argument(
+        "--target", type=float, help="the wanted precision or recall, or what a false positive costs in false negatives"
+    )
     parser.add_argument(
         "--min_positives",
         type=int,

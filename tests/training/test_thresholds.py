@@ -12,11 +12,19 @@ from modeling_hsvlt.processing_multilabel import MultiLabelProcessor
 from training import thresholds as thresholds_module
 from training.metrics import functional
 from training.metrics.functional import multilabel_report
-from training.thresholds import fit_thresholds, main, store_thresholds, threshold_info
+from training.thresholds import (
+    fit_thresholds,
+    halves,
+    held_out_decisions,
+    main,
+    store_thresholds,
+    threshold_info,
+)
 
 from .tiny_checkpoint import save_checkpoint, save_pictures, tiny_model
 
 OBJECTIVES = [("f1", None), ("precision", 0.6), ("precision", 1.0), ("recall", 0.8), ("recall", 1.0)]
+COSTS = [("cost", 0.2), ("cost", 1.0), ("cost", 4.0)]
 
 
 def make(seed=0, n=120, num_labels=7, unknown=0.1, steps=25):
@@ -35,6 +43,8 @@ def goodness(decided, labels, objective, target):
     precision, recall = tp / max(predicted, 1), tp / positives
     if objective == "f1":
         return 2 * tp / (predicted + positives)
+    if objective == "cost":
+        return -(target * (predicted - tp) + (positives - tp))
     if objective == "precision":
         return 1 + recall if precision >= target else precision
     return 1 + precision if recall >= target else recall
@@ -43,11 +53,11 @@ def goodness(decided, labels, objective, target):
 def brute_force(scores, labels, objective, target):
     """The best goodness over all cuts, and the lowest positive score that has it as a cut."""
     best = max(goodness(scores >= cut, labels, objective, target) for cut in {*scores.tolist(), 2.0})
-    cuts = sorted(scores[labels == 1].tolist())
+    cuts = [*sorted(scores[labels == 1].tolist()), 2.0]
     return best, next(cut for cut in cuts if goodness(scores >= cut, labels, objective, target) == best)
 
 
-@pytest.mark.parametrize(("objective", "target"), OBJECTIVES)
+@pytest.mark.parametrize(("objective", "target"), OBJECTIVES + COSTS)
 @pytest.mark.parametrize("block_entries", [1 << 22, 200])
 @pytest.mark.parametrize("steps", [25, 10**6], ids=["ties", "no ties"])
 def test_thresholds_are_the_best_of_all_cuts(objective, target, block_entries, steps, monkeypatch):
@@ -60,15 +70,51 @@ def test_thresholds_are_the_best_of_all_cuts(objective, target, block_entries, s
         s, y = scores[known, column], labels[known, column]
         best, cut = brute_force(s, y, objective, target)
         assert goodness(s >= threshold, y, objective, target) == pytest.approx(best, abs=1e-12)
-        assert s[s >= threshold].min() == pytest.approx(cut)  # of equally good cuts the one that finds more
+        assert s[s >= threshold].min(initial=2.0) == pytest.approx(cut)  # of equally good cuts the one that finds more
         below = max(s[s < threshold].max(initial=0), 0)
-        assert threshold == pytest.approx((below + s[s >= threshold].min()) / 2, abs=1e-7)  # halfway
+        assert threshold == pytest.approx((below + min(cut, 1)) / 2, abs=1e-7)  # halfway
 
 
 def test_a_wanted_precision_that_cannot_be_reached_gives_the_highest_there_is():
     scores = np.array([[0.9], [0.8], [0.7], [0.6], [0.5]], dtype=np.float32)
     labels = np.array([[0], [1], [1], [0], [1]])  # precision at the cuts: 0, 1/2, 2/3, 1/2, 3/5
     assert fit_thresholds(scores, labels, "precision", 0.9, min_positives=0) == pytest.approx([0.65])
+
+
+def test_where_false_alarms_cost_too_much_nothing_is_let_through():
+    scores = np.array([[0.8], [0.6], [0.5]], dtype=np.float32)
+    labels = np.array([[0], [1], [0]])
+    assert fit_thresholds(scores, labels, "cost", 0.9, min_positives=0) == pytest.approx([0.55])
+    assert fit_thresholds(scores, labels, "cost", 1.1, min_positives=0) == pytest.approx([0.9])
+    scores[0] = 1  # a saturated score
+    threshold = fit_thresholds(scores, labels, "cost", 1.1, min_positives=0)
+    assert not (scores >= threshold).any()
+    # The shared threshold as well: two labels, too few positives for one of their own.
+    both = fit_thresholds(np.hstack([scores, scores]), np.hstack([labels, labels]), "cost", 1.1, min_positives=10**9)
+    assert not (scores >= both).any()
+
+
+def test_the_cost_threshold_of_calibrated_scores_is_the_one_of_decision_theory():
+    rng = np.random.default_rng(0)
+    scores = rng.random((200_000, 1)).astype(np.float32)
+    labels = (rng.random(scores.shape) < scores).astype(np.int64)
+    for cost in (0.25, 1, 4):
+        assert fit_thresholds(scores, labels, "cost", cost) == pytest.approx([cost / (1 + cost)], abs=0.02)
+
+
+def test_held_out_decisions_are_those_of_the_other_half():
+    scores, labels = make(4, n=101)
+    decided = held_out_decisions(scores, labels, min_positives=5)
+    (first, second), back = halves(101)
+    assert sorted([*first, *second]) == list(range(101)) and np.array_equal(back[0], second)
+    np.testing.assert_array_equal(
+        decided[first], scores[first] >= fit_thresholds(scores[second], labels[second], min_positives=5)
+    )
+    np.testing.assert_array_equal(
+        decided[second], scores[second] >= fit_thresholds(scores[first], labels[first], min_positives=5)
+    )
+    labels[second] = 0
+    assert held_out_decisions(scores, labels) is None
 
 
 def test_neighbouring_float32_scores_are_told_apart():
@@ -114,10 +160,12 @@ def test_unknown_labels_do_not_count_and_sparse_labels_are_read():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"objective": "accuracy"}, "none of f1, precision, recall"),
+        ({"objective": "accuracy"}, "none of f1, precision, recall, cost"),
         ({"target": 0.5}, "no meaning with the objective 'f1'"),
         ({"objective": "recall"}, "needs a target"),
         ({"objective": "precision", "target": 1.5}, "needs a target"),
+        ({"objective": "cost"}, "needs a target above 0"),
+        ({"objective": "cost", "target": 0.0}, "needs a target above 0"),
         ({"scores": np.full((120, 7), 3.0)}, "give sigmoid scores"),
         ({"labels": np.zeros((120, 7))}, "None of the 7 labels has a known positive"),
         ({"labels": np.full((120, 7), 0.5)}, "Row 0, label 'a'"),
@@ -142,9 +190,8 @@ def test_thresholds_go_through_the_file_and_the_model_alike(checkpoint, tmp_path
     before = json.loads((checkpoint / "config.json").read_text())
     store_thresholds(checkpoint, fitted, info)
     after = json.loads((checkpoint / "config.json").read_text())
-    assert {key: after[key] for key in before if key != "thresholds"} == {
-        key: value for key, value in before.items() if key != "thresholds"
-    }
+    written = {"thresholds": None, "threshold_info": None}
+    assert {**after, **written} == {**before, **written}
     assert after["threshold_info"] == info and info["dataset"] == tmp_path.name
     assert not (checkpoint / ".config.json.new").exists()
 
@@ -194,8 +241,8 @@ def test_the_command_fits_and_stores(tmp_path, capsys):
     command = [str(tmp_path / "checkpoint"), str(tmp_path / "photos")]
     assert main([*command, "--min_positives", "0"]) == 0
     printed = capsys.readouterr().out
-    macro_f1 = {line.split()[0]: float(line.split()[5]) for line in printed.splitlines()[1:3]}
-    assert macro_f1["fitted"] > macro_f1["0.5"]
+    macro_f1 = {line.split()[0]: float(line.split()[-2]) for line in printed.splitlines()[1:4]}
+    assert macro_f1["fitted"] > macro_f1["0.5"] and "held" in macro_f1
 
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     assert len(config["thresholds"]) == 3

@@ -26,12 +26,14 @@ class RankedPositives(NamedTuple):
     these are all the cuts that matter; equal scores are one cut.
 
     Each is (positives,): `row`; its score `value`; `below`, the next lower known score of the row (-inf if none);
-    `predicted`, known entries that score at least `value`; `hits`, positives among them.
+    `highest`, the highest known score of the row; `predicted`, known entries that score at least `value`; `hits`,
+    positives among them.
     """
 
     row: np.ndarray
     value: np.ndarray
     below: np.ndarray
+    highest: np.ndarray
     predicted: np.ndarray
     hits: np.ndarray
 
@@ -120,7 +122,7 @@ def multilabel_report(
     top_counts = counts.copy()
     num_known = 0
     ranking = np.zeros(4)  # pictures with a known label; sums of ranking loss, coverage and LRAP over them
-    for _, block, positive, known in _blocks(scores, labels, "sample", label_names):
+    for _, block, positive, known in iterate_blocks(scores, labels, "sample", label_names):
         above = (block >= threshold) & known
         counts += _count(above, positive)
         if top_k is not None:
@@ -181,7 +183,7 @@ def per_label_report(
     scores, labels = check_inputs(scores, labels, label_names)
     threshold = _check_threshold(threshold, scores)
     tp, predicted, positives, known_rows = np.zeros((4, scores.shape[1]), dtype=np.int64)
-    for part, block, positive, known in _blocks(scores, labels, "label", label_names):
+    for part, block, positive, known in iterate_blocks(scores, labels, "label", label_names):
         above = ((block >= threshold[part, None]) & known).T
         tp[part], predicted[part], positives[part] = _count(above, positive.T)
         known_rows[part] = known.sum(1)
@@ -203,7 +205,7 @@ def ranked_label_positives(
     scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str] | None = None
 ) -> Iterator[tuple[slice, RankedPositives]]:
     """Blocks of labels with their ranked positives; `row` counts from the start of the block's slice."""
-    for part, block, positive, known in _blocks(scores, labels, "label", label_names):
+    for part, block, positive, known in iterate_blocks(scores, labels, "label", label_names):
         yield part, rank_positives(block, positive, known)
 
 
@@ -227,6 +229,7 @@ def rank_positives(scores: np.ndarray, positive: np.ndarray, known: np.ndarray) 
         row=row,
         value=value,
         below=np.where(low > 0, ordered[row, low - 1], -np.inf),
+        highest=ordered[row, -1],
         predicted=ordered.shape[1] - low,
         hits=hits,
     )
@@ -234,18 +237,19 @@ def rank_positives(scores: np.ndarray, positive: np.ndarray, known: np.ndarray) 
 
 def rank_pooled_positives(scores: np.ndarray, labels: np.ndarray) -> RankedPositives:
     """Ranks all positives of the matrix in one ranking of all its known entries, never holding that ranking."""
-    positives = [block[positive] for _, block, positive, _ in _blocks(scores, labels, "label")]
+    positives = [block[positive] for _, block, positive, _ in iterate_blocks(scores, labels, "label")]
     value = np.sort(np.concatenate(positives))
-    predicted, below = np.zeros(len(value), dtype=np.int64), np.full(len(value), -np.inf)
-    for _, block, _, known in _blocks(scores, labels, "label"):
+    predicted, below, highest = np.zeros(len(value), dtype=np.int64), np.full(len(value), -np.inf), -np.inf
+    for _, block, _, known in iterate_blocks(scores, labels, "label"):
         ordered = np.sort(block[known])
+        highest = ordered.max(initial=highest)
         first = np.searchsorted(ordered, value)
         predicted += len(ordered) - first
         found = first > 0
         below[found] = np.maximum(below[found], ordered[first[found] - 1])
     hits = len(value) - np.searchsorted(value, value)
     row = np.zeros(len(value), dtype=np.int64)
-    return RankedPositives(row, value[::-1], below[::-1], predicted[::-1], hits[::-1])
+    return RankedPositives(row, value[::-1], below[::-1], np.full(len(value), highest), predicted[::-1], hits[::-1])
 
 
 def check_inputs(scores, labels, label_names: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -269,7 +273,7 @@ def check_inputs(scores, labels, label_names: Sequence[str] | None = None) -> tu
     return scores, labels
 
 
-def _blocks(
+def iterate_blocks(
     scores: np.ndarray, labels: np.ndarray, by: str, label_names: Sequence[str] | None = None
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
     """Blocks of whole labels (`by="label"`, one label per row of the block) or of whole samples (`by="sample"`).
