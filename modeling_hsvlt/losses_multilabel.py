@@ -2,7 +2,8 @@
 
 Every loss takes `logits` (batch, num_labels) and `labels` of the same shape under the package's label contract:
 1 present, 0 absent, in between a soft label, -100 (`UNKNOWN_LABEL`) unknown. Unknown entries give no loss and no
-gradient. Arithmetic is fp32 whatever the dtype of the logits: the asymmetric loss overflows in fp16.
+gradient, except in `weak_assume_negative_loss`, whose purpose it is. Arithmetic is fp32 whatever the dtype of the
+logits: the asymmetric loss overflows in fp16.
 
 `reduction="mean"` is the mean over the known entries of the batch, `"sum"` their sum. The asymmetric loss was published
 with the sum; going from one to the other changes which learning rate works.
@@ -292,6 +293,67 @@ def _weighted_logsumexp(values: torch.Tensor, weight: torch.Tensor, dim: int) ->
     return torch.where(weight > 0, weighted, -1e30).logsumexp(dim)
 
 
+def partial_binary_cross_entropy_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    alpha: float = -4.45,
+    beta: float = 5.45,
+    gamma: float = 1.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Partial-BCE for pictures of which some labels are unknown (Durand, Mehrasa and Mori, CVPR 2019).
+
+    `g(p) / C * sum_{known} BCE`, `g(p) = alpha p^gamma + beta`, with `p` the known fraction of a picture's `C` labels:
+    a picture counts by how many labels it has, but less than in proportion. With every label known it is
+    binary cross-entropy if `alpha + beta` is 1. A picture with a positive and no known negative teaches to answer yes
+    to everything; for single positives take [`weak_assume_negative_loss`].
+
+    Args:
+        alpha, beta, gamma (`float`): of `g`. The defaults, usual in public code, give `g(1) = 1` and `g(0.1) = 5`;
+            1, 0, -1 average over each picture's known labels.
+        reduction (`str`, defaults to `"mean"`): `"mean"` over pictures with a known label, or `"sum"` over pictures.
+
+    Others as in [`binary_cross_entropy_loss`].
+    """
+    logits, labels, known = _known_entries(logits, labels)
+    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * known
+    fraction = known.float().mean(1)
+    weight = alpha * fraction.clamp(min=1 / known.shape[1]) ** gamma + beta
+    return _reduce(weight * loss.mean(1), known.any(1), reduction)
+
+
+def weak_assume_negative_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    unknown_weight: float | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Binary cross-entropy in which an unknown label is a negative of little weight (WAN: Cole et al., CVPR 2021), for
+    pictures with a single known positive: without any negative a model would learn to answer yes to everything.
+
+    `1 / C * (sum_{known} BCE - w sum_{unknown} log(1 - p))` of each picture with `C` labels.
+
+    Args:
+        unknown_weight (`float`, *optional*): `w`; None is the paper's `1 / (C - 1)`, by which a picture's unknown
+            labels together weigh as much as its one positive. 1 takes unknown for absent, 0 leaves it out.
+        reduction (`str`, defaults to `"mean"`): `"mean"` over all entries, known or not, or `"sum"`. A picture of which
+            nothing is known gives no loss.
+
+    Others as in [`binary_cross_entropy_loss`].
+    """
+    known = labels != UNKNOWN_LABEL
+    used = known.any(1, keepdim=True).expand_as(known)
+    if unknown_weight is None:
+        unknown_weight = 1 / max(labels.shape[1] - 1, 1)
+    # An unknown label of a picture that is used becomes 0, absent; the others keep -100.
+    targets = torch.where(used & ~known, 0, labels) if unknown_weight else labels
+    logits, targets, entered = _known_entries(logits, targets)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * entered
+    return _reduce(torch.where(known, loss, unknown_weight * loss), used, reduction)
+
+
 MULTILABEL_LOSSES = {
     "bce": binary_cross_entropy_loss,
     "focal": focal_loss,
@@ -299,6 +361,8 @@ MULTILABEL_LOSSES = {
     "distribution_balanced": distribution_balanced_loss,
     "zlpr": zlpr_loss,
     "two_way": two_way_loss,
+    "partial_bce": partial_binary_cross_entropy_loss,
+    "weak_assume_negative": weak_assume_negative_loss,
 }
 
 
@@ -328,7 +392,9 @@ __all__ = [
     "distribution_balanced_loss",
     "focal_loss",
     "multilabel_loss",
+    "partial_binary_cross_entropy_loss",
     "two_way_loss",
     "validate_labels",
+    "weak_assume_negative_loss",
     "zlpr_loss",
 ]

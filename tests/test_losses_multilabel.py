@@ -14,13 +14,19 @@ from modeling_hsvlt.losses_multilabel import (
     distribution_balanced_loss,
     focal_loss,
     multilabel_loss,
+    partial_binary_cross_entropy_loss,
     two_way_loss,
     validate_labels,
+    weak_assume_negative_loss,
     zlpr_loss,
 )
 
 COUNTS = [30, 2, 9, 0, 60]  # one label never, one always present
-KWARGS = {"distribution_balanced": {"class_counts": COUNTS, "num_samples": 60}}
+# With its own weight this one learns from unknown entries; without, it promises what the others do.
+KWARGS = {
+    "distribution_balanced": {"class_counts": COUNTS, "num_samples": 60},
+    "weak_assume_negative": {"unknown_weight": 0},
+}
 
 
 def sigmoid(x):
@@ -281,6 +287,83 @@ def test_two_way_matches_a_loop():
     assert two_way_loss(logits, labels, positive_temperature=temperature).item() == pytest.approx(expected, rel=1e-5)
     summed = two_way_loss(logits, labels, positive_temperature=temperature, reduction="sum").item()
     assert summed == pytest.approx(total, rel=1e-5)
+
+
+# --- partly labelled pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"alpha": 1, "beta": 0, "gamma": -1}, {"alpha": -2, "beta": 3, "gamma": 0.5}])
+def test_partial_bce_matches_a_loop(kwargs):
+    logits, labels, _ = example()
+    labels[4] = UNKNOWN_LABEL
+    alpha, beta, gamma = (kwargs.get(key, default) for key, default in (("alpha", -4.45), ("beta", 5.45), ("gamma", 1)))
+    expected = []
+    for row, targets in zip(logits.tolist(), labels.tolist(), strict=True):
+        losses = [bce_entry(s, y) for s, y in zip(row, targets, strict=True) if y != UNKNOWN_LABEL]
+        if losses:
+            fraction = len(losses) / len(row)
+            expected.append((alpha * fraction**gamma + beta) / len(row) * sum(losses))
+    assert len(expected) == 5
+    result = partial_binary_cross_entropy_loss(logits, labels, **kwargs)
+    assert result.item() == pytest.approx(sum(expected) / 5, rel=1e-5)
+    total = partial_binary_cross_entropy_loss(logits, labels, reduction="sum", **kwargs)
+    assert total.item() == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_partial_bce_of_whole_labels_is_bce():
+    logits, labels, _ = example()
+    labels = labels.clamp(min=0)
+    expected = binary_cross_entropy_loss(logits, labels)
+    torch.testing.assert_close(partial_binary_cross_entropy_loss(logits, labels), expected)
+
+
+@pytest.mark.parametrize("weight", [None, 0.3, 1.0, 0.0])
+def test_weak_assume_negative_matches_a_loop(weight):
+    logits, labels, _ = example()
+    labels[4] = UNKNOWN_LABEL
+    factor = 1 / 4 if weight is None else weight
+    losses = [
+        bce_entry(s, y) if y != UNKNOWN_LABEL else factor * bce_entry(s, 0)
+        for row, targets in zip(logits.tolist(), labels.tolist(), strict=True)
+        if max(targets) >= 0
+        for s, y in zip(row, targets, strict=True)
+    ]
+    assert len(losses) == 25
+    result = weak_assume_negative_loss(logits, labels, unknown_weight=weight)
+    assert result.item() == pytest.approx(sum(losses) / 25, rel=1e-5)
+    total = weak_assume_negative_loss(logits, labels, unknown_weight=weight, reduction="sum")
+    assert total.item() == pytest.approx(sum(losses), rel=1e-5)
+
+
+def test_weak_assume_negative_pushes_unknown_labels_down_where_something_is_known():
+    logits = torch.zeros(2, 5, requires_grad=True)
+    labels = torch.full((2, 5), UNKNOWN_LABEL)
+    labels[0, 2] = 1
+    weak_assume_negative_loss(logits, labels, reduction="sum").backward()
+    # The four unknown labels of a picture weigh together what its positive weighs.
+    assert logits.grad.tolist() == [[0.125, 0.125, -0.5, 0.125, 0.125], [0] * 5]
+
+
+def test_only_a_loss_with_negatives_learns_from_single_positives():
+    """Each picture shows what its coordinates say, and one present label of it is known."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(512, 4, generator=generator)
+    truth = pictures > 0
+    first = torch.where(truth, torch.rand(512, 4, generator=generator), -1.0).argmax(1)
+    labels = torch.full((512, 4), float(UNKNOWN_LABEL))
+    labels[torch.arange(512), first] = 1
+    accuracy = {}
+    for name in ("partial_bce", "weak_assume_negative"):
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for _ in range(150):
+            optimizer.zero_grad()
+            multilabel_loss(model(pictures), labels, name).backward()
+            optimizer.step()
+        answers = model(pictures) > 0
+        accuracy[name] = ((answers == truth).float().mean().item(), answers.float().mean().item())
+    assert accuracy["partial_bce"][1] > 0.9  # yes to everything
+    assert accuracy["weak_assume_negative"][0] > 0.85
 
 
 # --- what every loss promises -------------------------------------------------------------------------------------
