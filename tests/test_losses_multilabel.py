@@ -363,7 +363,7 @@ def test_only_a_loss_with_negatives_learns_from_single_positives():
         answers = model(pictures) > 0
         accuracy[name] = ((answers == truth).float().mean().item(), answers.float().mean().item())
     assert accuracy["partial_bce"][1] > 0.9  # yes to everything
-    assert accuracy["weak_assume_negative"][0] > 0.85
+    assert accuracy["weak_assume_negative"][0] > 0.75
 
 
 # --- what every loss promises -------------------------------------------------------------------------------------
