@@ -96,7 +96,7 @@ class MultiLabelDataset(torch.utils.data.Dataset):
             self._label_index = {name: index for index, name in enumerate(self.label_names)}
         if partial_labels:
             if self.sparse_labels is None:
-                raise ValueError("Labels of scenes that change every epoch cannot be hidden; fix the scenes.")
+                raise ValueError("Scenes that change every epoch keep their labels; set fresh_scenes to false.")
             self.sparse_labels = self.sparse_labels.partially_known(**partial_labels)
         self._cache = None
         if cache_images == "memory":
