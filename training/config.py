@@ -37,6 +37,8 @@ class TrainingConfig:
     fresh_scenes: bool = True  # new training scenes every epoch: drawing is free, memorising 6,000 scenes is easy
     check_pictures: bool = True  # decode every picture before the first step: one bad file ends an epoch otherwise
     on_unreadable: Literal["error", "skip"] = "error"  # skip: train without the pictures that cannot be decoded
+    partial_labels: dict | None = None  # hide labels of train for experiments: {known_fraction: 0.1, seed: 0} or
+    # {single_positive: true, seed: 0}, see training/sparse_labels.py; null: train on all labels there are
     missing_pictures: Literal["error", "skip"] = "error"  # metadata rows whose file does not exist
     unlisted_pictures: Literal["error", "skip"] = "error"  # files that no metadata row names
     cache_images: bool = False  # keep resized pictures in memory: faster where decoding is slower than the model

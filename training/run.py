@@ -93,7 +93,13 @@ def setup(config: TrainingConfig) -> Run:
         margin = config.crop_margin if name == "train" and crops else 0.0
         cache = "memory" if config.cache_images and isinstance(split, Dataset) else None
         data[name] = MultiLabelDataset(
-            split, label_names, processor, margin=margin, cache_images=cache, num_workers=config.num_workers
+            split,
+            label_names,
+            processor,
+            margin=margin,
+            cache_images=cache,
+            num_workers=config.num_workers,
+            partial_labels=config.partial_labels if name == "train" else None,
         )
         if name != "train":
             _check_measurable(name, data[name].sparse_labels.values)
