@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, AutoTokenizer, CLIPModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
@@ -38,7 +38,7 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
             f"loss_kwargs {config.loss_kwargs} do not fit loss_type {config.loss_type!r}: {error}."
         ) from None
     encoded = None
-    if config.label_encoder is not None:
+    if config.label_encoder is not None and config.model_type != "hp_dval":
         check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
         encoder, tokenizer = load_text_encoder(config.label_encoder, config.label_encoder_revision)
         config.label_encoder_revision = _commit(encoder.config) or config.label_encoder_revision
@@ -61,6 +61,8 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
     }
     if config.init_from is not None:
         model = _from_checkpoint(config, label_names, overrides)
+    elif config.model_type == "hp_dval" and config.backbone is not None:
+        model = _from_clip(config, overrides)
     else:
         if encoded is not None:
             overrides.setdefault("label_embedding_dim", encoded.shape[1])
@@ -76,6 +78,8 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
             reading=config.label_reading,
             template=None if official else config.label_template,
         )
+    if hasattr(model, "set_stage"):
+        model.set_stage(model.config.stage)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -117,6 +121,31 @@ def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
     return model_class.from_backbone(config.backbone, revision=config.backbone_revision, config=model_config)
 
 
+def _from_clip(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
+    """HP-DVAL on the CLIP that `backbone` names; its size is the CLIP's, whatever the preset."""
+    check_pinned("backbone", config.backbone, config.backbone_revision)
+    load = {"revision": config.backbone_revision}
+    clip = CLIPModel.from_pretrained(config.backbone, use_safetensors=True, dtype=torch.float32, **load)
+    config.backbone_revision = _commit(clip.config) or config.backbone_revision
+    tokenizer = AutoTokenizer.from_pretrained(config.backbone, **load)
+    fields = {name: value for name, value in overrides.items() if name not in ("id2label", "label2id")}
+    model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING["hp_dval"]]
+    names = list(overrides["id2label"].values())
+    return model_class.from_clip(clip, tokenizer, names, label_text=config.label_text, **fields)
+
+
+def _set_prompts(model: PreTrainedModel, config: TrainingConfig, label_names: list[str]) -> None:
+    """Other labels for an HP-DVAL: prompts of their names, by the tokenizer of the CLIP that `label_encoder` names."""
+    if config.label_encoder is None:
+        raise ValueError(
+            f"{config.init_from} was made for other labels: name its CLIP with label_encoder, whose tokenizer writes "
+            "the prompts of these."
+        )
+    check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
+    tokenizer = AutoTokenizer.from_pretrained(config.label_encoder, revision=config.label_encoder_revision)
+    model.set_labels(label_names, tokenizer, label_text=config.label_text)
+
+
 def _from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: dict) -> PreTrainedModel:
     """A model for `label_names` with the checkpoint's weights.
 
@@ -130,13 +159,17 @@ def _from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: 
         raise ValueError(
             f"{config.init_from} holds a {type(source).__name__}, not a model of this package: give it as backbone."
         )
+    overrides = {**overrides, "thresholds": None, "threshold_info": None, "calibration_info": None}  # of other weights
     source_names = [source.config.id2label[index] for index in range(source.config.num_labels)]
+    if hasattr(source, "set_labels") and source_names != label_names:
+        _set_prompts(source, config, label_names)
+        source_names = label_names
     if source_names == label_names and not config.model:
-        for name, value in {**overrides, "thresholds": None}.items():
+        for name, value in overrides.items():
             setattr(source.config, name, value)
         return source
 
-    model_config = type(source.config).from_dict({**source.config.to_dict(), **overrides, "thresholds": None})
+    model_config = type(source.config).from_dict({**source.config.to_dict(), **overrides})
     model = type(source)(model_config)
     common = [(row, source_names.index(name)) for row, name in enumerate(label_names) if name in source_names]
     rows, source_rows = ([pair[side] for pair in common] for side in (0, 1))

@@ -25,6 +25,7 @@ from .augment import BatchAugmentation, build_augmentation
 from .checkpoint import load_training_state, read_progress, recover
 from .config import TrainingConfig
 from .data import MultiLabelDataset, build_dataloader, find_unreadable, load_multilabel_dataset, without_unreadable
+from .imbalance import long_tail_groups
 from .models import build_model
 from .optim import WarmupPlateau, build_ema, build_optimizer, build_scheduler
 from .scenes import DEFAULT_NUM_SCENES, SceneDataset
@@ -39,6 +40,7 @@ class Run:
     folder: Path
     processor: MultiLabelProcessor
     train_data: MultiLabelDataset
+    groups: dict[str, np.ndarray] | None  # head, medium and tail labels, by their pictures in train
     loaders: dict[str, DataLoader]  # "train", "validation" and, where asked for, "test"
     augmentation: BatchAugmentation | None
     plain_model: torch.nn.Module
@@ -115,6 +117,16 @@ def setup(config: TrainingConfig) -> Run:
         for name, dataset in data.items()
     }
 
+    positives = None if data["train"].sparse_labels is None else data["train"].sparse_labels.positives()
+    if config.loss_type == "distribution_balanced" and "class_counts" not in (config.loss_kwargs or {}):
+        if positives is None:
+            raise ValueError(
+                "The loss weights labels by how often they occur, and scenes that are drawn afresh have no counts: set "
+                "fresh_scenes to false, or give class_counts and num_samples in loss_kwargs."
+            )
+        counts = {"class_counts": positives.tolist(), "num_samples": len(data["train"])}
+        config.loss_kwargs = {**(config.loss_kwargs or {}), **counts}
+
     set_seed(config.seed)
     plain_model = build_model(config, label_names).to(accelerator.device)
     ema = build_ema(plain_model, config.ema_decay) if config.ema_decay is not None else None
@@ -149,6 +161,7 @@ def setup(config: TrainingConfig) -> Run:
         folder=folder,
         processor=processor,
         train_data=data["train"],
+        groups=None if positives is None else long_tail_groups(positives),
         loaders=loaders,
         augmentation=None
         if config.augmentation is None

@@ -135,7 +135,7 @@ def evaluate(run: Run, model: torch.nn.Module, split: str) -> tuple[np.ndarray, 
     """Scores and labels (pictures, num_labels) of a whole split, and its metrics."""
     with run.accelerator.autocast():
         scores, labels = predict(model, run.loaders[split], run.accelerator)
-    return scores, labels, multilabel_report(scores, labels)
+    return scores, labels, multilabel_report(scores, labels, groups=run.groups)
 
 
 def validate(run: Run) -> None:
@@ -191,12 +191,15 @@ def finish(run: Run) -> dict:
         "best_epoch": run.progress["best_epoch"],
         "steps": run.progress["step"],
         "validation": validation,
-        "validation_at_thresholds": multilabel_report(scores, labels, fitted),
+        "validation_at_thresholds": multilabel_report(scores, labels, fitted, groups=run.groups),
         "thresholds": dict(zip(run.train_data.label_names, model.config.thresholds, strict=True)),
     }
+    if run.groups is not None:
+        positives = run.train_data.sparse_labels.positives().tolist()
+        results["positives_in_train"] = dict(zip(run.train_data.label_names, positives, strict=True))
     if config.evaluate_test:
         scores, labels, results["test"] = evaluate(run, model, "test")
-        results["test_at_thresholds"] = multilabel_report(scores, labels, fitted)
+        results["test_at_thresholds"] = multilabel_report(scores, labels, fitted, groups=run.groups)
     if accelerator.is_main_process:
         with atomic_folder(folder) as new:
             save_checkpoint(new, model, run.processor)
