@@ -104,7 +104,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
 
     def _forward(self, inputs):
         # The logits alone: feature maps would be copied to the CPU for nothing.
-        return {"logits": self.model(**inputs).logits.float()}
+        return {"logits": self.model(**inputs).logits}
 
     def postprocess(self, outputs, threshold=None, top_k=None):
         config = self.model.config

@@ -393,7 +393,7 @@ def post_process_multi_label_classification(
     logits, id2label: Mapping[int, str] | None, thresholds=None, threshold: float | str | None = None, top_k=None
 ) -> list[list[dict]]:
     """[`MultiLabelProcessor.post_process_multi_label_classification`] for label names and thresholds kept elsewhere."""
-    logits = torch.as_tensor(logits).detach().float()  # (batch, num_labels)
+    logits = torch.as_tensor(logits).float()  # (batch, num_labels)
     if not id2label:
         raise ValueError("The processor has no label names: give id2label, or load it from a folder with config.json.")
     if logits.ndim != 2 or logits.shape[1] != len(id2label):
