@@ -226,7 +226,8 @@ def test_equals_the_stock_pipeline(model, image_processor, tagger):
 
 def test_a_saved_pipeline_loads_with_every_auto_class(tagger, tmp_path, model):
     tagger.save_pretrained(tmp_path)
-    assert {"modeling_hsvlt.py", "pipeline_multilabel.py", "processing_multilabel.py"} <= set(os.listdir(tmp_path))
+    files = set(os.listdir(tmp_path))
+    assert {"modeling_hsvlt.py", "pipeline_multilabel.py", "processing_multilabel.py", "processor_config.json"} <= files
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert type(processor) is MultiLabelProcessor and processor.thresholds == model.config.thresholds
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is MultiLabelImageProcessor
