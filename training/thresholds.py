@@ -145,16 +145,23 @@ def threshold_info(
     dataset: str,
     split: str,
 ) -> dict:
-    """What a checkpoint says about its thresholds: how they were fitted, when, and to which rows.
+    """What a checkpoint says about its thresholds: how they were fitted, when, and to which rows."""
+    return {
+        "objective": objective,
+        "target": target,
+        "min_positives": min_positives,
+        **fit_record(labels, dataset=dataset, split=split),
+    }
+
+
+def fit_record(labels: np.ndarray, *, dataset: str, split: str) -> dict:
+    """Which rows something was fitted to, and when.
 
     `split_fingerprint` is the start of the SHA-256 of the labels in row order, so that it can be told whether two fits
     saw the same rows and labels.
     """
     labels = np.ascontiguousarray(labels, dtype=np.float32)
     return {
-        "objective": objective,
-        "target": target,
-        "min_positives": min_positives,
         "dataset": Path(dataset).name if Path(dataset).exists() else dataset,  # no path of this machine in a checkpoint
         "split": split,
         "split_fingerprint": hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()[:16],
