@@ -68,7 +68,9 @@ def _names_of_csv(path: Path) -> list[tuple[int, str]]:
                 raise ValueError(f"{path}, line 1 has no column 'name'; give a selected_tags.csv or a labels.txt.")
             return [(reader.line_num, (row["name"] or "").strip()) for row in reader]
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num} is not valid CSV ({error}); correct it.") from error
+            raise ValueError(
+                f"{path}, line {reader.reader.line_num} is not valid CSV ({error}); correct it."
+            ) from error
 
 
 def pictures_below(folder: Path) -> set[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image as PILImage
 
 import training.data as data
@@ -124,6 +125,116 @@ def test_every_label_format_and_container_gives_the_same(tmp_path, labels, featu
         assert np.array_equal(dataset[number]["pixel_values"].permute(1, 2, 0), np.asarray(picture(number)))
         assert dataset[number]["index"] == number
     assert class_counts(dataset, 3).tolist() == class_counts(splits["train"], 3).tolist() == [2, 2, 2]
+
+
+def test_text_and_label_columns_give_the_same_rows(tmp_path):
+    text = embedded([" , ".join(labels) for labels in LABELS], Value("string"))
+    columns = {"image": [encoded(number) for number in range(5)]}
+    columns |= {name: MULTI_HOT[:, index].astype(int) for index, name in enumerate(NAMES)}
+    columns = Dataset.from_dict(columns).cast_column("image", Image())
+    for source, options in (
+        (text, {"label_names": NAMES}),
+        (columns, {"label_columns": NAMES}),
+        (columns, {"label_columns": sorted(NAMES), "label_names": NAMES}),
+    ):
+        splits, names = load_multilabel_dataset(source, **options)
+        assert names == NAMES and np.array_equal(dense(splits["train"]), MULTI_HOT)
+        assert splits["train"].features["labels"] == List(ClassLabel(names=NAMES))
+    assert load_multilabel_dataset(text)[1] == sorted(NAMES)
+    with pytest.raises(ValueError, match="'tv monitor' is not among both the label columns and the label names"):
+        load_multilabel_dataset(columns, label_columns=["dog", "cat"], label_names=NAMES)
+    with pytest.raises(ValueError, match="no column 'cow', only image, dog, cat, tv monitor"):
+        load_multilabel_dataset(columns, label_columns=["dog", "cow"])
+
+
+@pytest.mark.parametrize("layout", ["text", "columns", "one_table"])
+def test_csv_tables_are_read_where_they_are(image_folder, layout):
+    for split in ("train", "validation"):
+        count = len(list((image_folder / split).glob("*.png")))
+        (image_folder / split / "metadata.jsonl").unlink()
+        if layout == "columns":
+            rows = [["file_name", *NAMES], *([f"{n}.png", *map(int, MULTI_HOT[n])] for n in range(count))]
+        else:
+            rows = [["file_name", "labels"], *([f"{n}.png", f'"{",".join(LABELS[n])}"'] for n in range(count))]
+        (image_folder / split / "metadata.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
+    if layout == "one_table":
+        rows = [
+            f'{split}/{n}.png,{split},"{",".join(LABELS[n])}"' for split in ("train", "validation") for n in range(3)
+        ]
+        for path in image_folder.glob("*/metadata.csv"):
+            path.unlink()
+        (image_folder / "all.csv").write_text("\n".join(["file_name,split,labels", *rows]))
+        with pytest.raises(ValueError, match=r"holds 2 pictures \(train/3.png, train/4.png\) without a row in a table"):
+            load_multilabel_dataset(image_folder / "all.csv")
+        splits, names = load_multilabel_dataset(image_folder / "all.csv", unlisted_pictures="skip")
+    else:
+        splits, names = load_multilabel_dataset(image_folder)
+    assert names == NAMES
+    assert np.array_equal(dense(splits["train"]), MULTI_HOT[: len(splits["train"])])
+    assert np.array_equal(dense(splits["validation"]), MULTI_HOT[:3])
+
+
+def test_unknown_labels_in_columns_arrive(caplog):
+    columns = {"image": [encoded(number) for number in range(5)]}
+    columns |= {
+        "dog": [1, 0, None, -100, 1],
+        "cat": [0.0, float("nan"), None, 1.0, 0.0],
+        "tv monitor": ["1", "", "?", "0", "0"],
+    }
+    splits, _ = load_multilabel_dataset(Dataset.from_dict(columns).cast_column("image", Image()), label_columns=NAMES)
+    assert splits["train"].features["labels"] == List(Value("float32"))
+    expected = [[1, 0, 1], [0, -100, -100], [-100] * 3, [-100, 1, 0], [1, 0, 0]]
+    assert np.array_equal(dense(splits["train"]), expected)
+
+
+def test_names_of_multi_hot_lists_come_from_the_repository(tmp_path, monkeypatch):
+    def load_dataset(path, **kwargs):
+        return DatasetDict(train=embedded(MULTI_HOT.tolist(), List(Value("float32"))))
+
+    def hf_hub_download(repo_id, filename, *, repo_type, revision):
+        if repo_id == "user/without":
+            raise EntryNotFoundError("no such file")
+        assert (repo_id, filename, repo_type, revision) == ("user/photos", "labels.txt", "dataset", "0123abc")
+        (tmp_path / "labels.txt").write_text("\n".join(NAMES))
+        return str(tmp_path / "labels.txt")
+
+    monkeypatch.setattr(load, "load_dataset", load_dataset)
+    monkeypatch.setattr(load, "hf_hub_download", hf_hub_download)
+    splits, names = load_multilabel_dataset("user/photos", revision="0123abc")
+    assert names == NAMES and np.array_equal(dense(splits["train"]), MULTI_HOT)
+    with pytest.raises(ValueError, match=r"The labels of user/without .* carry no names"):
+        load_multilabel_dataset("user/without")
+
+
+def test_splits_have_one_form():
+    known, unknown = MULTI_HOT.tolist(), [[1, None, 0], *MULTI_HOT[1:].tolist()]
+    source = DatasetDict(train=embedded(unknown, List(Value("float32"))), test=embedded(known, List(Value("float32"))))
+    splits, _ = load_multilabel_dataset(source, label_names=NAMES)
+    assert splits["train"].features == splits["test"].features and np.array_equal(dense(splits["test"]), MULTI_HOT)
+
+
+def test_ten_thousand_labels_stay_sparse_until_the_batch():
+    names = [f"label {number}" for number in range(10_000)]
+    splits, _ = load_multilabel_dataset(embedded([[9_999, 3], [], None, [5], [5]], List(ClassLabel(names=names))))
+    dataset = MultiLabelDataset(splits["train"], names, squash(8))
+    samples = [dataset[row] for row in range(4)]
+    assert [sample["labels"].is_sparse for sample in samples] == [True, True, False, True]
+    assert samples[0]["labels"].values().numel() == 2
+    labels = MultiLabelCollator(10_000)(samples)["labels"]
+    assert labels.shape == (4, 10_000) and not labels.is_sparse
+    assert labels[0].nonzero().flatten().tolist() == [3, 9_999] and (labels[2] == -100).all()
+
+
+def test_labels_are_hidden_in_the_dataset_alone(image_folder):
+    splits, names = load_multilabel_dataset(image_folder)
+    hidden = MultiLabelDataset(splits["train"], names, squash(8), partial_labels={"single_positive": True, "seed": 3})
+    labels = MultiLabelCollator(3)([hidden[row] for row in range(5)])["labels"].numpy()
+    assert np.isin(labels, (1, -100)).all() and (MULTI_HOT[labels == 1] == 1).all()
+    assert ((labels == 1).sum(1) == MULTI_HOT.any(1)).all()
+    assert np.array_equal(dense(splits["train"]), MULTI_HOT)
+    assert class_counts(hidden, 3).sum() == 4
+    with pytest.raises(ValueError, match="set fresh_scenes to false"):
+        MultiLabelDataset(SceneDataset(3), SCENE_LABELS, squash(64), partial_labels={"known_fraction": 0.5})
 
 
 def test_unknown_and_soft_labels_arrive(caplog):

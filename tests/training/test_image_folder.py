@@ -122,3 +122,19 @@ def test_bad_labels_txt_is_refused_with_its_line(tmp_path, text, message):
     (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_label_names(tmp_path / "labels.txt")
+
+
+def test_names_of_a_taggers_vocabulary(tmp_path):
+    path = tmp_path / "selected_tags.csv"
+    path.write_text('tag_id,name,category,count\n9,general,9,807\n1,1girl,0,4\n2,"a, b",0,3\n', encoding="utf-8-sig")
+    assert read_label_names(path) == ["general", "1girl", "a, b"]
+    for content, message in (
+        ("tag_id,tag\n1,cat\n", "line 1 has no column 'name'"),
+        ("tag_id,name\n1,cat\n2,cat\n", "line 3: 'cat' is listed before on line 2"),
+        ("tag_id,name\n1,\n", "line 2 is empty"),
+        ('tag_id,name\n1,"cat"s"\n', "line 2 is not valid CSV"),
+        ("tag_id,name\n", "is empty; write one label name a line"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_label_names(path)
