@@ -41,6 +41,7 @@ class TrainingConfig:
     # {single_positive: true, seed: 0}, see training/sparse_labels.py; null: train on all labels there are
     missing_pictures: Literal["error", "skip"] = "error"  # metadata rows whose file does not exist
     unlisted_pictures: Literal["error", "skip"] = "error"  # files that no metadata row names
+    exclude: str | None = None  # list of rows to leave out: exclude.txt of training.check_data
     cache_images: bool = False  # keep resized pictures in memory: faster where decoding is slower than the model
     num_workers: int = 4  # decoding processes (the official run's number); 0: decode in the training process
 

@@ -25,6 +25,7 @@ from .augment import BatchAugmentation, build_augmentation
 from .checkpoint import load_training_state, read_progress, recover
 from .config import TrainingConfig
 from .data import MultiLabelDataset, build_dataloader, find_unreadable, load_multilabel_dataset, without_unreadable
+from .exclude import without_excluded
 from .imbalance import long_tail_groups
 from .models import build_model
 from .optim import WarmupPlateau, build_ema, build_optimizer, build_scheduler
@@ -237,6 +238,8 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict,
             scenes={**knobs, "num_scenes": {name: counts[name] for name in stored if name in counts}},
         )
     splits = dict(splits)
+    if config.exclude is not None:
+        splits = without_excluded(splits, config.exclude)
     if fresh:
         splits["train"] = SceneDataset(counts["train"], **knobs)
     elif config.check_pictures and config.dataset != "scenes":
