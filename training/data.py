@@ -38,6 +38,35 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+class PictureResizer:
+    """Pictures as uint8 tensors (3, height, width) at the size of `processor`; `margin` as in `MultiLabelDataset`."""
+
+    def __init__(self, processor, margin: float = 0.0):
+        self.image_processor = getattr(processor, "image_processor", processor)
+        self._resizing, self._size_hint = {}, None
+        if margin:
+            size = _enlarged_size(self.image_processor, margin)
+            self._resizing, self._size_hint = {"size": size, "do_center_crop": False}, max(size.values())
+
+    def __call__(self, image: PILImage.Image) -> torch.Tensor:
+        batch = self.image_processor(
+            images=image, do_rescale=False, do_normalize=False, return_tensors="pt", **self._resizing
+        )
+        return batch["pixel_values"][0]
+
+    def stored(self, image: dict) -> torch.Tensor:
+        """Of `datasets.Image(decode=False)`. Raises a ValueError that says why it cannot be read."""
+        return self(load_image(image, size_hint=self._size_hint))
+
+
+def label_tensor(labels: SparseLabels, row: int) -> torch.Tensor:
+    """(num_labels,) float32 labels of one picture: sparse, or dense where nothing but what is listed is known."""
+    if labels.default[row]:
+        return torch.from_numpy(labels.dense(row))
+    ids, values = map(torch.from_numpy, labels.entries(row))
+    return torch.sparse_coo_tensor(ids[None], values, (labels.num_labels,), is_coalesced=True, check_invariants=True)
+
+
 class MultiLabelDataset(torch.utils.data.Dataset):
     """Map-style dataset of decoded, resized pictures and their labels, one dictionary a picture:
 
@@ -79,11 +108,8 @@ class MultiLabelDataset(torch.utils.data.Dataset):
         partial_labels: dict | None = None,
     ):
         self.label_names = list(label_names)
-        self.image_processor = getattr(processor, "image_processor", processor)
-        self._resizing, self._size_hint = {}, None
-        if margin:
-            size = _enlarged_size(self.image_processor, margin)
-            self._resizing, self._size_hint = {"size": size, "do_center_crop": False}, max(size.values())
+        self._resize = PictureResizer(processor, margin)
+        self.image_processor = self._resize.image_processor
         if isinstance(split, Dataset):
             self.split = split.cast_column("image", Image(decode=False))
             self.sparse_labels = SparseLabels.from_dataset(
@@ -112,20 +138,12 @@ class MultiLabelDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         if self.sparse_labels is None:
             row = self.split[index]
-            pixels, ids = self._pixels(row["image"]), sorted(self._label_index[name] for name in set(row["labels"]))
-            labels = self._sparse(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids)))
+            pixels, labels = self._resize(row["image"]), torch.zeros(len(self.label_names))
+            labels[[self._label_index[name] for name in row["labels"]]] = 1
         else:
             pixels = self._read(index) if self._cache is None else self._cache[index]
-            if self.sparse_labels.default[index]:
-                labels = torch.from_numpy(self.sparse_labels.dense(index))
-            else:
-                labels = self._sparse(*map(torch.from_numpy, self.sparse_labels.entries(index)))
+            labels = label_tensor(self.sparse_labels, index)
         return {"pixel_values": pixels, "labels": labels, "index": index}
-
-    def _sparse(self, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return torch.sparse_coo_tensor(
-            ids[None], values, (len(self.label_names),), is_coalesced=True, check_invariants=True
-        )
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch to a split that changes with it."""
@@ -134,15 +152,9 @@ class MultiLabelDataset(torch.utils.data.Dataset):
 
     def _read(self, index: int) -> torch.Tensor:
         try:
-            return self._pixels(load_image(self.split[index]["image"], size_hint=self._size_hint))
+            return self._resize.stored(self.split[index]["image"])
         except ValueError as error:
             raise ValueError(f"{row_namer(self.split)(index)} cannot be read: {error}") from error
-
-    def _pixels(self, image: PILImage.Image) -> torch.Tensor:
-        batch = self.image_processor(
-            images=image, do_rescale=False, do_normalize=False, return_tensors="pt", **self._resizing
-        )
-        return batch["pixel_values"][0]
 
     def _fill_cache(self, num_workers: int) -> torch.Tensor:
         cache = None

@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -75,6 +86,11 @@ def load_multilabel_dataset(
     Raises:
         ValueError, FileNotFoundError: one sentence that names the file, row and label and says what to do.
     """
+    if isinstance(source, IterableDataset | IterableDatasetDict):
+        raise ValueError(
+            "A streaming data set has no rows to count and check: load it without streaming=True, or give its splits "
+            "to training.streaming.StreamingMultiLabelDataset."
+        )
     names_of_file, row_words, on_hub = None, {}, False
     if isinstance(source, Dataset | DatasetDict):
         loaded = source
