@@ -1,0 +1,203 @@
+"""Look a data set over before training: pictures, labels, duplicates.
+
+    python -m training.check_data DATASET --output DIR
+
+Nothing is changed and nothing is left out here. DIR gets report.json (every finding in full), imbalance.png, and
+exclude.txt, a list of pictures that `training.train CONFIG.yaml --exclude DIR/exclude.txt` leaves out: those that
+cannot be read, and copies, of which the one in the most held-out split stays. Ends with 0 when training can start, with
+1 when something would break it, and with 2 when there is nothing to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
+from modeling_hsvlt.processing_multilabel import MAX_PIXELS
+
+from .dataset_arguments import add_dataset_arguments, load_from_arguments
+from .duplicates import MAX_DISTANCE
+from .exclude import write_exclusions
+from .findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_pictures
+from .imbalance import long_tail_groups, plot_imbalance
+from .sparse_labels import SparseLabels
+
+REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
+
+
+class LeftOut(logging.Handler):
+    """Collects the rows without a picture that the loader leaves out and logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.missing: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "missing_pictures=" in record.getMessage():
+            self.missing += record.left_out
+
+
+def unlisted_pictures(folder: Path, splits: dict[str, Dataset]) -> list[str]:
+    """Picture files in `folder` that no row names; empty where the rows hold their pictures."""
+    if not folder.is_dir():
+        return []
+    listed = set()
+    for split in splits.values():
+        images = split.select_columns(["image"])
+        if (images[0]["image"] or {}).get("bytes") is not None:
+            continue  # and do not read gigabytes to learn the same of the others
+        for start in range(0, len(images), 1000):
+            listed |= {os.path.abspath(image["path"]) for image in images[start : start + 1000]["image"] if image}
+    if not listed:
+        return []
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in ImageFolder.EXTENSIONS)
+    return sorted(str(path) for path in files if os.path.abspath(path) not in listed and path.name[0] != ".")
+
+
+def check(args: argparse.Namespace) -> dict:
+    """Loads, looks and says what report.json holds; findings that name rows get their file names."""
+    left_out = LeftOut()
+    loader = logging.getLogger("training.image_folder")
+    loader.addHandler(left_out)
+    try:
+        splits, label_names = load_from_arguments(args, unlisted_pictures="skip", missing_pictures="skip")
+    except ValueError as error:
+        finding = Finding("data_that_cannot_be_loaded", True, "Correct this first; then check again.", [str(error)])
+        return {"dataset": args.dataset, "findings": [asdict(finding)]}
+    finally:
+        loader.removeHandler(left_out)
+    labels = {name: SparseLabels.from_dataset(split, label_names) for name, split in splits.items()}
+    embeddings = None
+    if args.text_encoder is not None:
+        encoder, tokenizer = load_text_encoder(args.text_encoder)
+        embeddings = encode_labels(label_names, encoder, tokenizer).numpy()
+    names, prints, findings = inspect_pictures(splits, max_pixels=args.max_pixels, num_workers=args.num_workers)
+    duplicates = find_duplicates(prints, names, labels, label_names, args.max_distance)
+
+    folder = Path(args.dataset)
+    findings[0].examples += left_out.missing
+    strict = any(folder.glob("metadata.jsonl")) or any(folder.glob("*/metadata.jsonl"))
+    findings.insert(
+        1,
+        Finding(
+            "pictures_without_a_row",
+            strict,
+            "They take no part; add rows or take them out.",
+            unlisted_pictures(Path(args.picture_folder or folder), splits),
+        ),
+    )
+    excluded = exclusions(findings, duplicates)
+    findings += check_labels(labels, label_names, embeddings)
+    findings += duplicate_findings(duplicates)
+    for finding in findings:
+        for example in finding.examples:
+            if isinstance(example, dict):
+                example.setdefault("file", names[example["split"]][example["row"]])
+    return {
+        "dataset": args.dataset,
+        "splits": {name: len(split) for name, split in splits.items()},
+        "labels": label_names,
+        "positives": {name: of_split.positives().tolist() for name, of_split in labels.items()},
+        "findings": [asdict(finding) for finding in sorted(findings, key=lambda finding: not finding.breaks_training)],
+        "duplicates": duplicates,
+        "excluded": excluded,
+    }
+
+
+def print_report(report: dict, examples: int) -> None:
+    """Counts first, then the worst of each kind."""
+    if "splits" in report:
+        print(f"{report['dataset']}: {len(report['labels'])} labels")
+        for name, pictures in report["splits"].items():
+            positives = np.array(report["positives"][name])
+            print(
+                f"  {name:<12}{pictures:>10,} pictures, {positives.sum() / pictures:.2f} labels a picture; a label has "
+                f"{positives.min():,} to {positives.max():,} positives"
+            )
+        groups = long_tail_groups(np.array(report["positives"].get("train", [])))
+        print(f"  head, medium, tail labels: {', '.join(str(len(group)) for group in groups.values())}")
+    found = [finding for finding in report["findings"] if finding["examples"]]
+    for breaks, words in ((True, "Would break training:"), (False, "Worth a look:")):
+        kinds = [finding for finding in report["findings"] if finding["breaks_training"] == breaks]
+        print(f"\n{words}")
+        for finding in kinds:
+            print(f"{len(finding['examples']):>10,}  {finding['kind'].replace('_', ' ')}")
+    for finding in found:
+        print(f"\n{finding['kind'].replace('_', ' ').capitalize()}: {len(finding['examples']):,}. {finding['text']}")
+        for example in finding["examples"][:examples]:
+            if isinstance(example, dict):
+                example = f"{example['split']} {example['row']} {example['file']} {example.get('reason', '')}"
+            print(f"    {example.rstrip()}")
+        if len(finding["examples"]) > examples:
+            print(f"    and {len(finding['examples']) - examples:,} more")
+
+
+def write_report(report: dict, folder: Path) -> None:
+    """report.json, and where the data could be read imbalance.png and exclude.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if "splits" in report:
+        positives = {name: np.array(counts) for name, counts in report["positives"].items()}
+        plot_imbalance(positives, report["labels"], folder / "imbalance.png")
+        write_exclusions(folder / "exclude.txt", report["excluded"])
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Checks, prints and writes; returns whether training can start."""
+    folder = args.output or Path("runs", "check_data", Path(args.dataset).resolve().name)
+    existing = [name for name in REPORT_FILES if (folder / name).exists()]
+    if existing and not args.overwrite:
+        raise FileExistsError(
+            f"{folder / existing[0]} exists; choose another --output, or pass --overwrite to replace it."
+        )
+    for name in existing:
+        (folder / name).unlink()
+    report = check(args)
+    print_report(report, args.examples)
+    write_report(report, folder)
+    print(f"\nWritten: {folder}, with {len(report.get('excluded', [])):,} rows to leave out in exclude.txt")
+    return not any(finding["breaks_training"] and finding["examples"] for finding in report["findings"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when clean, 1 when something would break training, 2 when there is nothing to check."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.check_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_dataset_arguments(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/check_data/NAME")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that is in DIR")
+    parser.add_argument("--examples", type=int, default=5, help="of each kind to print; default: 5")
+    parser.add_argument("--text_encoder", metavar="FOLDER", help="compare label names by their meaning as well")
+    parser.add_argument(
+        "--max_distance",
+        type=int,
+        default=MAX_DISTANCE,
+        help=f"bits of 64 that copies differ in; default: {MAX_DISTANCE}",
+    )
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help=f"default: {MAX_PIXELS}, as in training")
+    parser.add_argument(
+        "--num_workers", type=int, default=os.cpu_count(), help="threads that decode; default: all cores"
+    )
+    try:
+        return 0 if run(parser.parse_args(argv)) else 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
