@@ -95,7 +95,7 @@ def convert_convnext_state_dict(state_dict: StateDict) -> StateDict:
     Raises:
         ValueError: another architecture, or tensors missing or unknown.
     """
-    state_dict = _bare(state_dict)
+    state_dict = bare_state_dict(state_dict)
     state_dict = {key.removeprefix("convnext."): tensor for key, tensor in state_dict.items()}
     layout = next((k for k, name in enumerate(STEM[0]) if f"{name}.weight" in state_dict), None)
     if layout is None:
@@ -107,7 +107,7 @@ def convert_convnext_state_dict(state_dict: StateDict) -> StateDict:
     names = _trunk_names(_depths(state_dict), layout)
     if f"{FINAL_NORM[layout]}.weight" in state_dict:
         names |= {f"{FINAL_NORM[layout]}.{kind}": f"{FINAL_NORM[0]}.{kind}" for kind in ("weight", "bias")}
-    return _rename(state_dict, names, CONVNEXT_LEFT_OUT, f"a ConvNeXt of the {CONVNEXT_LAYOUTS[layout]} layout")
+    return rename_tensors(state_dict, names, CONVNEXT_LEFT_OUT, f"a ConvNeXt of the {CONVNEXT_LAYOUTS[layout]} layout")
 
 
 def official_to_hsvlt(state_dict: StateDict) -> tuple[StateDict, dict]:
@@ -126,10 +126,10 @@ def official_to_hsvlt(state_dict: StateDict) -> tuple[StateDict, dict]:
     Raises:
         ValueError: tensors missing or unknown, or a head that does not read the four concatenated states.
     """
-    state_dict = _bare(state_dict)
+    state_dict = bare_state_dict(state_dict)
     depths = _depths(state_dict)
     names = _official_names(depths)
-    converted = _rename(state_dict, names, OFFICIAL_DEAD, "a checkpoint of the released HSVLT")
+    converted = rename_tensors(state_dict, names, OFFICIAL_DEAD, "a checkpoint of the released HSVLT")
     widths = [converted[f"hsvlt.label_stream.stages.{i}.projection.weight"].shape[0] for i in range(len(depths))]
     num_labels, head_width = converted["classifier.weight"].shape
     if head_width != sum(widths):
@@ -162,7 +162,7 @@ def hsvlt_to_official(state_dict: StateDict) -> StateDict:
     """
     names = _official_names(_depths({key.removeprefix("hsvlt.trunk."): None for key in state_dict}))
     names = {ours: official for official, ours in names.items()}
-    converted = _rename(
+    converted = rename_tensors(
         state_dict, names, re.compile(r"hsvlt\.label_embeddings$"), "an HSVLT of the published architecture"
     )
     for key in converted:
@@ -206,7 +206,12 @@ def _depths(state_dict: dict) -> list[int]:
     return [len(blocks[i]) for i in sorted(blocks)]
 
 
-def _rename(state_dict: StateDict, names: dict[str, str], left_out: re.Pattern, what: str) -> StateDict:
+def rename_tensors(state_dict: StateDict, names: dict[str, str], left_out: re.Pattern, what: str) -> StateDict:
+    """Tensors under the names that `names` maps theirs to; 1x1 convolutions as the linear layers that they are.
+
+    Raises:
+        ValueError: a tensor of `names` is missing, or there is one that is neither among them nor `left_out`.
+    """
     missing = [key for key in names if key not in state_dict]
     unknown = [key for key in state_dict if key not in names and not left_out.match(key)]
     if missing or unknown:
@@ -223,7 +228,7 @@ def _rename(state_dict: StateDict, names: dict[str, str], left_out: re.Pattern, 
     return {key: tensor.flatten(1) if POINTWISE.search(key) else tensor for key, tensor in renamed.items()}
 
 
-def _bare(state_dict: dict) -> StateDict:
+def bare_state_dict(state_dict: dict) -> StateDict:
     """The tensors alone: out of a wrapper such as `{"model": ...}`, without the `module.` of data-parallel training."""
     for wrapper in ("model", "state_dict"):
         if isinstance(state_dict.get(wrapper), dict):
