@@ -45,7 +45,7 @@ class BackboneWithHead(nn.Module):
 def build(name: str, preset: str, image_size: int, num_labels: int, candidate_labels: int, chunk: int | None):
     """The model that a row of the table stands for."""
     config = HSVLTConfig.preset(preset, num_labels=num_labels, label_chunk_size=chunk)
-    if name in ("bare", "bare_channels_last"):
+    if name.startswith("bare"):
         return AutoModel.from_config(config.backbone_config)
     if name == "linear":
         config.backbone_config.num_labels = num_labels
@@ -68,7 +68,8 @@ def build(name: str, preset: str, image_size: int, num_labels: int, candidate_la
 
 
 MODELS = (
-    *("bare", "bare_channels_last", "linear", "hsvlt", "hsvlt_projected", "hsvlt_candidates"),
+    *("bare", "bare_eager", "bare_channels_last", "linear"),
+    *("hsvlt", "hsvlt_projected", "hsvlt_candidates"),
     *("query2label", "ml_decoder", "swin_t", "mltr_s", "mltr_m", "mltr_l"),
 )
 DEFAULT_MODELS = ("bare", "bare_channels_last", "linear", "hsvlt", "hsvlt_projected", "query2label", "ml_decoder")
@@ -86,7 +87,7 @@ def make_step(model: nn.Module, name: str, batch: torch.Tensor, num_labels: int,
         batch = batch.contiguous(memory_format=torch.channels_last)
         model = model.to(memory_format=torch.channels_last)
     device = batch.device.type
-    run = torch.compile(model, dynamic=False) if compiled else model
+    run = torch.compile(model, dynamic=False) if compiled and name != "bare_eager" else model
     autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
     if not train:
         model.eval()
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--candidate_labels", type=int, default=128, help="for the model hsvlt_candidates")
     parser.add_argument("--label_chunk_size", type=int, help="labels at a time, bounds memory")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model but bare_eager")
     parser.add_argument("--train", action="store_true", help="time training steps in place of inference")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         batch = torch.randn(batch_size, 3, args.image_size, args.image_size, device=device)
         for num_labels in args.num_labels:
             for name in names:
-                if name in ("bare", "bare_channels_last", "swin_t") and num_labels != args.num_labels[0]:
+                if (name.startswith("bare") or name == "swin_t") and num_labels != args.num_labels[0]:
                     continue
                 build_args = (args.preset, args.image_size, num_labels, args.candidate_labels, args.label_chunk_size)
                 torch.manual_seed(0)
