@@ -20,11 +20,13 @@ _SPLIT_COLUMN = "split"
 def find_csv_tables(source: Path) -> dict[str, Path]:
     """The CSV of each split: `source` itself (""), or `<split>/metadata.csv`, `metadata.csv` or `<split>.csv` in it.
 
-    A folder with a `selected_tags.csv` alone, or with parquet or `metadata.jsonl`, is not one of CSV tables.
+    A folder with a `selected_tags.csv` alone, with parquet, `metadata.jsonl` or `save_to_disk`'s files has none.
     """
     if source.suffix.lower() in (".csv", ".tsv") and source.is_file():
         return {"": source}
-    if not source.is_dir() or any(source.glob("metadata.jsonl")) or any(source.glob("*/metadata.jsonl")):
+    # Stray tables (statistics, say) lie beside data of other formats as well.
+    others = ("metadata.jsonl", "*/metadata.jsonl", "*.parquet", "*/*.parquet", "dataset_dict.json", "state.json")
+    if not source.is_dir() or any(any(source.glob(pattern)) for pattern in others):
         return {}
     tables = {path.parent.name: path for path in sorted(source.glob("*/metadata.csv"))}
     for path in sorted(source.glob("*.csv")):
@@ -66,6 +68,10 @@ def read_csv_tables(
     lines: dict[str, list[tuple[Path, int, str]]] = {}
     listed: dict[Path, set[Path]] = {}  # of each folder of pictures
     kept = first_header = file_column = None
+    aliases = [SPLIT_ALIASES.get(table, table) for table in tables]
+    for table, alias in zip(tables, aliases, strict=True):
+        if aliases.count(alias) > 1 or (len(aliases) > 1 and not table):
+            raise ValueError(f"{tables[table]} is not the only table for its split; keep one table a split.")
     for table, path in tables.items():
         root = Path(picture_folder) if picture_folder is not None else path.parent
         header, rows = _read_rows(path)
