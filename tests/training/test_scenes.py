@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Image
+from PIL import Image as PILImage
 
 from training import scenes
+from training.data import load_multilabel_dataset
 from training.scenes import PARTNER, SCENE_LABELS, SPLITS, SceneDataset, build_scenes, source_digits
 
 
@@ -182,3 +184,21 @@ def test_index_out_of_range_ends_iteration():
     assert len(list(SceneDataset(3))) == 3
     with pytest.raises(IndexError):
         SceneDataset(3)[3]
+
+
+def test_scenes_are_written_as_an_image_folder(tmp_path, capsys):
+    folder = tmp_path / "scenes" / "test"
+    argv = [str(folder), "--num_scenes", "3", "--seed", "5", "--scenes", '{"image_size": 48}']
+    assert scenes.main(argv) == 0
+    expected = SceneDataset(3, seed=5, split="test", image_size=48)
+    splits, names = load_multilabel_dataset(str(tmp_path / "scenes"))
+    for index, row in enumerate(splits["test"]):
+        with PILImage.open(folder / f"{index:05d}.png") as image:
+            assert np.array_equal(np.asarray(image), np.asarray(expected[index]["image"]))
+        assert [names[label] for label in row["labels"]] == sorted(expected[index]["labels"])
+    with pytest.raises(SystemExit):
+        scenes.main(argv)
+    assert "--overwrite" in capsys.readouterr().err
+    assert scenes.main([*argv, "--overwrite"]) == 0
+    with pytest.raises(SystemExit):
+        scenes.main([*argv, "--overwrite", "--scenes", '{"colour": 1}'])
