@@ -3,37 +3,49 @@
     python -m training.evaluate CHECKPOINT DATASET --split validation [--threshold 0.5 | auto] [--output FOLDER]
 
 CHECKPOINT and DATASET are folders or Hub ids. Prints mAP, CP/CR/CF1 and OP/OR/OF1 at the threshold and among the top 3;
-with --output writes results.json (all metrics) and per_label.csv. `accelerate launch -m training.evaluate ...` spreads
+with --output writes results.json (all metrics), per_label.csv and report.html, a page with plots and the most confident
+mistakes that opens without a server. `accelerate launch -m training.evaluate ...` spreads
 the pictures over several devices and gives the same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
 
-from .data import MultiLabelDataset, build_dataloader, load_multilabel_dataset
+from .data import MultiLabelDataset, build_dataloader, class_counts
+from .dataset_arguments import add_dataset_arguments, load_from_arguments
+from .imbalance import long_tail_groups
 from .metrics.functional import per_label_report
 
 METRIC = Path(__file__).with_name("metrics") / "multilabel_classification"
 AP_DEFINITION = "non-interpolated"
-RESULT_FILES = ("results.json", "per_label.csv")
+RESULT_FILES = ("results.json", "per_label.csv", "report.html")
+
+
+class ScoredSplit(NamedTuple):
+    """A split and what a checkpoint found in it; scores and labels are (n, num_labels), in the checkpoint's order."""
+
+    label_names: list[str]
+    scores: np.ndarray
+    labels: np.ndarray
+    rows: Dataset
 
 
 def predict(
@@ -100,14 +112,9 @@ def predict(
 def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `load_checkpoint` and `score_split` read."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id")
-    parser.add_argument("dataset", metavar="DATASET", help="folder, Hub id, or scenes")
+    add_dataset_arguments(parser)
     parser.add_argument("--split", default="validation", help="default: validation")
     parser.add_argument("--revision", help="commit of a CHECKPOINT on the Hub")
-    parser.add_argument("--dataset_revision", help="commit of a DATASET on the Hub")
-    parser.add_argument("--dataset_config", help="configuration of a DATASET on the Hub")
-    parser.add_argument("--image_column", default="image", help="default: image")
-    parser.add_argument("--label_column", default="labels", help="default: labels")
-    parser.add_argument("--label_format", default="auto", help="names, ids or multi_hot; default: by the column's type")
     parser.add_argument(
         "--use_checkpoint_labels",
         action="store_true",
@@ -133,34 +140,30 @@ def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImag
 
 def score_split(
     model: PreTrainedModel, processor: BaseImageProcessor, args: argparse.Namespace, accelerator: Accelerator
-) -> tuple[list[str], np.ndarray, np.ndarray]:
+) -> ScoredSplit:
     """Predicts the split that `args`, parsed `add_scoring_arguments`, names.
-
-    Returns:
-        The checkpoint's label names, and scores and labels (n, num_labels) in their order.
 
     Raises:
         ValueError, OSError: in one sentence, what was wrong with the dataset and what to do.
     """
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if args.use_checkpoint_labels:
+        args.label_names = label_names
     with accelerator.main_process_first():  # the others then find the cache
-        splits, dataset_names = load_multilabel_dataset(
-            args.dataset,
-            revision=args.dataset_revision,
-            config_name=args.dataset_config,
-            splits=[args.split],
-            label_names=label_names if args.use_checkpoint_labels else None,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            label_format=args.label_format,
-            scenes=args.scenes,
-        )
+        splits, dataset_names = load_from_arguments(args, splits=[args.split], scenes=args.scenes)
     order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
     dataset = MultiLabelDataset(splits[args.split], dataset_names, processor)
     loader = build_dataloader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, processor=processor)
     with accelerator.autocast():
         scores, labels = predict(model.to(accelerator.device), loader, accelerator)
-    return label_names, scores, labels[:, order]
+    return ScoredSplit(label_names, scores, labels[:, order], dataset.split)
+
+
+def count_positives(label_names: Sequence[str], args: argparse.Namespace) -> np.ndarray:
+    """(num_labels,) pictures of `args.count_split` that show each label."""
+    splits, dataset_names = load_from_arguments(args, splits=[args.count_split], scenes=args.scenes)
+    order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
+    return class_counts(MultiLabelDataset(splits[args.count_split], dataset_names, None), len(dataset_names))[order]
 
 
 def match_labels(label_names: Sequence[str], dataset_names: Sequence[str], checkpoint: str, dataset: str) -> list[int]:
@@ -209,17 +212,6 @@ def format_report(report: dict, threshold_words: str, absent: Sequence[str], top
     return "\n".join(lines)
 
 
-def write_results(folder: Path, results: dict, label_names: Sequence[str], per_label: dict[str, list]) -> None:
-    """Writes results.json, and per_label.csv with one row per label (empty where a value is not defined)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with (folder / "per_label.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["label", *per_label])
-        for name, *values in zip(label_names, *per_label.values(), strict=True):
-            writer.writerow([name, *("" if math.isnan(value) else value for value in values)])
-
-
 def run(args: argparse.Namespace) -> dict:
     """Scores, prints and writes; returns what results.json holds (on the main process)."""
     existing = [name for name in RESULT_FILES if args.output is not None and (args.output / name).exists()]
@@ -237,12 +229,19 @@ def run(args: argparse.Namespace) -> dict:
                 "for --threshold."
             )
     accelerator = Accelerator()
-    label_names, scores, labels = score_split(model, processor, args, accelerator)
+    label_names, scores, labels, rows = score_split(model, processor, args, accelerator)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
+    counts = None if args.count_split is None else count_positives(label_names, args)
     metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    report = metric.compute(predictions=scores, references=labels, threshold=threshold, label_names=label_names)
+    report = metric.compute(
+        predictions=scores,
+        references=labels,
+        threshold=threshold,
+        groups=None if counts is None else long_tail_groups(counts),
+        label_names=label_names,
+    )
     per_label = per_label_report(scores, labels, threshold, label_names=label_names)
     results = {
         "checkpoint": args.checkpoint,
@@ -250,6 +249,7 @@ def run(args: argparse.Namespace) -> dict:
         "dataset": args.dataset,
         "dataset_revision": args.dataset_revision,
         "split": args.split,
+        "count_split": args.count_split,
         "threshold": args.threshold,
         "ap_definition": AP_DEFINITION,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -262,7 +262,10 @@ def run(args: argparse.Namespace) -> dict:
         f"{len(label_names)} labels\n" + format_report(report, words, absent)
     )
     if args.output is not None:
-        write_results(args.output, results, label_names, per_label)
+        from .report import write_report  # which imports this module
+
+        named_counts = None if counts is None else (args.count_split, counts)
+        write_report(args.output, results, label_names, scores, labels, rows, per_label, model.config, named_counts)
         print(f"Written: {', '.join(str(args.output / name) for name in RESULT_FILES)}")
     return results
 
@@ -287,7 +290,11 @@ def main(argv: list[str] | None = None) -> int:
         default=0.5,
         help="a number, or auto: the thresholds in the checkpoint; default: 0.5",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"where to write {' and '.join(RESULT_FILES)}")
+    parser.add_argument(
+        "--count_split",
+        help="split whose positives make a label head, medium or tail, as a rule train; default: no groups",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"where to write {', '.join(RESULT_FILES)}")
     parser.add_argument("--overwrite", action="store_true", help="replace results that are in FOLDER")
     try:
         run(parser.parse_args(argv))
