@@ -71,21 +71,25 @@ def draw(files: list[Path], predictions: list[list[dict]], truth: dict[str, list
     def colour(label: str, actual: list[str] | None) -> str:
         return "#1a7f37" if actual is None or label in actual else "#cf222e"
 
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 3.1 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, file, labels in zip(axes.flat, files, predictions, strict=False):
-        axis.imshow(Image.open(file).convert("RGB"), interpolation="bilinear")
+    captions = []
+    for file, labels in zip(files, predictions, strict=True):
         actual = truth.get(file.name)
         lines = [(f"{label['label']} {label['score']:.2f}", colour(label["label"], actual)) for label in labels]
         found = {label["label"] for label in labels}
         lines += [(f"{name} missed", "#6e7781") for name in actual or [] if name not in found]
-        for i, (text, shade) in enumerate(lines or [("no label", "#6e7781")]):
+        captions.append(lines or [("no label", "#6e7781")])
+    depth = -(-max(map(len, captions)) // 2)  # lines of text under a picture, two labels each
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, (2.6 + 0.3 * depth) * rows), squeeze=False)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.99, wspace=0.06, hspace=0.06 + 0.115 * depth)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, file, lines in zip(axes.flat, files, captions, strict=False):
+        axis.imshow(Image.open(file).convert("RGB"), interpolation="bilinear")
+        for i, (text, shade) in enumerate(lines):
             x, y = 0.02 + 0.5 * (i % 2), -0.07 - 0.11 * (i // 2)
             axis.text(x, y, text, color=shade, fontsize=9, transform=axis.transAxes, va="center")
-    figure.tight_layout(h_pad=2.5)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
