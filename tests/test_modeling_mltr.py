@@ -8,16 +8,24 @@ import torch.nn.functional as F
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 
 import modeling_hsvlt.modeling_mltr as modeling_mltr
-from modeling_hsvlt import MlTrBackbone, MlTrConfig, MlTrForImageClassification, MlTrModel
+from modeling_hsvlt import (
+    HSVLTConfig,
+    HSVLTForImageClassification,
+    MlTrBackbone,
+    MlTrConfig,
+    MlTrForImageClassification,
+    MlTrModel,
+)
 from modeling_hsvlt.modeling_mltr import (
     MlTrCrossWindowAttention,
     MlTrDropPath,
     MlTrPatchMerging,
-    MlTrPixelAttention,
     MlTrRelativePositionBias,
     window_partition,
     window_unpartition,
 )
+
+from .test_remote_code import run as run_without_the_package
 
 N = 5
 CAT_BLOCK = ("pixel", "mlp", "cross", "mlp", "pixel", "mlp")
@@ -521,6 +529,47 @@ def test_backbone_loads_from_the_classifier(tmp_path):
     assert type(AutoBackbone.from_config(make_config())) is MlTrBackbone
 
 
+def hsvlt_on_mltr(**fields):
+    trunk = make_config().to_dict()
+    return HSVLTConfig(
+        backbone_config=trunk, num_labels=N, label_embedding_dim=12, image_size=32, initializer_range=None, **fields
+    )
+
+
+def test_hsvlt_stands_on_mltr(tmp_path):
+    torch.manual_seed(0)
+    model = HSVLTForImageClassification(hsvlt_on_mltr()).train()
+    output = model(pictures(), labels=targets(), output_hidden_states=True)
+    assert [tuple(x.shape) for x in output.hidden_states] == [(2, 8 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)]
+    output.loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    model.eval().save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.config.backbone_config.model_type == "mltr"
+    with torch.no_grad():
+        assert torch.equal(again(pictures()).logits, model(pictures()).logits)
+
+
+@pytest.mark.slow
+def test_hsvlt_on_mltr_loads_without_the_package(tmp_path):
+    torch.manual_seed(0)
+    model = HSVLTForImageClassification(hsvlt_on_mltr()).eval()
+    model.save_pretrained(tmp_path / "a")
+    script = """
+from transformers import AutoModel, AutoModelForImageClassification
+from safetensors.torch import load_file
+AutoModelForImageClassification.from_pretrained("a", trust_remote_code=True).save_pretrained("b")
+model = AutoModel.from_pretrained("b", trust_remote_code=True).eval()
+pixels = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+print(json.dumps([type(model.hsvlt.trunk.backbone).__module__, model(pixels).logits.tolist()]))
+"""
+    module, logits = run_without_the_package(script, tmp_path)
+    assert module.startswith("transformers_modules.") and module.endswith("modeling_mltr")
+    with torch.no_grad():
+        expected = model(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).logits
+    torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=1e-5)
+
+
 # ---- loss and label contract
 
 
@@ -719,19 +768,23 @@ def test_stochastic_depth():
     assert torch.equal(drop_path.eval()(dropped), dropped)
 
 
-def test_dropout_reaches_every_place_in_training_only():
-    model = make_model(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
-    with torch.no_grad():
-        assert torch.equal(model(pictures()).logits, model(pictures()).logits)
-        model.train()
-        assert not torch.equal(model(pictures()).logits, model(pictures()).logits)
-    attention = make_model(attention_probs_dropout_prob=0.3).mltr.encoder.stages[0].layers[0].sublayers[0].attn
+@pytest.mark.parametrize("kind", ["pixel", "cross", "mlp"])
+def test_dropout_is_at_its_places_and_in_training_only(kind):
     x = torch.randn(1, 4, 9, 8)
-    assert isinstance(attention, MlTrPixelAttention)
-    assert torch.equal(attention(x)[0], attention(x)[0])
-    assert not torch.equal(attention.train()(x)[0], attention(x)[0])
+    fields = [{"hidden_dropout_prob": 0.3}]
+    if kind != "mlp":
+        fields.append({f"{'cross_' * (kind == 'cross')}attention_probs_dropout_prob": 0.3})
+    for field in fields:
+        sublayer = make_model(block_pattern=[kind], **field).mltr.encoder.stages[0].layers[0].sublayers[0]
+        with torch.no_grad():
+            assert torch.equal(sublayer(x, None, False)[0], sublayer(x, None, False)[0])
+            sublayer.train()
+            assert not torch.equal(sublayer(x, None, False)[0], sublayer(x, None, False)[0])
+    embeddings = make_model(hidden_dropout_prob=0.3).train().mltr.embeddings
+    assert (embeddings(pictures()) == 0).float().mean() > 0.2
 
 
+@pytest.mark.slow  # minutes on a busy machine
 def test_compiles_without_a_graph_break():
     model = make_model(depths=[1, 1, 1, 1])
     compiled = torch.compile(model, fullgraph=True, backend="eager")

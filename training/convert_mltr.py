@@ -150,6 +150,19 @@ def resize_windows(state_dict: StateDict, source: MlTrConfig, target: MlTrConfig
     return resized
 
 
+def resize_model(
+    model: MlTrForImageClassification, image_size: int | None = None, window_size: int | None = None
+) -> MlTrForImageClassification:
+    """The model for another picture size or window, by [`resize_windows`]; None keeps what it has."""
+    sizes = {
+        "image_size": image_size or model.config.image_size,
+        "window_size": window_size or model.config.window_size,
+    }
+    target = MlTrForImageClassification(MlTrConfig.from_dict({**model.config.to_dict(), **sizes}))
+    target.load_state_dict(resize_windows(model.state_dict(), model.config, target.config))
+    return target
+
+
 def _resize(maps: torch.Tensor, size: int) -> torch.Tensor:
     """(batch, channels, M, M) to (batch, channels, size, size)."""
     if maps.shape[-1] == size:
@@ -169,7 +182,6 @@ def convert(args: argparse.Namespace) -> None:
     """Writes the checkpoint folder."""
     if args.source.is_dir():
         model = MlTrForImageClassification.from_pretrained(args.source, use_safetensors=True)
-        config, state_dict = model.config, model.state_dict()
         image_processor = AutoImageProcessor.from_pretrained(args.source)
     else:
         state_dict, config_kwargs = cat_to_mltr(read_state_dict(args.source))
@@ -184,20 +196,19 @@ def convert(args: argparse.Namespace) -> None:
             config_kwargs["id2label"] = dict(enumerate(names))
             config_kwargs["label2id"] = {name: index for index, name in enumerate(names)}
         config = MlTrConfig(**config_kwargs)
+        model = MlTrForImageClassification(config)
+        model.load_state_dict(state_dict)
         # What CAT was evaluated with: the shorter side to 256 / 224 of the size, bicubic, and the middle of it.
         image_processor = MultiLabelImageProcessor(
             size={"shortest_edge": round(config.image_size * 256 / 224)},
             do_center_crop=True,
             crop_size={"height": config.image_size, "width": config.image_size},
         )
-    sizes = {"image_size": args.image_size or config.image_size, "window_size": args.window_size or config.window_size}
-    if sizes["image_size"] != config.image_size:
-        side = sizes["image_size"]
-        image_processor.size, image_processor.do_center_crop = {"height": side, "width": side}, False
-    target = MlTrConfig.from_dict({**config.to_dict(), **sizes})
-    model = MlTrForImageClassification(target)
-    model.load_state_dict(resize_windows(state_dict, config, target))
-    processor = MultiLabelProcessor(image_processor, id2label=target.id2label, thresholds=target.thresholds)
+    if args.image_size not in (None, model.config.image_size):
+        image_processor.size = {"height": args.image_size, "width": args.image_size}
+        image_processor.do_center_crop = False
+    model = resize_model(model, args.image_size, args.window_size)
+    processor = MultiLabelProcessor(image_processor, id2label=model.config.id2label, thresholds=model.config.thresholds)
     with atomic_folder(args.target) as folder:
         save_checkpoint(folder, model, processor)
 

@@ -13,6 +13,7 @@ from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
 from .config import TrainingConfig
+from .convert_mltr import resize_model
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,9 @@ def _from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: 
             f"{config.init_from} holds a {type(source).__name__}, not a model of this package: give it as backbone."
         )
     overrides = {**overrides, "thresholds": None, "threshold_info": None, "calibration_info": None}  # of other weights
+    if source.config.model_type == "mltr":
+        # Its weights belong to a picture size and a window.
+        source = resize_model(source, overrides["image_size"], config.model.get("window_size"))
     source_names = [source.config.id2label[index] for index in range(source.config.num_labels)]
     if hasattr(source, "set_labels") and source_names != label_names:
         _set_prompts(source, config, label_names)

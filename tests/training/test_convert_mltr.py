@@ -10,7 +10,9 @@ from transformers import AutoModel, AutoProcessor
 from modeling_hsvlt import HSVLTForImageClassification, MlTrConfig, MlTrForImageClassification
 from modeling_hsvlt.modeling_mltr import MlTrCrossWindowAttention
 from tests.test_modeling_mltr import naive_cross_attention, naive_linear, naive_norm, naive_pixel_attention
-from training.convert_mltr import cat_to_mltr, main, resize_windows
+from training.config import TrainingConfig
+from training.convert_mltr import cat_names, cat_to_mltr, main, resize_windows
+from training.models import build_model
 
 WIDTH, DEPTHS, HEADS, WINDOW, GRID, PATCH, NUM_LABELS = 8, [1, 1, 2, 1], [1, 2, 2, 4], 2, 16, 2, 5
 
@@ -101,8 +103,6 @@ def test_a_converted_cat_computes_what_cat_computes(ape, qkv_bias):
 
 @pytest.mark.parametrize("preset", ["cat_t", "cat_s", "cat_b"])
 def test_released_sizes_are_recognised(preset):
-    from training.convert_mltr import cat_names
-
     config = MlTrConfig.preset(preset, num_labels=1000)
     with torch.device("meta"):
         ours = MlTrForImageClassification(config).state_dict()
@@ -192,7 +192,7 @@ def test_cross_window_attention_keeps_its_effect_on_smooth_windows():
         pictures = torch.stack([ramp, hill, wave, hill - ramp, wave + flat])  # five windows
         weights = [torch.outer(hill, wave), torch.outer(wave, ramp), torch.outer(ramp, hill), torch.outer(flat, ramp)]
         # As the layers of a trained model, at the scale of sums over a window's pixels.
-        weights = [20 * weight / 49 for weight in weights]
+        weights = [1.5 * weight / 49 for weight in weights]
         return pictures.T[None, :, :, None].transpose(1, 2), weights, hill
 
     windows, weights, bias = at(7)
@@ -207,8 +207,8 @@ def test_cross_window_attention_keeps_its_effect_on_smooth_windows():
     with torch.no_grad():
         output, attention = source(windows, True)
         finer_output, finer_attention = finer(at(12)[0], True)
-        assert attention.max() > 0.5  # not uniform: the logits matter
-        torch.testing.assert_close(finer_attention, attention, atol=0.03, rtol=0)
+        assert 0.4 < attention.max() < 0.9  # neither uniform nor saturated: the logits matter
+        torch.testing.assert_close(finer_attention, attention, atol=0.02, rtol=0)
         expected = F.interpolate(output[0, :, :, 0].view(5, 1, 7, 7), (12, 12), mode="bicubic").flatten(1)
     torch.testing.assert_close(finer_output[0, :, :, 0], expected, atol=0.05 * expected.abs().max().item(), rtol=0)
 
@@ -264,3 +264,19 @@ def test_command_converts_and_transfers(tmp_path, capsys):
     assert "is not a file" in capsys.readouterr().err
     assert main([str(tmp_path / "labels.txt"), str(tmp_path / "new")]) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_training_goes_on_at_another_picture_size(tmp_path):
+    source = sized_model(32, 2, patch_size=2)
+    source.save_pretrained(tmp_path / "source")
+    names = [source.config.id2label[i] for i in range(NUM_LABELS)]
+    for labels, fields in ((names, {}), ([*names[:2], "new"], {}), (names, {"window_size": 4})):
+        options = TrainingConfig(init_from=str(tmp_path / "source"), image_size=64, model=fields)
+        model = build_model(options, labels)
+        model.save_pretrained(tmp_path / "next")
+        again = MlTrForImageClassification.from_pretrained(tmp_path / "next")
+        assert again.config.image_size == 64 and again.num_labels == len(labels)
+        expected = resize_windows(source.state_dict(), source.config, again.config)
+        for name, tensor in again.mltr.state_dict().items():
+            assert torch.equal(tensor, expected[f"mltr.{name}"]), name
+        assert torch.equal(again.classifier.weight[1], source.classifier.weight[1])
