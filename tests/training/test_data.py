@@ -211,6 +211,7 @@ def test_splits_have_one_form():
     source = DatasetDict(train=embedded(unknown, List(Value("float32"))), test=embedded(known, List(Value("float32"))))
     splits, _ = load_multilabel_dataset(source, label_names=NAMES)
     assert splits["train"].features == splits["test"].features and np.array_equal(dense(splits["test"]), MULTI_HOT)
+    assert dense(splits["train"])[0].tolist() == [1, -100, 0]
 
 
 def test_ten_thousand_labels_stay_sparse_until_the_batch():
