@@ -115,7 +115,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-MARKUP = ["<script>alert(1)</script>", "<b>bold</b> & \"quoted\" 'label'", "$5 \\frac{bill"]
+MARKUP = ["<script>alert(1)</script>", "<b>bold</b> & \"quoted\" 'label'", "$5 \\frac{bill$"]
 
 
 @pytest.fixture(scope="module")
