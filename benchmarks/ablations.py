@@ -1,0 +1,60 @@
+"""Ablations of HSVLT on frozen maps: one change each of the recipe, of the label embeddings, or of the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from modeling_hsvlt import HSVLTForImageClassification
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What differs from HSVLT's recipe."""
+
+    model: dict = field(default_factory=dict)  # fields of HSVLTConfig
+    recipe: dict = field(default_factory=dict)  # fields of Recipe
+    embeddings: Callable[[torch.Tensor], torch.Tensor] | None = None
+    tweak: Callable[[HSVLTForImageClassification], None] | None = None
+
+
+def last_scale_only(model: HSVLTForImageClassification) -> None:
+    """Labels see the picture on the last map alone; the others are shown as zeros."""
+
+    def hide(module, args):
+        label_embeddings, maps, *rest = args
+        *finer, last = maps
+        return (label_embeddings, [*(torch.zeros_like(each) for each in finer), last], *rest)
+
+    model.hsvlt.label_stream.register_forward_pre_hook(hide)
+
+
+def uniform_attention(model: HSVLTForImageClassification) -> None:
+    """Every pixel weighs the same for every label: queries are zero and stay so."""
+    for stage in model.hsvlt.label_stream.stages:
+        for layer in stage.layers:
+            torch.nn.init.zeros_(layer.attention.query.weight)
+            layer.attention.query.weight.requires_grad_(False)
+
+
+def random_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
+    """Random directions, each dimension as spread as the text's."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(embeddings.shape, generator=generator) * embeddings.std()
+
+
+def one_hot_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
+    return torch.eye(len(embeddings))
+
+
+ABLATIONS = {
+    "hsvlt": Ablation(),
+    "last scale only": Ablation(tweak=last_scale_only),
+    "attention off (uniform)": Ablation(tweak=uniform_attention),
+    "gate off": Ablation(model={"label_update": "none"}),
+    "aggregation top-down": Ablation(model={"aggregation": "topdown"}),
+    "random label vectors": Ablation(embeddings=random_embeddings),
+    "one-hot label vectors": Ablation(embeddings=one_hot_embeddings),
+    "2 attention heads": Ablation(model={"num_attention_heads": 2}),
+    "4 attention heads": Ablation(model={"num_attention_heads": 4}),
+}

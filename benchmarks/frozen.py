@@ -1,0 +1,122 @@
+"""Heads on one trunk: how each is built, trained and scored, from cached maps (trunk frozen) or from pictures."""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.efficientnet_lite import (
+    EfficientNetLiteBackbone,
+    EfficientNetLiteConfig,
+    EfficientNetLiteForImageClassification,
+)
+from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, multilabel_loss
+from training.optim import build_ema, build_optimizer, build_scheduler
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a head is trained; what has a default here is the same for all heads but for the loss."""
+
+    learning_rate: float
+    weight_decay: float
+    epochs: int = 12
+    batch_size: int = 64
+    ema_decay: float = 0.99
+    warmup: float = 0.1  # part of all steps
+    backbone_lr_multiplier: float = 1.0
+    loss_type: str = "bce"
+    loss_kwargs: dict = field(default_factory=dict)
+    model: dict = field(default_factory=dict)  # fields of HSVLT's configuration, arguments of a peer's head
+
+
+def build_head(
+    name: str,
+    recipe: Recipe,
+    backbone: EfficientNetLiteBackbone,
+    label_names: list[str],
+    label_embeddings: torch.Tensor,
+    loss_kwargs: dict,
+    seed: int,
+) -> PreTrainedModel:
+    """A model on a copy of the trunk, with a head that `seed` starts.
+
+    HSVLT is the package's own model on four maps; the peers stand on the last one, as published.
+    """
+    torch.manual_seed(seed)
+    labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    shared = {**labels, "loss_type": recipe.loss_type, "loss_kwargs": loss_kwargs or None}
+    trunk = {key: getattr(backbone.config, key) for key in ("stem_channels", "group_channels", "group_depths")}
+    trunk["head_channels"] = backbone.config.head_channels
+    if name == "hsvlt":
+        config = HSVLTConfig(
+            backbone_config=EfficientNetLiteConfig(**trunk, out_features=backbone.out_features),
+            label_embedding_dim=label_embeddings.shape[1],
+            **shared,
+            **recipe.model,
+        )
+        model = HSVLTForImageClassification(config)
+        model.set_label_embeddings(label_embeddings)
+        model.hsvlt.trunk.backbone.load_state_dict(backbone.state_dict())
+    else:
+        config = EfficientNetLiteConfig(**trunk, **shared, head=name, head_kwargs=recipe.model or None)
+        model = EfficientNetLiteForImageClassification(config)
+        model.backbone.load_state_dict(backbone.state_dict())
+    return model
+
+
+def freeze_trunk(model: PreTrainedModel) -> None:
+    """Leaves the trunk out of training."""
+    for module in model.modules():
+        if isinstance(module, EfficientNetLiteBackbone):
+            module.requires_grad_(False)
+
+
+def head_logits(model: PreTrainedModel, maps: tuple[torch.Tensor, ...] | torch.Tensor) -> torch.Tensor:
+    """(B, num_labels) from the trunk's maps, or from pictures (B, 3, H, W)."""
+    if isinstance(maps, torch.Tensor):
+        return model(pixel_values=maps).logits
+    if model.config.model_type == "hsvlt":
+        return model.classifier(model.hsvlt(feature_maps=maps).last_hidden_state)
+    return model.head(maps[-1])
+
+
+def train_head(model: PreTrainedModel, recipe: Recipe, cache, rows: torch.Tensor, seed: int):
+    """Trains on these rows of a `FeatureCache` or `PictureCache`, half of them mirrored; returns the averaged model."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = build_optimizer(
+        model,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        backbone_lr_multiplier=recipe.backbone_lr_multiplier,
+    )
+    total = recipe.epochs * math.ceil(len(rows) / recipe.batch_size)
+    warmup = min(int(recipe.warmup * total), total - 1)
+    scheduler = build_scheduler(optimizer, schedule="cosine", warmup_steps=warmup, total_steps=total)
+    ema = build_ema(model, recipe.ema_decay)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()  # ImageNet's statistics serve better than those of few small batches
+    for _ in range(recipe.epochs):
+        for batch in rows[torch.randperm(len(rows), generator=generator)].split(recipe.batch_size):
+            maps = cache.batch(batch, torch.rand(len(batch), generator=generator) < 0.5)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = head_logits(model, maps)
+            loss = multilabel_loss(logits, cache.labels[batch], model.config.loss_type, model.config.loss_kwargs)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+            ema.update_parameters(model)
+    return copy.deepcopy(ema.module).eval()
+
+
+@torch.inference_mode()
+def score_head(model: PreTrainedModel, cache, rows: torch.Tensor | None = None) -> np.ndarray:
+    """Sigmoid scores (len(rows), num_labels) of a trained head; None: of all rows."""
+    rows = torch.arange(len(cache)) if rows is None else rows
+    return torch.cat([head_logits(model, cache.batch(each)).float().sigmoid() for each in rows.split(128)]).numpy()
