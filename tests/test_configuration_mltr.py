@@ -1,10 +1,17 @@
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
 from modeling_hsvlt import MlTrConfig
+from training.augment import build_augmentation
+from training.config import parse_config
+from training.models import build_model
+
+RECIPES = Path(__file__).parent.parent / "training" / "configs"
 
 
 def test_round_trip_through_json(tmp_path):
@@ -107,3 +114,18 @@ def test_wrong_fields_are_named(fields, message):
 def test_wrong_type_is_named():
     with pytest.raises(StrictDataclassFieldValidationError, match="embed_dim"):
         MlTrConfig(embed_dim="wide")
+
+
+@pytest.mark.parametrize(("name", "params"), [("s", 33_068_486), ("m", 62_213_426), ("l", 108_461_480)])
+def test_coco_recipes_train_the_published_sizes(name, params):
+    options = parse_config([str(RECIPES / f"mltr_{name}_coco.yaml")])
+    with torch.device("meta"):
+        model = build_model(options, [f"label {i}" for i in range(80)])
+    assert model.num_parameters() == params
+    assert model.config.image_size == options.image_size == MlTrConfig.preset(name).image_size
+    assert build_augmentation(options.image_size, **options.augmentation) is not None
+
+
+def test_the_nano_recipe_is_that_of_hsvlt_but_for_the_model():
+    ours, hsvlts = (vars(parse_config([str(RECIPES / name)])) for name in ("mltr_nano_scenes.yaml", "quickstart.yaml"))
+    assert {key for key in ours if ours[key] != hsvlts[key]} == {"output_dir", "model_type"}
