@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from training.check_data import main
 from training.config import TrainingConfig
-from training.findings import check_labels
+from training.findings import check_labels, exclusions
 from training.imbalance import long_tail_groups, plot_imbalance
 from training.run import load_splits
 from training.sparse_labels import SparseLabels
@@ -209,6 +209,15 @@ def test_a_split_without_any_positive_is_told():
     findings = {each.kind: each for each in check_labels({"train": one, "validation": none}, ["a", "b"])}
     assert findings["splits_without_a_positive"].examples == ["validation: no picture shows any label"]
     assert findings["splits_without_a_positive"].breaks_training
+
+
+def test_copies_in_test_stay_and_so_do_copies_of_copies_that_differ_from_the_first():
+    def member(split, row, matches=True):
+        return {"split": split, "row": row, "file": f"{split}/{row}.png", "matches": matches}
+
+    members = [member("test", 0), member("test", 1), member("validation", 2), member("train", 3, matches=False)]
+    excluded = exclusions([], [{"members": members, "conflicts": []}])
+    assert excluded == [("validation", 2, "validation/2.png", "copy of test 0 test/0.png")]
 
 
 def test_head_medium_and_tail_are_divided_as_in_the_literature(tmp_path):

@@ -98,6 +98,14 @@ def test_groups_stay_together():
     assert np.allclose(np.bincount(split_of_row) / 600, FRACTIONS, atol=0.03)
 
 
+def test_large_groups_are_placed_while_there_is_room():
+    for seed in range(10):
+        split_of_row = stratified_split(
+            sparse([[0]] * 100), [0.6, 0.4], groups=[0] * 30 + list(range(1, 71)), seed=seed
+        )
+        assert np.bincount(split_of_row).tolist() == [60, 40]
+
+
 def test_soft_and_unknown_labels_are_no_positives_below_a_half():
     labels = sparse([[0]] * 6)
     labels.values[:] = [1, 1, 1, 0.4, -100, 0.5]
