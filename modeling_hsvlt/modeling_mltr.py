@@ -461,6 +461,8 @@ class MlTrStage(nn.Module):
 
 
 class MlTrPreTrainedModel(PreTrainedModel):
+    """What MlTr's models share: initialisation and what transformers asks of a model."""
+
     config: MlTrConfig
     base_model_prefix = "mltr"
     main_input_name = "pixel_values"
