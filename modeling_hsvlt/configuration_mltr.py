@@ -21,13 +21,13 @@ CAT_BLOCK = ("pixel", "mlp", "cross", "mlp", "pixel", "mlp")
 
 # s, m, l: the simplest layout whose parameter counts at 80 labels are the published 33M, 62M and 108M. xl: a guess,
 # nothing but its resolution was published. cat_*: CAT (arXiv 2106.05786), the same group's code, exact. nano: this
-# package's own, for tests and small data, with the same 64 / 16 / 4 / 1 windows a stage as the published sizes, and
-# torch's default init, which narrow layers need to learn from random weights.
+# package's own, for tests and small data, with the same 64 / 16 / 4 / 1 windows a stage as the published sizes, a step
+# that takes as long as HSVLT's nano, and torch's default init, which narrow layers need to learn from random weights.
 PRESETS = {
     "nano": {
         "image_size": 64,
         "patch_size": 2,
-        "embed_dim": 32,
+        "embed_dim": 24,
         "depths": (1, 1, 2, 1),
         "num_heads": (1, 2, 4, 8),
         "window_size": 4,

@@ -48,7 +48,7 @@ def test_what_a_repository_says_about_its_code_is_kept():
         ("l", [96, 48, 24, 12], 12, [128, 256, 512, 1024], 0.3),
         ("cat_t", [56, 28, 14, 7], 7, [64, 128, 256, 512], 0.1),
         ("cat_b", [56, 28, 14, 7], 7, [96, 192, 384, 768], 0.3),
-        ("nano", [32, 16, 8, 4], 4, [32, 64, 128, 256], 0.0),
+        ("nano", [32, 16, 8, 4], 4, [24, 48, 96, 192], 0.0),
     ],
 )
 def test_presets(name, grids, windows, widths, drop_path_rate):
@@ -57,7 +57,9 @@ def test_presets(name, grids, windows, widths, drop_path_rate):
     assert [(grid // windows) ** 2 for grid in grids] == [64, 16, 4, 1]  # windows a stage
     assert config.hidden_sizes == widths and config.hidden_size == widths[-1]
     assert config.drop_path_rate == drop_path_rate
-    assert all(width // heads == 32 for width, heads in zip(widths, config.num_heads, strict=True))
+    assert all(
+        width // heads == (24 if name == "nano" else 32) for width, heads in zip(widths, config.num_heads, strict=True)
+    )
     assert config.use_absolute_embeddings == name.startswith("cat")
 
 
