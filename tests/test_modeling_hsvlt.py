@@ -88,8 +88,8 @@ def test_multiply_adds_are_the_published_ones(name, num_labels, projected, absor
         return counter.get_total_flops() // 2
 
     widths = HSVLTConfig.preset(name).backbone_config.hidden_sizes
-    # The released code also updates the label tokens after the last interaction, where nothing reads them, and multiplies
-    # and sums the classifier element by element, which a counter of matrix products passes over.
+    # The released code also updates the label tokens after the last interaction, where nothing reads them, and
+    # multiplies and sums the classifier element by element, which a counter of matrix products passes over.
     difference = 2 * num_labels * widths[-1] ** 2 - num_labels * sum(widths)
     if isinstance(projected, int):
         assert count(absorb_projections=False) + difference == projected
