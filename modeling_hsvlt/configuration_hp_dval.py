@@ -82,10 +82,12 @@ class HPDVALConfig(PreTrainedConfig):
         score_normalization (`str`, defaults to `"cosine"`):
             `"cosine"` (paper), or `"class_l2"` (code): dot products, each view's scores divided by their norm over the
             labels; then a label's logit depends on the other labels, and any logit scale cancels.
-        logit_scale (`float`, defaults to 1.0):
-            Factor of the scores. The paper has none, so its logits lie within [-1, 1].
+        logit_scale (`float`, defaults to 1.0), logit_bias (`float`, defaults to 0.0):
+            `logit = scale * score + bias`. The paper has neither, so its logits lie within [-1, 1]. A larger scale
+            gives the loss more range; then choose a bias that puts the mean logit near what label frequency asks for,
+            or the first steps go into moving all scores down.
         learn_logit_scale (`bool`, defaults to `False`):
-            Whether the factor is trained, in every stage.
+            Whether factor and bias are trained, in every stage.
         num_context_tokens (`int`, defaults to 4):
             Learned context tokens of a prompt, `M`, for each of the two views.
         class_specific_context (`bool`, defaults to `False`):
@@ -146,6 +148,7 @@ class HPDVALConfig(PreTrainedConfig):
     local_top_k: int = 32
     score_normalization: str = "cosine"
     logit_scale: float | int = 1.0
+    logit_bias: float | int = 0.0
     learn_logit_scale: bool = False
     num_context_tokens: int = 4
     class_specific_context: bool = False

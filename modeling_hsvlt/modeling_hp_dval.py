@@ -150,6 +150,7 @@ class HPDVALPreTrainedModel(PreTrainedModel):
                     weight[self.config.context_token_ids[0] :] = 0
         elif isinstance(module, HPDVALForImageClassification):
             init.constant_(module.logit_scale, math.log(self.config.logit_scale))
+            init.constant_(module.logit_bias, self.config.logit_bias)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -403,6 +404,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             config.thresholds = config.threshold_info = config.calibration_info = None
         self.hp_dval = HPDVALModel(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         self.post_init()
         self._freeze()
 
@@ -624,7 +626,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         if self.config.stage != "stage1" and self.hp_dval.text is not None:
             parameters += list(_adapter_parameters(self.hp_dval.get_input_embeddings()))
         if self.config.learn_logit_scale:
-            parameters.append(self.logit_scale)
+            parameters += [self.logit_scale, self.logit_bias]
         return parameters
 
     def _freeze(self) -> None:
@@ -647,7 +649,8 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
     def scores(
         self, image_embeds: torch.Tensor, patch_embeds: torch.Tensor | None, text_embeds: torch.Tensor
     ) -> torch.Tensor:
-        """Fused scores (HP-DVAL eq. 4, 5, 8 and 9): `alpha * global + (1 - alpha) * mean of the top-k patches`.
+        """Fused scores (HP-DVAL eq. 4, 5, 8 and 9): `alpha * global + (1 - alpha) * mean of the top-k patches`, scaled
+        and shifted as the configuration says.
 
         Args:
             image_embeds (`torch.Tensor` of shape `(B, E)`), patch_embeds (`(B, P, E)`; unused with `alpha=1`),
@@ -679,7 +682,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             scores = [(weight, scale * score) for weight, score in views]
             if normalize == "class_l2":
                 scores = [(weight, F.normalize(score, dim=-1)) for weight, score in scores]
-            return sum(weight * score for weight, score in scores)
+            return sum(weight * score for weight, score in scores) + self.logit_bias.float()
 
     @can_return_tuple
     def forward(

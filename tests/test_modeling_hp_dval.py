@@ -315,10 +315,12 @@ def test_training_in_another_state_than_the_stage_s_is_refused():
 
 
 def test_the_logit_scale_trains_where_asked():
-    model = make_model(learn_logit_scale=True, logit_scale=5.0)
+    model = make_model(learn_logit_scale=True, logit_scale=5.0, logit_bias=-2.0)
+    torch.testing.assert_close(model(pictures()).logits, 5 * make_model()(pictures()).logits - 2)
     model.set_stage("stage2")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         "logit_scale",
+        "logit_bias",
         f"{TABLE}.trainable_tokens_delta.prompts",
     }
     assert model.logit_scale.exp().item() == pytest.approx(5)
@@ -690,7 +692,7 @@ def test_missing_weights_are_initialised(tmp_path):
     """Loading builds on the meta device: what a checkpoint lacks must not come back as garbage."""
     from safetensors.torch import load_file, save_file
 
-    make_model(logit_scale=3.0).save_pretrained(tmp_path)
+    make_model(logit_scale=3.0, logit_bias=-1.5).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     kept = {key: value for key, value in weights.items() if "teacher" in key or "student" in key}
     save_file(
@@ -698,6 +700,7 @@ def test_missing_weights_are_initialised(tmp_path):
     )
     loaded = HPDVALForImageClassification.from_pretrained(tmp_path)
     assert loaded.logit_scale.exp().item() == pytest.approx(3)
+    assert loaded.logit_bias.item() == -1.5
     assert not loaded.hp_dval.has_learned_context()
     assert 0.1 < loaded.hp_dval.student.projection.weight.std() < 0.5
     logits = loaded(pictures()).logits
