@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hsvlt import BLOCK_TRUNKS, HSVLTConfig
+from .convnext_in_rows import convnext_layer_in_rows, runs_in_rows
 from .losses_multilabel import UNKNOWN_LABEL, multilabel_loss, validate_labels
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
@@ -110,6 +111,8 @@ class HSVLTBlockTrunk(nn.Module):
             for layer in stage.layers:
                 if self.gradient_checkpointing and self.training:
                     hidden_state = self._gradient_checkpointing_func(layer.__call__, hidden_state)
+                elif runs_in_rows(layer, hidden_state):
+                    hidden_state = convnext_layer_in_rows(layer, hidden_state)
                 else:
                     hidden_state = layer(hidden_state)
                 if self.every_block:
