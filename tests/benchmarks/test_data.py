@@ -4,17 +4,18 @@ import json
 
 import numpy as np
 import pytest
-from scipy.sparse import csc_array
-from sklearn.metrics import average_precision_score
+from scipy.sparse import csr_array
+from sklearn.metrics import average_precision_score, label_ranking_average_precision_score
+from tqdm.auto import tqdm
 
-import benchmarks.data
-from benchmarks.data import main, score_block, synthetic_dataset
+from benchmarks.data import SyntheticScores, main, synthetic_dataset
 from training.data import load_multilabel_dataset
+from training.metrics import functional
 from training.sparse_labels import SparseLabels
 
 
 def test_figures_are_those_of_the_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmarks.data, "SCORES_AT_A_TIME", 7)
+    monkeypatch.setattr(functional, "BLOCK_ENTRIES", 7 * 1500)
     file = tmp_path / "figures.json"
     argv = ["--rows", "1500", "--labels", "40", "--threads", "2", "--seed", "3", "--json", str(file), "--quiet"]
     assert main(argv) == 0
@@ -29,11 +30,13 @@ def test_figures_are_those_of_the_data(tmp_path, monkeypatch, capsys):
     labels = SparseLabels.from_dataset(splits["train"], names)
     dense = np.stack([labels.dense(row) for row in range(1500)])
     assert figures["positives"] == dense.sum()
-    expected = [
-        average_precision_score(dense[:, label], score_block(csc_array(dense), start, stop, 3)[:, label - start])
-        for start in range(0, 40, 7)
-        for stop in [min(start + 7, 40)]
-        for label in range(start, stop)
-        if dense[:, label].any()
-    ]
-    assert figures["mAP"] == pytest.approx(np.mean(expected), abs=1e-9)
+    matrix = csr_array(dense.astype(np.int8))
+    scores = SyntheticScores(matrix, 3, tqdm(disable=True))
+    whole = scores[:, :]
+    assert np.array_equal(scores[100:130, :], whole[100:130]) and np.array_equal(scores[:, 7:9], whole[:, 7:9])
+    assert whole.min() >= 0 and whole.max() < 1 and abs(whole[dense == 0].mean() - 1 / 3) < 0.01
+    assert whole[dense == 1].mean() == pytest.approx(2 / 3, abs=0.02)
+    found = figures["report"]
+    assert found["mAP"] == pytest.approx(average_precision_score(dense, whole), abs=1e-9)
+    assert found["mAP_micro"] == pytest.approx(average_precision_score(dense, whole, average="micro"), abs=1e-9)
+    assert found["LRAP"] == pytest.approx(label_ranking_average_precision_score(dense, whole), abs=1e-9)

@@ -4,14 +4,16 @@
 unknown. Unknown entries count in no metric. A label without a known positive has no average precision: it is left out
 of every mean over labels and counted. No mean is ever NaN.
 
-Both matrices are read in blocks, so that a memory-mapped score matrix or sparse labels need no dense copy: memory grows
-with the block and the number of positives, time with n * num_labels * log. A matrix that is larger than memory is read
-fastest when it is label-major, `numpy.memmap(..., order="F")`.
+Both matrices are read in blocks, so that scores on disk or computed as they are read, and sparse labels, need no dense
+copy: memory grows with the block and the number of positives, time with n * num_labels * log. `scores` may be whatever
+has a `shape`, a numpy `dtype` and slices: an array, a `numpy.memmap`, a matrix of h5py or zarr, or an own class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ import numpy as np
 UNKNOWN_LABEL = -100  # the label contract's, as in modeling_hsvlt.losses_multilabel, which needs torch
 AP_METHODS = ("non_interpolated", "voc07", "voc10")
 BLOCK_ENTRIES = 1 << 22  # entries read at a time: with all that is derived from them about 150 MB
+POOLED_ENTRIES = 1 << 25  # entries sorted at a time for the one ranking of all: 128 MB of float32
 
 
 class RankedPositives(NamedTuple):
@@ -75,17 +78,19 @@ def multilabel_report(
     groups: Mapping[str, Sequence[int]] | None = None,
     *,
     label_names: Sequence[str] | None = None,
+    num_threads: int = 1,
 ) -> dict[str, float | int]:
     """All metrics of a prediction, as fractions (not percent).
 
     Args:
-        scores: (n, num_labels).
+        scores: (n, num_labels); read twice, once by label and once by sample.
         labels: (n, num_labels) array or scipy sparse matrix of 1, 0, and -100 or NaN for unknown.
         threshold: A label is predicted where `score >= threshold`; a number, or one per label.
         top_k: Also decide as ML-GCN and its successors do: the `top_k` highest scores of a picture (of equal ones the
             first), and of these only those that reach the threshold. None leaves these metrics out.
         groups: Named lists of label indices, for example head, medium and tail classes.
         label_names: Names for error messages.
+        num_threads: Blocks that are read and measured at the same time; the result does not depend on it.
 
     Returns:
         - "mAP": mean over labels of the non-interpolated AP; "mAP_voc07", "mAP_voc10": of the other two definitions;
@@ -110,25 +115,40 @@ def multilabel_report(
     members = {name: _check_group(name, group, num_labels) for name, group in (groups or {}).items()}
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1, or None for no top-k metrics.")
-    precisions = _average_precisions_by_label(scores, labels, label_names)
+
+    def rank(part: slice, block: np.ndarray, positive: np.ndarray, known: np.ndarray):
+        ranked = rank_positives(block, positive, known)
+        return _average_precisions(ranked, len(block)), ranked.value
+
+    def measure(part: slice, block: np.ndarray, positive: np.ndarray, known: np.ndarray):
+        above = (block >= threshold) & known
+        counted = _count(above, positive)
+        top_counted = 0 if top_k is None else _count(above & _highest(block, top_k), positive)
+        return counted, top_counted, block[known], _ranking_sums(block, positive, known)
+
+    by_label, positive_scores = zip(
+        *map_blocks(rank, scores, labels, "label", label_names, num_threads=num_threads), strict=True
+    )
+    precisions = {method: np.concatenate([part[method] for part in by_label]) for method in AP_METHODS}
     rated = ~np.isnan(precisions["non_interpolated"])
     if not rated.any():
         raise ValueError(
             f"None of the {num_labels} labels has a known positive in {num_samples} rows, so there is nothing to "
             "measure; check the labels, or evaluate a split that holds some."
         )
-
     counts = np.zeros((3, num_labels), dtype=np.int64)  # hits, predicted, positives
     top_counts = counts.copy()
     num_known = 0
+    pooled = PooledRanking(np.concatenate(positive_scores), num_samples * num_labels)
     ranking = np.zeros(4)  # pictures with a known label; sums of ranking loss, coverage and LRAP over them
-    for _, block, positive, known in iterate_blocks(scores, labels, "sample", label_names):
-        above = (block >= threshold) & known
-        counts += _count(above, positive)
-        if top_k is not None:
-            top_counts += _count(above & _highest(block, top_k), positive)
-        num_known += int(known.sum())
-        ranking += _ranking_sums(block, positive, known)
+    for counted, top_counted, entries, sums in map_blocks(
+        measure, scores, labels, "sample", label_names, num_threads=num_threads
+    ):
+        counts += counted
+        top_counts += top_counted
+        num_known += len(entries)
+        pooled.add(entries)
+        ranking += sums
 
     ap = precisions["non_interpolated"][rated]
     report = {
@@ -136,7 +156,7 @@ def multilabel_report(
         "mAP_voc07": precisions["voc07"][rated].mean(),
         "mAP_voc10": precisions["voc10"][rated].mean(),
         "mAP_weighted": np.average(ap, weights=counts[2, rated]),
-        "mAP_micro": _average_precisions(rank_pooled_positives(scores, labels), 1)["non_interpolated"][0],
+        "mAP_micro": _average_precisions(pooled.ranked(), 1)["non_interpolated"][0],
         "mAP_variance": ap.var(),
     }
     for name, group in members.items():
@@ -235,21 +255,64 @@ def rank_positives(scores: np.ndarray, positive: np.ndarray, known: np.ndarray) 
     )
 
 
-def rank_pooled_positives(scores: np.ndarray, labels: np.ndarray) -> RankedPositives:
-    """Ranks all positives of the matrix in one ranking of all its known entries, never holding that ranking."""
-    positives = [block[positive] for _, block, positive, _ in iterate_blocks(scores, labels, "label")]
-    value = np.sort(np.concatenate(positives))
-    predicted, below, highest = np.zeros(len(value), dtype=np.int64), np.full(len(value), -np.inf), -np.inf
-    for _, block, _, known in iterate_blocks(scores, labels, "label"):
-        ordered = np.sort(block[known])
-        highest = ordered.max(initial=highest)
-        first = np.searchsorted(ordered, value)
-        predicted += len(ordered) - first
+class PooledRanking:
+    """One ranking of all entries of a matrix, which come in parts, never held as a whole; only the ranks of the
+    positives among them are kept.
+
+    Args:
+        positive_scores: (positives,) in any order.
+        num_entries: At most so many will come.
+    """
+
+    def __init__(self, positive_scores: np.ndarray, num_entries: int):
+        self._value = np.sort(positive_scores)
+        self._predicted = np.zeros(len(self._value), dtype=np.int64)
+        self._below = np.full(len(self._value), -np.inf)
+        self._highest = -np.inf
+        # The more entries are sorted at a time, the less often the positives are looked up in them.
+        self._entries = np.empty(min(num_entries, POOLED_ENTRIES), dtype=self._value.dtype)
+        self._filled = 0
+
+    def add(self, entries: np.ndarray) -> None:
+        """(known,) scores of known entries, those of positives among them, once each."""
+        while len(entries):
+            part, entries = np.split(entries, [len(self._entries) - self._filled])
+            self._entries[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            if self._filled == len(self._entries):
+                self._count()
+
+    def _count(self) -> None:
+        ordered = self._entries[: self._filled]
+        ordered.sort()
+        self._highest = ordered.max(initial=self._highest)
+        first = np.searchsorted(ordered, self._value)
+        self._predicted += len(ordered) - first
         found = first > 0
-        below[found] = np.maximum(below[found], ordered[first[found] - 1])
-    hits = len(value) - np.searchsorted(value, value)
-    row = np.zeros(len(value), dtype=np.int64)
-    return RankedPositives(row, value[::-1], below[::-1], np.full(len(value), highest), predicted[::-1], hits[::-1])
+        self._below[found] = np.maximum(self._below[found], ordered[first[found] - 1])
+        self._filled = 0
+
+    def ranked(self) -> RankedPositives:
+        """When all entries have been added: the ranks, as of a matrix with one row."""
+        self._count()
+        value = self._value
+        return RankedPositives(
+            row=np.zeros(len(value), dtype=np.int64),
+            value=value[::-1],
+            below=self._below[::-1],
+            highest=np.full(len(value), self._highest),
+            predicted=self._predicted[::-1],
+            hits=(len(value) - np.searchsorted(value, value))[::-1],
+        )
+
+
+def rank_pooled_positives(scores: np.ndarray, labels: np.ndarray) -> RankedPositives:
+    """Ranks all positives of the matrix in one ranking of all its known entries."""
+    positives = [block[positive] for _, block, positive, _ in iterate_blocks(scores, labels, "label")]
+    pooled = PooledRanking(np.concatenate(positives), scores.shape[0] * scores.shape[1])
+    for _, block, _, known in iterate_blocks(scores, labels, "label"):
+        pooled.add(block[known])
+    return pooled.ranked()
 
 
 def check_inputs(scores, labels, label_names: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -258,9 +321,9 @@ def check_inputs(scores, labels, label_names: Sequence[str] | None = None) -> tu
     Raises:
         ValueError: any other shapes, or another number of label names.
     """
-    scores = np.asarray(scores)
+    scores = scores if isinstance(getattr(scores, "dtype", None), np.dtype) else np.asarray(scores)
     labels = labels if hasattr(labels, "tocsc") else np.asarray(labels)
-    if scores.ndim != 2 or scores.shape != labels.shape:
+    if len(scores.shape) != 2 or scores.shape != labels.shape:
         raise ValueError(
             f"scores have shape {scores.shape} and labels {labels.shape}, but both must be (n, num_labels)."
         )
@@ -281,33 +344,63 @@ def iterate_blocks(
     Yields:
         The slice along labels or samples; floating-point scores; boolean `positive` and `known`.
     """
-    by_label = by == "label"
-    size, other = scores.shape[::-1] if by_label else scores.shape
+    return map_blocks(lambda *block: block, scores, labels, by, label_names)
+
+
+def map_blocks(
+    function: Callable,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    by: str,
+    label_names: Sequence[str] | None = None,
+    *,
+    num_threads: int = 1,
+) -> Iterator:
+    """What `function` makes of each of the blocks that `iterate_blocks` yields, in their order; numpy lets go of
+    Python's lock for most of the work."""
+    size, other = scores.shape[::-1] if by == "label" else scores.shape
     if hasattr(labels, "tocsc"):
-        labels = labels.tocsc() if by_label else labels.tocsr()
+        labels = labels.tocsc() if by == "label" else labels.tocsr()
     step = max(BLOCK_ENTRIES // other, 1)
-    for start in range(0, size, step):
-        part = slice(start, min(start + step, size))
-        index = (slice(None), part) if by_label else (part, slice(None))
-        block, values = scores[index], labels[index]
-        values = values.toarray() if hasattr(values, "toarray") else values
-        if not np.issubdtype(block.dtype, np.floating):
-            block = block.astype(np.float64)
-        known = (values != UNKNOWN_LABEL) & (values == values)  # NaN differs from itself
-        positive = values == 1
-        for wrong, entries, problem in (
-            (~np.isfinite(block), block, "the score {} is not a finite number; look for an overflow in the model"),
-            (known & ~positive & (values != 0), values, "the label {} is not 1, 0 or unknown (-100, NaN); correct it"),
-        ):
-            if wrong.any():
-                row, column = (int(axis[0]) for axis in np.nonzero(wrong))
-                found = entries[row, column]
-                row, column = (row, column + start) if by_label else (row + start, column)
-                label = column if label_names is None else repr(label_names[column])
-                raise ValueError(f"Row {row}, label {label}: {problem.format(found)}.")
-        if by_label:
-            block, positive, known = (np.ascontiguousarray(array.T) for array in (block, positive, known))
-        yield part, block, positive, known
+    parts = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+    def work(part: slice):
+        return function(part, *_read_block(scores, labels, part, by == "label", label_names))
+
+    if num_threads == 1:
+        yield from map(work, parts)
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending = deque()
+        for part in parts:
+            pending.append(pool.submit(work, part))
+            if len(pending) > num_threads:  # no further ahead: results hold memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _read_block(scores, labels, part: slice, by_label: bool, label_names) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    index = (slice(None), part) if by_label else (part, slice(None))
+    block, values = np.asarray(scores[index]), labels[index]
+    values = values.toarray() if hasattr(values, "toarray") else values
+    if not np.issubdtype(block.dtype, np.floating):
+        block = block.astype(np.float64)
+    known = (values != UNKNOWN_LABEL) & (values == values)  # NaN differs from itself
+    positive = values == 1
+    for wrong, entries, problem in (
+        (~np.isfinite(block), block, "the score {} is not a finite number; look for an overflow in the model"),
+        (known & ~positive & (values != 0), values, "the label {} is not 1, 0 or unknown (-100, NaN); correct it"),
+    ):
+        if wrong.any():
+            row, column = (int(axis[0]) for axis in np.nonzero(wrong))
+            found = entries[row, column]
+            row, column = (row, column + part.start) if by_label else (row + part.start, column)
+            label = column if label_names is None else repr(label_names[column])
+            raise ValueError(f"Row {row}, label {label}: {problem.format(found)}.")
+    if by_label:
+        block, positive, known = (np.ascontiguousarray(array.T) for array in (block, positive, known))
+    return block, positive, known
 
 
 def _average_precisions_by_label(scores, labels, label_names) -> dict[str, np.ndarray]:

@@ -229,6 +229,29 @@ def test_sparse_labels_and_memory_mapped_scores(tmp_path, monkeypatch):
     assert multilabel_report(on_disk, sparse.csr_matrix(labels)) == pytest.approx(expected, abs=1e-12)
 
 
+class Computed:
+    """Scores that exist only where they are read."""
+
+    def __init__(self, scores):
+        self._scores, self.shape, self.dtype = scores, scores.shape, scores.dtype
+
+    def __getitem__(self, index):
+        return self._scores[index].copy()
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_and_blocks_change_nothing(num_threads, monkeypatch):
+    scores, labels = make(16, unknown=0.1)
+    expected = multilabel_report(scores, labels)
+    monkeypatch.setattr(functional, "BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(functional, "POOLED_ENTRIES", 77)
+    found = multilabel_report(Computed(scores), sparse.csr_matrix(labels), num_threads=num_threads)
+    assert found == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="Row 150, label 4: the score nan"):
+        scores[150, 4] = np.nan
+        multilabel_report(scores, labels, num_threads=num_threads)
+
+
 def test_blocks_bound_the_memory():
     import tracemalloc
 
