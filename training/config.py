@@ -31,8 +31,12 @@ class TrainingConfig:
     dataset_config: str | None = None  # the configuration of a Hub dataset that has several
     label_names: list[str] | None = None  # class order; null: labels.txt, else what the dataset says
     image_column: str = "image"  # the name that imagefolder gives
-    label_column: str = "labels"
+    label_column: str = "labels"  # lists, or text
+    label_columns: list[str] | None = None  # one column a label in place of label_column: 1, 0, empty for unknown;
+    # null: in a CSV without label_column every column that is no file name
     label_format: Literal["auto", "names", "ids", "multi_hot"] = "auto"
+    label_separator: str = ","  # between the labels of a text
+    picture_folder: str | None = None  # where the file names of a CSV start; null: where the CSV is
     scenes: dict = field(default_factory=dict)  # knobs of training.scenes.build_scenes, for dataset "scenes"
     fresh_scenes: bool = True  # new training scenes every epoch: drawing is free, memorising 6,000 scenes is easy
     check_pictures: bool = True  # decode every picture before the first step: one bad file ends an epoch otherwise

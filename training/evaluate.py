@@ -31,6 +31,7 @@ import modeling_hsvlt  # noqa: F401  (registers the model types, so that the cod
 
 from .data import MultiLabelDataset, build_dataloader, class_counts
 from .dataset_arguments import add_dataset_arguments, load_from_arguments
+from .exclude import without_excluded
 from .imbalance import long_tail_groups
 from .metrics.functional import per_label_report
 
@@ -120,6 +121,14 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read the labels with the checkpoint's vocabulary, for data that brings none of its own",
     )
+    parser.add_argument("--exclude", help="list of rows to leave out: exclude.txt of training.check_data")
+    for name, which in (("missing", "rows whose file does not exist"), ("unlisted", "files that no row names")):
+        parser.add_argument(
+            f"--{name}_pictures",
+            choices=("error", "skip"),
+            default="error",
+            help=f"{which}; skip leaves them out and says so; default: error",
+        )
     parser.add_argument("--scenes", type=json.loads, help="knobs of the built-in scenes, as JSON: '{\"seed\": 1}'")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures per device; default: 32")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures; default: 0")
@@ -150,20 +159,35 @@ def score_split(
     if args.use_checkpoint_labels:
         args.label_names = label_names
     with accelerator.main_process_first():  # the others then find the cache
-        splits, dataset_names = load_from_arguments(args, splits=[args.split], scenes=args.scenes)
+        split, dataset_names = load_split(args, args.split)
     order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
-    dataset = MultiLabelDataset(splits[args.split], dataset_names, processor)
+    dataset = MultiLabelDataset(split, dataset_names, processor)
     loader = build_dataloader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, processor=processor)
     with accelerator.autocast():
         scores, labels = predict(model.to(accelerator.device), loader, accelerator)
     return ScoredSplit(label_names, scores, labels[:, order], dataset.split)
 
 
+def load_split(args: argparse.Namespace, name: str) -> tuple[Dataset, list[str]]:
+    """A split of the data set that `args`, parsed `add_scoring_arguments`, names, without the rows that it excludes;
+    and its label names."""
+    splits, label_names = load_from_arguments(
+        args,
+        splits=[name],
+        scenes=args.scenes,
+        missing_pictures=args.missing_pictures,
+        unlisted_pictures=args.unlisted_pictures,
+    )
+    if args.exclude is not None:
+        splits = without_excluded(splits, args.exclude)
+    return splits[name], label_names
+
+
 def count_positives(label_names: Sequence[str], args: argparse.Namespace) -> np.ndarray:
     """(num_labels,) pictures of `args.count_split` that show each label."""
-    splits, dataset_names = load_from_arguments(args, splits=[args.count_split], scenes=args.scenes)
+    split, dataset_names = load_split(args, args.count_split)
     order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
-    return class_counts(MultiLabelDataset(splits[args.count_split], dataset_names, None), len(dataset_names))[order]
+    return class_counts(MultiLabelDataset(split, dataset_names, None), len(dataset_names))[order]
 
 
 def match_labels(label_names: Sequence[str], dataset_names: Sequence[str], checkpoint: str, dataset: str) -> list[int]:

@@ -1,4 +1,5 @@
-"""Lists of rows to leave out: written by `training.check_data`, obeyed by `training.train --exclude FILE`.
+"""Lists of rows to leave out: written by `training.check_data`, obeyed by `--exclude FILE` of
+`training.train`, `training.evaluate`, `training.thresholds` and `training.calibration`.
 
 One row a line: split, row, file, reason, with tabs between. What stands behind # is not read, so that a line can be
 taken back without losing it.
