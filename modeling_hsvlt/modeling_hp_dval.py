@@ -158,11 +158,11 @@ class HPDVALPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         base = getattr(model, model.base_model_prefix, model)
         read_anew = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ())]
+        if not model._hf_peft_config_loaded:
+            model._freeze()  # loading makes new parameters
         parts = ("text.", "prompt_ids", "text_embeddings")
         if not any(part in key for key in read_anew for part in parts) and not base.has_text_adapter():
             base.trust_text_embeddings()
-        if model is not base and not model._hf_peft_config_loaded:
-            model._freeze()  # loading makes new parameters
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *, state_dict: Mapping[str, torch.Tensor] | None = None, **kwargs):
@@ -259,6 +259,12 @@ class HPDVALModel(HPDVALPreTrainedModel):
         self.register_buffer("text_embeddings", torch.empty(*shape, config.projection_dim))
         self._text_state_of_embeddings = None
         self.post_init()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        for tower in (self.teacher, self.text):  # in no stage they train
+            if tower is not None:
+                tower.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module | None:
         return None if self.text is None else self.text.text_model.embeddings.token_embedding
@@ -268,10 +274,6 @@ class HPDVALModel(HPDVALPreTrainedModel):
 
     def train(self, mode: bool = True):
         """As in torch; what the stage keeps frozen stays in evaluation mode."""
-        ends = self.training and not mode and self.text is not None
-        if ends and any(parameter.requires_grad for parameter in self.text.parameters()):
-            # Some optimizers write through `.data`, which leaves no trace for `refresh_text_embeddings`.
-            self._text_state_of_embeddings = None
         super().train(mode)
         frozen = [self.teacher, self.text, self.student if self.config.stage == "stage2" else None]
         for tower in frozen:
@@ -280,7 +282,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
         return self
 
     def _apply(self, fn, recurse=True):
-        fits = self.text is not None and self._text_state_of_embeddings == self._text_state()
+        fits = self._text_embeddings_fit()
         super()._apply(fn, recurse)
         if fits:  # moved or cast together with the weights
             self.trust_text_embeddings()
@@ -292,20 +294,32 @@ class HPDVALModel(HPDVALPreTrainedModel):
         """Whether an adapter of peft is attached to the text tower."""
         return self.text is not None and any(hasattr(m, "adapter_layer_names") for m in self.text.modules())
 
-    def _text_state(self) -> tuple:
-        """What the embeddings depend on: which tensors, each at which version, and what the adapters do."""
-        tensors = [(t.data_ptr(), _version(t)) for t in (self.prompt_ids, *self.text.parameters())]
+    def _text_state(self) -> tuple[tuple, list[torch.Tensor]]:
+        """What the embeddings depend on: which tensors, each at which version, and what the adapters do; and those
+        tensors that may be trained, to be compared by value: fused optimizers of torch and writes through `.data`
+        raise no version."""
+        tensors = [(t.data_ptr(), t.device, t.dtype, _version(t)) for t in (self.prompt_ids, *self.text.parameters())]
         adapters = [
             (tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters, str(getattr(m, "scaling", None)))
             for m in self.text.modules()
             if hasattr(m, "adapter_layer_names")
         ]
-        return tensors, adapters
+        trainable = {id(t): t.detach() for t in self.text.parameters() if t.requires_grad}
+        trainable |= {id(t): t.detach() for t in _adapter_parameters(self.text)}
+        return (tensors, adapters, list(trainable)), list(trainable.values())
+
+    def _text_embeddings_fit(self) -> bool:
+        """Whether the text tower is as it was when `text_embeddings` were made."""
+        if self.text is None or self._text_state_of_embeddings is None:
+            return False
+        (before, copies), (now, trainable) = self._text_state_of_embeddings, self._text_state()
+        return before == now and all(map(torch.equal, copies, trainable))
 
     def trust_text_embeddings(self) -> None:
         """Takes `text_embeddings` as those of the text tower as it now is."""
         if self.text is not None:
-            self._text_state_of_embeddings = self._text_state()
+            state, trainable = self._text_state()
+            self._text_state_of_embeddings = state, [tensor.clone() for tensor in trainable]
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -313,13 +327,11 @@ class HPDVALModel(HPDVALPreTrainedModel):
         """Encodes the prompts again if the text tower, its adapters or the prompts have changed since the last time.
 
         Called in every forward pass outside training and before saving, so that an adapter can be attached, switched,
-        disabled or merged without a further thought. Only a write through `.data` in evaluation mode goes unnoticed;
-        call this with `force=True` after one. Without contexts (stage 1) both views read the hand-written prompts.
+        disabled, merged or trained by any optimizer without a further thought. Only a write through `.data` to a
+        frozen weight goes unnoticed; call this with `force=True` after one. Without contexts (stage 1) both views read
+        the hand-written prompts.
         """
-        if self.text is None:
-            return
-        state = self._text_state()
-        if state == self._text_state_of_embeddings and not force:
+        if self.text is None or (self._text_embeddings_fit() and not force):
             return
         views = [GLOBAL, LOCAL] if self.has_learned_context() else [HANDWRITTEN]
         prompts = self.prompt_ids[views].flatten(0, 1)  # (views * N, L)
@@ -328,7 +340,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
         if views == [HANDWRITTEN]:
             embeddings = embeddings.expand(3, -1, -1)
         self.text_embeddings[-len(embeddings) :] = embeddings.to(self.text_embeddings)
-        self._text_state_of_embeddings = state
+        self.trust_text_embeddings()
 
     def encode_prompts(self, prompt_ids: torch.Tensor) -> torch.Tensor:
         """Text embeddings `(R, E)` of prompts `(R, L)`, not normalised; gradients reach what requires them."""

@@ -504,6 +504,81 @@ def test_embeddings_follow_every_change_of_the_text_side(tmp_path):
     torch.testing.assert_close(loaded(pictures()).logits, fresh_logits(model))
 
 
+def adamw_step(model, fused=True):
+    """A step from gradients of the prompts alone, in whatever mode the model is; a fused one raises no version."""
+    model.hp_dval.encode_prompts(model.hp_dval.prompt_ids[GLOBAL]).square().sum().backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3, fused=fused).step()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("grad_after", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_embeddings_follow_fused_optimizers(mode, grad_after, tmp_path):
+    """Everything that is done between two fused steps and a look, in either mode."""
+    make_model().save_pretrained(tmp_path / "base")
+    base = HPDVALForImageClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, base.prompt_adapter_config())
+    model.set_stage("stage2")
+    adamw_step(base)
+    model.save_pretrained(tmp_path / "adapter")
+    model.load_adapter(tmp_path / "adapter", adapter_name="second", is_trainable=True)
+
+    def looks_fresh():
+        base.eval()
+        with torch.set_grad_enabled(grad_after):
+            logits = model(pictures()).logits
+        torch.testing.assert_close(logits.detach(), fresh_logits(base).detach())
+        base.train(mode == "train")
+        return logits.detach()
+
+    base.train(mode == "train")
+    seen = []
+    for change in (
+        lambda: None,
+        lambda: model.set_adapter("second"),
+        lambda: adamw_step(base),
+        lambda: model.base_model.disable_adapter_layers(),
+        lambda: model.base_model.enable_adapter_layers(),
+        lambda: (adamw_step(base), model.load_adapter(tmp_path / "adapter", adapter_name="second")),
+        lambda: (model.set_adapter("default"), adamw_step(base)),
+        lambda: (adamw_step(base), model.merge_adapter()),
+        lambda: model.unmerge_adapter(),
+        # Frozen after the step: what is no longer trained was trained since the last look.
+        lambda: (adamw_step(base), model.set_stage("stage1")),
+    ):
+        before = looks_fresh()
+        change()
+        seen.append((before, looks_fresh()))
+    moved = [not torch.equal(before, after) for before, after in seen]
+    assert moved[2] and moved[3] and moved[4] and moved[6] and moved[9]
+
+    model.set_stage("stage2")
+    adamw_step(base)
+    base.save_pretrained(tmp_path / "plain")
+    merged = model.merge_and_unload().eval()
+    saved = HPDVALForImageClassification.from_pretrained(tmp_path / "plain")
+    assert not torch.equal(merged(pictures()).logits, seen[-1][1])
+    torch.testing.assert_close(merged(pictures()).logits, fresh_logits(merged))
+    torch.testing.assert_close(saved(pictures()).logits, fresh_logits(merged))
+
+
+def test_a_fused_step_in_the_middle_of_evaluation_is_seen():
+    """Gradients from before, a look, the step, a look: no mode changes and nothing runs in between."""
+    model = make_model()
+    model.set_stage("stage2")
+    model.hp_dval.encode_prompts(model.hp_dval.prompt_ids[GLOBAL]).square().sum().backward()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3, fused=True)
+    with torch.inference_mode():
+        before = model(pictures()).logits
+    optimizer.step()
+    with torch.inference_mode(), count_calls(model.hp_dval.text) as text:
+        after = model(pictures()).logits
+        again = model(pictures()).logits
+    assert not torch.equal(before, after) and text.count == 1
+    torch.testing.assert_close(after, fresh_logits(model))
+    assert torch.equal(after, again)
+
+
 def test_embeddings_reach_a_compiled_model():
     model = make_model()
     model.set_stage("stage2")
