@@ -29,7 +29,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
-from .checkpoint import atomic_folder
+from .checkpoint import atomic_folder, reseal
 from .evaluate import add_scoring_arguments, load_checkpoint, score_split
 from .metrics.functional import check_inputs, iterate_blocks
 from .thresholds import fit_record, halves
@@ -300,6 +300,7 @@ def run(args: argparse.Namespace) -> Calibration:
         with atomic_folder(folder) as written:
             shutil.copytree(folder, written, dirs_exist_ok=True)  # card, processor, training state
             model.save_pretrained(written)
+            reseal(written)
         print(f"{'':<12}{'ECE':>8}{'ECE per label':>15}{'log loss':>10}")
         for words, bins in errors.items():
             values = np.nanmean(bins.ece_per_label()), mean_log_loss(stages[words], labels)

@@ -1,27 +1,35 @@
-"""What a run leaves on disk, written so that a kill at any moment leaves the last good state readable.
+"""What a run leaves on disk, written so that a kill at any moment loses no finished checkpoint.
 
-    RUN/best/    plain checkpoint (what `from_pretrained` loads) of the epoch with the highest validation mAP
-    RUN/last/    plain checkpoint of the newest weights, and in `last/training_state/` what `--resume` needs:
-                 tensors.safetensors (weights, weight average, optimizer) and state.json (everything else)
+    RUN/checkpoint-STEP/  plain checkpoint (what `from_pretrained` loads) of the weights at that step, and in
+                          training_state/ what `--resume` needs; the newest few are kept
+    RUN/best/             plain checkpoint of the epoch with the highest validation mAP
 
-A folder is written beside its place, synced, and renamed into it. Nothing is ever pickled.
+A folder is written beside its place, synced, and renamed into it, so a folder without a dot in front of its name is
+whole. checkpoint.json in it lists every file with its SHA-256, which is checked before anything is loaded. Tensors are
+safetensors, all else is JSON: nothing is pickled.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 (last/, no hashes) was never released
+MARKER = "checkpoint.json"
 STATE_FOLDER = "training_state"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or is not what was written."""
 
 
 @contextmanager
@@ -29,19 +37,26 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; when the block ends without an error it takes `target`'s place.
 
     The old `target` exists until the new one is complete and on disk. A kill between the two renames leaves it under
-    `.{name}.old`, from where `recover` brings it back.
+    `.{name}.old`, from where `recover` brings it back. An error removes what was written, so that a full disk is not
+    left full.
     """
     written, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     recover(target)
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
-    yield written
-    for path in [*written.rglob("*"), written]:
-        _sync(path)
-    if target.exists():
-        target.rename(old)
-    written.rename(target)
-    _sync(target.parent)
+    try:
+        yield written
+        for path in [*written.rglob("*"), written]:
+            _sync(path)
+        if target.exists():
+            target.rename(old)
+        written.rename(target)
+    except BaseException:
+        recover(target)
+        shutil.rmtree(written, ignore_errors=True)
+        raise
+    for folder in (target.parent, target.parent.parent):  # the name in its folder, and that folder's in its own
+        _sync(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -55,6 +70,13 @@ def recover(target: Path) -> None:
             old.rename(target)
 
 
+def recover_run(folder: Path) -> None:
+    """Undo whatever a killed run left half done in its folder: best/ is brought back, unfinished folders go."""
+    recover(folder / "best")
+    for unfinished in folder.glob(".*.new"):
+        shutil.rmtree(unfinished)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -63,112 +85,148 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(folder: Path, model: nn.Module, processor) -> None:
-    """Write weights, configuration, code and processor into `folder`: all that `from_pretrained` needs."""
-    model.save_pretrained(folder)
+# --- what is in a checkpoint
+
+
+def save_checkpoint(folder: Path, model: nn.Module, processor, state_dict: dict | None = None) -> None:
+    """Write weights, configuration, code and processor into `folder`: all that `from_pretrained` needs.
+
+    Arguments:
+        state_dict: in place of the model's own weights, a copy of them that training no longer changes.
+    """
+    model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
 
 
-def save_training_state(
-    folder: Path,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler,
-    ema: AveragedModel | None,
-    scaler: torch.amp.GradScaler | None,
-    progress: dict,
-) -> None:
-    """Write into `folder / "training_state"` what `load_training_state` gives back, bit for bit.
-
-    Arguments:
-        model: unwrapped; its training weights (not the average).
-        progress: counters and scores of the loop, anything JSON holds.
-    """
-    optimizer_state = optimizer.state_dict()
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if ema is not None:
-        tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
-    for index, values in optimizer_state["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items()}
-    state = {
-        "format_version": FORMAT_VERSION,
-        "progress": progress,
-        "param_groups": optimizer_state["param_groups"],
-        "scheduler": scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
-        "ema": ema is not None,
+def write_marker(folder: Path, **facts) -> None:
+    """Seal `folder`: list its files with their sizes and hashes, and `facts`, in checkpoint.json."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MARKER
     }
-    (folder / STATE_FOLDER).mkdir()
-    # Clones: safetensors refuses tensors that share memory (tied weights).
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, _tensors_file(folder))
-    (folder / STATE_FOLDER / "state.json").write_text(json.dumps(state, indent=1))
+    marker = {"format_version": FORMAT_VERSION, **facts, "files": files}
+    (folder / MARKER).write_text(json.dumps(marker, indent=1))
 
 
-def read_progress(folder: Path) -> dict:
-    """The `progress` that was saved in `folder`.
+def verify(folder: Path) -> dict:
+    """Hold every file of a sealed folder against its hash, and return the marker.
 
-    Raises:
-        FileNotFoundError: there is no training state to resume from.
-        ValueError: it was written in another format.
-    """
-    return _read_state(folder)["progress"]
-
-
-def load_training_state(
-    folder: Path,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler,
-    ema: AveragedModel | None,
-    scaler: torch.amp.GradScaler | None,
-) -> dict:
-    """Put everything back where `save_training_state` took it from, and return `progress`.
+    Files that were added later are no concern of the marker.
 
     Raises:
-        FileNotFoundError: there is no training state to resume from.
-        ValueError: it is of another format version, or with a weight average where this run has none, or the reverse.
+        CheckpointError: no marker, one of another format version, or a file that is missing or was changed.
     """
-    state = _read_state(folder)
-    if state["ema"] != (ema is not None):
-        raise ValueError(
-            f"{folder} was trained {'with' if state['ema'] else 'without'} a weight average: resume with the same "
-            "ema_decay, or start a new run from its weights with --init_from."
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        version, files = marker["format_version"], dict(marker["files"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {MARKER}, so it was not written by a run of this version") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MARKER} is damaged ({error!r})") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {version} and this code reads {FORMAT_VERSION}: resume with the version of "
+            "the code that wrote it, or start a new run from its weights with --init_from"
         )
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-    for name, tensor in load_file(_tensors_file(folder)).items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
-    model.load_state_dict(parts["model"])
-    if ema is not None:
-        ema.load_state_dict(parts["ema"])
-    optimizer_state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in parts["optimizer"].items():
-        index, _, field = name.partition(".")
-        optimizer_state.setdefault(int(index), {})[field] = tensor
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["param_groups"]})
-    scheduler.load_state_dict(state["scheduler"])
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
-    return state["progress"]
+    for name, expected in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{folder / MARKER} names {name!r}, which is outside its folder")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} is not what was written (its SHA-256 differs)")
+    return marker
 
 
-def _tensors_file(folder: Path) -> Path:
-    return folder / STATE_FOLDER / "tensors.safetensors"
+def reseal(folder: Path) -> None:
+    """Renew the marker, if `folder` has one, after a tool changed a file on purpose."""
+    path = folder / MARKER
+    if path.is_file():
+        marker = json.loads(path.read_text())
+        facts = {name: value for name, value in marker.items() if name not in ("format_version", "files")}
+        write_marker(folder, **facts)
 
 
-def _read_state(folder: Path) -> dict:
-    path = folder / STATE_FOLDER / "state.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no training state to resume from: start without --resume.")
-    state = json.loads(path.read_text())
-    if state["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {state['format_version']}, this code reads {FORMAT_VERSION}: resume with the "
-            "version of the code that wrote it, or start a new run from its weights with --init_from."
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- which checkpoints a run has
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoint-STEP folders, newest first."""
+    found = {int(match[1]): path for path in run.glob("*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def newest_good(run: Path) -> Path:
+    """The newest checkpoint whose hashes agree; damaged newer ones are renamed `damaged-...`, with a message.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: there are some, and none is good.
+    """
+    problems = []
+    for folder in checkpoints(run):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            problems.append((folder, str(error)))
+            continue
+        for damaged, problem in problems:
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+            print(f"{problem}: kept as {aside.name}, going back to {folder.name}.", file=sys.stderr)
+        return folder
+    if problems:
+        raise CheckpointError(
+            f"{problems[0][1]}; no checkpoint of {run} can be resumed. Start a new run, from weights that still load "
+            "with --init_from."
         )
-    return state
+    old = f"; its last/ is of format version 1: start from those weights with --init_from {run / 'last'}"
+    raise FileNotFoundError(
+        f"{run} holds no training state to resume from{old if (run / 'last').is_dir() else ': start without --resume'}."
+    )
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints."""
+    for folder in checkpoints(run)[keep:]:
+        # Renamed first: a kill in the middle of the removal must not leave a folder that looks like a checkpoint.
+        gone = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+class CheckpointWriter:
+    """Writes in a thread of its own, one checkpoint at a time, so that at most one copy of the state is in memory."""
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Run `write` in the background, after the one before it has ended."""
+        self._pending = self._thread.submit(write)
+
+    def error(self, *, wait: bool) -> BaseException | None:
+        """What the write in hand failed with; None where it went well or, without `wait`, where it is not done."""
+        if self._pending is None or not (wait or self._pending.done()):
+            return None
+        return self._pending.exception()
+
+    def close(self) -> None:
+        """Wait for the write in hand, and end the thread."""
+        self._thread.shutdown()
 
 
 def push_checkpoint(folder: Path, repo_id: str, *, private: bool) -> str:
@@ -179,6 +237,6 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool) -> str:
         repo_id=repo_id,
         folder_path=folder,
         commit_message="Upload the trained model",
-        ignore_patterns=[f"{STATE_FOLDER}/*"],
+        ignore_patterns=[f"{STATE_FOLDER}/*", MARKER],
     )
     return str(commit.commit_url)

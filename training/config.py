@@ -18,9 +18,14 @@ class TrainingConfig:
     # --- the run
     output_dir: str = "runs/hsvlt"  # config.yaml, log.jsonl, best/, last/ and results.json go here
     overwrite: bool = False  # delete what output_dir holds; off, because it may be days of work
-    resume: bool = False  # continue from output_dir/last, exactly where it stopped
+    resume: bool = False  # continue from the newest good checkpoint in output_dir, exactly
+    resume_despite: list[Literal["label_names", "dataset", "total_steps", "batches"]] = field(
+        default_factory=list
+    )  # what may differ from the run that is resumed; nothing, because it would not be the same run
     seed: int = 0  # of weights, order and augmentation; every batch has its own generator state derived from it
-    save_every_steps: int | None = None  # also save last/ inside an epoch; null: at the end of each epoch
+    save_every_steps: int | None = None  # also save inside an epoch; null: at the end of each epoch
+    keep_checkpoints: int = 2  # newest checkpoint-STEP folders that stay: where one is damaged, the other is used
+    stop_timeout: float = 60.0  # seconds to finish the step and save in after SIGINT or SIGTERM, then out in any case
     log_every_steps: int = 10  # often enough for a curve, rare enough that the device need not wait
     trackers: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, wandb, trackio, mlflow, ...
     project_name: str = "hsvlt"  # what those trackers call the project
@@ -95,6 +100,8 @@ class TrainingConfig:
     plateau_factor: float = 0.1  # as published
     plateau_patience: int = 1  # as published
     max_grad_norm: float | None = 1.0  # one odd batch must not undo an epoch; null: no clipping
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is NaN or infinite: skip leaves that step
+    # out and goes on, up to 10 times in a row; neither ever saves it
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: what `accelerate launch` was told
     ema_decay: float | None = 0.9997  # the field's usual value; its ramp makes it harmless in short runs; null: off
 
@@ -110,7 +117,8 @@ class TrainingConfig:
         hints = typing.get_type_hints(TrainingConfig)
         for key in dataclasses.fields(self):
             setattr(self, key.name, _convert(key.name, getattr(self, key.name), hints[key.name]))
-        for key in ("batch_size", "gradient_accumulation_steps", "epochs", "image_size", "log_every_steps"):
+        counts = ("batch_size", "gradient_accumulation_steps", "epochs", "image_size", "log_every_steps")
+        for key in (*counts, "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}, but must be at least 1.")
         if self.resume and self.overwrite:

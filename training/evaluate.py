@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +54,7 @@ def predict(
     dataloader: DataLoader,
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    before_batch: Callable[[], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of every picture, in the order of the dataset's rows whatever the number of processes.
 
@@ -62,6 +63,7 @@ def predict(
         dataloader: Of a `MultiLabelDataset`, built with the processor (normalised pixels); prepared or not.
         accelerator: None makes one, and moves the model to its device.
         progress: Whether the main process shows a bar.
+        before_batch: Called before every batch; may raise to end the scoring.
 
     Returns:
         Sigmoid scores and labels, both (n, num_labels) float32, on every process. Labels that a model with
@@ -84,6 +86,8 @@ def predict(
     bar = tqdm(dataloader, "Scoring", leave=False, disable=not (progress and accelerator.is_main_process))
     with torch.inference_mode():
         for batch in bar:
+            if before_batch is not None:
+                before_batch()
             if batch["pixel_values"].dtype == torch.uint8:
                 raise ValueError("The pixels are uint8; build the loader with processor=..., which normalises them.")
             # Only batches of one size: matrix products round differently for another, and how many pictures the last

@@ -1,10 +1,12 @@
 """Everything that a training run needs, built and checked before its first step: `setup` turns options into a `Run`."""
 
+import hashlib
 import json
 import math
+import os
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import GeneralTracker, on_main_process
-from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -22,14 +25,16 @@ from transformers.image_utils import PILImageResampling
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 from .augment import BatchAugmentation, build_augmentation
-from .checkpoint import load_training_state, read_progress, recover
+from .checkpoint import CheckpointError, CheckpointWriter, newest_good, recover_run, verify
 from .config import TrainingConfig
 from .data import MultiLabelDataset, build_dataloader, find_unreadable, load_multilabel_dataset, without_unreadable
 from .exclude import without_excluded
 from .imbalance import long_tail_groups
+from .interruption import StopRequest
 from .models import build_model
 from .optim import WarmupPlateau, build_ema, build_optimizer, build_scheduler
 from .scenes import DEFAULT_NUM_SCENES, SceneDataset
+from .training_state import load_training_state, read_progress
 
 
 @dataclass(kw_only=True)
@@ -51,6 +56,9 @@ class Run:
     scheduler: LambdaLR | WarmupPlateau
     total_steps: int
     progress: dict  # counters and scores; saved with every checkpoint
+    log: "JsonLinesTracker"
+    stop: StopRequest
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @property
     def evaluated_model(self) -> torch.nn.Module:
@@ -76,12 +84,9 @@ def setup(config: TrainingConfig) -> Run:
     missing = set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         raise ValueError(f"The tracker {min(missing)!r} is not installed: install it, or leave it out of trackers.")
-    if accelerator.is_main_process:
-        recover(folder / "best")
-        recover(folder / "last")
-    accelerator.wait_for_everyone()
-    if config.resume:
-        read_progress(folder / "last")  # refuses now if there is nothing to resume from
+    source = find_source(folder, accelerator) if config.resume else None  # refused now if there is none
+    if source is not None:
+        pass
     elif folder.exists() and any(folder.iterdir()) and not config.overwrite:
         raise FileExistsError(
             f"{folder} is not empty: continue that run with --resume, delete it with --overwrite, or choose another "
@@ -114,6 +119,7 @@ def setup(config: TrainingConfig) -> Run:
             seed=config.seed,
             num_workers=0 if config.cache_images else config.num_workers,
             processor=None if name == "train" else processor,
+            sparse_labels=True,
         )
         for name, dataset in data.items()
     }
@@ -141,6 +147,8 @@ def setup(config: TrainingConfig) -> Run:
         decay_all=config.decay_all,
     )
     model, optimizer, *prepared = accelerator.prepare(plain_model, optimizer, *loaders.values())
+    if accelerator.is_fsdp2 and ema is not None:  # sharded like the weights that it averages
+        ema.module = fsdp2_prepare_model(accelerator, ema.module)
     loaders = dict(zip(loaders, prepared, strict=True))
 
     steps_per_epoch = math.ceil(len(loaders["train"]) / config.gradient_accumulation_steps)
@@ -179,20 +187,28 @@ def setup(config: TrainingConfig) -> Run:
             "step": 0,  # optimizer steps
             "best_mAP": None,
             "best_epoch": None,
-            "dataset": config.dataset,
+            "skipped_steps": 0,  # those whose loss or gradient was not finite
+            "skipped_in_a_row": 0,
+            "log_bytes": 0,
+            "dataset": f"{config.dataset} ({_fingerprint(config, data)})",
             "label_names": label_names,
             "total_steps": total_steps,
+            "batches": [accelerator.num_processes, config.batch_size, config.gradient_accumulation_steps, config.seed],
         },
+        log=log,
+        stop=StopRequest(config.stop_timeout),
     )
-    if config.resume:
-        restore(run)
-        log.forget_after(run.progress["step"])
+    if source is not None:
+        restore(run, source)
+        log.cut(run.progress["log_bytes"])
     elif accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        kept = replace(config, resume=False, overwrite=False)  # for `train.py RUN/config.yaml --resume`
+        kept = replace(
+            config, resume=False, overwrite=False, resume_despite=[]
+        )  # for `train.py RUN/config.yaml --resume`
         (folder / "config.yaml").write_text(kept.to_yaml())
     accelerator.init_trackers(config.project_name, config={key: str(value) for key, value in vars(config).items()})
     accelerator.print(
@@ -268,27 +284,84 @@ def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabe
     return MultiLabelProcessor(image_processor, id2label=dict(enumerate(label_names)))
 
 
-def restore(run: Run) -> None:
-    """Continue from last/, exactly: weights, average, optimizer, schedule, place in the epoch, scores.
+def find_source(folder: Path, accelerator: Accelerator) -> Path:
+    """The checkpoint to resume from; one process looks, since the hashes of all files are checked.
 
     Raises:
-        ValueError: it was another run: other labels, data or number of steps.
+        FileNotFoundError, ValueError: there is none, or none that is good.
     """
-    saved = read_progress(run.folder / "last")
-    for key in ("label_names", "dataset", "total_steps"):
-        if saved[key] != run.progress[key]:
+    found: list = [None, None]
+    if accelerator.is_main_process:
+        recover_run(folder)
+        try:
+            found[0] = newest_good(folder)
+        except (CheckpointError, FileNotFoundError) as error:
+            found[1] = error
+    path, error = broadcast_object_list(found)
+    if error is not None:
+        raise error if isinstance(error, FileNotFoundError) else ValueError(str(error))
+    return path
+
+
+def restore(run: Run, source: Path) -> None:
+    """Continue from `source`, exactly: weights, average, optimizer, schedule, place in the epoch, scores.
+
+    Raises:
+        ValueError: it was another run (other labels, data, number of steps or batches), and `resume_despite` does not
+            say so.
+    """
+    saved, new = read_progress(source), run.progress
+    same = ("label_names", "dataset", "total_steps", "batches")
+    for key in same:
+        if saved[key] != new[key] and key not in run.config.resume_despite:
+            words = " (processes, pictures a batch, batches a step, seed)" if key == "batches" else ""
             raise ValueError(
-                f"{run.folder} was trained with {key} {saved[key]!r}, not {run.progress[key]!r}: resume with the "
-                "options in its config.yaml, or start a new run from its weights with --init_from."
+                f"{run.folder} was trained with {key} {saved[key]!r}, not {new[key]!r}{words}: resume with the options "
+                f"in its config.yaml, allow the change with --resume_despite '[{key}]', or start a new run from its "
+                "weights with --init_from."
             )
     run.progress = load_training_state(
-        run.folder / "last",
+        source,
         model=run.plain_model,
         optimizer=run.optimizer.optimizer,
         scheduler=run.scheduler,
         ema=run.ema,
         scaler=run.accelerator.scaler,
-    )
+    ) | {key: new[key] for key in same}
+    if saved["batches"] != new["batches"]:  # the same pictures of the epoch are done, but for a part of a step
+        pictures = saved["batch"] * saved["batches"][0] * saved["batches"][1]
+        accumulated = run.config.gradient_accumulation_steps
+        run.progress["batch"] = pictures // (new["batches"][0] * new["batches"][1] * accumulated) * accumulated
+    if saved["dataset"] != new["dataset"]:
+        run.progress["batch"] = 0
+    problem = None
+    if run.progress["best_epoch"] is not None and run.accelerator.is_main_process:
+        problem = _problem_with(run.folder / "best")
+    (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        run.accelerator.print(f"{problem}: the best epoch is chosen anew.")
+        run.progress |= {"best_mAP": None, "best_epoch": None}
+
+
+def _problem_with(best: Path) -> str | None:
+    if not best.is_dir():
+        return f"{best} is missing"
+    try:
+        verify(best)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _fingerprint(config: TrainingConfig, data: dict[str, MultiLabelDataset]) -> str:
+    """What tells a dataset from another under the same name: the labels of all its pictures, in order."""
+    digest = hashlib.sha256(json.dumps(config.scenes, sort_keys=True).encode())
+    for name in ("train", "validation"):
+        labels = data[name].sparse_labels
+        digest.update(f"{name} {len(data[name])}".encode())
+        for array in () if labels is None else (labels.starts, labels.ids, labels.values, labels.default):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return f"{len(data['train'])} + {len(data['validation'])} pictures, {digest.hexdigest()[:16]}"
 
 
 class JsonLinesTracker(GeneralTracker):
@@ -314,9 +387,16 @@ class JsonLinesTracker(GeneralTracker):
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
+    def size(self) -> int:
+        """Bytes written so far, which are on disk when this returns."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
+
     @on_main_process
-    def forget_after(self, step: int) -> None:
-        """Drop what an interrupted run logged after the step that is resumed from."""
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    def cut(self, size: int) -> None:
+        """Drop what an interrupted run logged after the checkpoint that is resumed from."""
+        if self.path.exists() and self.path.stat().st_size > size:
+            os.truncate(self.path, size)

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
+from .checkpoint import reseal
 from .evaluate import add_scoring_arguments, load_checkpoint, score_split
 from .metrics.functional import (
     RankedPositives,
@@ -261,6 +262,7 @@ def run(args: argparse.Namespace) -> np.ndarray:
             labels, args.objective, args.target, args.min_positives, dataset=args.dataset, split=args.split
         )
         store_thresholds(folder, thresholds, info)
+        reseal(folder)
         print(f"{'':<10}{'CP':>8}{'CR':>8}{'OP':>8}{'OR':>8}{'F1 macro':>10}{'F1 micro':>10}")
         rows = [("0.5" if before is None else "as it was", old), ("fitted", new)]
         decided = held_out_decisions(scores, labels, args.objective, args.target, min_positives=args.min_positives)

@@ -10,7 +10,8 @@
     accelerate launch -m training.train runs/NAME/config.yaml --resume
 
 Every option, with the reason for its default, is in training/config.py. The run folder holds config.yaml, log.jsonl,
-best/ (the checkpoint to use), last/ (to resume from) and results.json.
+best/ (the checkpoint to use), checkpoint-STEP/ (to resume from) and results.json. SIGINT (Ctrl-C) and SIGTERM end a run
+after the step in hand, with everything saved and exit status 0.
 """
 
 import inspect
@@ -23,91 +24,70 @@ import time
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification
 
-from .checkpoint import atomic_folder, push_checkpoint, read_progress, save_checkpoint, save_training_state
+from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+
+from .checkpoint import (
+    MARKER,
+    CheckpointError,
+    atomic_folder,
+    checkpoints,
+    push_checkpoint,
+    save_checkpoint,
+    verify,
+    write_marker,
+)
 from .config import TrainingConfig, parse_config
 from .data import normalize_pixels
 from .evaluate import predict
+from .interruption import Stopped
 from .metrics.functional import multilabel_report
 from .optim import WarmupPlateau
 from .run import Run, setup
+from .saving import check_writer, save
+from .sparse_labels import row_namer
 from .thresholds import fit_thresholds, store_thresholds, threshold_info
+
+MAX_SKIPPED_STEPS = 10  # one after the other: by then it is the run that is wrong, not a picture
 
 
 def fit(run: Run) -> None:
-    """Train until the steps are done or validation mAP stops rising; keep best/ and last/ up to date.
+    """Train until the steps are done or validation mAP stops rising; keep checkpoints and best/ up to date.
 
     Nothing random is drawn from a generator that lives on from step to step: each batch seeds all generators from
     (seed, epoch, batch, process). A resumed run therefore needs no generator states to continue exactly.
 
     Raises:
+        Stopped: by SIGINT or SIGTERM; everything is saved.
         FloatingPointError: the loss or the gradient is not finite. Nothing of that step is saved.
+        CheckpointError: a checkpoint could not be written; those before it stay.
     """
-    config, accelerator, progress = run.config, run.accelerator, run.progress
+    accelerator, progress = run.accelerator, run.progress
     bar = tqdm(
         total=run.total_steps, initial=progress["step"], unit="step", disable=not accelerator.is_main_process,
         dynamic_ncols=True,
     )  # fmt: skip
-    while progress["step"] < run.total_steps and not _stops_early(run):
-        epoch, loader = progress["epoch"], run.loaders["train"]
-        if progress["batch"]:
-            loader = accelerator.skip_first_batches(loader, progress["batch"])
-        loader.set_epoch(epoch)
-        run.train_data.set_epoch(epoch)
-        run.model.train()
-        bar.set_description(f"epoch {epoch + 1}")
-        loss_sum, pictures, start = 0.0, 0, time.perf_counter()
-        for batch in loader:
-            seeds = np.random.SeedSequence((config.seed, epoch, progress["batch"], accelerator.process_index))
-            set_seed(int(seeds.generate_state(1)[0]))
-            with accelerator.accumulate(run.model):
-                pixel_values, labels = batch["pixel_values"], batch["labels"]
-                if run.augmentation is not None:
-                    pixel_values, labels = run.augmentation(pixel_values / 255, labels)
-                    pixel_values = pixel_values * 255
-                loss = run.model(pixel_values=normalize_pixels(pixel_values, run.processor), labels=labels).loss
-                accelerator.backward(loss)
-                norm = None
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-                _check_finite(run, loss, norm, batch)
-                run.optimizer.step()
-                run.optimizer.zero_grad()
-            progress["batch"] += 1
-            pictures += len(labels)
-            loss_sum += loss.detach() / config.gradient_accumulation_steps
-            if not accelerator.sync_gradients:
-                continue
-            progress["step"] += 1
-            learning_rate = max(group["lr"] for group in run.optimizer.param_groups)
-            if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradient overflowed
-                run.scheduler.step()
-                if run.ema is not None:
-                    run.ema.update_parameters(run.plain_model)
-            bar.update()
-            if progress["step"] % config.log_every_steps == 0:
-                seconds = time.perf_counter() - start
-                values = {
-                    "epoch": epoch + progress["batch"] / len(run.loaders["train"]),
-                    "train/loss": accelerator.reduce(loss_sum, "mean").item(),
-                    "train/grad_norm": norm.item(),
-                    "train/learning_rate": learning_rate,
-                    "train/pictures_per_second": pictures * accelerator.num_processes / seconds,
-                }
-                accelerator.log(values, step=progress["step"])
-                bar.set_postfix(loss=values["train/loss"], best_mAP=progress["best_mAP"] or 0.0)
-                pictures, start = 0, time.perf_counter()
-            loss_sum = 0.0
-            if progress["step"] == run.total_steps:
-                break
-            if config.save_every_steps and progress["step"] % config.save_every_steps == 0:
-                save_last(run)
-        progress["epoch"], progress["batch"] = epoch + 1, 0
-        validate(run)
-        save_last(run)
-    bar.close()
+    with bar:
+        try:
+            # An epoch that has batches behind it is validated, even if no step is left.
+            while (progress["batch"] or progress["step"] < run.total_steps) and not _stops_early(run):
+                if progress["step"] < run.total_steps:
+                    train_epoch(run, bar)
+                is_best = validate(run)
+                progress["epoch"], progress["batch"] = progress["epoch"] + 1, 0
+                save(run, best=is_best)
+            if progress["best_epoch"] is None:  # best/ was lost, and no epoch is left to make another
+                validate(run)
+                save(run, best=True)
+        except Stopped:
+            save(run)
+            check_writer(run, wait=True)
+            raise
+        check_writer(run, wait=True)
     if progress["step"] < run.total_steps:
         accelerator.print(f"Stopped early: no better validation mAP since epoch {progress['best_epoch']}.")
 
@@ -117,61 +97,173 @@ def _stops_early(run: Run) -> bool:
     return None not in (patience, best_epoch) and run.progress["epoch"] - best_epoch >= patience
 
 
-def _check_finite(run: Run, loss: torch.Tensor, norm: torch.Tensor | None, batch: dict) -> None:
+def train_epoch(run: Run, bar: tqdm) -> None:
+    """The steps of an epoch, from `progress["batch"]` on."""
+    config, accelerator, progress = run.config, run.accelerator, run.progress
+    epoch, loader = progress["epoch"], run.loaders["train"]
+    if progress["batch"]:
+        loader = accelerator.skip_first_batches(loader, progress["batch"])
+    loader.set_epoch(epoch)
+    run.train_data.set_epoch(epoch)
+    run.model.train()
+    bar.set_description(f"epoch {epoch + 1}")
+    pictures, start = 0, time.perf_counter()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss and rows of each batch of the step
+    for batch in loader:
+        seeds = np.random.SeedSequence((config.seed, epoch, progress["batch"], accelerator.process_index))
+        set_seed(int(seeds.generate_state(1)[0]))
+        with accelerator.accumulate(run.model):
+            pixel_values, labels = batch["pixel_values"], batch["labels"].to_dense()
+            if run.augmentation is not None:
+                pixel_values, labels = run.augmentation(pixel_values / 255, labels)
+                pixel_values = pixel_values * 255
+            labels, share = _share_of_batch(run, labels)
+            loss = run.model(pixel_values=normalize_pixels(pixel_values, run.processor), labels=labels).loss * share
+            accelerator.backward(loss)
+            seen.append((loss.detach(), batch["index"]))
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2's is sharded
+                finite, stop, failed = _agree(run, seen, norm)
+                if finite:
+                    run.optimizer.step()
+                else:
+                    _name_nonfinite(run, seen)
+                    progress["skipped_steps"] += 1
+                    if accelerator.scaler is not None:
+                        accelerator.scaler.update()
+            run.optimizer.zero_grad()
+        progress["batch"] += 1
+        pictures += len(labels)
+        if not accelerator.sync_gradients:
+            continue
+        progress["step"] += 1
+        learning_rate = max(group["lr"] for group in run.optimizer.param_groups)
+        if not finite:
+            run.scheduler.step()
+            progress["skipped_in_a_row"] += 1
+            if progress["skipped_in_a_row"] == MAX_SKIPPED_STEPS:
+                raise FloatingPointError(f"{MAX_SKIPPED_STEPS} steps one after the other were not finite, see above.")
+        elif not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradient overflowed
+            progress["skipped_in_a_row"] = 0
+            run.scheduler.step()
+            if run.ema is not None:
+                run.ema.update_parameters(run.plain_model)
+        bar.update()
+        if progress["step"] % config.log_every_steps == 0:
+            seconds = time.perf_counter() - start
+            values = {
+                "epoch": epoch + progress["batch"] / len(run.loaders["train"]),
+                "train/loss": accelerator.reduce(sum(loss for loss, _ in seen), "mean").item()
+                / config.gradient_accumulation_steps,
+                "train/grad_norm": norm.item(),
+                "train/learning_rate": learning_rate,
+                "train/skipped_steps": progress["skipped_steps"],
+                "train/pictures_per_second": pictures * accelerator.num_processes / seconds,
+            }
+            if accelerator.scaler is not None:
+                values["train/grad_scale"] = accelerator.scaler.get_scale()
+            accelerator.log(values, step=progress["step"])
+            bar.set_postfix(loss=values["train/loss"], best_mAP=progress["best_mAP"] or 0.0)
+            pictures, start = 0, time.perf_counter()
+        seen = []
+        if failed:
+            check_writer(run, wait=True)
+        if stop:
+            raise Stopped
+        if progress["step"] == run.total_steps:
+            break
+        if config.save_every_steps and progress["step"] % config.save_every_steps == 0:
+            save(run)
+
+
+def _share_of_batch(run: Run, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Labels of a process's batch, and what its loss counts for, so that any number of processes trains alike.
+
+    The mean of the processes' losses, which DDP's gradients belong to, has to be the mean over all known labels of all
+    processes. And where the pictures of an epoch do not divide by the processes, accelerate fills the last batches up
+    with pictures from the first; their labels are unknown here, so that no picture counts twice.
+    """
+    accelerator, loader = run.accelerator, run.loaders["train"]
+    if accelerator.num_processes == 1:
+        return labels, 1.0
+    per_process = run.config.batch_size
+    left = len(run.train_data) % (per_process * accelerator.num_processes)
+    if left and run.progress["batch"] == len(loader) - 1:
+        place = accelerator.process_index * per_process + torch.arange(len(labels), device=labels.device)
+        labels = labels.masked_fill((place >= left)[:, None], UNKNOWN_LABEL)
+    known = (labels != UNKNOWN_LABEL).sum().float()
+    everywhere = accelerator.reduce(known, "sum").clamp(min=1)
+    return labels, known * accelerator.num_processes / everywhere
+
+
+def _agree(run: Run, seen: list, norm: torch.Tensor) -> tuple[bool, bool, bool]:
+    """What every process has to do at the same step: was it finite, is a stop wanted, did a save fail?"""
     # With fp16 an infinite gradient is ordinary: the scaler skips the step and lowers its scale.
-    fine = torch.isfinite(loss.detach())
-    if norm is not None and run.accelerator.scaler is None:
+    fine = torch.stack([loss for loss, _ in seen]).isfinite().all()
+    if run.accelerator.scaler is None:
         fine = fine & torch.isfinite(norm)
-    if not fine:
-        what = "loss" if not torch.isfinite(loss) else "gradient"
+    flags = [~fine, run.stop.signal is not None, run.writer.error(wait=False) is not None]
+    flags = torch.stack([torch.as_tensor(flag, device=fine.device).float() for flag in flags])
+    broken, stop, failed = run.accelerator.reduce(flags, "sum").tolist()
+    return not broken, bool(stop), bool(failed)
+
+
+def _name_nonfinite(run: Run, seen: list) -> None:
+    """Say which pictures a step that is not finite had; raise where that is to end the run."""
+    bad = [rows for loss, rows in seen if not loss.isfinite()]
+    named = row_namer(run.train_data.split) if run.train_data.sparse_labels is not None else lambda row: f"row {row}"
+    mine = [named(row) for rows in bad for row in rows.tolist()]
+    names = gather_object(mine)
+    what = "loss" if names else "gradient"
+    names = names or gather_object([named(row) for _, rows in seen for row in rows.tolist()])
+    listing = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
+    message = (
+        f"The {what} is not finite at step {run.progress['step'] + 1} (epoch {run.progress['epoch'] + 1}, batch "
+        f"{run.progress['batch'] + 1}, train: {listing})"
+    )
+    if run.config.on_nonfinite == "stop":
         raise FloatingPointError(
-            f"The {what} is not finite at step {run.progress['step'] + 1} (epoch {run.progress['epoch'] + 1}, rows "
-            f"{batch['index'].tolist()} of the train split): lower learning_rate, lengthen the warm-up, lower "
-            "max_grad_norm, or train in bf16 or fp32 in place of fp16; --resume continues from the last good save."
+            f"{message}: look at these pictures and labels, lower learning_rate, lengthen the warm-up, lower "
+            "max_grad_norm, or train in bf16 or fp32 in place of fp16; --resume continues from the last good save, "
+            "--on_nonfinite skip leaves such steps out."
         )
+    if run.accelerator.is_main_process:
+        tqdm.write(f"{message}: left out.", file=sys.stderr)
 
 
 def evaluate(run: Run, model: torch.nn.Module, split: str) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Scores and labels (pictures, num_labels) of a whole split, and its metrics."""
+    """Scores and labels (pictures, num_labels) of a whole split, and its metrics.
+
+    Raises:
+        Stopped: between two batches, by SIGINT or SIGTERM.
+    """
+
+    def stop() -> None:
+        wanted = torch.tensor(float(run.stop.signal is not None), device=run.accelerator.device)
+        if run.accelerator.reduce(wanted, "sum").item():
+            raise Stopped
+
     with run.accelerator.autocast():
-        scores, labels = predict(model, run.loaders[split], run.accelerator)
+        scores, labels = predict(model, run.loaders[split], run.accelerator, before_batch=stop)
     return scores, labels, multilabel_report(scores, labels, groups=run.groups)
 
 
-def validate(run: Run) -> None:
-    """End an epoch: score the validation split, log it, keep the checkpoint if it is the best."""
+def validate(run: Run) -> bool:
+    """End an epoch: score the validation split and log it. Returns whether it is the best so far."""
     progress, accelerator = run.progress, run.accelerator
     report = evaluate(run, run.evaluated_model, "validation")[2]
     if isinstance(run.scheduler, WarmupPlateau):
         run.scheduler.step_metric(report["mAP"])
+    epoch = progress["epoch"] + 1
     values = {f"validation/{name}": value for name, value in report.items()}
-    accelerator.log({"epoch": progress["epoch"], **values}, step=progress["step"])
+    accelerator.log({"epoch": epoch, **values}, step=progress["step"])
     is_best = progress["best_mAP"] is None or report["mAP"] > progress["best_mAP"]
-    if accelerator.is_main_process:
-        tqdm.write(f"epoch {progress['epoch']}: validation mAP {report['mAP']:.4f}{' (best)' if is_best else ''}")
     if is_best:
-        progress["best_mAP"], progress["best_epoch"] = report["mAP"], progress["epoch"]
-        if accelerator.is_main_process:
-            with atomic_folder(run.folder / "best") as folder:
-                save_checkpoint(folder, run.evaluated_model, run.processor)
-    accelerator.wait_for_everyone()
-
-
-def save_last(run: Run) -> None:
-    """Replace last/ by the state of now."""
-    if run.accelerator.is_main_process:
-        with atomic_folder(run.folder / "last") as folder:
-            save_checkpoint(folder, run.evaluated_model, run.processor)
-            save_training_state(
-                folder,
-                model=run.plain_model,
-                optimizer=run.optimizer.optimizer,
-                scheduler=run.scheduler,
-                ema=run.ema,
-                scaler=run.accelerator.scaler,
-                progress=run.progress,
-            )
-    run.accelerator.wait_for_everyone()
+        progress["best_mAP"], progress["best_epoch"] = report["mAP"], epoch
+    if accelerator.is_main_process:
+        tqdm.write(f"epoch {epoch}: validation mAP {report['mAP']:.4f}{' (best)' if is_best else ''}")
+    return is_best
 
 
 def finish(run: Run) -> dict:
@@ -181,7 +273,10 @@ def finish(run: Run) -> dict:
         What results.json holds.
     """
     config, accelerator, folder = run.config, run.accelerator, run.folder / "best"
-    model = type(run.plain_model).from_pretrained(folder).to(accelerator.device)
+    accelerator.wait_for_everyone()
+    if (folder / MARKER).exists():
+        verify(folder)
+    model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True).to(accelerator.device)
     scores, labels, validation = evaluate(run, model, "validation")
     how = {"objective": config.threshold_objective, "target": config.threshold_target}
     fitted = fit_thresholds(scores, labels, **how, label_names=run.train_data.label_names)
@@ -203,6 +298,7 @@ def finish(run: Run) -> dict:
     if accelerator.is_main_process:
         with atomic_folder(folder) as new:
             save_checkpoint(new, model, run.processor)
+            write_marker(new, step=run.progress["step"], epoch=run.progress["best_epoch"])
         (run.folder / "results.json").write_text(json.dumps(results, indent=1))
         if config.push_to_hub:
             accelerator.print(f"Pushed: {push_checkpoint(folder, config.push_to_hub, private=config.hub_private)}")
@@ -214,7 +310,12 @@ def finish(run: Run) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line: 0 when all is done, 2 when the run was refused, 1 when it broke, 130 after Ctrl-C."""
+    """Run the command line.
+
+    Returns:
+        0 when all is done, or when SIGINT or SIGTERM ended it with everything saved; 2 when the run was refused, 1 when
+        it broke, 130 when a second signal ended it at once.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if "-h" in arguments or "--help" in arguments:
         options = inspect.getsource(TrainingConfig).partition(":\n")[2].partition("\n\n    def ")[0]
@@ -226,28 +327,39 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    status = 0
     try:
-        fit(run)
-        finish(run)
-    except FloatingPointError as error:
+        with run.stop:
+            fit(run)
+            finish(run)
+    except Stopped:
+        _say_what_is_kept(run, f"Stopped by {run.stop.signal or 'a signal to another process'}")
+    except (FloatingPointError, CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        status = 1
     except KeyboardInterrupt:
-        last = run.folder / "last"
-        if not run.accelerator.is_main_process:
-            pass
-        elif last.exists():
-            kept = f"{run.folder} keeps step {read_progress(last)['step']} in last/ and the best epoch in best/"
-            print(f"\nInterrupted. {kept}; continue with `{run.folder}/config.yaml --resume`.", file=sys.stderr)
-        else:
-            print("\nInterrupted before the first save: there is nothing to continue from.", file=sys.stderr)
-        return 130
+        _say_what_is_kept(run, "Interrupted")
+        status = 130
     finally:
+        run.writer.close()
         # DistributedDataParallel must not hold the last reference to the process group: it would drop that with
         # Python's lock in hand, join gloo's threads, and hang where one of them waits for the lock (torch 2.13).
         (run.model,) = run.accelerator.free_memory(run.model)
-    run.accelerator.end_training()
-    return 0
+    if status == 0:
+        run.accelerator.end_training()
+    return status
+
+
+def _say_what_is_kept(run: Run, what: str) -> None:
+    if not run.accelerator.is_main_process:
+        return
+    run.writer.error(wait=True)
+    kept = checkpoints(run.folder)
+    if kept:
+        words = f"{kept[0]} is whole; continue with `{run.folder}/config.yaml --resume`"
+    else:
+        words = "before the first save; there is nothing to continue from"
+    print(f"\n{what} at step {run.progress['step']}: {words}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

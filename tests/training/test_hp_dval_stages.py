@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import training.train
 from modeling_hsvlt import HPDVALForImageClassification
+from training.checkpoint import checkpoints
 from training.config import TrainingConfig, parse_config
 from training.models import build_model
 from training.train import main
@@ -111,14 +112,14 @@ def test_joint_training_resumes_exactly(tmp_path, clip, monkeypatch):
         calls.append(run)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        validate(run)
+        return validate(run)
 
     with monkeypatch.context() as patch:
         patch.setattr(training.train, "validate", interrupted)
         assert command("hp_dval_joint.yaml", tmp_path / "halves", **options) == 130
     reset_accelerate()
     assert main([str(tmp_path / "halves" / "config.yaml"), "--resume"]) == 0
-    whole, halves = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "halves"))
+    whole, halves = (load_file(checkpoints(tmp_path / name)[0] / "model.safetensors") for name in ("whole", "halves"))
     assert not changed(whole, halves)
 
 

@@ -1,10 +1,12 @@
 """What is refused, built and checked before the first step, through the command itself."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
+from training.checkpoint import newest_good
 from training.scenes import SCENE_LABELS
 from training.train import main
 
@@ -105,6 +107,20 @@ def test_resume_refuses_another_run(finished, tmp_path, capsys):
     assert "label_names" in capsys.readouterr().err
     assert main([config, "--resume", "--output_dir", str(tmp_path / "nothing")]) == 2
     assert "start without --resume" in capsys.readouterr().err
+    assert main([config, "--resume", "--batch_size", "6"]) == 2
+    assert "total_steps" in capsys.readouterr().err
+    assert main([config, "--resume", "--seed", "1"]) == 2
+    assert "batches [1, 8, 1, 0], not [1, 8, 1, 1]" in capsys.readouterr().err
+    assert main([config, "--resume", "--scenes.max_size", "18"]) == 2
+    assert "dataset 'scenes (48 + 24 pictures, " in capsys.readouterr().err
+
+
+def test_resume_takes_a_change_that_is_allowed(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    options = ["--output_dir", str(folder), "--resume", "--resume_despite", "[total_steps, batches]"]
+    assert main([str(finished / "config.yaml"), *options, "--epochs", "3", "--batch_size", "12"]) == 0
+    assert newest_good(folder).name == "checkpoint-12"  # 12 steps are what three epochs of 4 batches make
 
 
 def test_a_used_folder_is_refused_unless_told(finished, recipe, tmp_path, capsys):

@@ -1,7 +1,10 @@
 """The command itself, on a model a few channels wide and a few dozen built-in scenes."""
 
+import errno
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +17,10 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
+import training.saving
 import training.train
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+from training.checkpoint import checkpoints, verify
 from training.config import TrainingConfig, parse_config
 from training.data import MultiLabelCollator, MultiLabelDataset, build_dataloader, load_multilabel_dataset
 from training.run import build_processor
@@ -51,7 +56,7 @@ def log_of(folder, *, timeless=True):
 
 
 def tensors_of(folder):
-    return load_file(folder / "last" / "training_state" / "tensors.safetensors")
+    return load_file(checkpoints(folder)[0] / "training_state" / "tensors.safetensors")
 
 
 def score(folder, split="validation"):
@@ -81,7 +86,10 @@ def test_the_loss_falls_and_everything_is_logged(finished):
 
 
 def test_the_run_folder_is_whole_and_its_config_reads_back(finished, recipe):
-    assert {path.name for path in finished.iterdir()} == {"best", "last", "config.yaml", "log.jsonl", "results.json"}
+    files = {"config.yaml", "log.jsonl", "results.json"}
+    assert {path.name for path in finished.iterdir()} == {"best", "checkpoint-6", "checkpoint-12", *files}
+    for folder in ("best", "checkpoint-6", "checkpoint-12"):
+        assert "model.safetensors" in verify(finished / folder)["files"]
     expected = parse_config([recipe, "--output_dir", str(finished), "--evaluate_test"])
     assert parse_config([str(finished / "config.yaml")]) == expected
     assert {"config.json", "model.safetensors", "modeling_hsvlt.py", "processing_multilabel.py"} <= {
@@ -115,8 +123,8 @@ def test_best_has_thresholds_that_beat_one_half_on_validation(finished):
     assert list(results["thresholds"].values()) == pytest.approx(thresholds.tolist())
 
 
-def test_last_holds_the_weight_average_and_the_weights(finished):
-    tensors, plain = tensors_of(finished), load_file(finished / "last" / "model.safetensors")
+def test_a_checkpoint_holds_the_weight_average_and_the_weights(finished):
+    tensors, plain = tensors_of(finished), load_file(finished / "checkpoint-12" / "model.safetensors")
     for name, tensor in plain.items():
         assert torch.equal(tensor, tensors[f"ema.module.{name}"])
     assert any(not torch.equal(tensors[f"model.{name}"], tensor) for name, tensor in plain.items())
@@ -130,17 +138,25 @@ def test_the_test_split_is_scored_once_at_the_end(finished):
     assert not any("test" in key for line in log_of(finished) for key in line)
 
 
-def interrupt(monkeypatch, at_batch):
-    """Ctrl-C in the middle of batch `at_batch` (counted over the whole run)."""
+def interrupt(monkeypatch, at_batch, how):
+    """`how` is called in the middle of batch `at_batch` (counted over the whole run)."""
     batches = iter(range(10_000))
     plain = training.train.normalize_pixels
 
     def normalize_pixels(*arguments):
         if next(batches) == at_batch:
-            raise KeyboardInterrupt
+            how()
         return plain(*arguments)
 
     monkeypatch.setattr(training.train, "normalize_pixels", normalize_pixels)
+
+
+def at_once():
+    raise KeyboardInterrupt
+
+
+def sigterm():
+    signal.raise_signal(signal.SIGTERM)
 
 
 RESUME = [
@@ -155,22 +171,30 @@ RESUME = [
 PLAIN = ["--scheduler", "plateau", "--ema_decay", "null", "--fresh_scenes", "false"]
 
 
-# Batches of epoch 1: 0 to 9. Interrupted inside it, at the start of epoch 2, and inside that.
-@pytest.mark.parametrize(("at_batch", "options"), [(7, []), (11, []), (18, []), (18, PLAIN)])
+# Batches of epoch 1: 0 to 9. Ended at once inside it, at the start of epoch 2, and inside that; or asked to stop.
+@pytest.mark.parametrize(
+    ("at_batch", "how", "saved", "options"),
+    [(7, at_once, 2, []), (11, sigterm, 6, []), (18, at_once, 8, []), (16, sigterm, 9, PLAIN)],
+)
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
-    recipe, tmp_path, tmp_path_factory, monkeypatch, capsys, at_batch, options
+    recipe, tmp_path, tmp_path_factory, monkeypatch, capsys, at_batch, how, saved, options
 ):
     whole = tmp_path_factory.getbasetemp() / f"whole{len(options)}"
     if not whole.exists():
         assert main([recipe, "--output_dir", str(whole), *RESUME, *options]) == 0
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt(patch, at_batch)
-        assert main([recipe, "--output_dir", str(folder), *RESUME, *options]) == 130
-    saved = {7: 2, 11: 5, 18: 8}[at_batch]
-    assert f"keeps step {saved} in last/" in capsys.readouterr().err
+        interrupt(patch, at_batch, how)
+        assert main([recipe, "--output_dir", str(folder), *RESUME, *options]) == (130 if how is at_once else 0)
+    said = capsys.readouterr().err
+    assert f"checkpoint-{saved} is whole" in said and ("Stopped by SIGTERM" in said) == (how is sigterm)
+    assert checkpoints(folder)[0].name == f"checkpoint-{saved}"
     torch.manual_seed(at_batch)  # whatever state the new process starts in
     assert main([str(folder / "config.yaml"), "--resume"]) == 0
+    assert_same_end(whole, folder)
+
+
+def assert_same_end(whole, folder):
     expected, got = tensors_of(whole), tensors_of(folder)
     assert expected.keys() == got.keys()
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
@@ -180,25 +204,99 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     assert (whole / "results.json").read_text() == (folder / "results.json").read_text()
 
 
+def test_a_stop_during_validation_saves_and_the_validation_is_done_again(finished, recipe, tmp_path, monkeypatch):
+    folder, plain = tmp_path / "run", training.train.predict
+
+    def predict(*arguments, **options):
+        sigterm()
+        return plain(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.train, "predict", predict)
+        assert main([recipe, "--output_dir", str(folder), "--evaluate_test"]) == 0
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-6"] and not (folder / "best").exists()
+    assert main([str(folder / "config.yaml"), "--resume"]) == 0
+    assert_same_end(finished, folder)
+
+
+def test_damage_is_survived(finished, tmp_path, capsys):
+    """The newest checkpoint and best/ are both hit: the run goes back one epoch and ends as it would have."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for path in (folder / "checkpoint-12/training_state/tensors.safetensors", folder / "best/model.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    assert main([str(finished / "config.yaml"), "--output_dir", str(folder), "--resume"]) == 0
+    said = capsys.readouterr()
+    assert "going back to checkpoint-6" in said.err and "the best epoch is chosen anew" in said.out
+    expected, got = tensors_of(finished), tensors_of(folder)
+    assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
+    verify(folder / "best")
+
+
 def test_interrupted_before_the_first_save(recipe, tmp_path, monkeypatch, capsys):
-    interrupt(monkeypatch, 1)
+    interrupt(monkeypatch, 1, at_once)
     assert main([recipe, "--output_dir", str(tmp_path / "run")]) == 130
     assert "nothing to continue from" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(recipe, tmp_path, monkeypatch, capsys):
-    batches = iter(range(100))
-    plain = training.train.normalize_pixels
+def test_a_save_that_fails_ends_the_run_and_leaves_what_there_was(finished, recipe, tmp_path, monkeypatch, capsys):
+    folder, plain, saves = tmp_path / "run", training.saving.write_marker, iter(range(100))
+
+    def write_marker(target, **facts):
+        if next(saves) == 2:  # best/ and checkpoint-6 went well
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(target, **facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.saving, "write_marker", write_marker)
+        assert main([recipe, "--output_dir", str(folder), "--evaluate_test"]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "--resume continues from checkpoint-6" in error
+    assert not list(folder.glob(".*")), "what was half written must not fill the disk"
+    assert main([str(folder / "config.yaml"), "--resume"]) == 0
+    assert_same_end(finished, folder)
+
+
+def divide_by_zero(monkeypatch, at_batch):
+    batches, plain = iter(range(100)), training.train.normalize_pixels
     monkeypatch.setattr(
-        training.train, "normalize_pixels", lambda *inputs: plain(*inputs) / (0.0 if next(batches) == 7 else 1.0)
+        training.train,
+        "normalize_pixels",
+        lambda *inputs: plain(*inputs) / (0.0 if next(batches) in at_batch else 1.0),
     )
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(recipe, tmp_path, monkeypatch, capsys):
+    divide_by_zero(monkeypatch, [7])
     folder = tmp_path / "run"
     assert main([recipe, "--output_dir", str(folder)]) == 1
     error = capsys.readouterr().err
-    assert "not finite at step 8 (epoch 2, rows [" in error and "learning_rate" in error
-    tensors = tensors_of(folder)
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert json.loads((folder / "last/training_state/state.json").read_text())["progress"]["step"] == 6
+    assert "loss is not finite at step 8 (epoch 2, batch 2, train: row " in error and "learning_rate" in error
+    assert all(tensor.isfinite().all() for tensor in tensors_of(folder).values())
+    assert checkpoints(folder)[0].name == "checkpoint-6"
+
+
+def test_steps_that_are_not_finite_are_left_out_where_that_is_wanted(recipe, tmp_path, monkeypatch, capsys):
+    divide_by_zero(monkeypatch, [3, 7])
+    folder = tmp_path / "run"
+    assert main([recipe, "--output_dir", str(folder), "--on_nonfinite", "skip", "--fresh_scenes", "false"]) == 0
+    error = capsys.readouterr().err
+    assert "not finite at step 4 (epoch 1, batch 4, train: row " in error and "step 8" in error and "left out" in error
+    assert [line["train/skipped_steps"] for line in log_of(folder) if "train/loss" in line] == [0] * 3 + [1] * 4 + [
+        2
+    ] * 5
+    assert all(tensor.isfinite().all() for tensor in tensors_of(folder).values())
+    # The two steps changed nothing: ten updates of each weight, not twelve.
+    assert {float(value) for name, value in tensors_of(folder).items() if name.endswith(".step")} == {10.0}
+
+
+def test_skipping_ends_where_every_step_is_broken(recipe, tmp_path, monkeypatch, capsys):
+    divide_by_zero(monkeypatch, range(100))
+    assert main([recipe, "--output_dir", str(tmp_path / "run"), "--on_nonfinite", "skip", "--epochs", "4"]) == 1
+    error = capsys.readouterr().err
+    assert "10 steps one after the other were not finite" in error
 
 
 def test_help_lists_every_option_with_its_reason(capsys):
