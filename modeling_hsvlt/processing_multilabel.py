@@ -1,6 +1,6 @@
 """Pictures to `pixel_values`, and logits to labels.
 
-A checkpoint carries this file, so it imports nothing of this package: transformers, torch, NumPy and Pillow are enough.
+A checkpoint carries this file and picture_urls.py: transformers, torch, NumPy and Pillow are enough for both.
 """
 
 import base64
@@ -12,7 +12,6 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from huggingface_hub import get_session
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
@@ -27,9 +26,12 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 
+from .picture_urls import fetch_picture
+
 # Where Pillow itself begins to warn of a decompression bomb: a quarter of a gibibyte of RGB. Pillow refuses only twice
 # as much, which a 20 KB file can reach in every worker of a data loader at once.
 MAX_PIXELS = 89_478_485
+MAX_BYTES = 2**28  # of an encoded picture: as many as the largest one that is decoded has in RGB
 RESIZE_MODES = ("squash", "pad")
 
 
@@ -37,8 +39,10 @@ def load_image(
     source,
     *,
     max_pixels: int | None = MAX_PIXELS,
+    max_bytes: int | None = MAX_BYTES,
     size_hint: int | None = None,
     timeout: float | None = 10.0,
+    allow_private_addresses: bool = False,
 ) -> Image.Image:
     """Decodes a picture to RGB as people see it.
 
@@ -54,10 +58,14 @@ def load_image(
             array or tensor of shape (height, width), (height, width, channels) or (channels, height, width) with 1, 3
             or 4 channels.
         max_pixels: The largest width * height to decode; None leaves Pillow's own limit alone.
+        max_bytes: The longest file or download to read; None for no limit. Of an animation one frame is read, however
+            many there are.
         size_hint: Side in px that the picture is going to be resized to. A JPEG whose two sides stay at least twice
             that long is then decoded at 1/2, 1/4 or 1/8 of its size: several times faster for a photograph of 12
             megapixels, at the price of slightly different pixels.
-        timeout: Seconds that a URL may take to answer.
+        timeout: Seconds that a URL may take, to the last byte.
+        allow_private_addresses: Whether a URL may lead into a network or to this computer, which a stranger's URL must
+            not; proxies of the environment are not used.
 
     Returns:
         An RGB picture; `source` itself if it is one that needs no change.
@@ -70,7 +78,7 @@ def load_image(
         return _from_array(source, name)
     if isinstance(source, Image.Image):
         return _to_rgb(source, name, max_pixels, size_hint)
-    stream = _open_source(source, name, timeout)
+    stream = _open_source(source, name, max_bytes, timeout, allow_private_addresses)
     with _naming_failures(name):
         image = Image.open(stream)
     with image:
@@ -87,17 +95,28 @@ def _describe(source) -> str:
         return f"a picture of {len(source)} bytes"
     if isinstance(source, np.ndarray) or torch.is_tensor(source):
         return f"an array of shape {tuple(source.shape)}"
-    text = str(source)
-    return text if len(text) <= 200 else f"{text[:60]}... ({len(text)} characters)"
+    # Escaped: a name must not steer the terminal that shows it.
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(source)[:5000])
+    return text if len(text) <= 200 else f"{text[:60]}... ({len(str(source))} characters)"
 
 
-def _open_source(source, name: str, timeout: float | None):
+def _open_source(source, name: str, max_bytes: int | None, timeout: float | None, allow_private: bool):
     """A path or binary stream that Pillow can open."""
+
+    def within_limit(size: int) -> None:
+        if max_bytes is not None and size > max_bytes:
+            raise ValueError(f"{name} has {size} bytes, more than the limit of {max_bytes}; raise max_bytes.")
+
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, (bytes, bytearray)):
+        within_limit(len(source))
         return BytesIO(source)
     if hasattr(source, "read"):
+        if hasattr(source, "seek"):
+            start = source.tell()
+            within_limit(source.seek(0, os.SEEK_END) - start)
+            source.seek(start)
         return source
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(
@@ -106,16 +125,19 @@ def _open_source(source, name: str, timeout: float | None):
     text = os.fspath(source)
     if text.startswith(("http://", "https://")):
         try:
-            response = get_session().get(text, timeout=timeout, follow_redirects=True)
-            response.raise_for_status()
-        except Exception as error:  # Which HTTP library stands behind the session depends on huggingface_hub's version.
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{name} cannot be downloaded: {reason}. Check the address, or raise timeout.") from error
-        return BytesIO(response.content)
+            data = fetch_picture(text, timeout=timeout, max_bytes=max_bytes, allow_private=allow_private)
+        except TimeoutError as error:
+            raise ValueError(f"{name} cannot be downloaded: {error}; raise timeout.") from error
+        except Exception as error:  # http.client and ssl have their own, and an odd name gives a UnicodeError
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{name} cannot be downloaded: {reason}. Check the address.") from error
+        return BytesIO(data)
     if os.path.isfile(text):
+        within_limit(os.path.getsize(text))
         return text
     if os.path.exists(text):
         raise ValueError(f"{name} is a folder; give the picture files in it.")
+    within_limit(len(text) * 3 // 4)
     try:
         data = text.split(",", 1)[1] if text.startswith("data:image/") else text
         return BytesIO(base64.b64decode(data, validate=True))
