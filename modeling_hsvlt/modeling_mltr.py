@@ -37,6 +37,9 @@ MAX_ATTENTION_BATCH = 65535
 # benchmarks/cross_window.py; beyond, the (B, C, n, n) weights of a large picture would not fit into memory.
 MAX_PLAIN_WINDOWS = 64
 
+# torch 2.6 does not tell an export from a compilation; there, both do without chunks.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 @dataclass
 class MlTrModelOutput(ModelOutput):
@@ -268,10 +271,9 @@ class MlTrPixelAttention(nn.Module):
         if output_attentions:  # other kernels do not return their weights
             attend = eager_attention_forward
         dropout = self.attention_dropout if self.training else 0.0
-        outputs = [
-            attend(self, *chunk.unbind(0), bias, scaling=self.scaling, dropout=dropout)
-            for chunk in qkv.split(MAX_ATTENTION_BATCH, dim=1)
-        ]
+        # An exported graph would be tied to one number of chunks, so to few pictures.
+        chunks = [qkv] if _is_exporting() else qkv.split(MAX_ATTENTION_BATCH, dim=1)
+        outputs = [attend(self, *chunk.unbind(0), bias, scaling=self.scaling, dropout=dropout) for chunk in chunks]
         context = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs])
         weights = torch.cat([weights for _, weights in outputs]) if output_attentions else None
         return self.proj(context.reshape(batch, num_windows, num_pixels, channels)), weights

@@ -7,9 +7,9 @@ from datasets import DatasetDict
 from .data import load_multilabel_dataset
 
 
-def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that `load_from_arguments` reads."""
-    parser.add_argument("dataset", metavar="DATASET", help="folder, Hub id, or scenes")
+def add_dataset_arguments(parser: argparse.ArgumentParser, name: str = "dataset") -> None:
+    """The options that `load_from_arguments` reads; as "--dataset" the data set itself is an option as well."""
+    parser.add_argument(name, metavar="DATASET", help="folder, Hub id, or scenes")
     parser.add_argument("--dataset_revision", help="commit of a DATASET on the Hub")
     parser.add_argument("--dataset_config", help="configuration of a DATASET on the Hub")
     parser.add_argument(
