@@ -1,8 +1,9 @@
 """Pictures and labels on their way into a model: any multi-label dataset in, uniform batches out.
 
 `load_multilabel_dataset` (`load.py`) reads and checks, `MultiLabelDataset` decodes and resizes, `MultiLabelCollator`
-batches. Labels stay sparse, ten thousand of them if need be, until the collator makes a batch dense. Pixels stay uint8
-up to the device; there `normalize_pixels` (after augmentation, in training) makes of them what the processor makes.
+batches. Labels stay sparse, ten thousand of them if need be, up to the device, where `to_dense()` makes a batch of them
+dense. Pixels stay uint8 up to there; `normalize_pixels` (after augmentation, in training) makes of them what the
+processor makes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .sparse_labels import SparseLabels, class_names, row_namer
 __all__ = [
     "MultiLabelCollator",
     "MultiLabelDataset",
+    "SparseBatch",
     "build_dataloader",
     "class_counts",
     "find_unreadable",
@@ -73,7 +75,7 @@ class MultiLabelDataset(torch.utils.data.Dataset):
     - `pixel_values` (3, height, width) uint8: resized, not yet normalised, so that augmentation and `normalize_pixels`
       run on whole batches on the device;
     - `labels` (num_labels,) float32: 1 present, 0 absent, between them soft, -100 unknown; a sparse tensor where most
-      labels are absent (`labels.to_dense()`; the collator does that for the batch), else a dense one;
+      labels are absent (`labels.to_dense()`), else a dense one;
     - `index` int: the row in `split`.
 
     Args:
@@ -187,6 +189,35 @@ def normalize_pixels(pixel_values: torch.Tensor, processor) -> torch.Tensor:
     return pixels
 
 
+class SparseBatch:
+    """Labels of a batch of which nearly all are 0, on their way to the device: a few hundred bytes a picture, whatever
+    the number of labels. `DataLoader` pins it and accelerate moves it as they do with a tensor.
+
+    Args:
+        positions: (entries,) int64 places in the flattened dense batch, each once.
+        values: (entries,) float32.
+        shape: (batch, num_labels).
+    """
+
+    def __init__(self, positions: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]):
+        self.positions, self.values, self.shape = positions, values, shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def pin_memory(self) -> SparseBatch:
+        return SparseBatch(self.positions.pin_memory(), self.values.pin_memory(), self.shape)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseBatch:
+        moved = (part.to(device, non_blocking=non_blocking) for part in (self.positions, self.values))
+        return SparseBatch(*moved, self.shape)
+
+    def to_dense(self) -> torch.Tensor:
+        """(batch, num_labels) float32 on the device where this is."""
+        dense = self.values.new_zeros(self.shape[0] * self.shape[1])
+        return dense.index_copy_(0, self.positions, self.values).view(self.shape)
+
+
 class MultiLabelCollator:
     """Puts samples together: `pixel_values` (batch, 3, height, width), `labels` (batch, num_labels) float32, and
     `index`.
@@ -195,15 +226,20 @@ class MultiLabelCollator:
         num_labels: Labels of the model; checked, like the label contract, on every batch.
         processor: If given, pixels are normalised here, for loops that feed the model straight from the loader
             (transformers' `Trainer`); else they stay uint8.
+        sparse_labels: Whether `labels` is a `SparseBatch` where every sample's labels are sparse, for loops that call
+            `batch["labels"].to_dense()` on the device, which a tensor has as well.
     """
 
-    def __init__(self, num_labels: int, processor=None):
-        self.num_labels, self.processor = num_labels, processor
+    def __init__(self, num_labels: int, processor=None, sparse_labels: bool = False):
+        self.num_labels, self.processor, self.sparse_labels = num_labels, processor, sparse_labels
 
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        # Dense from here on, not on the device: 10,000 labels are 40 KB a picture, a 448 px picture is 600 KB.
-        labels = torch.stack([sample["labels"].to_dense() for sample in samples])
-        validate_labels(labels, self.num_labels)
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor | SparseBatch]:
+        labels = [sample["labels"] for sample in samples]
+        if self.sparse_labels and all(of_sample.is_sparse for of_sample in labels):
+            labels = self._sparse(labels)
+        else:
+            labels = torch.stack([of_sample.to_dense() for of_sample in labels])
+            validate_labels(labels, self.num_labels)
         pixels = torch.stack([sample["pixel_values"] for sample in samples])
         batch = {
             "pixel_values": pixels if self.processor is None else normalize_pixels(pixels, self.processor),
@@ -212,6 +248,15 @@ class MultiLabelCollator:
         if "index" in samples[0]:  # transformers' Trainer drops what the model's forward does not take
             batch["index"] = torch.tensor([sample["index"] for sample in samples])
         return batch
+
+    def _sparse(self, labels: list[torch.Tensor]) -> SparseBatch:
+        for of_sample in labels:
+            if of_sample.shape != (self.num_labels,):
+                raise ValueError(f"A sample has {len(of_sample)} labels for the {self.num_labels} of the model.")
+        positions = [of_sample.indices()[0] + row * self.num_labels for row, of_sample in enumerate(labels)]
+        values = torch.cat([of_sample.values() for of_sample in labels])
+        validate_labels(values[None], len(values))  # what is not listed is 0, which the contract allows
+        return SparseBatch(torch.cat(positions), values, (len(labels), self.num_labels))
 
 
 def build_dataloader(
@@ -223,6 +268,7 @@ def build_dataloader(
     seed: int = 0,
     num_workers: int = 0,
     processor=None,
+    sparse_labels: bool = False,
 ) -> torch.utils.data.DataLoader:
     """A `DataLoader` whose order depends on `seed` alone, to be given to `Accelerator.prepare`.
 
@@ -231,7 +277,7 @@ def build_dataloader(
     epoch call `set_epoch` of the dataset as well: accelerate passes it on in one process, but not in several.
 
     Args:
-        processor: See `MultiLabelCollator`.
+        processor, sparse_labels: See `MultiLabelCollator`.
     """
     return torch.utils.data.DataLoader(
         dataset,
@@ -239,7 +285,7 @@ def build_dataloader(
         shuffle=shuffle,
         drop_last=drop_last,
         num_workers=num_workers,
-        collate_fn=MultiLabelCollator(len(dataset.label_names), processor),
+        collate_fn=MultiLabelCollator(len(dataset.label_names), processor, sparse_labels),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,

@@ -100,7 +100,8 @@ def predict(
             if getattr(output, "evaluated", None) is not None:
                 batch_scores = batch_scores.masked_fill(~output.evaluated, 0)
             batch_scores = batch_scores[:count]
-            gathered = accelerator.gather_for_metrics((batch["index"], batch_scores, batch["labels"].float()))
+            batch_labels = batch["labels"].to_dense().float()
+            gathered = accelerator.gather_for_metrics((batch["index"], batch_scores, batch_labels))
             index, batch_scores, batch_labels = (tensor.cpu().numpy() for tensor in gathered)
             if scores is None:
                 scores, labels = (np.empty((num_rows, batch_scores.shape[1]), np.float32) for _ in range(2))
@@ -166,7 +167,9 @@ def score_split(
         split, dataset_names = load_split(args, args.split)
     order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
     dataset = MultiLabelDataset(split, dataset_names, processor)
-    loader = build_dataloader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, processor=processor)
+    loader = build_dataloader(
+        dataset, batch_size=args.batch_size, num_workers=args.num_workers, processor=processor, sparse_labels=True
+    )
     with accelerator.autocast():
         scores, labels = predict(model.to(accelerator.device), loader, accelerator)
     return ScoredSplit(label_names, scores, labels[:, order], dataset.split)

@@ -4,11 +4,13 @@ import io
 import json
 import logging
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image as PILImage
@@ -19,6 +21,7 @@ from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
 from training.data import (
     MultiLabelCollator,
     MultiLabelDataset,
+    SparseBatch,
     build_dataloader,
     class_counts,
     find_unreadable,
@@ -214,7 +217,7 @@ def test_splits_have_one_form():
     assert dense(splits["train"])[0].tolist() == [1, -100, 0]
 
 
-def test_ten_thousand_labels_stay_sparse_until_the_batch():
+def test_ten_thousand_labels_stay_sparse_until_the_device():
     names = [f"label {number}" for number in range(10_000)]
     splits, _ = load_multilabel_dataset(embedded([[9_999, 3], [], None, [5], [5]], List(ClassLabel(names=names))))
     dataset = MultiLabelDataset(splits["train"], names, squash(8))
@@ -223,6 +226,14 @@ def test_ten_thousand_labels_stay_sparse_until_the_batch():
     assert samples[0]["labels"].values().numel() == 2
     labels = MultiLabelCollator(10_000)(samples)["labels"]
     assert labels.shape == (4, 10_000) and not labels.is_sparse
+    assert MultiLabelCollator(10_000, sparse_labels=True)(samples)["labels"].equal(labels)  # one is dense
+    del samples[2]
+    batch = send_to_device(MultiLabelCollator(10_000, sparse_labels=True)(samples), "cpu")["labels"]
+    assert isinstance(batch, SparseBatch) and len(batch) == 3 and len(pickle.dumps(batch)) < 2000
+    assert batch.to_dense().equal(labels[[0, 1, 3]])
+    assert send_to_device(batch, "meta").to_dense().is_meta  # made dense where it was sent
+    with pytest.raises(ValueError, match="10000 labels for the 9999 of the model"):
+        MultiLabelCollator(9_999, sparse_labels=True)(samples)
     assert labels[0].nonzero().flatten().tolist() == [3, 9_999] and (labels[2] == -100).all()
 
 
