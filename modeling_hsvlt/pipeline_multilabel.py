@@ -144,7 +144,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         inputs = inputs.to(self.dtype)  # fp16 and bf16 models take no fp32 pixels.
         if explain:
             box = picture_box(self.image_processor, *image.size)
-            inputs["picture"] = torch.tensor([[*image.size, *box]], dtype=torch.float64)
+            inputs["picture"] = torch.tensor([[*image.size, *box]], dtype=torch.float32)
         return inputs
 
     def _forward(self, inputs, label_ids: list[int] | None = None, explain: bool = False):
@@ -213,8 +213,8 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         else:
             self._set_label_embeddings(names, text_encoder, revision, label_text)
         logger.warning(
-            "The label set was exchanged by name: labels that the model was not trained on get uncalibrated scores, and "
-            "the thresholds were dropped. Measure on labelled pictures before relying on them."
+            "The label set was exchanged by name: labels that the model was not trained on get uncalibrated scores, "
+            "and the thresholds were dropped. Measure on labelled pictures before relying on them."
         )
 
     def _set_label_embeddings(self, names, text_encoder, revision, label_text) -> None:

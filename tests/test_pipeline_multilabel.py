@@ -1,4 +1,6 @@
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
 import datasets
@@ -11,13 +13,27 @@ from transformers import AutoImageProcessor, AutoProcessor, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_hsvlt import (
+    HPDVALForImageClassification,
     HSVLTConfig,
     HSVLTForImageClassification,
+    MlTrConfig,
+    MlTrForImageClassification,
     MultiLabelImageClassificationPipeline,
     MultiLabelImageProcessor,
     MultiLabelProcessor,
 )
+from modeling_hsvlt.heat_maps_multilabel import (
+    _activation_maps,
+    _patch_maps,
+    label_heat_maps,
+    picture_box,
+    resize_to_picture,
+)
+from modeling_hsvlt.label_prompts import encode_labels
+from modeling_hsvlt.pipeline_multilabel import LOAD_PARAMETERS
 from modeling_hsvlt.processing_multilabel import load_image
+
+from .tiny_clip import tiny_clip, tiny_clip_tokenizer
 
 TASK = "multi-label-image-classification"
 NAMES = {0: "cat", 1: "dog", 2: "bird", 3: "boat", 4: "tree"}
@@ -41,7 +57,8 @@ def tiny_model(**kwargs):
     )
     model = HSVLTForImageClassification(config).eval()
     with torch.no_grad():  # A fresh head gives scores that hardly differ.
-        model.get_parameter("classifier.bias").copy_(torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0]))
+        bias = model.get_parameter("classifier.bias")
+        bias.copy_(torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0])[: len(bias)])
     return model
 
 
@@ -200,7 +217,11 @@ def test_on_a_gpu(dtype, image_processor):
         ({"threshold": "auto"}, "this checkpoint has none"),
         ({"top_k": 0}, "top_k must be None or a whole number from 1, but it is 0"),
         ({"top_k": 1.5}, "top_k must be"),
-        ({"topk": 3}, "Unknown parameter topk; there are threshold, top_k, batch_size"),
+        ({"topk": 3}, "Unknown parameter topk; there are threshold, top_k, labels, explain, batch_size"),
+        ({"labels": ["cat", "cow"]}, "no label 'cow'; model.config.id2label lists"),
+        ({"labels": "cat"}, "labels must be a list of label names, but it is 'cat'"),
+        ({"labels": []}, "labels must be a list"),
+        ({"labels": ["cat", "cat"]}, "names one label twice"),
     ],
 )
 def test_parameters_that_cannot_work_are_refused_before_the_first_picture(kwargs, message, image_processor):
@@ -235,3 +256,226 @@ def test_a_saved_pipeline_loads_with_every_auto_class(tagger, tmp_path, model):
     kwargs = {"model": str(tmp_path), "pipeline_class": MultiLabelImageClassificationPipeline, "device": "cpu"}
     again = pipeline(TASK, **kwargs)
     assert again(picture(0), threshold="auto") == tagger(picture(0), threshold="auto")
+
+
+def test_labels_restrict_and_only_they_are_computed(image_processor):
+    model = tiny_model()
+    tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+    everything = {label["label"]: label["score"] for label in tagger(picture(0))}
+    asked = []
+    model.hsvlt.register_forward_pre_hook(lambda *args: asked.append(args[2]["label_embeddings"]), with_kwargs=True)
+    names = ["tree", "cat", "boat"]
+    for result in tagger([picture(0), picture(0)], labels=names, batch_size=2):
+        assert {label["label"] for label in result} == set(names)
+        assert [label["score"] for label in result] == sorted((label["score"] for label in result), reverse=True)
+        for label in result:
+            assert label["score"] == pytest.approx(everything[label["label"]], abs=1e-6)
+    assert torch.equal(asked[0], model.hsvlt.label_embeddings[[4, 0, 3]]) and len(asked) == 1
+
+
+def test_thresholds_belong_to_their_labels_when_restricted(tagger, model):
+    found = {label["label"] for label in tagger(picture(0), threshold="auto")}
+    names = ["boat", "dog", "cat"]
+    assert {label["label"] for label in tagger(picture(0), threshold="auto", labels=names)} == found & set(names)
+    assert found & set(names) not in (set(), set(names))
+    assert len(tagger(picture(0), labels=names, top_k=2)) == 2
+
+
+def test_labels_of_a_model_without_label_ids(image_processor):
+    torch.manual_seed(0)
+    model = MlTrForImageClassification(MlTrConfig.preset("nano", num_labels=5, id2label=NAMES, image_size=32)).eval()
+    tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+    everything = {label["label"]: label["score"] for label in tagger(picture(0))}
+    for label in tagger([picture(0)] * 2, labels=["tree", "dog"], batch_size=2)[1]:
+        assert label["score"] == pytest.approx(everything[label["label"]], abs=1e-6)
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        data = encoded(picture(3))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_pictures_by_url(tagger):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/picture.png"
+        # This very computer is refused unless allowed: a stranger's URL must not lead into a network.
+        local = {"allow_private_addresses": True} if "allow_private_addresses" in LOAD_PARAMETERS else {}
+        assert tagger([url, picture(3)], batch_size=2, **local)[0] == tagger(picture(3))
+        server.shutdown()
+
+
+# Heat maps
+
+
+def test_hsvlt_s_maps_are_its_attention(model, image_processor):
+    pixels = image_processor(images=[picture(0), picture(1)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits, maps = label_heat_maps(model, pixels)
+        output = model(pixel_values=pixels, output_attentions=True)
+        for stage, attention in enumerate(output.attentions):
+            alone = label_heat_maps(model, pixels, torch.tensor([3, 0]), stages=[stage])[1]
+            expected = attention.mean(1)[:, [3, 0]].flatten(2)
+            low, high = expected.amin(-1, keepdim=True), expected.amax(-1, keepdim=True)
+            torch.testing.assert_close(alone.flatten(2), (expected - low) / (high - low))
+    torch.testing.assert_close(logits, output.logits)
+    assert maps.shape == (2, 5, *output.attentions[0].shape[-2:])
+    assert maps.amin((-2, -1)).unique().tolist() == [0.0] and maps.amax((-2, -1)).unique().tolist() == [1.0]
+
+
+def test_mltr_s_maps_average_to_the_logit():
+    torch.manual_seed(0)
+    model = MlTrForImageClassification(MlTrConfig.preset("nano", num_labels=5, id2label=NAMES, image_size=64)).eval()
+    with torch.no_grad():
+        raw = _activation_maps(model, torch.rand(2, 3, 64, 64), None, None)
+        chosen = label_heat_maps(model, torch.rand(2, 3, 64, 64), torch.tensor([4, 1]))
+    torch.testing.assert_close(raw[1].mean((-2, -1)), raw[0])
+    assert chosen[0].shape == (2, 2) and chosen[1].shape[:2] == (2, 2)
+
+
+def hp_dval(**kwargs):
+    tokenizer = tiny_clip_tokenizer()
+    names = ["cat", "dog", "bird"]
+    clip = tiny_clip(tokenizer)
+    return HPDVALForImageClassification.from_clip(
+        clip, tokenizer, names, **{"local_top_k": 4} | kwargs
+    ).eval(), tokenizer
+
+
+def test_hp_dval_s_maps_are_the_scores_that_its_local_view_averages():
+    model = hp_dval(alpha=0.0)[0]
+    with torch.no_grad():
+        logits, raw = _patch_maps(model, torch.rand(2, 3, 32, 32), None, None)
+    assert raw.shape == (2, 3, 4, 4)
+    local = raw.flatten(2).topk(4).values.mean(-1)
+    torch.testing.assert_close(local * model.logit_scale.exp() + model.logit_bias, logits)
+    with pytest.raises(ValueError, match="alpha=1"):
+        label_heat_maps(hp_dval(alpha=1.0)[0], torch.rand(1, 3, 32, 32))
+
+
+def test_a_model_without_maps_says_so(tagger):
+    tagger.model.config.__class__.model_type, before = "resnet", tagger.model.config.model_type
+    try:
+        with pytest.raises(ValueError, match="type 'resnet' has no heat maps; HSVLT, MlTr and HP-DVAL have"):
+            tagger(picture(0), explain=True)
+    finally:
+        tagger.model.config.__class__.model_type = before
+
+
+@pytest.mark.parametrize(
+    ("options", "box"),
+    [
+        ({"size": 32}, (0, 0, 1, 1)),
+        ({"size": {"height": 32, "width": 48}, "resize_mode": "pad"}, None),
+        ({"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 32}, None),
+        ({"do_resize": False}, (0, 0, 1, 1)),
+    ],
+)
+def test_a_place_in_the_picture_is_found_again(options, box):
+    """A bright square goes through the real processor; what it leaves in the input is brought back onto the picture."""
+    canvas = np.zeros((60, 120, 3), np.uint8)
+    canvas[24:36, 66:84] = 255
+    processor = MultiLabelImageProcessor(**options, do_normalize=False, resample=0)
+    seen = processor(images=canvas, return_tensors="pt")["pixel_values"][0, :1]
+    found = picture_box(processor, 120, 60)
+    assert box is None or found == box
+    back = resize_to_picture(seen, 120, 60, found)[0]
+    assert back.shape == (60, 120)
+    rows, columns = (back > 0.5).nonzero(as_tuple=True)
+    assert (rows.min(), rows.max()) == (pytest.approx(24, abs=2), pytest.approx(35, abs=2))
+    assert (columns.min(), columns.max()) == (pytest.approx(66, abs=2), pytest.approx(83, abs=2))
+
+
+def test_what_a_centre_crop_cut_off_is_not_marked():
+    processor = MultiLabelImageProcessor(size={"shortest_edge": 32}, do_center_crop=True, crop_size=32)
+    map_ = resize_to_picture(torch.ones(1, 4, 4), 120, 60, picture_box(processor, 120, 60))[0]
+    assert (map_[:, :29] == 0).all() and (map_[:, 91:] == 0).all() and (map_[:, 32:88] > 0.99).all()
+
+
+def test_explain_through_the_pipeline(tagger, model, image_processor):
+    sizes = [(40, 56), (64, 30), (20, 20)]
+    pictures = [picture(seed, *size) for seed, size in enumerate(sizes)]
+    alone = [tagger(each, explain=True) for each in pictures]
+    batched = tagger(pictures, explain=True, batch_size=3)
+    for image, size, one, many in zip(pictures, sizes, alone, batched, strict=True):
+        assert_same(one, tagger(image))
+        with torch.no_grad():
+            maps = label_heat_maps(model, **image_processor(images=image, return_tensors="pt"))[1][0]
+        expected = torch.nn.functional.interpolate(maps[None], size, mode="bilinear")[0]
+        for label, same in zip(one, many, strict=True):
+            assert label["heat_map"].shape == size and label["heat_map"].dtype == np.float32
+            index = model.config.label2id[label["label"]]
+            np.testing.assert_allclose(label["heat_map"], expected[index], atol=1e-5)
+            np.testing.assert_allclose(label["heat_map"], same["heat_map"], atol=1e-5)
+    (only,) = tagger(pictures[0], explain=True, labels=["boat"])
+    np.testing.assert_allclose(
+        only["heat_map"], next(label for label in alone[0] if label["label"] == "boat")["heat_map"], atol=1e-5
+    )
+    assert tagger(pictures[0], explain=True, threshold=1.0) == []
+
+
+# Other label sets
+
+
+def with_shared_head(**kwargs):
+    tokenizer = tiny_clip_tokenizer()
+    encoder = tiny_clip(tokenizer).text_model
+    model = tiny_model(classifier="shared", thresholds=[0.5] * 5, **kwargs)
+    names = list(NAMES.values())
+    model.set_label_embeddings(encode_labels(names, encoder, tokenizer), encoder="tiny", reading="mean")
+    return model, encoder, tokenizer
+
+
+def test_a_shared_head_scores_new_names(image_processor, tmp_path):
+    model, encoder, tokenizer = with_shared_head()
+    tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+    before = {label["label"]: label["score"] for label in tagger(picture(0))}
+    tagger.set_labels(["plant", "dog", "potted plant"], (encoder, tokenizer))
+    after = {label["label"]: label["score"] for label in tagger(picture(0))}
+    assert set(after) == {"plant", "dog", "potted plant"}
+    assert after["dog"] == pytest.approx(before["dog"], abs=1e-6), "a label's score does not depend on the others"
+    assert len({round(score, 6) for score in after.values()}) == 3
+    assert model.config.thresholds is None and model.config.num_labels == model.num_labels == 3
+    tagger.save_pretrained(tmp_path)
+    again = pipeline(TASK, model=str(tmp_path), pipeline_class=MultiLabelImageClassificationPipeline, device="cpu")
+    assert again(picture(0)) == tagger(picture(0))
+
+
+def test_labels_are_only_exchanged_where_names_mean_something(model, image_processor):
+    shared, encoder, tokenizer = with_shared_head()
+    text = (encoder, tokenizer)
+    cases = [
+        (model, text, "classifier weights for each of its 5 labels"),
+        (tiny_model(classifier="shared"), text, "come from no known text encoder"),
+    ]
+    for each, how, message in cases:
+        tagger = pipeline(TASK, model=each, image_processor=image_processor, device="cpu")
+        with pytest.raises(ValueError, match=message):
+            tagger.set_labels(["plant"], how)
+    tagger = pipeline(TASK, model=shared, image_processor=image_processor, device="cpu")
+    with pytest.raises(ValueError, match="must be pinned"):
+        tagger.set_labels(["plant"], "org/encoder")
+    shared.config.label_embedding_dim = 15
+    with pytest.raises(ValueError, match="gives 16 numbers a label, but the model reads 15; use the one"):
+        tagger.set_labels(["plant"], text)
+    assert shared.config.num_labels == 5
+
+
+def test_hp_dval_s_labels_are_exchanged_by_its_own_text_tower(tmp_path):
+    model, tokenizer = hp_dval()
+    processor = MultiLabelImageProcessor(size=32)
+    tagger = pipeline(TASK, model=model, image_processor=processor, device="cpu")
+    before = {label["label"]: label["score"] for label in tagger(picture(0))}
+    tokenizer.save_pretrained(tmp_path)
+    tagger.set_labels(["potted plant", "dog"], str(tmp_path))
+    after = {label["label"]: label["score"] for label in tagger(picture(0), explain=True)}
+    assert set(after) == {"potted plant", "dog"} and after["dog"] == pytest.approx(before["dog"], abs=1e-5)
+    with pytest.raises(ValueError, match="needs revision"):
+        tagger.set_labels(["dog"], "org/clip")

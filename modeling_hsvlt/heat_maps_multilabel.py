@@ -1,0 +1,138 @@
+"""Which pixels spoke for which label, read from one forward pass: no gradients.
+
+| model | what the map is |
+|---|---|
+| HSVLT | the label's attention over the pixels, mean over heads and over the last interactions of the four stages |
+| HP-DVAL | the cosine of each patch and the label's local text embedding, the scores that its local view averages |
+| MlTr | the pixel's share of the logit: the classifier is linear in the mean over pixels (a class activation map) |
+
+An attention map says where a label looked, for a label that is absent as well, not what it made of what it saw there.
+
+Shapes: B pictures, N labels, h x w cells of a map, H x W pixels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def label_heat_maps(
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    label_ids: torch.Tensor | None = None,
+    stages: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and a heat map for each label.
+
+    Args:
+        model: `HSVLTForImageClassification`, `MlTrForImageClassification` or `HPDVALForImageClassification`.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures.
+        label_ids (`torch.LongTensor` of shape `(N,)`, *optional*): only these labels, in this order. Without them all,
+            also those that HSVLT's `candidate_labels` would leave out.
+        stages (sequence of `int`, *optional*): HSVLT's stages to read, 0 to 3; None: all four.
+
+    Returns:
+        Logits `(B, N)` and maps `(B, N, h, w)`, fp32, each from 0 (least) to 1 (most): only places of one map compare.
+
+    Raises:
+        ValueError: a model without such maps.
+    """
+    read = {"hsvlt": _attention_maps, "mltr": _activation_maps, "hp_dval": _patch_maps}.get(model.config.model_type)
+    if read is None:
+        raise ValueError(
+            f"A model of type {model.config.model_type!r} has no heat maps; HSVLT, MlTr and HP-DVAL have some."
+        )
+    logits, maps = read(model, pixel_values, label_ids, stages)
+    least, most = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return logits, (maps - least) / (most - least).clamp(min=torch.finfo(maps.dtype).tiny)
+
+
+def _attention_maps(model, pixel_values, label_ids, stages):
+    if label_ids is None:
+        label_ids = torch.arange(model.config.num_labels, device=pixel_values.device)
+    output = model(pixel_values=pixel_values, label_ids=label_ids, output_attentions=True, return_dict=True)
+    attentions = [output.attentions[stage].float().mean(1) for stage in (range(4) if stages is None else stages)]
+    size = attentions[0].shape[-2:]  # of the finest
+    resized = [F.interpolate(each, size, mode="bilinear", align_corners=False) for each in attentions]
+    # A coarse stage has less attention to share out among its few cells: each stage gets the same weight.
+    return output.logits, sum(each / each.sum((-2, -1), keepdim=True) for each in resized) / len(resized)
+
+
+def _activation_maps(model, pixel_values, label_ids, stages):
+    output = model(pixel_values=pixel_values, output_hidden_states=True, return_dict=True)
+    last = model.mltr.layernorm(output.reshaped_hidden_states[-1].permute(0, 2, 3, 1))  # (B, h, w, C)
+    maps = model.classifier(last).permute(0, 3, 1, 2).float()
+    return _select(output.logits, maps, label_ids)
+
+
+def _patch_maps(model, pixel_values, label_ids, stages):
+    if model.config.alpha == 1:
+        raise ValueError("This HP-DVAL scores the whole picture alone (alpha=1): it has no patch scores to show.")
+    output = model(pixel_values=pixel_values, return_dict=True)
+    text = model.hp_dval.text_embeddings[-1].float()  # the local view's, (N, E)
+    patches = output.patch_embeds.float()  # (B, P, E)
+    if model.config.score_normalization == "cosine":
+        text, patches = F.normalize(text, dim=-1), F.normalize(patches, dim=-1)
+    size = [side // model.config.vision_config.patch_size for side in pixel_values.shape[-2:]]
+    return _select(output.logits, (text @ patches.transpose(1, 2)).unflatten(-1, size), label_ids)
+
+
+def _select(logits, maps, label_ids):
+    return (logits, maps) if label_ids is None else (logits[:, label_ids], maps[:, label_ids])
+
+
+def picture_box(image_processor, width: int, height: int) -> tuple[float, float, float, float]:
+    """Where a whole picture lies in what the image processor makes of it.
+
+    Args:
+        image_processor: Resizes the picture as a whole, pads it evenly (`resize_mode="pad"`), or resizes it and crops
+            its centre, in which case the picture reaches beyond the box.
+        width, height: Of the picture, in px.
+
+    Returns:
+        Left, top, right and bottom as fractions of the input's width and height; `(0, 0, 1, 1)` fills it.
+    """
+    resizes = getattr(image_processor, "do_resize", False)
+    size = (getattr(image_processor, "size", None) or {}) if resizes else {}
+    resized = frame = (width, height)
+    if size.get("width"):
+        resized = frame = (size["width"], size["height"])
+    if getattr(image_processor, "resize_mode", None) == "pad" and size:
+        scale = min(frame[0] / width, frame[1] / height)
+        resized = (max(round(width * scale), 1), max(round(height * scale), 1))
+    elif size.get("shortest_edge"):
+        scale = size["shortest_edge"] / min(width, height)
+        resized = frame = (int(width * scale), int(height * scale))
+    # In whole pixels, rounded as the processors do it.
+    left, top = ((outer - inner) // 2 for outer, inner in zip(frame, resized, strict=True))
+    if getattr(image_processor, "do_center_crop", False):
+        frame = (image_processor.crop_size["width"], image_processor.crop_size["height"])
+        left, top = (-((inner - outer) // 2) for outer, inner in zip(frame, resized, strict=True))
+    return left / frame[0], top / frame[1], (left + resized[0]) / frame[0], (top + resized[1]) / frame[1]
+
+
+def resize_to_picture(
+    maps: torch.Tensor, width: int, height: int, box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+) -> torch.Tensor:
+    """Maps on the pixels of the picture that they belong to.
+
+    Args:
+        maps (`torch.Tensor` of shape `(N, h, w)`): of the model's input.
+        width, height: Of the picture, in px.
+        box: Where the picture lies in the input, see [`picture_box`].
+
+    Returns:
+        `torch.Tensor` of shape `(N, height, width)`, between the cells bilinear; 0 where the model did not look.
+    """
+    left, top, right, bottom = box
+    across = left + (torch.arange(width, device=maps.device) + 0.5) / width * (right - left)  # of the input, 0 to 1
+    down = top + (torch.arange(height, device=maps.device) + 0.5) / height * (bottom - top)
+    grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1) * 2 - 1  # (height, width, 2)
+    sampled = F.grid_sample(maps[None], grid[None].to(maps), padding_mode="border", align_corners=False)[0]
+    seen = ((down >= 0) & (down <= 1))[:, None] & ((across >= 0) & (across <= 1))
+    return sampled * seen
+
+
+__all__ = ["label_heat_maps", "picture_box", "resize_to_picture"]
