@@ -1,0 +1,243 @@
+"""Every picture once, whatever happens: results, resumed runs, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from transformers import AutoProcessor
+
+from modeling_hsvlt.processing_multilabel import load_image
+from training.scenes import SceneDataset
+from training.tag import main
+from training.tag_results import FolderLock
+from training.tag_sources import open_source
+
+from .tiny_checkpoint import NAMES, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tag") / "checkpoint"
+    save_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["thresholds"] = [0.3, 0.5, 0.7]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def draw(folder, count, first=0):
+    for number in range(first, first + count):
+        path = folder / f"{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        PILImage.fromarray(pixels).resize((20, 24), PILImage.Resampling.NEAREST).save(path)
+
+
+def read(output):
+    """All records by name; a name that has two fails."""
+    records = [row for part in sorted(output.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
+    records += [
+        json.loads(line) for part in sorted(output.glob("part-*.jsonl")) for line in part.read_text().splitlines()
+    ]
+    key = "row" if "row" in records[0] else "file_name"
+    assert max(Counter(record[key] for record in records).values()) == 1
+    return {record[key]: record for record in records}
+
+
+def expected_labels(checkpoint, path, threshold="auto", top_k=None):
+    """One picture by itself, by the processor that the checkpoint brings."""
+    from modeling_hsvlt import HSVLTForImageClassification
+
+    model = HSVLTForImageClassification.from_pretrained(checkpoint).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    with torch.no_grad():
+        outputs = model(**processor(images=load_image(path), return_tensors="pt"))
+    return processor.post_process_multi_label_classification(outputs, threshold, top_k)[0]
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "jsonl"])
+def test_a_folder_tree(file_format, checkpoint, tmp_path, capsys):
+    pictures, output = tmp_path / "pictures", tmp_path / "out"
+    draw(pictures, 11)
+    (pictures / "1" / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
+    (pictures / "notes.txt").write_text("no picture")
+    command = [str(checkpoint), str(pictures), str(output), "--format", file_format, "--num_workers", "0"]
+    command += ["--batch_size", "4", "--part_size", "5"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "12 pictures, 12 of them to be tagged" in printed and "bottleneck" in printed
+    found = read(output)
+    assert set(found) == {*(f"{n % 3}/{n}.png" for n in range(11)), "1/broken.jpg"}
+    for name in ("0/0.png", "1/10.png"):
+        wanted = expected_labels(checkpoint, pictures / name)
+        assert found[name]["labels"] == [label["label"] for label in wanted] and found[name]["error"] is None
+        assert found[name]["scores"] == pytest.approx([label["score"] for label in wanted], abs=1e-5)
+    assert len({tuple(record["labels"] or ()) for record in found.values()}) > 2
+    broken = found["1/broken.jpg"]
+    assert broken["labels"] is None and "broken.jpg" in broken["error"]
+    (line,) = (output / "unreadable.txt").read_text().splitlines()
+    assert line.split("\t")[0] == str(pictures / "1" / "broken.jpg")
+    assert open_source(str(output / "unreadable.txt")).keys == [str(pictures / "1" / "broken.jpg")]
+
+    # Again: only what is new.
+    draw(pictures, 2, first=11)
+    before = {part.name: part.read_bytes() for part in output.glob("part-*")}
+    assert main(command) == 0
+    assert "14 pictures, 2 of them to be tagged" in capsys.readouterr().out
+    assert len(read(output)) == 14
+    assert all((output / name).read_bytes() == content for name, content in before.items())
+
+    # Other settings do not go on with these results, unless told to begin again.
+    assert main([*command, "--threshold", "0.5"]) == 2
+    assert "begun with threshold 'auto', not 0.5" in capsys.readouterr().err
+    assert main([*command, "--threshold", "0", "--top_k", "1", "--overwrite"]) == 0
+    assert all(record["error"] or len(record["labels"]) == 1 for record in read(output).values())
+
+
+def test_a_list_and_a_data_set(checkpoint, tmp_path):
+    pictures = tmp_path / "pictures"
+    draw(pictures, 4)
+    names = ["pictures/0/3.png", str(pictures / "1" / "1.png"), "pictures/gone.png"]
+    (tmp_path / "list.txt").write_text("\n".join([*names, "", names[0]]))
+    options = ["--num_workers", "0", "--threshold", "0"]
+    assert main([str(checkpoint), str(tmp_path / "list.txt"), str(tmp_path / "listed"), *options]) == 0
+    listed = read(tmp_path / "listed")
+    assert set(listed) == set(names) and "does not exist" in listed["pictures/gone.png"]["error"]
+    assert len(listed[names[0]]["labels"]) == len(NAMES)
+
+    rows = Dataset.from_dict({"photo": [str(pictures / "0" / "3.png"), None, str(pictures / "1" / "1.png")]})
+    rows.cast_column("photo", Image()).save_to_disk(tmp_path / "saved")
+    command = [str(checkpoint), str(tmp_path / "saved"), str(tmp_path / "rows"), *options]
+    assert main(command) == 2  # no column "image"
+    assert main([*command, "--image_column", "photo"]) == 0
+    by_row = read(tmp_path / "rows")
+    assert by_row[0]["scores"] == listed[names[0]]["scores"] and by_row[2]["scores"] == listed[names[1]]["scores"]
+    assert by_row[1]["error"] and (tmp_path / "rows" / "unreadable.txt").read_text().startswith("1\t")
+    assert main([*command, "--image_column", "photo", "--sidecars", "txt"]) == 2
+
+
+def test_what_cannot_be_done_is_said(checkpoint, tmp_path, capsys):
+    draw(tmp_path / "pictures", 1)
+    (tmp_path / "empty").mkdir()
+    output = tmp_path / "out"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "part-0001-0000-000000.jsonl").write_text("")
+    for source, target, message in (
+        ("empty", output, "holds no pictures"),
+        ("gone", output, "does not exist"),
+        ("pictures", tmp_path / "other", "is of no known run"),
+    ):
+        assert main([str(checkpoint), str(tmp_path / source), str(target), "--num_workers", "0"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def hold_lock(folder, ready):
+    lock = FolderLock(Path(folder))
+    lock.take(alone=False)
+    Path(ready).touch()
+    time.sleep(60)
+    lock.release()
+
+
+def test_two_runs_do_not_share_a_folder(checkpoint, tmp_path, capsys):
+    draw(tmp_path / "pictures", 1)
+    output, ready = tmp_path / "out", tmp_path / "ready"
+    output.mkdir()
+    holder = os.fork()
+    if holder == 0:
+        try:
+            hold_lock(output, ready)
+        finally:
+            os._exit(0)
+    try:
+        while not ready.exists():
+            time.sleep(0.01)
+        command = [str(checkpoint), str(tmp_path / "pictures"), str(output), "--num_workers", "0"]
+        assert main(command) == 2
+        assert "Another run is writing" in capsys.readouterr().err
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    assert main(command) == 0
+
+
+DRIVER = """
+import os, signal, sys, time
+from pathlib import Path
+from accelerate import debug_launcher
+from training.tag import main
+
+output, command = Path(sys.argv[1]), sys.argv[2:]
+os.environ["OMP_NUM_THREADS"] = "1"
+
+def parts():
+    return len(list(output.glob("part-*")))
+
+# Processes of each run, and after how many new parts all of them are killed (None: never).
+for processes, until in ((1, 2), (2, 3), (3, 2), (2, None)):
+    before = parts()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        if processes == 1:
+            os._exit(main(command))
+        debug_launcher(main, (command,), num_processes=processes)
+        os._exit(0)
+    if until is None:
+        assert os.waitpid(child, 0)[1] == 0
+        break
+    while parts() < before + until:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while True:  # until the last of its processes is gone
+        try:
+            os.killpg(child, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.01)
+    print("killed with", parts(), "parts")
+"""
+
+
+@pytest.mark.slow
+def test_2000_pictures_in_a_run_killed_three_times(checkpoint, tmp_path):
+    pictures, output = tmp_path / "pictures", tmp_path / "out"
+    scenes = SceneDataset(2000, image_size=32, min_size=8, max_size=16)
+    for number in range(len(scenes)):
+        (pictures / str(number % 7)).mkdir(parents=True, exist_ok=True)
+        scenes[number]["image"].save(pictures / str(number % 7) / f"{number:04d}.png", compress_level=1)
+    for number in (5, 1500):
+        path = next(pictures.glob(f"*/{number:04d}.png"))
+        path.write_bytes(path.read_bytes()[:200])
+    options = [str(checkpoint), str(pictures), str(output), "--batch_size", "16", "--part_size", "64"]
+    command = [sys.executable, "-c", DRIVER, str(output), *options, "--num_workers", "1", "--threshold", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("killed with") == 3
+    found = read(output)  # which fails where a picture has two records
+    assert set(found) == {path.relative_to(pictures).as_posix() for path in pictures.glob("*/*.png")}
+    assert len(found) == 2000 and sum(record["error"] is not None for record in found.values()) == 2
+    assert len((output / "unreadable.txt").read_text().splitlines()) == 2
+    # What several processes and broken runs found is what one picture by itself gives.
+    for number in (0, 777, 1999):
+        (name,) = (name for name in found if name.endswith(f"{number:04d}.png"))
+        wanted = expected_labels(checkpoint, pictures / name, threshold=0.0)
+        assert found[name]["scores"] == pytest.approx([label["score"] for label in wanted], abs=1e-5)
+    assert Accelerator().num_processes == 1  # the runs' processes were not this one

@@ -1,0 +1,163 @@
+"""What `training.tag` leaves on disk: part files that are complete or not there, and their summary.
+
+A part is written beside its place, synced, and renamed into it. Which pictures are done is read from the parts alone,
+so a kill at any moment costs the pictures of the parts in hand and nothing else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SETTINGS_FILE, UNREADABLE_FILE, LOCK_FILE = "tagging.json", "unreadable.txt", ".lock"
+FORMATS = ("parquet", "jsonl")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes all of a file or nothing of it, and has it on disk when it returns."""
+    written = path.with_name(f".{path.name}.new")
+    with written.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(written, path)
+
+
+class FolderLock:
+    """Keeps two runs out of one folder; it ends with the process that holds it, however that ends.
+
+    Taken alone (`alone=True`) it fails where any other process holds it; shared, it waits for one that has it alone.
+    Workers that are forked later do not hold it.
+    """
+
+    def __init__(self, folder: Path):
+        self._file = (folder / LOCK_FILE).open("a+b")
+
+    def take(self, *, alone: bool) -> None:
+        """
+        Raises:
+            BlockingIOError: another process has it.
+        """
+        fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class Results:
+    """The parts of a folder.
+
+    Records are dictionaries: `file_name` (or `row`, for a data set), `labels` and `scores` from the highest score to
+    the lowest, and `error`, which says why a picture could not be read and is otherwise None.
+    """
+
+    def __init__(self, folder: Path, key_name: str, file_format: str):
+        self.folder, self.key_name, self.format = folder, key_name, file_format
+        self.schema = pa.schema(
+            {
+                key_name: pa.int64() if key_name == "row" else pa.string(),
+                "labels": pa.list_(pa.string()),
+                "scores": pa.list_(pa.float32()),
+                "error": pa.string(),
+            }
+        )
+
+    def parts(self) -> list[Path]:
+        return sorted(self.folder.glob(f"part-*.{self.format}"))
+
+    def read(self, part: Path, columns: list[str] | None = None) -> list[dict]:
+        """The records of a part."""
+        if self.format == "parquet":
+            return pq.read_table(part, columns=columns).to_pylist()
+        with part.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+    def done(self) -> set:
+        """The keys of all pictures that have a record."""
+        return {record[self.key_name] for part in self.parts() for record in self.read(part, [self.key_name])}
+
+    def next_run(self) -> int:
+        """A number that no part of an earlier run has."""
+        return 1 + max((int(part.name.split("-")[1]) for part in self.parts()), default=0)
+
+    def write(self, name: str, records: list[dict]) -> None:
+        """Writes a part."""
+        if self.format == "parquet":
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(records, self.schema), sink, compression="zstd")
+            data = sink.getvalue().to_pybytes()
+        else:
+            data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        write_file(self.folder / f"part-{name}.{self.format}", data)
+
+    def begin(self, settings: dict, *, overwrite: bool) -> None:
+        """Makes sure that what is in the folder was made with the same settings, or clears it away.
+
+        Raises:
+            ValueError: it was not; names the setting.
+        """
+        path = self.folder / SETTINGS_FILE
+        if overwrite:
+            # The settings go last: a kill in between leaves parts that still belong to settings.
+            for old in [*self._all_parts(), self.folder / UNREADABLE_FILE, path]:
+                old.unlink(missing_ok=True)
+        for unfinished in self.folder.glob(".part-*.new"):
+            unfinished.unlink()
+        if not path.is_file():
+            if parts := self._all_parts():
+                raise ValueError(f"{parts[0]} is of no known run; choose another OUTPUT, or pass --overwrite.")
+            write_file(path, json.dumps(settings, indent=1).encode() + b"\n")
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{self.folder} was begun with {name} {before.get(name)!r}, not {value!r}; go on with that, choose "
+                    "another OUTPUT, or pass --overwrite to begin again."
+                )
+
+    def _all_parts(self) -> list[Path]:
+        return sorted(part for file_format in FORMATS for part in self.folder.glob(f"part-*.{file_format}"))
+
+
+class PartWriter:
+    """Collects one process's records and writes a part whenever there are enough."""
+
+    def __init__(self, results: Results, run: int, process: int, part_size: int):
+        self.results, self.prefix, self.part_size = results, f"{run:04d}-{process:04d}", part_size
+        self.count, self.records = 0, []
+
+    def add(self, record: dict) -> None:
+        self.records.append(record)
+        if len(self.records) >= self.part_size:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.records:
+            self.results.write(f"{self.prefix}-{self.count:06d}", self.records)
+            self.count, self.records = self.count + 1, []
+
+
+def summarise(results: Results, name: Callable[[object], str]) -> tuple[int, int]:
+    """Writes `unreadable.txt` (a name, a tab and the reason a line) and counts records and unreadable pictures."""
+    total, lines = 0, []
+    for part in results.parts():
+        for record in results.read(part, [results.key_name, "error"]):
+            total += 1
+            if record["error"] is not None:
+                reason = " ".join(record["error"].split())
+                lines.append(f"{name(record[results.key_name])}\t{reason}\n")
+    write_file(results.folder / UNREADABLE_FILE, "".join(sorted(lines)).encode())
+    return total, len(lines)
+
+
+def fingerprint(text: str) -> str:
+    """A short mark of a text, by which two are told apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
