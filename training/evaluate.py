@@ -115,10 +115,10 @@ def predict(
     return scores, labels
 
 
-def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that `load_checkpoint` and `score_split` read."""
+def add_scoring_arguments(parser: argparse.ArgumentParser, dataset: str = "dataset") -> None:
+    """The options that `load_checkpoint` and `score_split` read; `dataset` as in `add_dataset_arguments`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id")
-    add_dataset_arguments(parser)
+    add_dataset_arguments(parser, dataset)
     parser.add_argument("--split", default="validation", help="default: validation")
     parser.add_argument("--revision", help="commit of a CHECKPOINT on the Hub")
     parser.add_argument(
