@@ -168,16 +168,23 @@ class HPDVALPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *, state_dict: Mapping[str, torch.Tensor] | None = None, **kwargs):
         """As in transformers, with text embeddings that fit the weights, and with the context tokens that
         [`~HPDVALForImageClassification.set_stage`] put into an adapter written back into the embedding table: a plain
-        checkpoint. (An adapter that was loaded with `load_adapter` is saved by itself, as in transformers.)"""
+        checkpoint. (An adapter that was loaded with `load_adapter` is saved by itself, as in transformers.)
+
+        With a `state_dict` of other weights than the model's own, an average for example, the embeddings are theirs;
+        the model is only read then, and may train on in another thread."""
         base = getattr(self, self.base_model_prefix, self)
-        base.refresh_text_embeddings()
+        own = state_dict is None
+        if own:
+            base.refresh_text_embeddings()
         if not getattr(self, "_hf_peft_config_loaded", False):
-            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
-            buffer = next(key for key in state_dict if key.endswith("text_embeddings"))
-            state_dict[buffer] = base.text_embeddings
+            state_dict = dict(self.state_dict() if own else state_dict)
+            folded = False
             for name, module in self.named_modules():
                 if hasattr(module, "token_indices"):
                     _fold_token_adapter(state_dict, name, module)
+                    folded = True
+            if folded and not own:
+                _encode_prompts_of(state_dict, self.config)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
@@ -189,6 +196,24 @@ def _fold_token_adapter(state_dict: dict[str, torch.Tensor], name: str, layer: n
     for key in [key for key in state_dict if key.startswith(f"{name}.")]:
         del state_dict[key]
     state_dict[f"{name}.weight"] = weight
+
+
+@torch.no_grad()
+def _encode_prompts_of(state_dict: dict[str, torch.Tensor], config: HPDVALConfig) -> None:
+    """Replaces the contexts' text embeddings in `state_dict` by those of the text tower in it."""
+    prefix = next(key for key in state_dict if key.endswith("text_embeddings")).removesuffix("text_embeddings")
+    weights = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}text.")}
+    weights = {key.removeprefix(f"{prefix}text."): value for key, value in weights.items()}
+    with torch.device("meta"):  # draws no random numbers
+        tower = CLIPTextModelWithProjection._from_config(config.text_config)
+    tower.load_state_dict(weights, assign=True)
+    places = torch.arange(config.text_config.max_position_embeddings, device=tower.text_projection.weight.device)
+    tower.text_model.embeddings.position_ids = places[None]
+    prompts = state_dict[f"{prefix}prompt_ids"][GLOBAL:].flatten(0, 1)
+    embeddings = torch.cat([tower.eval()(part).text_embeds for part in prompts.split(PROMPT_BATCH)])
+    whole = state_dict[f"{prefix}text_embeddings"].clone()
+    whole[GLOBAL:] = embeddings.unflatten(0, (2, -1)).to(whole)
+    state_dict[f"{prefix}text_embeddings"] = whole
 
 
 def _build_prompts(config: HPDVALConfig, template: list[int], names: list[list[int]]) -> torch.Tensor:

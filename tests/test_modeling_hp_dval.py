@@ -579,6 +579,32 @@ def test_a_fused_step_in_the_middle_of_evaluation_is_seen():
     assert torch.equal(after, again)
 
 
+def test_other_weights_are_saved_with_their_own_embeddings(tmp_path):
+    """What training saves in a thread of its own: a copy of the weights, or their average."""
+    model = make_model()
+    model.set_stage("stage2")
+    train(model)
+    copied = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = model.eval()(pictures()).logits
+    train(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "copy", state_dict=copied)
+    assert not changed_keys(model, before)
+    saved = HPDVALForImageClassification.from_pretrained(tmp_path / "copy")
+    torch.testing.assert_close(saved(pictures()).logits, expected)
+    torch.testing.assert_close(fresh_logits(saved), expected)
+
+    delta = f"{TABLE}.trainable_tokens_delta.prompts"
+    middle = {key: value.lerp(before[key], 0.5) if key == delta else value for key, value in copied.items()}
+    model.save_pretrained(tmp_path / "average", state_dict=middle)
+    saved = HPDVALForImageClassification.from_pretrained(tmp_path / "average")
+    with count_calls(saved.hp_dval.text) as text:
+        logits = saved(pictures()).logits
+    assert text.count == 0
+    torch.testing.assert_close(logits, fresh_logits(saved))
+    assert not torch.allclose(logits, expected, atol=1e-5)
+
+
 def test_embeddings_reach_a_compiled_model():
     model = make_model()
     model.set_stage("stage2")
