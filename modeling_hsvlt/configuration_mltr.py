@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .config_safety import refuse_kernel_repositories
+
 AUTO_MAP = {
     "AutoConfig": "configuration_mltr.MlTrConfig",
     "AutoModel": "modeling_mltr.MlTrForImageClassification",
@@ -22,7 +24,8 @@ CAT_BLOCK = ("pixel", "mlp", "cross", "mlp", "pixel", "mlp")
 # s, m, l: the simplest layout whose parameter counts at 80 labels are the published 33M, 62M and 108M. xl: a guess,
 # nothing but its resolution was published. cat_*: CAT (arXiv 2106.05786), the same group's code, exact. nano: this
 # package's own, for tests and small data, with the same 64 / 16 / 4 / 1 windows a stage as the published sizes, a step
-# that takes as long as HSVLT's nano, and torch's default init, which narrow layers need to learn from random weights.
+# that takes as long as HSVLT's nano, and what narrow layers need to learn from random weights: torch's default init,
+# overlapping patches and convolutions for positions.
 PRESETS = {
     "nano": {
         "image_size": 64,
@@ -33,6 +36,8 @@ PRESETS = {
         "window_size": 4,
         "drop_path_rate": 0.0,
         "initializer_range": None,
+        "stem_kernel_size": 7,
+        "position_kernel_size": 5,
     },
     "s": {"embed_dim": 96, "depths": (2, 2, 9, 2), "num_heads": (3, 6, 12, 24)},
     "m": {
@@ -101,6 +106,8 @@ class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
             window of each stage; the model takes any picture size.
         patch_size (`int`, defaults to 4):
             Side of a patch of the stem, in pixels; the four stages have strides of 1, 2, 4 and 8 patches.
+        stem_kernel_size (`int`, *optional*):
+            Side of the stem's convolution, where patches overlap; default: `patch_size`, as in all published sizes.
         num_channels (`int`, defaults to 3):
             Channels of the picture.
         embed_dim (`int`, defaults to 96):
@@ -129,6 +136,10 @@ class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
             Whether a learned position embedding is added to the patches (CAT does; the reconstruction fits without).
         use_relative_position_bias (`bool`, defaults to `True`):
             Whether the pixel attention has a learned bias for each offset within the window.
+        position_kernel_size (`int`, defaults to 0):
+            Side of a depthwise convolution whose output is added to the map each stage starts from (conditional
+            position encoding, arXiv 2102.10882); 0: none, as in all published sizes. Without one and from random
+            weights, a model stays at the labels' base rates for thousands of steps.
         block_pattern (`list[str]`, defaults to `("pixel", "cross", "mlp")`):
             Sublayers of a block in order, each with its own norm and residual: `"pixel"` in-window pixel attention,
             `"cross"` cross-window attention, `"mlp"`. CAT is `("pixel", "mlp", "cross", "mlp", "pixel", "mlp")`.
@@ -173,6 +184,7 @@ class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
 
     image_size: int = 224
     patch_size: int = 4
+    stem_kernel_size: int | None = None
     num_channels: int = 3
     embed_dim: int = 96
     depths: list[int] | tuple[int, ...] = (2, 2, 9, 2)
@@ -187,6 +199,7 @@ class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
     drop_path_rate: float | int = 0.1
     use_absolute_embeddings: bool = False
     use_relative_position_bias: bool = True
+    position_kernel_size: int = 0
     block_pattern: list[str] | tuple[str, ...] = ("pixel", "cross", "mlp")
     last_stage_block_pattern: list[str] | tuple[str, ...] | None = None
     skip_single_window_cross: bool = False
@@ -225,6 +238,7 @@ class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
+        refuse_kernel_repositories(self)
 
     @property
     def hidden_sizes(self) -> list[int]:
@@ -270,6 +284,13 @@ class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
         for field in ("image_size", "patch_size", "num_channels", "embed_dim", "window_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be a positive number, but it is {getattr(self, field)}.")
+        if self.stem_kernel_size is not None and self.stem_kernel_size < self.patch_size:
+            raise ValueError(
+                f"stem_kernel_size ({self.stem_kernel_size}) is smaller than patch_size ({self.patch_size}): the stem "
+                "would pass over pixels."
+            )
+        if self.position_kernel_size < 0 or (self.position_kernel_size and self.position_kernel_size % 2 == 0):
+            raise ValueError(f"position_kernel_size must be 0 or odd, but it is {self.position_kernel_size}.")
         for field in ("depths", "num_heads"):
             value = getattr(self, field)
             if len(value) != 4 or any(number < 1 for number in value):

@@ -101,14 +101,21 @@ def window_unpartition(windows: torch.Tensor, window_size: int, height: int, wid
 
 
 class MlTrPatchEmbeddings(nn.Module):
-    """Non-overlapping patches of the picture, each one linear map to a pixel of the first stage's map."""
+    """Patches of the picture, each one linear map to a pixel of the first stage's map; they overlap where the kernel is
+    wider than a patch.
+    """
 
     def __init__(self, config: MlTrConfig):
         super().__init__()
         self.patch_size = config.patch_size
         self.num_channels = config.num_channels
+        kernel_size = config.stem_kernel_size or config.patch_size
         self.projection = nn.Conv2d(
-            config.num_channels, config.embed_dim, kernel_size=config.patch_size, stride=config.patch_size
+            config.num_channels,
+            config.embed_dim,
+            kernel_size,
+            stride=config.patch_size,
+            padding=(kernel_size - config.patch_size + 1) // 2,
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -155,6 +162,17 @@ class MlTrEmbeddings(nn.Module):
         positions = positions.permute(0, 3, 1, 2).float()
         positions = F.interpolate(positions, size=(height, width), mode="bicubic", align_corners=False)
         return positions.permute(0, 2, 3, 1).to(self.position_embeddings.dtype)
+
+
+class MlTrPositionConvolution(nn.Conv2d):
+    """Adds to each pixel a depthwise convolution around it (conditional position encoding, arXiv 2102.10882)."""
+
+    def __init__(self, hidden_size: int, kernel_size: int):
+        super().__init__(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) to the same shape; zeros around the map."""
+        return hidden_states + super().forward(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MlTrPatchMerging(nn.Module):
@@ -431,12 +449,15 @@ class MlTrLayer(GradientCheckpointingLayer):
 
 
 class MlTrStage(nn.Module):
-    """Patch merging (but for the first stage) and the blocks of one stage."""
+    """Patch merging (but for the first stage), where configured the position convolution, and the stage's blocks."""
 
     def __init__(self, config: MlTrConfig, stage: int, drop_path_rates: list[float]):
         super().__init__()
         self.window_size = config.window_sizes[stage]
         self.merging = MlTrPatchMerging(config, config.hidden_sizes[stage - 1]) if stage > 0 else None
+        self.position_convolution = None
+        if config.position_kernel_size:
+            self.position_convolution = MlTrPositionConvolution(config.hidden_sizes[stage], config.position_kernel_size)
         self.layers = nn.ModuleList(MlTrLayer(config, stage, rate) for rate in drop_path_rates)
 
     def forward(
@@ -445,6 +466,8 @@ class MlTrStage(nn.Module):
         """(B, H, W, C) to the stage's map of the same form, and the attention weights of all its blocks."""
         if self.merging is not None:
             hidden_states = self.merging(hidden_states)
+        if self.position_convolution is not None:
+            hidden_states = self.position_convolution(hidden_states)
         height, width = hidden_states.shape[1:3]
         bottom, right = -height % self.window_size, -width % self.window_size
         padding = None

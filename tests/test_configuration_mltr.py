@@ -106,6 +106,8 @@ def test_backbone_features():
         ({"block_pattern": ["cross"], "skip_single_window_cross": True}, "leaves blocks of the last stage empty"),
         ({"window_size": 0}, "window_size must be a positive number"),
         ({"image_size": -1}, "image_size must be a positive number"),
+        ({"stem_kernel_size": 3}, r"stem_kernel_size \(3\) is smaller than patch_size \(4\)"),
+        ({"position_kernel_size": 4}, "position_kernel_size must be 0 or odd"),
     ],
 )
 def test_wrong_fields_are_named(fields, message):

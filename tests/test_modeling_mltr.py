@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -167,7 +168,13 @@ def naive_maps(model, pixel_values):
         p = config.patch_size
         picture = F.pad(picture, (0, -picture.shape[2] % p, 0, -picture.shape[1] % p))
         stem = "embeddings.patch_embeddings.projection"
-        x = F.conv2d(picture[None], state[f"{stem}.weight"], state[f"{stem}.bias"], stride=p)[0].permute(1, 2, 0)
+        height, width = picture.shape[1] // p, picture.shape[2] // p
+        kernel = config.stem_kernel_size or p
+        picture = F.pad(picture, ((kernel - p + 1) // 2, kernel) * 2)  # further right and below than any patch reaches
+        x = picture.new_zeros(height, width, config.embed_dim)
+        for row, column in product(range(height), range(width)):
+            patch = picture[:, row * p : row * p + kernel, column * p : column * p + kernel].flatten()
+            x[row, column] = state[f"{stem}.weight"].flatten(1) @ patch + state[f"{stem}.bias"]
         x = naive_norm(x, state, "embeddings.norm")
         if config.use_absolute_embeddings:
             x = x + state["embeddings.position_embeddings"].view(*x.shape)
@@ -180,6 +187,14 @@ def naive_maps(model, pixel_values):
                     state,
                     f"encoder.stages.{i}.merging.reduction",
                 )
+            if kernel := config.position_kernel_size:
+                name = f"encoder.stages.{i}.position_convolution"
+                height, width = x.shape[:2]
+                around = F.pad(x, (0, 0) + (kernel // 2,) * 4)
+                x = x + state[f"{name}.bias"]
+                for row, column in product(range(kernel), range(kernel)):
+                    weight = state[f"{name}.weight"][:, 0, row, column]
+                    x = x + weight * around[row : row + height, column : column + width]
             window = min(config.window_size, -(-config.image_size // p // 2**i))
             height, width = x.shape[:2]
             for j in range(depth):
@@ -220,6 +235,8 @@ def naive_logits(model, pixel_values):
         ({"block_pattern": CAT_BLOCK, "use_absolute_embeddings": True, "window_size": 4}, (32, 32)),
         ({"block_pattern": ("pixel", "mlp", "cross", "mlp"), "last_stage_block_pattern": ("pixel", "mlp")}, (32, 32)),
         ({"block_pattern": ("cross", "mlp")}, (32, 40)),
+        ({"stem_kernel_size": 7, "position_kernel_size": 5}, (29, 50)),
+        ({"stem_kernel_size": 4, "patch_size": 3, "position_kernel_size": 3}, (32, 32)),
     ],
 )
 def test_logits_equal_the_equations(overrides, size, implementation):
