@@ -1,0 +1,341 @@
+"""What training loses when it is hit: `make crash-test`, or `python -m tests.crash [--kills 20] [--seed 0]`.
+
+A tiny model trains on a small folder of pictures with weight average, accumulation, mixup, RandAugment, random crops
+and a data worker. Then, on one and on two processes:
+
+- SIGKILL at random points of the run, a third of the times while a checkpoint is being written (told by the temporary
+  folder, which is still there after the kill), and a restart after each;
+- SIGTERM and SIGINT, which must end a run with exit status 0;
+- a disk that fills up (a small tmpfs), a file that cannot be written to its end (RLIMIT_FSIZE), a picture that
+  disappears in the middle of an epoch, one of two processes killed under `accelerate launch`.
+
+Every run is carried on to its end and compared with one that nothing happened to: all tensors of the last checkpoint
+and of best/, results.json, and the log but for its times. The last line sums up; the exit status is 0 when nothing was
+lost.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.training.tiny_run import TINY
+from training.checkpoint import CheckpointError, checkpoints, verify
+from training.scenes import main as write_scenes
+
+from .processes import Training
+
+ROOT = Path(__file__).parents[2]
+LAUNCH_CONFIG = ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml"
+STOP_BOUND = 60.0  # seconds; generous, for machines that do other work as well
+
+
+class Bench:
+    """Folders, the recipe, and the undisturbed runs that everything is compared with."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.whole = folder, {}
+        scenes = json.dumps({"image_size": 32, "max_objects": 2, "max_size": 20})
+        for split, count in (("train", 44), ("validation", 14)):
+            write_scenes(
+                [str(folder / "pictures" / split), "--split", split, "--num_scenes", str(count), "--scenes", scenes]
+            )
+
+    def recipe(self, processes: int) -> Path:
+        """44 pictures by batches of 3: the last batch is uneven for one process and for two."""
+        path = self.folder / f"recipe{processes}.yaml"
+        options = {
+            **TINY,
+            "dataset": str(self.folder / "pictures"),
+            "augmentation": {"horizontal_flip": 0.5, "crop_scale": [0.8, 1.0], "rand_augment": True, "mixup": 0.3},
+            "batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "epochs": 15 * processes,  # 120 steps
+            "save_every_steps": 3,
+            "num_workers": 1,
+        }
+        del options["scenes"]
+        path.write_text(yaml.safe_dump(options))
+        return path
+
+    def start(self, run: Path, processes: int, **options) -> Training:
+        argv = [str(self.recipe(processes)), "--output_dir", str(run)]
+        argv.append("--resume" if checkpoints(run) else "--overwrite")
+        return Training(argv, processes, run.with_suffix(".txt"), **options)
+
+    def finish(self, run: Path, processes: int) -> None:
+        training = self.start(run, processes)
+        status = training.wait()
+        if any(status):
+            raise AssertionError(f"A run that should have ended well has exit statuses {status}:\n{training.tail()}")
+
+    def reference(self, processes: int) -> Path:
+        if processes not in self.whole:
+            self.whole[processes] = self.folder / f"whole{processes}"
+            start = time.monotonic()
+            self.finish(self.whole[processes], processes)
+            print(f"undisturbed run, {processes} process(es): {time.monotonic() - start:.0f} s", flush=True)
+        return self.whole[processes]
+
+    def same_end(self, run: Path, processes: int) -> bool:
+        """Whether `run` ended bit for bit like the undisturbed one."""
+        whole = self.reference(processes)
+        pairs = [(folder / "best" / "model.safetensors") for folder in (whole, run)]
+        newest = [checkpoints(folder)[0] for folder in (whole, run)]
+        if newest[0].name != newest[1].name:
+            return False
+        for first, second in (pairs, [folder / "training_state" / "tensors.safetensors" for folder in newest]):
+            expected, found = load_file(first), load_file(second)
+            if expected.keys() != found.keys():
+                return False
+            if not all(torch.equal(tensor, found[name]) for name, tensor in expected.items()):
+                return False
+        logs = [
+            [{key: value for key, value in json.loads(line).items() if "second" not in key} for line in path.open()]
+            for path in (whole / "log.jsonl", run / "log.jsonl")
+        ]
+        return logs[0] == logs[1] and (whole / "results.json").read_text() == (run / "results.json").read_text()
+
+
+def step_of(run: Path) -> int:
+    """The last step in the log."""
+    try:
+        lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        return json.loads(whole[-1])["step"] if whole else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def is_saving(run: Path) -> bool:
+    return run.is_dir() and any(entry.name.startswith(".") for entry in os.scandir(run))
+
+
+def losses_of(run: Path, had: set[str]) -> list[str]:
+    """Checkpoints that were there before and are not whole now; `had` collects the names."""
+    lost = [f"{path.name} was damaged" for path in run.glob("damaged-*")]
+    newest = checkpoints(run)
+    for folder in [*newest, run / "best"]:
+        if folder.is_dir():
+            try:
+                verify(folder)
+            except CheckpointError as error:
+                lost.append(str(error))
+    before = max((int(name.partition("-")[2]) for name in had if name != "best"), default=-1)
+    if before > (int(newest[0].name.partition("-")[2]) if newest else -1):
+        lost.append(f"checkpoint-{before} is gone")
+    if "best" in had and not (run / "best").is_dir() and not (run / ".best.old").is_dir():
+        lost.append("best/ is gone")
+    had |= {path.name for path in [*newest, run / "best"] if path.is_dir()}
+    return lost
+
+
+def kill_often(bench: Bench, processes: int, kills: int, chance: random.Random) -> tuple[int, int, list[str], bool]:
+    """Kills, those of them inside a save, what was lost, and whether the end is the same."""
+    whole = bench.reference(processes)
+    steps = step_of(whole)
+    run, had, lost, inside, done = bench.folder / f"killed{processes}", set(), [], 0, 0
+    start = time.monotonic()
+    while done < kills:
+        training = bench.start(run, processes)
+        in_save = done % 3 == 1
+        if done < 2:  # while it starts
+            time.sleep(chance.uniform(0.0, 4.0))
+        else:
+            target = done * steps // (kills + 1)
+            if not training.wait_until(lambda target=target: step_of(run) >= target):
+                raise AssertionError(f"A restart did not go on:\n{training.tail()}")
+            if in_save:
+                training.wait_until(lambda: is_saving(run), interval=0.0005)
+                time.sleep(chance.uniform(0.0, 0.02))
+            else:
+                time.sleep(chance.uniform(0.0, 0.5))
+        training.kill()
+        done += 1
+        inside += is_saving(run)
+        lost += losses_of(run, had)
+    bench.finish(run, processes)
+    lost += losses_of(run, had)
+    same = bench.same_end(run, processes)
+    print(
+        f"SIGKILL, {processes} process(es): {kills} kills, {inside} inside a save, {len(lost)} lost, the same end: "
+        f"{words(same)} ({time.monotonic() - start:.0f} s)",
+        *lost,
+        sep="\n    ",
+        flush=True,
+    )
+    return kills, inside, lost, same
+
+
+def words(yes: bool) -> str:
+    return "yes" if yes else "NO"
+
+
+def told(what: str, problems: list[str]) -> list[str]:
+    print(f"{what}: {'as it should' if not problems else '; '.join(problems)}", flush=True)
+    return [f"{what}: {problem}" for problem in problems]
+
+
+def ended(bench: Bench, run: Path, processes: int = 1) -> list[str]:
+    """Carry on to the end; what is wrong with it."""
+    problems = losses_of(run, {path.name for path in checkpoints(run)})
+    bench.finish(run, processes)
+    return problems + ([] if bench.same_end(run, processes) else ["the end differs from the undisturbed run's"])
+
+
+def stop_by_signal(bench: Bench, processes: int) -> list[str]:
+    run, problems, longest = bench.folder / f"stopped{processes}", [], 0.0
+    for number, target in ((signal.SIGTERM, 10), (signal.SIGINT, 40), (signal.SIGTERM, 80)):
+        training = bench.start(run, processes)
+        training.wait_until(lambda target=target: step_of(run) >= target)
+        training.signal(number)
+        start = time.monotonic()
+        status = training.wait(STOP_BOUND)
+        longest = max(longest, time.monotonic() - start)
+        if any(status):
+            problems.append(f"{number.name} ended with {status}: {training.tail(500)}")
+        elif not target <= int(checkpoints(run)[0].name.partition("-")[2]) < 120:
+            problems.append(f"{number.name} at step {target} left {checkpoints(run)[0].name}")
+    problems += ended(bench, run, processes)
+    return told(f"SIGTERM and SIGINT, {processes} process(es), {longest:.1f} s at most to save and leave", problems)
+
+
+def fill_the_disk(bench: Bench) -> list[str]:
+    what, disk = "a full disk", bench.folder / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in bench.reference(1).rglob("*") if path.is_file())
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={3 * size}", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        print(f"{what}: SKIPPED, a tmpfs cannot be mounted here ({mount.stderr.strip()})", flush=True)
+        return []
+    try:
+        run, filler = disk / "run", disk / "filler"
+        training = bench.start(run, 1)
+        training.wait_until(lambda: len(checkpoints(run)) >= 2)
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while file.write(b"x" * 4096):
+                    pass
+            except OSError:
+                pass
+        status, problems = training.wait(), []
+        if status != [1] or "No space left on device" not in training.tail():
+            problems.append(f"it ended with {status}: {training.tail(500)}")
+        filler.unlink()
+        return told(what, problems + ended(bench, run))
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=False)
+
+
+def cut_a_file(bench: Bench) -> list[str]:
+    """The kernel lets no file grow beyond half of what the training state needs: a write fails half way."""
+    run = bench.folder / "cut"
+    training = bench.start(run, 1)
+    training.wait_until(lambda: len(checkpoints(run)) >= 2)
+    training.kill()
+    had = {path.name for path in checkpoints(run)}
+    state = checkpoints(run)[0] / "training_state" / "tensors.safetensors"
+    training = bench.start(run, 1, file_limit=state.stat().st_size // 2)
+    status, problems = training.wait(), losses_of(run, had)
+    if status != [1] or "could not be written" not in training.tail():
+        problems.append(f"it ended with {status}: {training.tail(500)}")
+    return told("a save that fails half way", problems + ended(bench, run))
+
+
+def lose_a_picture(bench: Bench) -> list[str]:
+    run, picture = bench.folder / "picture", bench.folder / "pictures" / "train" / "00017.png"
+    training = bench.start(run, 1)
+    training.wait_until(lambda: step_of(run) >= 12)
+    picture.rename(picture.with_suffix(".away"))
+    try:
+        status, problems = training.wait(), []
+    finally:
+        picture.with_suffix(".away").rename(picture)
+    if status != [1] or "00017.png" not in training.tail():
+        problems.append(f"it ended with {status}: {training.tail(500)}")
+    return told("a picture that disappears", problems + ended(bench, run))
+
+
+def kill_one_of_two(bench: Bench) -> list[str]:
+    """Under the real launcher, which has to end the other process."""
+    run, problems = bench.folder / "one_of_two", []
+    output = (bench.folder / "one_of_two.txt").open("w")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_CONFIG)]
+    command += ["-m", "training.train", str(bench.recipe(2)), "--output_dir", str(run)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+    ) as launcher:
+        until = time.monotonic() + 300
+        while step_of(run) < 20 and launcher.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        ranks = [pid for pid in children(launcher.pid) if environment_of(pid).get("RANK") == "1"]
+        os.kill(ranks[0], signal.SIGKILL)
+        start = time.monotonic()
+        try:
+            status = launcher.wait(120)
+        except subprocess.TimeoutExpired:
+            problems.append("the launcher still runs 120 s later")
+            os.killpg(launcher.pid, signal.SIGKILL)
+        else:
+            if status == 0:
+                problems.append("the launcher ended with 0")
+    what = f"one of two processes killed under accelerate launch, all ended {time.monotonic() - start:.1f} s later"
+    return told(what, problems + ended(bench, run, 2))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="on one process, and again on two; default: 20")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="where to work, and to leave everything; default: a temporary one")
+    args = parser.parse_args(argv)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="crash-"))
+    os.environ["HF_HOME"] = str(folder / "hf")
+    chance, start, problems, kills, inside, lost, same = random.Random(args.seed), time.monotonic(), [], 0, 0, [], True
+    bench = Bench(folder)
+    for processes in (1, 2):
+        some = kill_often(bench, processes, args.kills, chance)
+        kills, inside, lost, same = kills + some[0], inside + some[1], lost + some[2], same and some[3]
+        if some[1] < 5 <= args.kills // 3:
+            problems.append(f"only {some[1]} of {some[0]} kills on {processes} process(es) were inside a save")
+        problems += stop_by_signal(bench, processes)
+    for attack in (fill_the_disk, cut_a_file, lose_a_picture, kill_one_of_two):
+        problems += attack(bench)
+    if args.folder is None and not (problems or lost) and same:
+        shutil.rmtree(folder)
+    else:
+        print(f"Everything is in {folder}.")
+    print(
+        f"crash-test: {kills} kills, {inside} of them inside a save, {len(lost)} checkpoints lost, final weights "
+        f"bit-identical: {words(same)}; other attacks: {'all survived' if not problems else '; '.join(problems)} "
+        f"({(time.monotonic() - start) / 60:.1f} minutes)"
+    )
+    return 0 if same and not lost and not problems else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Training runs that can be killed often: forks of a server that has imported everything, each a process of its own.
+
+Only the seconds of importing are saved; the processes, their signals, files and connections are real ones.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["training.train", "kornia.augmentation"])
+
+
+def _train(argv: list[str], environment: dict[str, str], output: str, file_limit: int | None) -> None:
+    os.setsid()  # so that its data workers die with it
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, which would import everything again
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    from training.train import main
+
+    sys.exit(main(argv))
+
+
+class Training:
+    """`training.train.main(argv)` on `processes` CPU processes, started as `torchrun` would start them."""
+
+    def __init__(self, argv: list[str], processes: int, output: Path, file_limit: int | None = None):
+        environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.output = output
+        self._ranks = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(processes):
+            if processes > 1:
+                environment |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                }  # fmt: skip
+            process = SERVER.Process(target=_train, args=(argv, dict(environment), str(output), file_limit))
+            process.start()
+            self._ranks.append(process)
+
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._ranks)
+
+    def signal(self, number: int) -> None:
+        for process in self._ranks:
+            os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL to every process and its data workers."""
+        for process in self._ranks:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # not yet a group of its own, or gone
+                process.kill()
+        for process in self._ranks:
+            process.join()
+
+    def wait(self, seconds: float = 600) -> list[int]:
+        """Exit statuses; a run that is not over by then is killed and raises."""
+        until = time.monotonic() + seconds
+        for process in self._ranks:
+            process.join(max(until - time.monotonic(), 0.01))
+        if any(process.is_alive() for process in self._ranks):
+            self.kill()
+            raise TimeoutError(f"The run did not end within {seconds:.0f} s:\n{self.tail()}")
+        return [process.exitcode for process in self._ranks]
+
+    def wait_until(self, reached: Callable[[], bool], interval: float = 0.01, seconds: float = 600) -> bool:
+        """Whether `reached()` came true while the run was alive."""
+        until = time.monotonic() + seconds
+        while self.alive() and time.monotonic() < until:
+            if reached():
+                return True
+            time.sleep(interval)
+        return False
+
+    def tail(self, characters: int = 3000) -> str:
+        return self.output.read_text(errors="replace")[-characters:] if self.output.exists() else ""
