@@ -19,12 +19,14 @@ import jinja2
 import numpy as np
 from datasets import Dataset
 from scipy import sparse
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from modeling_hsvlt.processing_multilabel import load_image
 
 from .calibration import NUM_BINS, Reliability, reliability, stored_calibration
 from .exclude import picture_name
 from .metrics.functional import multilabel_report
+from .overlay import draw_found_labels
 from .report_plots import MIN_COUNT, plot_confusion, plot_long_tail, plot_precision_recall, plot_reliability
 from .thresholds import fit_record, held_out_decisions
 
@@ -216,8 +218,9 @@ def write_report(
     per_label: Mapping[str, list],
     config,
     counts: tuple[str, np.ndarray] | None = None,
+    explained_by: tuple[PreTrainedModel, BaseImageProcessor] | None = None,
 ) -> None:
-    """Writes results.json, per_label.csv and report.html into `folder`.
+    """Writes results.json, per_label.csv and report.html into `folder`; heat_maps.png where there are heat maps.
 
     Args:
         results: What results.json is to hold; the comparison of thresholds and the calibration error are added.
@@ -226,6 +229,7 @@ def write_report(
         per_label: Of `per_label_report`, at the thresholds in use.
         config: Of the model, for its `thresholds`, `threshold_info` and `calibration_info`.
         counts: Name of a split and its positives (num_labels,), for the long-tail plot; None: of the scored split.
+        explained_by: The model and its image processor, to show what spoke for labels that were found rightly.
     """
     thresholds = np.array(per_label["threshold"], dtype=scores.dtype)
     comparison = compare_thresholds(scores, labels, config, results["threshold"])
@@ -241,7 +245,11 @@ def write_report(
     if counts is not None:
         columns = {f"positives in {counted_in}": positives.tolist(), **columns}
     columns["ECE"] = list(stages.values())[-1].ece_per_label().tolist()
+    heat_maps = None
+    if explained_by is not None:
+        heat_maps = draw_found_labels(*explained_by, rows, scores, labels, thresholds)
     page = {
+        "heat_maps": heat_maps and "data:image/png;base64," + base64.b64encode(heat_maps).decode("ascii"),
         "results": results,
         "metrics": results["metrics"],
         "headlines": HEADLINES,
@@ -274,4 +282,6 @@ def write_report(
     html = environment.get_template("report_template.html").render(page)
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(folder, results, label_names, columns)
+    if heat_maps:
+        (folder / "heat_maps.png").write_bytes(heat_maps)
     (folder / "report.html").write_text(html, encoding="utf-8")

@@ -1,0 +1,106 @@
+"""Heat maps laid over the pictures they belong to."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, wherever this runs
+import matplotlib.pyplot as plt
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from modeling_hsvlt.pipeline_multilabel import MultiLabelImageClassificationPipeline
+from modeling_hsvlt.processing_multilabel import load_image
+
+NUM_PICTURES, LABELS_PER_PICTURE = 6, 3
+SIDE = 224  # pixels of a picture's longer side in the drawing
+
+
+class Explained(NamedTuple):
+    """A picture and what was found in it: `{"label", "score", "heat_map"}` of each label."""
+
+    picture: Image.Image
+    labels: list[dict]
+
+
+def overlay(picture: Image.Image, heat_map: np.ndarray, strength: float = 0.75) -> Image.Image:
+    """The picture, darkened where the map is low and warm where it is high.
+
+    Args:
+        picture: Any size.
+        heat_map: (height, width) of the picture, from 0 to 1.
+        strength: 0 leaves the picture as it is, 1 covers it.
+
+    Raises:
+        ValueError: a map of another size.
+    """
+    if heat_map.shape != (picture.height, picture.width):
+        raise ValueError(
+            f"The heat map is {heat_map.shape[1]} x {heat_map.shape[0]}, the picture {picture.width} x "
+            f"{picture.height}; give the map of this picture."
+        )
+    warm = matplotlib.colormaps["inferno"](heat_map)[..., :3] * 255
+    blended = (1 - strength) * np.asarray(picture.convert("RGB"), dtype=np.float64) + strength * warm
+    return Image.fromarray(blended.round().astype(np.uint8))
+
+
+@plt.rc_context({"text.parse_math": False})  # a label may be called "$5 bill"
+def draw_explained(rows: Sequence[Explained]) -> bytes:
+    """A PNG: one row a picture, which stands first, and then a column a label."""
+    columns = 1 + max(len(row.labels) for row in rows)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(2.2 * columns, 2.3 * len(rows)), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (picture, labels) in zip(axes, rows, strict=True):
+        row[0].imshow(picture)
+        for axis, label in zip(row[1:], labels, strict=False):
+            axis.imshow(overlay(picture, label["heat_map"]))
+            axis.set_title(f"{label['label']} {label['score']:.2f}", fontsize=9)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100, metadata={"Software": None})
+    plt.close(figure)
+    return drawn.getvalue()
+
+
+def draw_found_labels(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    rows: Dataset,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    thresholds: np.ndarray,
+) -> bytes | None:
+    """What spoke for labels that were found rightly, in the pictures with most of them.
+
+    Args:
+        model, image_processor: The pictures' scores are theirs.
+        rows: Of the pictures, with undecoded `image`s.
+        scores, labels: (n, num_labels), of the same rows.
+        thresholds: (num_labels,) from which on a label counts as found.
+
+    Returns:
+        A PNG as of `draw_explained`; None where nothing was found, or the model has no heat maps.
+    """
+    found = (scores >= thresholds) & (labels == 1)
+    count = np.minimum(found.sum(1), LABELS_PER_PICTURE)
+    chosen = [int(row) for row in np.argsort(-count, kind="stable")[:NUM_PICTURES] if count[row]]
+    tagger = MultiLabelImageClassificationPipeline(model=model, image_processor=image_processor, device=model.device)
+    explained = []
+    for row in chosen:
+        picture = load_image(rows[row]["image"])
+        picture.thumbnail((SIDE, SIDE))
+        best = sorted(np.flatnonzero(found[row]), key=lambda label: -scores[row, label])[:LABELS_PER_PICTURE]
+        names = [model.config.id2label[int(label)] for label in best]
+        try:
+            explained.append(Explained(picture, tagger(picture, labels=names, explain=True)))
+        except ValueError:  # it has none
+            return None
+    return draw_explained(explained) if explained else None
