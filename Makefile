@@ -6,7 +6,7 @@ THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast lint format clean
+.PHONY: quickstart test test-fast hub-test lint format clean
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
@@ -19,6 +19,9 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
+
+hub-test: .venv/installed
+	@$(BIN)/python -m tests.hub_table
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -6,14 +6,16 @@
         subprocess.run([sys.executable, "script.py"], env=os.environ | hub.environment(tmp_path), check=True)
     hub.files("me/name")  # what was pushed: {path: bytes}
 
-Everything is kept in memory. Writing needs the token, reading does not. Xet transfers are not spoken:
-`environment` turns them off.
+Everything is kept in memory. Writing needs the token; reading needs it where a repository is private, and is refused to
+everybody where it is gated and access was not given. `faults` breaks connections on purpose. Xet transfers are not
+spoken: `environment` turns them off.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -77,6 +79,20 @@ class Repository:
         return oid or (revision if revision in self.commits else None)
 
 
+@dataclass
+class Fault:
+    """What happens to the next `times` requests of this method whose path the pattern is found in.
+
+    "refuse": the connection is closed unanswered. "lose": it is closed after the work was done. "cut": half of the
+    answer's body arrives. "busy": 503.
+    """
+
+    method: str
+    pattern: str
+    kind: str
+    times: int = 1
+
+
 class HubError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
         super().__init__(message)
@@ -92,9 +108,12 @@ class LoopbackHub:
         self.large_files: dict[str, bytes] = {}  # sha256 -> content
         self.requests: list[tuple[str, str]] = []
         self.unknown: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
+        self.gated: set[str] = set()  # names of repositories that nobody has been given access to
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *args: None  # a client that went away
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         # Another host than the endpoint's, as on the Hub: clients follow redirects within the endpoint by themselves.
         self.storage = f"http://localhost:{self.server.server_port}"
@@ -107,11 +126,10 @@ class LoopbackHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def environment(self, home: str | Path) -> dict[str, str]:
+    def environment(self, home: str | Path, token: str | None = TOKEN) -> dict[str, str]:
         """Variables that send a process to this Hub, with caches of its own under `home`."""
-        return {
+        return ({} if token is None else {"HF_TOKEN": token}) | {
             "HF_ENDPOINT": self.endpoint,
-            "HF_TOKEN": TOKEN,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
             "HF_DATASETS_OFFLINE": "0",
@@ -124,6 +142,11 @@ class LoopbackHub:
     def files(self, name: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
         repository = self.repositories[kind, name]
         return {path: blob.data for path, blob in repository.commits[repository.resolve(revision)].items()}
+
+    def state(self, name: str) -> tuple | None:
+        """All that a push can change of a model's repository, to compare; None where there is none."""
+        repository = self.repositories.get(("model", name))
+        return repository and (self.files(name), dict(repository.tags), repository.private)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -139,7 +162,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(urlsplit(self.path).query)
         with self.hub.lock:
             self.hub.requests.append((self.command, self.path))
+            self.fault = self._next_fault()
+            if self.fault == "refuse":
+                return self._hang_up()
             try:
+                if self.fault == "busy":
+                    raise HubError(503, "The server is busy.")
                 for method, pattern, action in ROUTES:
                     if self.command in method and (match := re.fullmatch(pattern, path)):
                         # whoami and the YAML check write nothing; the signed address of an upload carries no token.
@@ -153,6 +181,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815
 
+    def _next_fault(self) -> str | None:
+        for fault in self.hub.faults:
+            if fault.times and fault.method == self.command and re.search(fault.pattern, self.path):
+                fault.times -= 1
+                return fault.kind
+        return None
+
+    def _hang_up(self):
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
             chunks = []
@@ -165,13 +205,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content=b"", headers: dict[str, str] | None = None, length: int | None = None):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if self.fault == "lose":
+            return self._hang_up()
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(data) if length is None else length))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if self.fault == "cut" else data)
+        if self.fault == "cut":
+            self._hang_up()
 
     def _require_token(self):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -182,6 +226,8 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get((kind, f"{owner}/{name}"))
         if repository is None:
             raise HubError(404, "Repository not found", "RepoNotFound")
+        if repository.private and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise HubError(401, "Repository not found", "RepoNotFound")  # a stranger is not told that it exists
         return repository
 
     def _commit_id(self, repository: Repository, revision: str) -> str:
@@ -206,7 +252,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{'' if kind == 'model' else kind + 's/'}{name}"
         if (kind, name) in self.hub.repositories:
             return self._send(409, {"error": "You already created this repo", "url": url})
-        repository = Repository(kind, name, bool(wish.get("private")))
+        private = wish.get("visibility") == "private" or bool(
+            wish.get("private")
+        )  # the newer clients' word, the older ones'
+        repository = Repository(kind, name, private)
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
         repository.commit("main", {".gitattributes": Blob(attributes.encode(), lfs=False)}, "initial commit")
         self.hub.repositories[kind, name] = repository
@@ -231,7 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
             "id": repository.name,
             "sha": oid,
             "private": repository.private,
-            "gated": False,
+            "gated": "manual" if repository.name in self.hub.gated else False,
             "disabled": False,
             "downloads": 0,
             "likes": 0,
@@ -374,6 +423,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, body, kind, owner, name, revision, path):
         repository = self._repository(kind, owner, name)
+        if repository.name in self.hub.gated:
+            raise HubError(403, f"Access to model {repository.name} is restricted.", "GatedRepo")
         oid = self._commit_id(repository, revision)
         blob, headers = repository.commits[oid].get(unquote(path)), {"X-Repo-Commit": oid}
         if blob is None:

@@ -1,8 +1,10 @@
 """Checkpoints in the hands of those who do not have this package: in processes that cannot import it."""
 
+import ast
 import filecmp
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +63,6 @@ TRUST = {"trust_remote_code": True}
 def use(repo, **kwargs):
     processor = AutoProcessor.from_pretrained(repo, **TRUST, **kwargs)
     image_processor = AutoImageProcessor.from_pretrained(repo, **TRUST, **kwargs)
-    config = AutoConfig.from_pretrained(repo, **TRUST, **kwargs)
     autos = (AutoModel, AutoModelForImageClassification)
     models = [auto.from_pretrained(repo, **TRUST, **kwargs).eval() for auto in autos]
     pixels = [one(images="picture.png", return_tensors="pt")["pixel_values"] for one in (processor, image_processor)]
@@ -80,7 +81,7 @@ def use(repo, **kwargs):
         "tagger": tagger("picture.png"),
         "auto": tagger(["picture.png"] * 3, threshold="auto", batch_size=2)[2],
         "stock": stock("picture.png"),
-        "thresholds": [config.thresholds, processor.thresholds],
+        "thresholds": [models[0].config.thresholds, processor.thresholds],
     }
 """
 
@@ -91,7 +92,7 @@ def run(script, folder, *arguments, package=False, **environment):
     command = [sys.executable, "-c", script, *map(str, arguments)]
     settings = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
     settings = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings
-    result = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
 
@@ -132,6 +133,19 @@ def picture(tmp_path):
     return path
 
 
+def imported_files(folder: Path, name: str) -> set[str]:
+    """The files of this package that a file imports, and those that they import, by reading the code."""
+    reached, pending = set(), [name]
+    while pending:
+        name = pending.pop()
+        if name not in reached:
+            reached.add(name)
+            tree = ast.parse((folder / name).read_text())
+            nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level)
+            pending += [f"{node.module}.py" for node in nodes]
+    return reached
+
+
 def test_folders_load_and_save_and_load_without_the_package(tmp_path, picture):
     checkpoints = {family: checkpoint(family) for family in FAMILIES}
     for family, (model, processor) in checkpoints.items():
@@ -155,8 +169,11 @@ print(json.dumps(results))
         check(used, *checkpoints[family], picture)
         # The code that travels is the package's, to the byte, however often it was saved.
         code = sorted(path.name for path in (tmp_path / name).glob("*.py"))
-        assert {f"modeling_{family}.py", f"configuration_{family}.py"} <= set(code)
-        assert {"pipeline_multilabel.py", "processing_multilabel.py", "losses_multilabel.py"} <= set(code)
+        needed = imported_files(PACKAGE, f"modeling_{family}.py")
+        assert {f"configuration_{family}.py", "pipeline_multilabel.py", "processing_multilabel.py"} <= needed
+        assert set(code) == needed | imported_files(PACKAGE, "processing_multilabel.py")
+        named = re.findall(r'"(\w+)\.\w+"', json.dumps(json.loads((tmp_path / name / "config.json").read_text())))
+        assert {f"{module}.py" for module in named} <= set(code), "auto_map and custom_pipelines"
         assert filecmp.cmpfiles(tmp_path / name, PACKAGE, code, shallow=False) == (code, [], [])
         weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in (name, family)]
         assert weights[0] == weights[1]
