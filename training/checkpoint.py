@@ -20,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi
 from torch import nn
 
 FORMAT_VERSION = 2  # 1 (last/, no hashes) was never released
@@ -227,16 +226,3 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait for the write in hand, and end the thread."""
         self._thread.shutdown()
-
-
-def push_checkpoint(folder: Path, repo_id: str, *, private: bool) -> str:
-    """Upload a plain checkpoint folder to the Hub in one commit, and return its address."""
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        commit_message="Upload the trained model",
-        ignore_patterns=[f"{STATE_FOLDER}/*", MARKER],
-    )
-    return str(commit.commit_url)

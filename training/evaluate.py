@@ -296,7 +296,10 @@ def run(args: argparse.Namespace) -> dict:
         from .report import write_report  # which imports this module
 
         named_counts = None if counts is None else (args.count_split, counts)
-        write_report(args.output, results, label_names, scores, labels, rows, per_label, model.config, named_counts)
+        write_report(
+            args.output, results, label_names, scores, labels, rows, per_label, model.config, named_counts,
+            explained_by=(model, processor),
+        )  # fmt: skip
         print(f"Written: {', '.join(str(args.output / name) for name in RESULT_FILES)}")
     return results
 

@@ -36,7 +36,6 @@ from .checkpoint import (
     CheckpointError,
     atomic_folder,
     checkpoints,
-    push_checkpoint,
     save_checkpoint,
     verify,
     write_marker,
@@ -47,6 +46,7 @@ from .evaluate import predict
 from .interruption import Stopped
 from .metrics.functional import multilabel_report
 from .optim import WarmupPlateau
+from .push import push_run
 from .run import Run, setup
 from .saving import check_writer, save
 from .sparse_labels import row_namer
@@ -301,7 +301,7 @@ def finish(run: Run) -> dict:
             write_marker(new, step=run.progress["step"], epoch=run.progress["best_epoch"])
         (run.folder / "results.json").write_text(json.dumps(results, indent=1))
         if config.push_to_hub:
-            accelerator.print(f"Pushed: {push_checkpoint(folder, config.push_to_hub, private=config.hub_private)}")
+            push_run(run.folder, config.push_to_hub, private=config.hub_private)
     accelerator.print(
         f"The best checkpoint is {folder} (epoch {results['best_epoch']}): validation mAP {validation['mAP']:.4f}"
         + (f", test mAP {results['test']['mAP']:.4f}." if config.evaluate_test else ".")

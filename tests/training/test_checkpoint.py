@@ -17,7 +17,6 @@ from training.checkpoint import (
     checkpoints,
     newest_good,
     prune,
-    push_checkpoint,
     recover,
     recover_run,
     reseal,
@@ -207,23 +206,3 @@ def test_the_writer_writes_one_at_a_time_beside_the_caller_and_keeps_the_error()
     writer.submit(full)
     assert "No space left" in str(writer.error(wait=True))
     assert "No space left" in str(writer.error(wait=False)), "asking does not clear it"
-
-
-def test_push_uploads_the_plain_checkpoint_privately(tmp_path, monkeypatch):
-    calls = []
-
-    class Commit:
-        commit_url = "https://example.org/commit"
-
-    class Api:
-        def create_repo(self, repo_id, **options):
-            calls.append(("create", repo_id, options))
-
-        def upload_folder(self, **options):
-            calls.append(("upload", options))
-            return Commit
-
-    monkeypatch.setattr("training.checkpoint.HfApi", Api)
-    assert push_checkpoint(tmp_path, "me/model", private=True) == Commit.commit_url
-    assert calls[0] == ("create", "me/model", {"private": True, "exist_ok": True})
-    assert calls[1][1]["folder_path"] == tmp_path and STATE_FOLDER in calls[1][1]["ignore_patterns"][0]

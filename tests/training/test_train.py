@@ -322,13 +322,11 @@ def test_early_stopping_waits_for_validation(recipe, tmp_path):
 
 def test_finished_training_is_pushed_when_asked(recipe, tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr(
-        training.train, "push_checkpoint", lambda folder, repo, private: pushed.append((folder, repo, private))
-    )
+    monkeypatch.setattr(training.train, "push_run", lambda run, repo, private: pushed.append((run, repo, private)))
     folder = tmp_path / "run"
     options = ["--max_steps", "1", "--warmup_epochs", "0", "--push_to_hub", "me/model"]
     assert main([recipe, "--output_dir", str(folder), *options]) == 0
-    assert pushed == [(folder / "best", "me/model", True)]
+    assert pushed == [(folder, "me/model", True)]
     assert json.loads((folder / "best" / "config.json").read_text())["thresholds"] is not None
 
 
