@@ -382,7 +382,10 @@ class MultiLabelProcessor(ProcessorMixin):
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
         hub_kwargs = {key: value for key, value in kwargs.items() if key != "trust_remote_code"}  # It would warn.
-        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+        except OSError:  # the folder of an adapter has none
+            config = {}
         processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "id2label" in config:
             processor_dict |= {"id2label": config["id2label"], "thresholds": config.get("thresholds")}
