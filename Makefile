@@ -31,10 +31,19 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# gradio wants Pillow below 13, so the Space has an environment of its own. Needs Chromium.
+space-test: .venv-space/installed
+	.venv-space/bin/python -m pytest tests/space
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-space build *.egg-info
+
+.venv-space/installed: tests/space/requirements.txt
+	$(PYTHON) -m venv .venv-space
+	.venv-space/bin/python -m pip install --quiet -r tests/space/requirements.txt
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,bench]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,bench,onnx]"
 	touch $@
