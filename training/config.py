@@ -110,6 +110,7 @@ class TrainingConfig:
     threshold_objective: Literal["f1", "precision", "recall", "cost"] = "f1"  # for each label, on validation
     threshold_target: float | None = None  # the precision or recall to hold, or what a false positive costs
     evaluate_test: bool = False  # score the test split once, at the very end; it never chooses anything
+    report: bool = False  # write report/, a page of plots, thresholds and mistakes of best/ on validation
     push_to_hub: str | None = None  # repository id, "user/name"
     hub_private: bool = True  # publishing is a decision of its own
 

@@ -218,6 +218,32 @@ def match_labels(label_names: Sequence[str], dataset_names: Sequence[str], check
     return [position[name] for name in label_names]
 
 
+def result_record(
+    metrics: dict,
+    *,
+    checkpoint: str,
+    dataset: str,
+    split: str,
+    threshold: float | str,
+    revision: str | None = None,
+    dataset_revision: str | None = None,
+    count_split: str | None = None,
+) -> dict:
+    """What the results.json of a report holds: metrics, and of what they are."""
+    return {
+        "checkpoint": checkpoint,
+        "revision": revision,
+        "dataset": dataset,
+        "dataset_revision": dataset_revision,
+        "split": split,
+        "count_split": count_split,
+        "threshold": threshold,
+        "ap_definition": AP_DEFINITION,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "metrics": metrics,
+    }
+
+
 def format_report(report: dict, threshold_words: str, absent: Sequence[str], top_k: int = 3) -> str:
     """A table that fits a terminal."""
     columns = ("CP", "CR", "CF1", "OP", "OR", "OF1", "CF1_per_class")
@@ -274,18 +300,16 @@ def run(args: argparse.Namespace) -> dict:
         label_names=label_names,
     )
     per_label = per_label_report(scores, labels, threshold, label_names=label_names)
-    results = {
-        "checkpoint": args.checkpoint,
-        "revision": getattr(model.config, "_commit_hash", None) or args.revision,
-        "dataset": args.dataset,
-        "dataset_revision": args.dataset_revision,
-        "split": args.split,
-        "count_split": args.count_split,
-        "threshold": args.threshold,
-        "ap_definition": AP_DEFINITION,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "metrics": report,
-    }
+    results = result_record(
+        report,
+        checkpoint=args.checkpoint,
+        revision=getattr(model.config, "_commit_hash", None) or args.revision,
+        dataset=args.dataset,
+        dataset_revision=args.dataset_revision,
+        split=args.split,
+        count_split=args.count_split,
+        threshold=args.threshold,
+    )
     absent = [name for name, positives in zip(label_names, per_label["positives"], strict=True) if not positives]
     words = "fitted thresholds" if args.threshold == "auto" else f"score >= {args.threshold:g}"
     print(

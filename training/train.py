@@ -42,11 +42,12 @@ from .checkpoint import (
 )
 from .config import TrainingConfig, parse_config
 from .data import normalize_pixels
-from .evaluate import predict
+from .evaluate import predict, result_record
 from .interruption import Stopped
-from .metrics.functional import multilabel_report
+from .metrics.functional import multilabel_report, per_label_report
 from .optim import WarmupPlateau
 from .push import push_run
+from .report import write_report
 from .run import Run, setup
 from .saving import check_writer, save
 from .sparse_labels import row_namer
@@ -293,13 +294,15 @@ def finish(run: Run) -> dict:
         positives = run.train_data.sparse_labels.positives().tolist()
         results["positives_in_train"] = dict(zip(run.train_data.label_names, positives, strict=True))
     if config.evaluate_test:
-        scores, labels, results["test"] = evaluate(run, model, "test")
-        results["test_at_thresholds"] = multilabel_report(scores, labels, fitted, groups=run.groups)
+        test_scores, test_labels, results["test"] = evaluate(run, model, "test")
+        results["test_at_thresholds"] = multilabel_report(test_scores, test_labels, fitted, groups=run.groups)
     if accelerator.is_main_process:
         with atomic_folder(folder) as new:
             save_checkpoint(new, model, run.processor)
             write_marker(new, step=run.progress["step"], epoch=run.progress["best_epoch"])
         (run.folder / "results.json").write_text(json.dumps(results, indent=1))
+        if config.report:
+            _write_report(run, model, scores, labels, results["validation_at_thresholds"])
         if config.push_to_hub:
             push_run(run.folder, config.push_to_hub, private=config.hub_private)
     accelerator.print(
@@ -307,6 +310,27 @@ def finish(run: Run) -> dict:
         + (f", test mAP {results['test']['mAP']:.4f}." if config.evaluate_test else ".")
     )
     return results
+
+
+def _write_report(run: Run, model, scores: np.ndarray, labels: np.ndarray, metrics: dict) -> None:
+    names, config = run.train_data.label_names, run.config
+    counted = None if run.groups is None else ("train", run.train_data.sparse_labels.positives())
+    record = result_record(
+        metrics,
+        checkpoint=str(run.folder / "best"),
+        dataset=config.dataset,
+        dataset_revision=config.dataset_revision,
+        split="validation",
+        threshold="auto",
+        count_split=counted and counted[0],
+    )
+    per_label = per_label_report(scores, labels, np.array(model.config.thresholds), label_names=names)
+    rows = run.loaders["validation"].dataset.split
+    write_report(
+        run.folder / "report", record, names, scores, labels, rows, per_label, model.config, counted,
+        explained_by=(model, run.processor.image_processor),
+    )  # fmt: skip
+    run.accelerator.print(f"The report is {run.folder / 'report' / 'report.html'}.")
 
 
 def main(argv: list[str] | None = None) -> int:

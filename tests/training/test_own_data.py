@@ -62,14 +62,19 @@ def test_a_table_of_ones_own_is_trained_on_scored_and_fitted_to(shelves, tmp_pat
     ):
         run = tmp_path / layout
         argv = [recipe, "--output_dir", str(run), "--dataset", str(shelves / layout), "--epochs", "1"]
-        assert training.train.main([*argv, "--augmentation", "null", *shared, *for_training]) == 0, capsys.readouterr()
+        argv += ["--augmentation", "null", "--report", str(layout == "columns").lower()]
+        assert training.train.main([*argv, *shared, *for_training]) == 0, capsys.readouterr()
         reset_accelerate()
         scoring = [str(run / "best"), str(shelves / layout), *shared, *for_scoring]
-        assert training.evaluate.main([*scoring, "--output", str(run / "report"), "--count_split", "train"]) == 0
+        assert training.evaluate.main([*scoring, "--output", str(run / "scored"), "--count_split", "train"]) == 0
         reset_accelerate()
-        results[layout] = json.loads((run / "report" / "results.json").read_text())["metrics"]
+        results[layout] = json.loads((run / "scored" / "results.json").read_text())["metrics"]
         # As at the end of training: the same pictures and labels.
         assert results[layout]["mAP"] == json.loads((run / "results.json").read_text())["validation"]["mAP"]
+    at_the_end = json.loads((tmp_path / "columns" / "report" / "results.json").read_text())
+    assert at_the_end["metrics"]["mAP"] == results["columns"]["mAP"] and at_the_end["threshold"] == "auto"
+    assert "0.5 for every label" in at_the_end["thresholds_compared"]
+    assert (tmp_path / "columns" / "report" / "report.html").exists() and not (tmp_path / "text" / "report").exists()
     assert results["columns"] == results["text"] and results["text"]["num_samples"] == 12
 
     excluded = tmp_path / "exclude.txt"
