@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .config_safety import refuse_kernel_repositories
+
 AUTO_MAP = {
     "AutoConfig": "configuration_hp_dval.HPDVALConfig",
     "AutoModel": "modeling_hp_dval.HPDVALForImageClassification",
@@ -194,6 +196,7 @@ class HPDVALConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
         super().__post_init__(**kwargs)
+        refuse_kernel_repositories(self)
         if self.has_teacher and self.teacher_config is None and self.vision_config.model_type == "clip_vision_model":
             self.teacher_config = CLIPVisionConfig(**self.vision_config.to_dict())
         if not self.has_teacher:

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .config_safety import refuse_kernel_repositories
+
 AUTO_MAP = {
     "AutoConfig": "configuration_hsvlt.HSVLTConfig",
     "AutoModel": "modeling_hsvlt.HSVLTForImageClassification",
@@ -197,6 +199,7 @@ class HSVLTConfig(PreTrainedConfig):
 
                 self.backbone_config = MlTrConfig(**self.backbone_config)
         super().__post_init__(**kwargs)
+        refuse_kernel_repositories(self)
         trunk = self.backbone_config
         if trunk.model_type not in BLOCK_TRUNKS and len(getattr(trunk, "out_features", None) or []) != 4:
             stage_names = getattr(trunk, "stage_names", None) or []
