@@ -6,7 +6,7 @@ THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast hub-test lint format clean
+.PHONY: quickstart test test-fast crash-test fuzz hub-test lint format clean
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
@@ -22,6 +22,13 @@ test-fast: .venv/installed
 
 hub-test: .venv/installed
 	@$(BIN)/python -m tests.hub_table
+
+# Kills training and fills its disk; about ten minutes on two free cores. Pictures as no program writes them; a minute.
+crash-test: .venv/installed
+	$(BIN)/python -m tests.crash
+
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz
 
 lint: .venv/installed
 	$(BIN)/ruff check .

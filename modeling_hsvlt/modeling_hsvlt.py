@@ -585,6 +585,10 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self.aggregation = aggregation(self.trunk.channels)
         self.register_buffer("label_embeddings", torch.empty(config.num_labels, config.label_embedding_dim))
         self.post_init()
+        # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
+        # ConvNeXt the blocks are called one by one here, never a stage.
+        body = self.trunk.encoder if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone
+        self._no_split_modules |= set(body._no_split_modules or ()) - {"ConvNextStage"}
 
     @can_return_tuple
     def forward(

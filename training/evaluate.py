@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
 
+from .checkpoint import refuse_leads_elsewhere
 from .data import MultiLabelDataset, build_dataloader, class_counts
 from .dataset_arguments import add_dataset_arguments, load_from_arguments
 from .exclude import without_excluded
@@ -84,7 +86,9 @@ def predict(
     was_training = model.training
     model.eval()
     bar = tqdm(dataloader, "Scoring", leave=False, disable=not (progress and accelerator.is_main_process))
-    with torch.inference_mode():
+    # FSDP2 keeps buffers that it makes in inference mode, and cannot train with them afterwards (torch 2.13).
+    sharded = isinstance(next(model.parameters()), DTensor)
+    with torch.no_grad() if sharded else torch.inference_mode():
         for batch in bar:
             if before_batch is not None:
                 before_batch()
@@ -147,6 +151,7 @@ def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImag
     """
     if not Path(args.checkpoint).is_dir() and (args.checkpoint[:1] in "./~" or args.checkpoint.count("/") > 1):
         raise FileNotFoundError(f"{args.checkpoint} is no folder; give the folder of a checkpoint or a Hub id.")
+    refuse_leads_elsewhere(args.checkpoint)
     revision = args.revision or "main"
     model = AutoModelForImageClassification.from_pretrained(args.checkpoint, revision=revision, use_safetensors=True)
     return model, AutoImageProcessor.from_pretrained(args.checkpoint, revision=revision)

@@ -31,6 +31,10 @@ SPLIT_ALIASES = {
     "eval": "test",
     "evaluation": "test",
 }
+# Far above what people write and far below what fills a memory: these files come from strangers as well.
+MAX_LABEL_FILE = 2**26  # bytes: a million names of 64 letters
+MAX_LABEL_NAME = 1000  # letters
+MAX_ROW = 2**24  # letters of a row of metadata.jsonl: a picture with a million labels
 _PICTURE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 
 
@@ -39,8 +43,14 @@ def read_label_names(path: Path) -> list[str]:
     Of a CSV (a tagger's `selected_tags.csv`) the column `name`.
 
     Raises:
-        ValueError: an empty line between names, a name listed twice, no name at all; with the line.
+        ValueError: an empty line between names, a name listed twice, one that is too long or has control characters, no
+            name at all, with the line; a file of an absurd size.
     """
+    if path.stat().st_size > MAX_LABEL_FILE:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, more than the limit of {MAX_LABEL_FILE:,}; give a list of "
+            "label names, one a line."
+        )
     if path.suffix.lower() == ".csv":
         numbered = _names_of_csv(path)
     else:
@@ -54,6 +64,9 @@ def read_label_names(path: Path) -> list[str]:
     for number, name in numbered:
         if not name:
             raise ValueError(f"{path}, line {number} is empty; write one label name a line.")
+        if len(name) > MAX_LABEL_NAME or not name.isprintable():
+            what = "control characters" if len(name) <= MAX_LABEL_NAME else f"{len(name):,} letters"
+            raise ValueError(f"{path}, line {number}: the name {name[:40]!r} has {what}; write a plain one.")
         if name in line_of:
             raise ValueError(f"{path}, line {number}: {name!r} is listed before on line {line_of[name]}; keep one.")
         line_of[name] = number
@@ -120,7 +133,9 @@ def _read_split(
     line_of: dict[str, int] = {}
     present, labels, missing, kind_of_all = [], [], [], None
     with metadata.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_ROW), ""), 1):
+            if len(line) == MAX_ROW:
+                raise ValueError(f"{metadata}, line {number} is longer than {MAX_ROW:,} letters; it is no row.")
             if not line.strip():
                 continue
             name, value, kind = _parse_row(line, label_column, f"{metadata}, line {number}")

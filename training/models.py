@@ -13,6 +13,7 @@ from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
 from .config import TrainingConfig
+from .checkpoint import refuse_leads_elsewhere
 from .convert_mltr import resize_model
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,10 @@ def _from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: 
     checkpoint does not know start fresh.
     """
     check_pinned("init_from", config.init_from, config.init_from_revision)
-    source = AutoModelForImageClassification.from_pretrained(config.init_from, revision=config.init_from_revision)
+    refuse_leads_elsewhere(config.init_from)
+    source = AutoModelForImageClassification.from_pretrained(
+        config.init_from, revision=config.init_from_revision, use_safetensors=True
+    )
     config.init_from_revision = _commit(source.config) or config.init_from_revision
     if not hasattr(type(source.config), "preset"):
         raise ValueError(

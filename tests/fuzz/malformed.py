@@ -57,7 +57,7 @@ def png(width: int, height: int, data: bytes, *extra: bytes) -> bytes:
 
 def bomb(chance: random.Random) -> tuple[str, bytes]:
     """Kilobytes that become gigabytes: pixels, a compressed text, a compressed colour profile."""
-    zeros = zlib.compress(bytes(chance.randrange(20, 60) * 2**20), 9)
+    zeros = zlib.compress(bytes(chance.randrange(20, 60) * 2**20), 1)
     small = zlib.compress(b"".join(b"\0" + bytes(3 * 8) for _ in range(8)))
     choice = chance.randrange(4)
     if choice == 0:
