@@ -78,7 +78,7 @@ def encode_labels(
     was_training = text_encoder.training
     text_encoder.eval()
     try:
-        return _mean_states(text_encoder, tokens, token_type, batch_size)
+        return _mean_states(text_encoder, tokens, token_type, batch_size).cpu()
     finally:
         text_encoder.train(was_training)
 
@@ -202,7 +202,7 @@ def _mean_states(
             inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
             if token_type is not None:
                 inputs["token_type_ids"] = torch.full_like(input_ids, token_type)
-            states = text_encoder(**inputs).last_hidden_state.float().cpu()  # (b, T, D)
+            states = text_encoder(**inputs).last_hidden_state.float()  # (b, T, D)
             for row, state in zip(batch, states, strict=True):
                 embeddings[row] = state[tokens[row][1]].mean(dim=0)
     return torch.stack(embeddings)

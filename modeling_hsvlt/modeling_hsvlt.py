@@ -685,6 +685,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             self.classifier = HSVLTPerLabelClassifier(config.num_labels, hidden_size)
         else:
             self.classifier = HSVLTSharedClassifier(hidden_size)
+        self.label_context = None  # a `label_context.LabelContext` while one is learned
         self.candidate_scorer = None
         if config.candidate_labels is not None:
             self.candidate_scorer = HSVLTCandidateScorer(self.hsvlt.trunk.channels[-1], config.num_labels)
@@ -762,6 +763,20 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         self.config.label_reading = reading
         self.config.label_template = template
 
+    @torch.no_grad()
+    def save_pretrained(self, save_directory, *, state_dict: dict[str, torch.Tensor] | None = None, **kwargs):
+        """As in transformers. A learned label context leaves a plain checkpoint, with the label embeddings that its
+        weights (or those of `state_dict`) give, and its adapter in the folder `label_context`."""
+        if self.label_context is not None:
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            prefix = "label_context."
+            learned = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+            context = self.label_context.with_weights(learned)
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
+            state_dict["hsvlt.label_embeddings"] = context()
+            context.save_adapter(f"{save_directory}/label_context")
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -791,7 +806,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         if pixel_values is None:
             raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
         if label_embeddings is None:
-            label_embeddings = self.hsvlt.label_embeddings
+            label_embeddings = self.hsvlt.label_embeddings if self.label_context is None else self.label_context()
         elif self.config.classifier == "per_label" and label_embeddings.shape[0] != self.num_labels:
             raise ValueError(
                 f"label_embeddings of {label_embeddings.shape[0]} labels do not fit a classifier with a weight for "

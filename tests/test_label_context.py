@@ -1,0 +1,210 @@
+"""Learned context in front of HSVLT's label names, with tiny random text encoders."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModel
+
+from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+from modeling_hsvlt.label_context import LabelContext
+from modeling_hsvlt.label_prompts import encode_labels
+
+from .tiny_clip import tiny_clip, tiny_clip_tokenizer
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", "red", "bird", "fish", "."]
+NAMES = ["cat", "dog", "red_bird"]
+
+
+def tiny_bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
+    return BertModel(config).eval(), BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
+
+
+ENCODER, TOKENIZER = tiny_bert()
+
+
+def make_model(context=None, **config):
+    torch.manual_seed(0)
+    trunk = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]}
+    fields = {"backbone_config": trunk, "label_embedding_dim": 16, "image_size": 32, "num_labels": 3, **config}
+    model = HSVLTForImageClassification(HSVLTConfig(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # large, so that logits differ visibly between labels
+            parameter.normal_(std=0.4)
+    model.label_context = context
+    return model
+
+
+def pictures():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def train(model, steps=2, fused=True):
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(pictures(), labels=torch.tensor([[1.0, 0, 0], [0, 1, 1]])).loss.backward()
+        optimizer.step()
+    return model
+
+
+def fresh(context):
+    """Its embeddings, by a copy that has none kept."""
+    twin = copy.deepcopy(context)
+    twin._encoded = None
+    with torch.no_grad():
+        return twin()
+
+
+@pytest.mark.parametrize("class_specific", [False, True])
+def test_contexts_start_at_the_hand_written_words(class_specific):
+    context = LabelContext(ENCODER, TOKENIZER, NAMES, class_specific=class_specific)
+    expected = encode_labels(NAMES, ENCODER, TOKENIZER, template="a photo of a {}")
+    torch.testing.assert_close(context(), expected)
+    assert sum(p.numel() for p in context.parameters() if p.requires_grad) == (3 if class_specific else 1) * 4 * 16
+
+
+def test_tokens_are_a_sentence_with_contexts_in_place_of_words():
+    context = LabelContext(ENCODER, TOKENIZER, NAMES, num_tokens=2, class_specific=True, template="a photo of a {} .")
+    first = len(WORDS)
+    end = [WORDS.index("."), WORDS.index("[SEP]")]
+    ids = [WORDS.index(word) for word in ("[CLS]", "cat", "dog", "red", "bird")]
+    assert context._tokens == [
+        ([ids[0], first, first + 1, ids[1], *end], [3]),
+        ([ids[0], first + 2, first + 3, ids[2], *end], [3]),
+        ([ids[0], first + 4, first + 5, ids[3], ids[4], *end], [3, 4]),
+    ]
+    assert 0.01 < context.rows().std() < 0.04  # another number than the template's words: at random
+    assert len(TOKENIZER) == len(WORDS) and ENCODER.get_input_embeddings().weight.shape[0] == len(WORDS)
+
+
+def test_gradients_equal_splicing_the_rows_into_the_sentence():
+    """Against the encoder run on embeddings put together by hand (CoOp)."""
+    context = LabelContext(ENCODER, TOKENIZER, ["cat"])
+    context().square().sum().backward()
+    (delta,) = (p for p in context.parameters() if p.requires_grad)
+    table = ENCODER.get_input_embeddings().weight.detach()
+    rows = table[[WORDS.index(word) for word in ("a", "photo", "of", "a")]].requires_grad_()
+    start, name, end = (table[[WORDS.index(word)]] for word in ("[CLS]", "cat", "[SEP]"))
+    states = ENCODER(inputs_embeds=torch.cat((start, rows, name, end))[None]).last_hidden_state
+    states[0, 5].square().sum().backward()
+    torch.testing.assert_close(delta.grad, rows.grad)
+    ENCODER.zero_grad()
+
+
+@pytest.mark.parametrize("frozen", [None, "trunk", "model"])
+def test_training_moves_the_rows_and_what_is_not_frozen(frozen):
+    model = make_model(LabelContext(ENCODER, TOKENIZER, NAMES))
+    if frozen is not None:
+        for part in (model.hsvlt.trunk,) if frozen == "trunk" else (model.hsvlt, model.classifier):
+            part.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train(model)
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    (rows,) = (key for key in moved if key.startswith("label_context."))
+    assert rows.endswith("trainable_tokens_delta.default")
+    assert any(".trunk." in key for key in moved) == (frozen is None)
+    assert any("label_stream" in key for key in moved) == (frozen != "model")
+
+
+def test_embeddings_are_kept_while_the_rows_are_the_same():
+    context = LabelContext(ENCODER, TOKENIZER, NAMES)
+    model = make_model(context)
+    for p in (*model.hsvlt.parameters(), *model.classifier.parameters()):
+        p.requires_grad_(False)
+    calls = []
+    hook = context.encoder.register_forward_hook(lambda *_: calls.append(1))
+
+    def logits():
+        with torch.inference_mode():
+            result = model(pictures()).logits
+        with torch.no_grad():
+            torch.testing.assert_close(result, model(pictures(), label_embeddings=fresh(context)).logits)
+        return result
+
+    start = logits()
+    calls.clear()
+    assert torch.equal(logits(), start)
+    with torch.no_grad():
+        model(pictures())
+    assert len(calls) == 2  # both by `fresh`, for two lengths of prompts
+    hook.remove()
+    train(model)
+    trained = logits()
+    assert not torch.equal(trained, start)
+    # A fused step in evaluation mode, between two looks.
+    model.eval()
+    model(pictures()).logits.sum().backward()
+    torch.optim.AdamW([p for p in context.parameters() if p.requires_grad], lr=0.1, fused=True).step()
+    assert not torch.equal(logits(), trained)
+    with context.encoder.disable_adapter():
+        torch.testing.assert_close(logits(), start)
+    context.encoder.merge_adapter()
+    logits()
+
+
+def test_checkpoints_are_plain_and_the_adapter_serves_other_labels(tmp_path):
+    context = LabelContext(ENCODER, TOKENIZER, NAMES)
+    model = train(make_model(context)).eval()
+    with torch.no_grad():
+        expected = model(pictures()).logits
+    model.save_pretrained(tmp_path)
+    plain, info = HSVLTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert plain.label_context is None and not info["unexpected_keys"] and not info["missing_keys"]
+    torch.testing.assert_close(plain(pictures()).logits, expected)
+
+    folder = tmp_path / "label_context"
+    assert (folder / "adapter_model.safetensors").stat().st_size < 4 * 16 * 4 + 500
+    again = LabelContext(ENCODER, TOKENIZER, ["fish", "cat"], adapter=folder)
+    torch.testing.assert_close(again()[1], context()[0])
+    # peft alone, and the reading that there is without contexts.
+    tokenizer, encoder = copy.deepcopy(TOKENIZER), copy.deepcopy(ENCODER)
+    tokenizer.add_tokens([f"<context_{index}>" for index in range(4)], special_tokens=True)
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    encoder = PeftModel.from_pretrained(encoder, folder)
+    by_peft = encode_labels(NAMES, encoder, tokenizer, template=context.templates[0])
+    torch.testing.assert_close(by_peft, fresh(context))
+    with pytest.raises(ValueError, match="holds 4 context tokens"):
+        LabelContext(ENCODER, TOKENIZER, NAMES, num_tokens=3, adapter=folder)
+
+
+def test_other_weights_are_saved_with_their_own_embeddings(tmp_path):
+    context = LabelContext(ENCODER, TOKENIZER, NAMES)
+    model = train(make_model(context))
+    copied = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model.eval()(pictures()).logits
+    train(model)
+    model.save_pretrained(tmp_path, state_dict=copied)
+    torch.testing.assert_close(HSVLTForImageClassification.from_pretrained(tmp_path)(pictures()).logits, expected)
+
+
+def test_clip_s_text_tower():
+    tokenizer = tiny_clip_tokenizer()
+    clip = tiny_clip(tokenizer)
+    encoder = CLIPTextModel(clip.config.text_config).eval()
+    context = LabelContext(encoder, tokenizer, NAMES[:2])
+    torch.testing.assert_close(context(), encode_labels(NAMES[:2], encoder, tokenizer))
+    context()[:, 0].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in context.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_tokens": 0}, "at least 1"), ({"template": "a photo"}, "hold {} once")],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        LabelContext(ENCODER, TOKENIZER, NAMES, **options)
