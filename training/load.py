@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import (
     ClassLabel,
     Dataset,
@@ -27,7 +28,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from .csv_table import find_csv_tables, read_csv_tables
-from .image_folder import SPLIT_ALIASES, read_image_folders, read_label_names
+from .image_folder import SPLIT_ALIASES, check_policies, read_image_folders, read_label_names, refuse_or_skip
 from .scenes import DEFAULT_NUM_SCENES, SCENE_LABELS, build_scenes
 from .sparse_labels import SparseLabels, arrow_column, class_names, row_namer, split_text, stack_columns
 
@@ -124,6 +125,7 @@ def load_multilabel_dataset(
             )
             image_column, label_column = "image", "labels"
         else:
+            _check_parquet(folder)
             loaded = load_dataset(str(folder), name=config_name, cache_dir=cache_dir)
     elif Path(source).exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} is no folder; give a folder, the id of a dataset on the Hub, or 'scenes'.")
@@ -151,6 +153,10 @@ def load_multilabel_dataset(
                     f"{', '.join(loaded[name].column_names)}; name the right one with image_column, label_column or "
                     "label_columns, or write a metadata.jsonl with file_name and labels beside the pictures."
                 )
+    if not row_words and not isinstance(source, Dataset | DatasetDict):
+        for name in splits or loaded:
+            before = f"The split {name!r} of {source_words} has"
+            loaded[name] = _with_pictures(loaded[name], image_column, missing_pictures, before)
     if label_columns:
         given = list(label_names or names_of_file or label_columns)
         if sorted(given) != sorted(label_columns):
@@ -193,6 +199,44 @@ def load_multilabel_dataset(
     for name, of_split in labels.items():
         uniform[name] = _with_labels(images[name], of_split, label_names, as_ids, row_words[name])
     return uniform, label_names
+
+
+def _check_parquet(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: a file that is no parquet, or not a whole one; `load_dataset` names none.
+    """
+    for path in sorted(folder.rglob("*.parquet")):
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is not a whole parquet file ({error}); fetch or write it again.") from error
+
+
+def _with_pictures(split: Dataset, image_column: str, policy: str, before: str) -> Dataset:
+    """The rows that hold a picture, or the path of one that is there.
+
+    Raises:
+        ValueError: the policy is "error", and some do not.
+    """
+    check_policies("error", policy)
+    column = arrow_column(split.cast_column(image_column, Image(decode=False)), image_column)
+    missing, begin = [], 0
+    for chunk in column.chunks:
+        without_bytes = pc.is_null(pc.struct_field(chunk, "bytes")).to_numpy(zero_copy_only=False)
+        for place in np.flatnonzero(without_bytes):
+            path = (chunk[place].as_py() or {}).get("path")
+            if path is None or not ("://" in path or Path(path).is_file()):
+                missing.append(begin + int(place))
+        begin += len(chunk)
+    refuse_or_skip(
+        [f"row {row}" for row in missing],
+        policy,
+        before,
+        "that are not there; add them, take the rows out, or pass missing_pictures='skip'.",
+    )
+    left = np.delete(np.arange(len(split)), missing)
+    return split.select(left) if missing else split
 
 
 def _names_of_labels(

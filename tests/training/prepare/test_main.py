@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Image, List, Value, load_dataset
+from datasets import ClassLabel, Features, Image, List, Value, load_dataset
 
 from training.data import load_multilabel_dataset
 from training.prepare.__main__ import main
@@ -316,6 +318,40 @@ MALFORMED = [
 ]
 
 
+MALFORMED += [
+    ("voc_xml", lambda s: edit(s / "VOC2007" / VOC_SET, "005001", "005000"), r"trainval.txt, line 2: 005000 is listed"),
+    (
+        "voc_xml",
+        lambda s: (s / "VOC2007/JPEGImages/005001.jpg").unlink(),
+        r"1 picture \(.*trainval.txt, line 2: .*JPEGImages/005001.jpg\) that are not there",
+    ),
+    (
+        "voc_lists",
+        lambda s: (s / "ImageSets/Main/dog_test.txt").unlink(),
+        r"dog_test.txt does not exist",
+    ),
+    (
+        "nuswide_all_labels",
+        lambda s: edit(s / "Groundtruth/AllLabels/Labels_dog.txt", "1", "x"),
+        r"Labels_dog.txt, line \d is 'x', but must be 0 or 1",
+    ),
+    ("csv_columns", lambda s: edit(s / "test.csv", "test/1", "test/0"), r"test.csv, line 3: 'test/0.jpg' has a row"),
+    ("csv_columns", lambda s: (s / "test/1.jpg").unlink(), r"test.csv names 1 picture \(line 3: test/1.jpg\)"),
+    (
+        "csv_columns",
+        lambda s: write(s / "labels.txt", "cat\ncow\ntvmonitor\n"),
+        r"'cow' is not among both the label columns and the label names",
+    ),
+    ("csv_split_column", lambda s: edit(s / "all.csv", "train/1", "train/0"), r"all.csv, line 3: 'train/0.jpg' has a"),
+    ("csv_split_column", lambda s: (s / "train/1.jpg").unlink(), r"all.csv names 1 picture \(line 3: train/1.jpg\)"),
+    (
+        "parquet_names",
+        lambda s: write(s / "data/test-00000-of-00001.parquet", b"PAR1 and then nothing"),
+        r"test-00000-of-00001.parquet is not a whole parquet file",
+    ),
+]
+
+
 @pytest.mark.parametrize(("name", "harm", "message"), MALFORMED)
 def test_what_is_malformed_is_refused_with_file_and_line(name, harm, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -328,6 +364,22 @@ def test_what_is_malformed_is_refused_with_file_and_line(name, harm, message, tm
     assert [line for line in error.splitlines() if line.startswith("error: ")], error
     assert not (tmp_path / "made").exists()
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("missing", [None, {"bytes": None, "path": None}, {"bytes": None, "path": "/nowhere/x.jpg"}])
+def test_missing_pictures_of_parquet_name_their_row(missing, tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    images = [{"bytes": PICTURES["train"][0], "path": "a.jpg"}, missing]
+    features = Features({"image": Image(decode=False), "labels": List(Value("string"))})
+    # As others may have written it: `datasets` itself would not.
+    rows = pa.Table.from_pydict({"image": images, "labels": [["cat"], ["dog"]]}, schema=features.arrow_schema)
+    pq.write_table(rows, tmp_path / "source" / "train-00000-of-00001.parquet")
+    command = ["dataset", tmp_path / "source", tmp_path / "target"]
+    assert prepare(*command) == 1
+    assert "The split 'train' of" in (error := capsys.readouterr().err) and "1 picture (row 1)" in error
+    assert prepare(*command, "--missing_pictures", "skip") == 0
+    splits, _ = load_multilabel_dataset(tmp_path / "target")
+    assert [image["bytes"] for image in splits["train"]["image"]] == PICTURES["train"][:1]
 
 
 def test_unknown_labels_of_parquet_name_their_row(tmp_path, capsys):
