@@ -104,8 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{model.config.model_type}, {args.split}, {len(scenes)} scenes, {count} labels; hits, 95% interval\n")
     print("| map | hits | +- |\n|---|---|---|")
     for name, mean in means.items():
-        spread = 1.96 * (mean * (1 - mean) / count) ** 0.5
-        print(f"| {name} | {mean:.3f} | {spread:.3f} |")
+        print(f"| {name} | {mean:.3f} | {1.96 * np.std(outcome[name]) / count**0.5:.3f} |")
     if args.json is not None:
         setting = {
             "checkpoint": Path(args.checkpoint).name,
