@@ -1,4 +1,4 @@
-"""The benchmark of partial labels, on made features: labels are hidden as said, and made losses learn from the rest."""
+"""The benchmark of partial labels, on made features: labels are hidden as said, and a head learns from the rest."""
 
 import numpy as np
 import pytest
@@ -36,14 +36,10 @@ def test_labels_are_hidden_as_each_setting_says(made):
                 assert ((visible == 1).sum(1) == present.any(1)).all() and (visible[known] == 1).all()
 
 
-def test_the_made_loss_learns_absence_where_masking_alone_cannot(made):
+def test_a_head_learns_from_one_positive_a_picture(made):
     features, labels, present = made
-    found = {}
-    for loss in ("bce", "weak_assume_negative"):
-        visible = visible_labels(labels, {"single_positive": True}, loss, seed=0)
-        model = train_linear(features, visible, loss, epochs=30, seed=0)
-        with torch.no_grad():
-            found[loss] = model(features).sigmoid().numpy()
-    assert np.mean(average_precision(found["weak_assume_negative"], present)) > 0.8
-    absent = present == 0
-    assert found["weak_assume_negative"][absent].mean() + 0.2 < found["bce"][absent].mean()
+    visible = visible_labels(labels, {"single_positive": True}, "weak_assume_negative", seed=0)
+    model = train_linear(features, visible, "weak_assume_negative", epochs=30, seed=0)
+    with torch.no_grad():
+        scores = model(features).sigmoid().numpy()
+    assert np.mean(average_precision(scores, present)) > 0.8
