@@ -82,7 +82,7 @@ def plot_precision_recall(
     scores: np.ndarray, labels: np.ndarray, average_precision: np.ndarray, label_names: Sequence[str]
 ) -> str:
     """Precision over recall of all entries in one ranking, and of a few labels from the best AP to the worst."""
-    figure, (axes,) = _new_figure(6.4, 4.6)
+    figure, (axes,) = _new_figure(8.2, 4.6)
 
     def draw(values: np.ndarray, truth: np.ndarray, words: str, **style) -> None:
         known = (truth == 0) | (truth == 1)
@@ -98,7 +98,7 @@ def plot_precision_recall(
         draw(scores[:, label], labels[:, label], words, color=color, linewidth=1.2)
     axes.set(xlim=(0, 1.01), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)  # the curves fill the axes
     return _data_uri(figure)
 
 
