@@ -9,11 +9,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 import modeling_hsvlt  # noqa: F401  (registers the model types)
+from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
-from .config import TrainingConfig
 from .checkpoint import refuse_leads_elsewhere
+from .config import TrainingConfig
 from .convert_mltr import resize_model
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
             f"loss_kwargs {config.loss_kwargs} do not fit loss_type {config.loss_type!r}: {error}."
         ) from None
     encoded = None
+    if config.label_context is not None and config.model_type != "hsvlt":
+        raise ValueError(
+            f"label_context is for hsvlt, and model_type is {config.model_type!r}: hp_dval's contexts are its stage 2."
+        )
     if config.label_encoder is not None and config.model_type != "hp_dval":
         check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
         encoder, tokenizer = load_text_encoder(config.label_encoder, config.label_encoder_revision)
@@ -80,11 +85,42 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
             reading=config.label_reading,
             template=None if official else config.label_template,
         )
+    if config.label_context is not None:
+        add_label_context(model, encoder, tokenizer, config, label_names)
     if hasattr(model, "set_stage"):
         model.set_stage(model.config.stage)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+TRAINED_BESIDE_CONTEXT = ("all", "all_but_trunk", "nothing")
+
+
+def add_label_context(model: PreTrainedModel, encoder, tokenizer, config: TrainingConfig, label_names) -> None:
+    """Give an HSVLT a context in front of its label names to learn, see `modeling_hsvlt.label_context`.
+
+    `config.label_context` holds arguments of `LabelContext` (`num_tokens`, `class_specific`, `adapter`), and under
+    `train` what of the model trains beside the context: "all" (where it is left out), "all_but_trunk", or "nothing".
+
+    Raises:
+        ValueError: another key or value.
+    """
+    options = dict(config.label_context)
+    beside = options.pop("train", "all")
+    if beside not in TRAINED_BESIDE_CONTEXT:
+        raise ValueError(f"label_context.train is {beside!r}: choose one of {', '.join(TRAINED_BESIDE_CONTEXT)}.")
+    unknown = options.keys() - {"num_tokens", "class_specific", "adapter"}
+    if unknown:
+        raise ValueError(f"label_context has no option {min(unknown)!r}: see training.models.add_label_context.")
+    frozen = {"all": None, "all_but_trunk": model.hsvlt.trunk, "nothing": model}[beside]
+    if frozen is not None:
+        frozen.requires_grad_(False)
+    model.label_context = LabelContext(
+        encoder, tokenizer, label_names, template=config.label_template, label_text=config.label_text, **options
+    )
+    templates = model.label_context.templates
+    model.config.label_template = templates[0] if len(templates) == 1 else f"{templates[0]}, and so on for each label"
 
 
 def check_pinned(option: str, source: str, revision: str | None) -> None:

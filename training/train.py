@@ -17,6 +17,7 @@ after the step in hand, with everything saved and exit status 0.
 import inspect
 import json
 import math
+import shutil
 import sys
 import textwrap
 import time
@@ -298,6 +299,8 @@ def finish(run: Run) -> dict:
         results["test_at_thresholds"] = multilabel_report(test_scores, test_labels, fitted, groups=run.groups)
     if accelerator.is_main_process:
         with atomic_folder(folder) as new:
+            if (folder / "label_context").is_dir():  # the adapter, of which the loaded model knows nothing
+                shutil.copytree(folder / "label_context", new / "label_context")
             save_checkpoint(new, model, run.processor)
             write_marker(new, step=run.progress["step"], epoch=run.progress["best_epoch"])
         (run.folder / "results.json").write_text(json.dumps(results, indent=1))
