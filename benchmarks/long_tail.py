@@ -20,6 +20,9 @@ with 20 to 99, tail with fewer.
 """
 
 import argparse
+import copy
+import hashlib
+import inspect
 import json
 import math
 import statistics
@@ -34,15 +37,18 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, get_cosine_schedule_with_warmup
 
-from benchmarks.scene_clip import TAGGED, image_processor, train_clip, word_tokenizer
+from benchmarks import scene_clip
+from benchmarks.scene_clip import TAGGED, image_processor, word_tokenizer
 from modeling_hsvlt import HPDVALForImageClassification, MultiLabelImageProcessor
+from training import scenes
 from training.augment import build_augmentation
 from training.data import MultiLabelDataset, load_multilabel_dataset, normalize_pixels
 from training.imbalance import long_tail_groups
 from training.metrics.functional import average_precision, multilabel_report
 from training.prepare.long_tail import draw_long_tail, is_present, pareto_targets
 
-COLUMNS = ("mAP", "mAP_head", "mAP_medium", "mAP_tail")
+# What a table shows, and its unit: percent, the variance over labels in percent squared as in the papers.
+COLUMNS = {"mAP": 1e2, "mAP_head": 1e2, "mAP_medium": 1e2, "mAP_tail": 1e2, "mAP_variance": 1e4}
 # What the published code uses for VOC-LT, whose 20 labels are nearest to these data; `--positive_weight class` is DB*.
 LOSS = {"mu": 0.3, "negative_scale": 5.0, "kappa": 0.01}
 PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
@@ -58,12 +64,14 @@ class Recipe:
     config: dict = field(default_factory=dict)
 
 
-PROMPTS_ALONE = {"alpha": 1.0, "semantic_consistency_weight": 0.0, "context_init": "random"}
+PROMPTS_ALONE = {"alpha": 1.0, "semantic_consistency_weight": 0.0, "context_init": "template"}
+# Chosen on the validation split of seed 0, for prompts as for the student. Contexts that start at random, as CoOp's do,
+# never reached zero-shot here in twice the epochs.
 RECIPES = {
-    "coop": Recipe("stage2", 20, 2e-3, PROMPTS_ALONE),
-    "class_contexts": Recipe("stage2", 20, 2e-3, {**PROMPTS_ALONE, "class_specific_context": True}),
-    "stage1": Recipe("stage1", 40, 3e-4),
-    "stage2": Recipe("stage2", 20, 2e-3, {"context_init": "template"}),
+    "coop": Recipe("stage2", 20, 2e-4, PROMPTS_ALONE),
+    "class_contexts": Recipe("stage2", 20, 2e-4, {**PROMPTS_ALONE, "class_specific_context": True}),
+    "stage1": Recipe("stage1", 20, 1e-3, {"alpha": 0.7}),
+    "stage2": Recipe("stage2", 20, 2e-4, {"context_init": "template"}),
 }
 # The recipes of each method, one after the other.
 METHODS = {
@@ -92,6 +100,15 @@ class Split:
         )
 
 
+def cached_clip(cache: Path, tokenizer, steps: int, device: torch.device) -> CLIPModel:
+    """The small CLIP of the scenes; trained once, and kept in `cache` under what it depends on."""
+    sources = [inspect.getsource(module) for module in (scene_clip, scenes)]
+    folder = cache / f"scene-clip-{hashlib.sha256(json.dumps([steps, *sources]).encode()).hexdigest()[:16]}"
+    if not (folder / "model.safetensors").is_file():
+        scene_clip.train_clip(tokenizer, steps=steps, device=device).cpu().save_pretrained(folder)
+    return CLIPModel.from_pretrained(folder).eval()
+
+
 class Benchmark:
     """A CLIP, its processor, and the data that all methods share."""
 
@@ -99,7 +116,7 @@ class Benchmark:
         self.args, self.device = args, torch.device(args.device)
         if args.clip is None:
             self.tokenizer = word_tokenizer()
-            self.clip = train_clip(self.tokenizer, steps=args.clip_steps, device=self.device)
+            self.clip = cached_clip(args.cache, self.tokenizer, args.clip_steps, self.device)
             self.processor = image_processor()
         else:
             load = {"revision": args.clip_revision}
@@ -207,32 +224,45 @@ class Benchmark:
                 kept = np.stack(scores["measured"], 1)
         return kept
 
-    def train(self, names: tuple[str, ...], train: Split, seed: int) -> tuple[HPDVALForImageClassification, int]:
-        """A model after these recipes, and how many numbers the last of them trained."""
-        model, trained = self.new_model(train, **(RECIPES[names[0]].config if names else PROMPTS_ALONE)), 0
-        for name in names:
-            model.config.context_init = RECIPES[name].config.get("context_init", model.config.context_init)
-            self.fit(model, train, RECIPES[name], seed)
-            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        return model.eval(), trained
+    def train(
+        self,
+        names: tuple[str, ...],
+        train: Split,
+        seed: int,
+        trained: dict[tuple[str, ...], HPDVALForImageClassification],
+    ) -> tuple[HPDVALForImageClassification, int]:
+        """A model after these recipes, and how many numbers the last of them trained. `trained` are models that are
+        ready, by their recipes; what went before the last recipe is taken from there, and the result joins them."""
+        if not names:
+            return self.new_model(train, **PROMPTS_ALONE), 0
+        recipe, before = RECIPES[names[-1]], names[:-1]
+        if before:
+            model = trained[before] if before in trained else self.train(before, train, seed, trained)[0]
+            model = copy.deepcopy(model)
+            model.config.context_init = recipe.config.get("context_init", model.config.context_init)
+        else:
+            model = self.new_model(train, **recipe.config)
+        self.fit(model, train, recipe, seed)
+        trained[names] = model
+        return model, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def run(self, seed: int) -> dict:
         """The report of every method on the measured split."""
         train = self.draw(seed)
         positives = (train.labels == 1).sum(0).numpy()
         groups, labels = long_tail_groups(positives), self.measured.labels.numpy()
-        methods = {}
+        methods, ready = {}, {}
         for method in self.args.methods:
             start = time.perf_counter()
             if method == "linear_probe":
                 scores = self.linear_probe(train)
                 trained = (self.clip.config.vision_config.hidden_size + 1) * len(self.label_names)
             else:
-                model, trained = self.train(METHODS[method], train, seed)
+                model, trained = self.train(METHODS[method], train, seed, ready)
                 scores = self.score(model, self.measured)
             report = multilabel_report(scores, labels, top_k=None, groups=groups)
             methods[method] = {**report, "seconds": time.perf_counter() - start, "trained_parameters": trained}
-            figures = "".join(f"{100 * report.get(name, np.nan):8.2f}" for name in COLUMNS)
+            figures = "".join(f"{unit * report.get(name, np.nan):8.2f}" for name, unit in COLUMNS.items())
             print(f"seed {seed}: {method:<16}{figures}", flush=True)
         return {"positives_in_train": positives.tolist(), "methods": methods}
 
@@ -240,14 +270,14 @@ class Benchmark:
 def table(runs: list[dict], methods: list[str]) -> str:
     """mAP in percent, mean and standard deviation over the seeds."""
     lines = [
-        "| method | total | head | medium | tail | trained numbers | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| method | total | head | medium | tail | variance | trained numbers | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for method in methods:
         reports = [run["methods"][method] for run in runs]
         cells = []
-        for name in COLUMNS:
-            values = [100 * report[name] for report in reports if name in report]
+        for name, unit in COLUMNS.items():
+            values = [unit * report[name] for report in reports if name in report]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "-")
         seconds = statistics.mean(report["seconds"] for report in reports)
@@ -263,6 +293,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clip", help="folder or Hub id; default: a small one, trained here on the scenes")
     parser.add_argument("--clip_revision", help="commit of a CLIP on the Hub")
     parser.add_argument("--clip_steps", type=int, default=3000, help="training of the small one; default: 3000")
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where it is kept; default: runs/cache")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--largest", type=int, default=800, help="see draw_long_tail; 0: train as it is; default: 800")
@@ -271,7 +302,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="test", help="what to measure; default: test. Choose recipes on validation")
     parser.add_argument("--epochs", type=float, default=1.0, help="factor of every method's epochs; default: 1")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--logit_scale", type=float, default=20.0, help="1 is the paper's; default: 20")
+    parser.add_argument("--logit_scale", type=float, default=10.0, help="1 is the paper's; default: 10")
     parser.add_argument("--positive_weight", default="none", help="none (DB) or class (DB*); default: none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write everything")
