@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import GeneralTracker, on_main_process
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list, gather_object, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
@@ -84,6 +84,11 @@ def setup(config: TrainingConfig) -> Run:
     missing = set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         raise ValueError(f"The tracker {min(missing)!r} is not installed: install it, or leave it out of trackers.")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed keeps its part of a checkpoint in pickles, so nothing could be resumed exactly or checked: "
+            "launch with training/configs/accelerate/fsdp2.yaml, which divides the same tensors."
+        )
     source = find_source(folder, accelerator) if config.resume else None  # refused now if there is none
     if source is not None:
         pass

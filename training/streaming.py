@@ -7,11 +7,13 @@ count, check beforehand, shuffle exactly and score whole: write a stream to disk
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import torch
 from datasets import Dataset, Image, IterableDataset
+from datasets.distributed import split_dataset_by_node
 
 from .data import PictureResizer, label_tensor
 from .sparse_labels import SparseLabels, class_names, split_text, stack_columns
@@ -91,6 +93,16 @@ class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
         return SparseLabels.from_arrow(
             column, self.label_names, class_names=self._own_names, label_format=label_format, where=where
         )
+
+    def for_process(self, rank: int, world_size: int) -> StreamingMultiLabelDataset:
+        """The part of one of `world_size` processes; together they give every row once, however many they are.
+
+        Shards of the source are divided where their number allows it, so that no process reads what it does not use;
+        else each process keeps every `world_size`-th row. `index` is then the place in the process's own part.
+        """
+        part = copy.copy(self)
+        part.source = split_dataset_by_node(self.source, rank=rank, world_size=world_size)
+        return part
 
     def set_epoch(self, epoch: int) -> None:
         """Another order of a shuffled source."""

@@ -136,3 +136,17 @@ def test_workers_share_the_shards_of_a_folder_that_is_streamed(tmp_path):
 def test_a_stream_is_refused_where_rows_are_needed():
     with pytest.raises(ValueError, match="streaming data set has no rows to count and check"):
         load_multilabel_dataset(rows(IDS, List(ClassLabel(names=NAMES))).to_iterable_dataset())
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 6])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_any_number_of_processes_sees_every_row_once(shards, processes):
+    source = rows(IDS, List(ClassLabel(names=NAMES))).to_iterable_dataset(num_shards=shards)
+    stream = StreamingMultiLabelDataset(source.shuffle(seed=1, buffer_size=4), None, PROCESSOR)
+    stream.set_epoch(2)
+    whole = sorted(int(sample["pixel_values"].sum()) for sample in stream)
+    parts = [[int(sample["pixel_values"].sum()) for sample in stream.for_process(rank, processes)]
+             for rank in range(processes)]  # fmt: skip
+    assert sorted(value for part in parts for value in part) == whole and len(whole) == 6
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1 or shards % processes == 0
