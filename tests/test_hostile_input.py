@@ -246,7 +246,7 @@ def test_pixels_frames_and_bytes_are_limited(tmp_path, monkeypatch):
     frames[0].save(long, save_all=True, append_images=frames[1:])
     stream = BytesIO(long.read_bytes())
     assert load_image(stream).size == (300, 300) and set(loaded) == {(300, 300)}
-    assert stream.tell() < long.stat().st_size / 10, "one frame of 300 was read"
+    assert stream.tell() < long.stat().st_size / 2, "one block, with one frame of 300, was read"
 
     data = long.read_bytes()
     for source in (str(long), data, {"bytes": data, "path": str(long)}, BytesIO(data)):

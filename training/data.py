@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from modeling_hsvlt.losses_multilabel import validate_labels
 from modeling_hsvlt.processing_multilabel import load_image
 
+from .interruption import leave_signals_to_parent
 from .load import load_multilabel_dataset
 from .scenes import SCENE_LABELS, SceneDataset
 from .sparse_labels import SparseLabels, class_names, row_namer
@@ -289,6 +290,7 @@ def build_dataloader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator().manual_seed(seed),
     )
 

@@ -55,8 +55,9 @@ class Training:
         return all(process.is_alive() for process in self._ranks)
 
     def signal(self, number: int) -> None:
+        """To every process and its data workers, as a batch system sends it."""
         for process in self._ranks:
-            os.kill(process.pid, number)
+            os.killpg(process.pid, number)
 
     def kill(self) -> None:
         """SIGKILL to every process and its data workers."""

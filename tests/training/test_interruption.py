@@ -48,3 +48,19 @@ def test_a_process_that_does_not_get_done_ends_within_the_bound():
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert ended.returncode == 1 and "not done 0.2 seconds after SIGTERM (stop_timeout)" in ended.stderr
     assert time.monotonic() - start < 30
+
+
+def test_workers_survive_a_signal_to_the_whole_group():
+    """As a batch system or a terminal sends it; the loader would raise in the middle of a step."""
+    code = (
+        "import os, signal, time, torch\nfrom torch.utils.data import DataLoader\n"
+        "from training.interruption import StopRequest, leave_signals_to_parent\n"
+        "os.setsid()\n"
+        "loader = DataLoader(range(40), num_workers=2, worker_init_fn=leave_signals_to_parent, prefetch_factor=1)\n"
+        "with StopRequest(60) as stop:\n"
+        "    for number, _ in enumerate(loader):\n"
+        "        if number == 3:\n            os.killpg(0, signal.SIGTERM)\n            time.sleep(0.3)\n"
+        "    assert stop.signal == 'SIGTERM' and number == 39\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
