@@ -16,7 +16,7 @@ from .augment import check_augmentation_names
 @dataclass(kw_only=True)
 class TrainingConfig:
     # --- the run
-    output_dir: str = "runs/hsvlt"  # config.yaml, log.jsonl, best/, last/ and results.json go here
+    output_dir: str = "runs/hsvlt"  # config.yaml, log.jsonl, best/, checkpoint-STEP/ and results.json go here
     overwrite: bool = False  # delete what output_dir holds; off, because it may be days of work
     resume: bool = False  # continue from the newest good checkpoint in output_dir, exactly
     resume_despite: list[Literal["label_names", "dataset", "total_steps", "batches"]] = field(

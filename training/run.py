@@ -209,6 +209,8 @@ def setup(config: TrainingConfig) -> Run:
     elif accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        if positives is not None:
+            log.log({"positives_in_train": dict(zip(label_names, positives.tolist(), strict=True))}, step=0)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         kept = replace(

@@ -87,6 +87,8 @@ def test_both_stages_train_what_they_say(tmp_path, clip):
     # The counts went into the loss, the groups into the report.
     config = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())
     assert config["loss_kwargs"]["class_counts"] == list(results["positives_in_train"].values())
+    first = json.loads((tmp_path / "one" / "log.jsonl").read_text().partition("\n")[0])
+    assert first == {"step": 0, "positives_in_train": results["positives_in_train"]}
     assert config["loss_kwargs"]["num_samples"] == 48
     report = results["validation"]
     assert 0 <= report["mAP_tail"] <= 1
