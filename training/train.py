@@ -14,6 +14,7 @@ best/ (the checkpoint to use), checkpoint-STEP/ (to resume from) and results.jso
 after the step in hand, with everything saved and exit status 0.
 """
 
+import gc
 import inspect
 import json
 import math
@@ -21,6 +22,7 @@ import shutil
 import sys
 import textwrap
 import time
+import traceback
 
 import numpy as np
 import torch
@@ -363,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         _say_what_is_kept(run, f"Stopped by {run.stop.signal or 'a signal to another process'}")
     except (FloatingPointError, CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        traceback.clear_frames(error.__traceback__)  # the writer may keep the error, and its frames the loaders
         status = 1
     except KeyboardInterrupt:
         _say_what_is_kept(run, "Interrupted")
@@ -372,6 +375,10 @@ def main(argv: list[str] | None = None) -> int:
         # DistributedDataParallel must not hold the last reference to the process group: it would drop that with
         # Python's lock in hand, join gloo's threads, and hang where one of them waits for the lock (torch 2.13).
         (run.model,) = run.accelerator.free_memory(run.model)
+        # A loader that is collected ends its workers. Python itself would send them a SIGTERM, which they do not heed,
+        # and wait for them without end.
+        run.loaders.clear()
+        gc.collect()
     if status == 0:
         run.accelerator.end_training()
     return status
