@@ -818,8 +818,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         candidate_logits = evaluated = None
         if self.candidate_scorer is not None and label_ids is None and num_labels == self.num_labels:
             feature_maps = list(feature_maps)
-            # Detached: its loss must not pull the trunk towards what a linear scorer of pooled pixels can use.
-            candidate_logits = self.candidate_scorer(feature_maps[-1].detach())
+            candidate_logits = self.candidate_scorer(feature_maps[-1])
             if not self.training and self.config.candidate_labels < num_labels:
                 label_ids = candidate_logits.topk(self.config.candidate_labels, dim=-1).indices  # (B, m)
 

@@ -302,13 +302,6 @@ def test_candidate_scorer_trains_with_the_rest():
     torch.testing.assert_close(output.loss, expected[0] + 0.5 * expected[1])
     output.loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    # The scorer reads the trunk and leaves it alone: every other gradient is that of the labels' own loss.
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if "candidate_scorer" not in name}
-    model.zero_grad()
-    F.binary_cross_entropy_with_logits(model(pictures()).logits, targets()).backward()
-    for name, p in model.named_parameters():
-        if name in gradients:
-            torch.testing.assert_close(gradients[name], p.grad, msg=name)
 
 
 def test_label_embeddings_can_be_exchanged_with_a_shared_classifier():
