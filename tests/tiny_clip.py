@@ -3,23 +3,12 @@
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from benchmarks.scene_clip import word_tokenizer
+
 
 def tiny_clip_tokenizer(words=("a", "photo", "of", "cat", "dog", "bird", "potted", "plant")) -> CLIPTokenizer:
-    """CLIP's tokenizer with byte pairs that join each of `words` into one token; other words are spelled."""
-    pieces = [chr(code) for code in range(33, 127)]
-    vocabulary = [*pieces, *(f"{piece}</w>" for piece in pieces)]
-    merges = []
-    for word in words:
-        symbols = [*word[:-1], f"{word[-1]}</w>"]
-        while len(symbols) > 1:
-            merge, joined = (symbols[0], symbols[1]), symbols[0] + symbols[1]
-            if merge not in merges:
-                merges.append(merge)
-                vocabulary.append(joined)
-            symbols = [joined, *symbols[2:]]
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = list(dict.fromkeys(vocabulary))
-    return CLIPTokenizer(vocab={token: index for index, token in enumerate(vocabulary)}, merges=merges)
+    """CLIP's tokenizer, small; see `word_tokenizer`."""
+    return word_tokenizer(words)
 
 
 def tiny_clip(tokenizer: CLIPTokenizer, seed: int = 0, image_size: int = 32, **vision) -> CLIPModel:
