@@ -357,6 +357,18 @@ def convert_to_convnext(args: argparse.Namespace) -> None:
         model.save_pretrained(folder)
 
 
+def check_target(target: Path, overwrite: bool, is_checkpoint: bool = True) -> None:
+    """Refuse to write over what is there without being told to, and over a folder that holds no checkpoint.
+
+    Raises:
+        FileExistsError: saying what to do.
+    """
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"'{target}' exists: choose another TARGET, or replace it with --overwrite.")
+    if target.exists() and is_checkpoint and not (target / "config.json").is_file():
+        raise FileExistsError(f"'{target}' is no checkpoint folder, so it is not replaced: choose another TARGET.")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -381,12 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     convert = {"hsvlt": convert_to_hsvlt, "official": convert_to_official, "convnext": convert_to_convnext}[args.to]
     try:
-        if args.target.exists() and not args.overwrite:
-            raise FileExistsError(f"'{args.target}' exists: choose another TARGET, or replace it with --overwrite.")
-        if args.target.exists() and args.to != "official" and not (args.target / "config.json").is_file():
-            raise FileExistsError(
-                f"'{args.target}' is no checkpoint folder, so it is not replaced: choose another TARGET."
-            )
+        check_target(args.target, args.overwrite, is_checkpoint=args.to != "official")
         convert(args)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,7 +27,7 @@ from modeling_hsvlt.configuration_mltr import CAT_BLOCK
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 from .checkpoint import atomic_folder, save_checkpoint
-from .convert import StateDict, bare_state_dict, read_state_dict, rename_tensors
+from .convert import StateDict, bare_state_dict, check_target, read_state_dict, rename_tensors
 from .image_folder import read_label_names
 
 # CAT's three blocks of a group, each an attention and an MLP: six sublayers of one of our blocks.
@@ -228,12 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET where it exists")
     args = parser.parse_args(argv)
     try:
-        if args.target.exists() and not args.overwrite:
-            raise FileExistsError(f"'{args.target}' exists: choose another TARGET, or replace it with --overwrite.")
-        if args.target.exists() and not (args.target / "config.json").is_file():
-            raise FileExistsError(
-                f"'{args.target}' is no checkpoint folder, so it is not replaced: choose another TARGET."
-            )
+        check_target(args.target, args.overwrite)
         convert(args)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
