@@ -1,5 +1,6 @@
 """A few seconds of `make fuzz`."""
 
+import re
 from collections import Counter
 
 from .fuzz.decoding import decode
@@ -14,6 +15,8 @@ def test_malformed_pictures_are_refused_by_name_or_decoded(tmp_path):
         (tmp_path / file).write_bytes(data)
         outcomes[file] = decode(str(tmp_path / file))
     assert {kind for kind, _ in outcomes.values()} == {"named", "decoded"}, outcomes
+    sizes = [message for kind, message in outcomes.values() if kind == "decoded"]
+    assert all(re.match(r"[1-9]\d* x [1-9]\d*(;|$)", size) for size in sizes), "what decodes says as what"
     named = Counter(file.partition("-")[2].partition(".")[0] for file, (kind, _) in outcomes.items() if kind == "named")
     assert set(named) == set(KINDS)
 

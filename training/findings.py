@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -56,10 +58,18 @@ def inspect_pictures(
 
     Returns:
         The file names of each split, the fingerprints of readable pictures by (split, row), and what is missing,
-        oversized or corrupt.
+        oversized, corrupt, or decodes with a warning.
     """
+    thread = threading.local()
 
-    def look(image: dict | None) -> Fingerprint | tuple[str, str]:
+    def hear(message, *args, **kwargs) -> None:
+        getattr(thread, "warned", []).append(str(message))
+
+    def look(image: dict | None) -> tuple[Fingerprint | tuple[str, str], list[str]]:
+        thread.warned = []
+        return decode(image), list(dict.fromkeys(thread.warned))
+
+    def decode(image: dict | None) -> Fingerprint | tuple[str, str]:
         try:
             if image is None or (image.get("bytes") is None and not image.get("path")):
                 return "missing", "the row holds no picture"
@@ -72,22 +82,27 @@ def inspect_pictures(
 
     names: dict[str, list[str]] = {}
     prints: dict[tuple[str, int], Fingerprint] = {}
-    failures: dict[str, list] = {"missing": [], "corrupt": [], "oversized": []}
+    failures: dict[str, list] = {"missing": [], "corrupt": [], "oversized": [], "doubtful": []}
     for name, split in splits.items():
         names[name] = []
         images = split.select_columns(["image"])
         with (
+            warnings.catch_warnings(),
             ThreadPoolExecutor(max(num_workers, 1)) as pool,
             tqdm(total=len(images), desc=f"Checking pictures of {name}", unit="img") as progress,
         ):
+            warnings.simplefilter("always")  # of each picture, not of the first
+            warnings.showwarning = hear  # in the thread that decodes; what `catch_warnings` records is of all of them
             for start in range(0, len(images), 256):  # `pool.map` would queue the bytes of a whole data set
                 pictures = images[start : start + 256]["image"]
-                for row, (image, seen) in enumerate(zip(pictures, pool.map(look, pictures), strict=True), start):
+                looks = zip(pictures, pool.map(look, pictures), strict=True)
+                for row, (image, (seen, warned)) in enumerate(looks, start):
                     progress.update()
                     names[name].append(picture_name(image))
                     if isinstance(seen, Fingerprint):
                         prints[name, row] = seen
-                    else:
+                        seen = ("doubtful", "; ".join(warned)) if warned else None
+                    if seen is not None:
                         member = {"split": name, "row": row, "file": names[name][row], "reason": seen[1]}
                         failures[seen[0]].append(member)
     return (
@@ -101,6 +116,12 @@ def inspect_pictures(
                 True,
                 f"They have more than {max_pixels:,} pixels, which may be an attack on memory; shrink them.",
                 failures["oversized"],
+            ),
+            Finding(
+                "pictures_that_decode_with_a_warning",
+                False,
+                "Part of the file is damaged or odd; look at them, and save them anew where they are right.",
+                failures["doubtful"],
             ),
         ],
     )

@@ -2,7 +2,12 @@
 
 Each goes through `load_image` as a file and as bytes, in a process with a memory limit, and through training's
 `find_unreadable` as a folder. A picture must end as a picture or as a ValueError with its name in it, within seconds
-and a bounded amount of memory. (Some that are malformed decode: no checksum covers every bit, and decoders forgive.)
+and a bounded amount of memory. Every file is listed with what became of it.
+
+What decodes although it is malformed is what no decoder can tell from a picture: damage behind the first frame, which
+alone is read; flipped bits where a format has no checksum, which are other pixels; zeros in formats without
+compression, which are black pixels; a header that promises less than there is; a bomb in texts or colour profiles,
+which are not unpacked. What a decoder warned of is listed.
 """
 
 import argparse
@@ -45,14 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         named = {file for file, (kind, _) in outcomes.items() if kind == "named"}
         training = unreadable_in_training(folder)
         agree = set(training) == named and all(file in reason for file, reason in training.items())
-    print(f"{'':<18}{'named':>8}{'decoded':>9}")
+    for file, (kind, message) in outcomes.items():
+        print(f"{file} {kind}: {message.replace(str(folder / file), file)}")
+    print(f"\n{'':<18}{'named':>8}{'decoded':>9}")
     for kind in KINDS:
         counts = Counter(outcome for file, (outcome, _) in outcomes.items() if f"-{kind}." in file)
         print(f"{kind:<18}{counts['named']:>8}{counts['decoded']:>9}")
     counts = Counter(kind for kind, _ in outcomes.values())
-    for file, (kind, message) in outcomes.items():
-        if kind not in ("named", "decoded"):
-            print(f"{file} {kind}: {message}")
     bad = {kind: counts[kind] for kind in ("crashed", "hung", "unnamed")}
     print(
         f"fuzz: {len(outcomes)} malformed pictures: {counts['named']} refused by name, {counts['decoded']} decoded all "

@@ -3,6 +3,7 @@
 import multiprocessing
 import resource
 import time
+import warnings
 from pathlib import Path
 
 SECONDS = 10.0  # for one picture, on a machine that does other work as well
@@ -11,7 +12,8 @@ MEMORY = 3 * 2**30
 
 
 def decode(path: str) -> tuple[str, str]:
-    """("decoded", "") or ("named", message) or ("unnamed", message), the same from a file and from bytes."""
+    """("decoded", size and what the decoder warned of) or ("named", message) or ("unnamed", message), the same from a
+    file and from bytes."""
     from modeling_hsvlt.processing_multilabel import load_image
 
     outcomes = set()
@@ -19,13 +21,16 @@ def decode(path: str) -> tuple[str, str]:
         if isinstance(source, dict) and not source["bytes"]:
             continue  # datasets.Image takes no bytes for a path
         try:
-            image = load_image(source)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                image = load_image(source)
         except ValueError as error:
             outcomes.add(("named" if Path(path).name in str(error) else "unnamed", str(error)))
         except Exception as error:
             outcomes.add(("unnamed", repr(error)))
         else:
-            outcomes.add(("decoded", "") if image.mode == "RGB" else ("unnamed", f"mode {image.mode}"))
+            said = {f"{image.width} x {image.height}": None, **{str(warning.message): None for warning in caught}}
+            outcomes.add(("decoded", "; ".join(said)) if image.mode == "RGB" else ("unnamed", f"mode {image.mode}"))
     return max(outcomes)  # "unnamed" before "named" before "decoded"
 
 

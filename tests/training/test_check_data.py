@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from training.check_data import main
 from training.config import TrainingConfig
-from training.findings import check_labels, exclusions
+from training.findings import check_labels, exclusions, inspect_pictures
 from training.imbalance import long_tail_groups, plot_imbalance
 from training.run import load_splits
 from training.sparse_labels import SparseLabels
@@ -96,6 +96,21 @@ def test_unreadable_pictures_are_told_apart(report, ill):
     assert findings["pictures_without_a_row"]["examples"] == [f"{ill}/train/stray.png"]
     for kind in ("corrupt_pictures", "oversized_pictures", "rows_without_a_picture", "pictures_without_a_row"):
         assert findings[kind]["breaks_training"]
+
+
+def test_what_a_decoder_warns_of_is_told_of_its_picture():
+    rows = []
+    for row in range(8):
+        file = io.BytesIO()  # EXIF data that promise a hundred entries and hold none
+        photo(row).save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0d\0" if row in (2, 5) else b"")
+        rows.append({"bytes": file.getvalue(), "path": f"{row}.jpg"})
+    split = Dataset.from_dict({"image": rows}, features=Features({"image": Image(decode=False)}))
+    _, prints, findings = inspect_pictures({"train": split}, num_workers=2)
+    assert len(prints) == 8, "they decode"
+    (finding,) = (each for each in findings if each.examples)
+    assert finding.kind == "pictures_that_decode_with_a_warning" and not finding.breaks_training
+    assert files(vars(finding)) == [("train", 2, "2.jpg"), ("train", 5, "5.jpg")]
+    assert all("EXIF" in example["reason"] for example in finding.examples)
 
 
 def test_what_is_odd_about_labels_is_told(report):
