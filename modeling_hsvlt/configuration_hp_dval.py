@@ -89,7 +89,8 @@ class HPDVALConfig(PreTrainedConfig):
             gives the loss more range; then choose a bias that puts the mean logit near what label frequency asks for,
             or the first steps go into moving all scores down.
         learn_logit_scale (`bool`, defaults to `False`):
-            Whether factor and bias are trained, in every stage.
+            Whether factor and bias are trained, in every stage. Read when a model is built, which then has two
+            parameters more, without a dimension: FSDP2 does not take those.
         num_context_tokens (`int`, defaults to 4):
             Learned context tokens of a prompt, `M`, for each of the two views.
         class_specific_context (`bool`, defaults to `False`):

@@ -128,7 +128,7 @@ class HPDVALPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _no_split_modules = ["CLIPEncoderLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings"]  # noqa: RUF012
+    _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -284,6 +284,9 @@ class HPDVALModel(HPDVALPreTrainedModel):
         self.register_buffer("text_embeddings", torch.empty(*shape, config.projection_dim))
         self._text_state_of_embeddings = None
         self.post_init()
+        # Contexts are read from the token table outside CLIP's module around it, so FSDP2 must not wrap that module:
+        # accelerate then wraps the table, which `get_input_embeddings` names.
+        self._no_split_modules = set(self._no_split_modules) - {"CLIPTextEmbeddings"}
         self._freeze()
 
     def _freeze(self) -> None:
@@ -440,8 +443,12 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             )
             config.thresholds = config.threshold_info = config.calibration_info = None
         self.hp_dval = HPDVALModel(config)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
-        self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
+        scale, bias = torch.tensor(math.log(config.logit_scale)), torch.tensor(float(config.logit_bias))
+        if config.learn_logit_scale:
+            self.logit_scale, self.logit_bias = nn.Parameter(scale), nn.Parameter(bias)
+        else:  # no parameters: FSDP2 refuses those without a dimension
+            self.register_buffer("logit_scale", scale)
+            self.register_buffer("logit_bias", bias)
         self.post_init()
         self._freeze()
 
@@ -662,8 +669,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             parameters += list(_adapter_parameters(student)) or list(student.parameters())
         if self.config.stage != "stage1" and self.hp_dval.text is not None:
             parameters += list(_adapter_parameters(self.hp_dval.get_input_embeddings()))
-        if self.config.learn_logit_scale:
-            parameters += [self.logit_scale, self.logit_bias]
+        parameters += self.parameters(recurse=False)  # the scores' scale and bias, with `learn_logit_scale`
         return parameters
 
     def _freeze(self) -> None:

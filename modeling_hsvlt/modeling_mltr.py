@@ -495,6 +495,7 @@ class MlTrPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["MlTrLayer"]  # noqa: RUF012
+    _input_embed_layer = "patch_embeddings"
     _supports_sdpa = True
     _supports_attention_backend = True
 

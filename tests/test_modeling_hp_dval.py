@@ -326,6 +326,21 @@ def test_the_logit_scale_trains_where_asked():
     assert model.logit_scale.exp().item() == pytest.approx(5)
 
 
+def test_a_scale_that_is_not_trained_is_no_parameter_and_loads_as_one(tmp_path):
+    """FSDP2 refuses parameters without a dimension; checkpoints are the same either way."""
+    fixed, trained = (make_model(learn_logit_scale=learn, logit_scale=5.0, logit_bias=-2.0) for learn in (False, True))
+    assert all(parameter.ndim for parameter in fixed.parameters())
+    assert trained.num_parameters() == fixed.num_parameters() + 2
+    assert {key: value.shape for key, value in trained.state_dict().items()} == {
+        key: value.shape for key, value in fixed.state_dict().items()
+    }
+    for number, (model, learn) in enumerate(((fixed, True), (trained, False))):
+        model.save_pretrained(tmp_path / str(number))
+        loaded = HPDVALForImageClassification.from_pretrained(tmp_path / str(number), learn_logit_scale=learn)
+        assert loaded.logit_scale.requires_grad == loaded.logit_bias.requires_grad == learn
+        torch.testing.assert_close(loaded(pictures()).logits, model(pictures()).logits)
+
+
 def test_random_contexts_start_at_the_published_spread():
     model = make_model(context_init="random", num_context_tokens=8)
     assert not model.hp_dval.has_learned_context()

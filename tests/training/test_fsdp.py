@@ -1,12 +1,18 @@
 """FSDP2 as `accelerate launch --config_file .../fsdp2.yaml` applies it, on gloo and a CPU, where accelerate itself
 turns it off: `fully_shard` on the modules that the models name, the state gathered, saved and put back."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -38,7 +44,7 @@ def hsvlt(backbone=None):
 
 def hsvlt_swin():
     return hsvlt({"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
-                  "window_size": 2, "image_size": 32})  # fmt: skip
+                  "window_size": 2, "image_size": 32, "drop_path_rate": 0.0})  # fmt: skip
 
 
 def mltr():
@@ -50,7 +56,9 @@ def mltr():
 def hp_dval():
     tokenizer = tiny_clip_tokenizer()
     names = ["cat", "dog", "bird"]
-    return HPDVALForImageClassification.from_clip(tiny_clip(tokenizer), tokenizer, names, local_top_k=4)
+    model = HPDVALForImageClassification.from_clip(tiny_clip(tokenizer), tokenizer, names, local_top_k=4)
+    model.set_stage("joint")  # student and contexts: frozen and trained parameters side by side
+    return model
 
 
 # What accelerate wraps by default: the classes that a model names, its trunk's among them.
@@ -60,6 +68,10 @@ MODELS = {
     "mltr": (mltr, {"MlTrLayer"}),
     "hp_dval": (hp_dval, {"CLIPEncoderLayer"}),
 }
+
+
+# accelerate 1.15 asks a model for its input embeddings, which HSVLTModel does not name.
+BY_ACCELERATE = ["mltr", "hp_dval"]
 
 
 def wrapped_names(model):
@@ -75,19 +87,39 @@ def shard(model, mesh):
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
+def shard_by_accelerate(model, mesh):
+    """accelerate's own code, which `Accelerator.prepare` does not reach without a GPU, with what fsdp2.yaml says."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh={("data",): mesh},
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["data"]),
+        mixed_precision="no",
+        is_main_process=True,
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
 def build(make):
     torch.manual_seed(0)
     return make().train()
 
 
-def parts(make, mesh=None):
+def parts(make, mesh=None, shard=shard):
     model = build(make)
     ema = build_ema(model, 0.9)
     if mesh is not None:
         shard(model, mesh)
         shard(ema.module, mesh)
     optimizer = build_optimizer(model, learning_rate=1e-2, weight_decay=0.1)
-    scheduler = build_scheduler(optimizer, schedule="cosine", warmup_steps=1, total_steps=9)
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-3  # with its own 1e-8 AdamW makes whole steps of gradients that are rounding alone
+    scheduler = build_scheduler(optimizer, schedule="cosine", warmup_steps=0, total_steps=9)
     return {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler, "scaler": None}
 
 
@@ -126,39 +158,98 @@ def test_the_wrap_list_names_the_layers_that_repeat(name):
     assert wrapped > 0
 
 
-SHARDED = [name for name in MODELS if name != "hp_dval"]
-
-
-def test_clip_s_scalar_keeps_hp_dval_from_being_sharded(mesh):
-    with pytest.raises(ValueError, match=r"doesn't support scalar parameters. Change logit_scale"):
-        shard(hp_dval(), mesh)
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_a_sharded_model_trains_and_saves_like_a_plain_one(name, mesh, tmp_path):
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sharded_model_trains_like_a_plain_one(name, mesh):
     make, _ = MODELS[name]
     plain, sharded = parts(make), parts(make, mesh)
     assert all(isinstance(module, FSDPModule) for module in wrapped_names(sharded["model"]).values())
     assert all(isinstance(parameter, DTensor) for parameter in sharded["model"].parameters())
     rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": torch.zeros(3), "index": row} for row in range(3)]
-    for model in (sharded["model"], sharded["ema"].module):  # a validation must leave it fit for training
+    for model in (part for run in (plain, sharded) for part in (run["model"], run["ema"].module)):
+        # A validation must leave it fit for training.
         predict(model, DataLoader(rows, batch_size=2), Accelerator(cpu=True), progress=False)
-    torch.testing.assert_close(train(sharded, range(3)), train(plain, range(3)))
+    torch.testing.assert_close(train(sharded, range(2)), train(plain, range(2)))
 
-    expected, state = (copy_training_state(progress={"step": 3}, **run) for run in (plain, sharded))
+    expected, state = (copy_training_state(progress={"step": 2}, **run) for run in (plain, sharded))
     assert expected.tensors.keys() == state.tensors.keys() and expected.values == state.values
     for key, tensor in expected.tensors.items():
         assert not isinstance(state.tensors[key], DTensor)
         torch.testing.assert_close(state.tensors[key], tensor, rtol=1e-4, atol=1e-6, msg=key)
-    sharded["model"].save_pretrained(tmp_path / "plain", state_dict=state.weights())
-    merged = type(plain["model"]).from_pretrained(tmp_path / "plain")  # one file, the plain class
-    assert merged.config.architectures == [type(plain["model"]).__name__]
-    for key, tensor in merged.state_dict().items():
-        torch.testing.assert_close(tensor, state.weights()[key])
 
-    state.write(tmp_path)
-    resumed, on_one = parts(make, mesh), parts(make)
-    for run in (resumed, on_one):  # on as many processes, and without sharding
-        assert load_training_state(tmp_path, **run) == {"step": 3}
-    assert train(resumed, range(3, 5)) == train(sharded, range(3, 5))
-    torch.testing.assert_close(train(on_one, range(3, 5)), train(plain, range(3, 5)))
+
+@pytest.mark.parametrize("name", BY_ACCELERATE)
+def test_accelerate_s_own_code_wraps_the_same_layers(name, mesh):
+    make, expected = MODELS[name]
+    model = shard_by_accelerate(make(), mesh)
+    assert all(isinstance(module, FSDPModule) for module in wrapped_names(model).values())
+    assert expected <= {type(module).__name__.removeprefix("FSDP") for module in wrapped_names(model).values()}
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def two_ranks(folder):
+    """Run by torchrun: every model, by `fully_shard` and by accelerate, against one process with the whole batch."""
+    dist.init_process_group("gloo")
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+
+    def check(found, expected, what, rtol=1e-4, atol=1e-6):
+        assert found.keys() == expected.keys(), what
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=rtol, atol=atol, msg=f"{what}: {key}")
+
+    def curve(losses, ranks):  # gradients are of the mean over the ranks, and their norm is of all
+        values = torch.tensor(losses)
+        if ranks == 2:
+            dist.all_reduce(values)
+        return {"loss and norm": values / ranks}
+
+    def saved(run, where):
+        """Copied by every rank and written by the first, as training does it."""
+        state = copy_training_state(progress={"step": 1}, keep=rank == 0, **run)
+        assert bool(state.tensors) == (rank == 0)
+        if rank == 0:
+            run["model"].save_pretrained(where, state_dict=state.weights())
+            state.write(where)
+        dist.barrier()
+        return state, type(plain["model"]).from_pretrained(where).state_dict()  # one file, the plain class
+
+    def scores(run):
+        with torch.no_grad():
+            logits = run["model"].eval()(pixel_values=torch.ones(2, 3, 32, 32)).logits
+        run["model"].train()
+        return {"logits": logits}
+
+    for name, (make, _) in MODELS.items():
+        plain = parts(make)
+        before = [parameter.detach().clone() for parameter in plain["model"].parameters()]
+        first, between = curve(train(plain, range(1)), 1), scores(plain)
+        assert not all(map(torch.equal, plain["model"].parameters(), before)), "they learn"
+        expected, weights = saved(plain, Path(folder) / f"{name} on one")
+        then = curve(train(plain, range(1, 2)), 1)
+        for method in (shard, shard_by_accelerate) if name in BY_ACCELERATE else (shard,):
+            what, where = f"{name}, {method.__name__}", Path(folder) / f"{name} {method.__name__}"
+            run = parts(make, mesh, method)
+            mine = sum(parameter.to_local().numel() for parameter in run["model"].parameters())
+            assert mine < 0.75 * plain["model"].num_parameters(), what
+            check(curve(train(run, range(1), rank, 2), 2), first, what)
+            check(scores(run), between, what)  # a validation, which must leave it fit for training
+            state, merged = saved(run, where)
+            check(state.tensors, expected.tensors, what)
+            assert state.values == expected.values, what
+            check(merged, weights, what)
+            resumed, on_one = parts(make, mesh, method), parts(make)
+            for other in (resumed, on_one):
+                assert load_training_state(where, **other) == {"step": 1}
+            went_on = train(run, range(1, 2), rank, 2)
+            assert train(resumed, range(1, 2), rank, 2) == went_on, what
+            check(curve(went_on, 2), then, what)
+            check(curve(train(on_one, range(1, 2)), 1), then, what)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_save_as_one_process_and_either_goes_on(tmp_path):
+    (tmp_path / "run.py").write_text(f"from {__name__} import two_ranks; two_ranks({str(tmp_path)!r})")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "run.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
