@@ -127,7 +127,8 @@ def train_epoch(run: Run, bar: tqdm) -> None:
             seen.append((loss.detach(), batch["index"]))
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2's is sharded
+                # FSDP2's is divided, DeepSpeed's a number.
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
                 finite, stop, failed = _agree(run, seen, norm)
                 if finite:
                     run.optimizer.step()
@@ -148,7 +149,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
             progress["skipped_in_a_row"] += 1
             if progress["skipped_in_a_row"] == MAX_SKIPPED_STEPS:
                 raise FloatingPointError(f"{MAX_SKIPPED_STEPS} steps one after the other were not finite, see above.")
-        elif not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradient overflowed
+        elif norm.isfinite():  # fp16 skips a step that overflowed; accelerate does not see it of a fused AdamW
             progress["skipped_in_a_row"] = 0
             run.scheduler.step()
             if run.ema is not None:

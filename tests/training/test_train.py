@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
+import training.run
 import training.saving
 import training.train
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
@@ -311,6 +313,63 @@ def test_bf16_keeps_weights_in_fp32(recipe, tmp_path):
     options = ["--mixed_precision", "bf16", "--max_steps", "2", "--warmup_epochs", "0"]
     assert main([recipe, "--output_dir", str(tmp_path / "run"), *options]) == 0
     assert {tensor.dtype for tensor in load_file(tmp_path / "run/best/model.safetensors").values()} == {torch.float32}
+
+
+class Fp16OnCpu(Accelerator):
+    """accelerate takes mixed_precision="fp16" on a CPU, and then does nothing about it: what it does on a GPU."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.native_amp = True
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+
+
+FP16 = ["--mixed_precision", "fp16", "--fresh_scenes", "false", "--save_every_steps", "2"]
+
+
+def scales_of(folder):
+    """(step, scale after it, whether its gradient overflowed)."""
+    lines = [line for line in log_of(folder) if "train/loss" in line]
+    return [(line["step"], line["train/grad_scale"], line["train/grad_norm"] == math.inf) for line in lines]
+
+
+def state_of(folder):
+    return json.loads((checkpoints(folder)[0] / "training_state" / "state.json").read_text())
+
+
+def test_fp16_steps_that_overflow_count_for_nothing_and_the_scale_is_resumed(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.run, "Accelerator", Fp16OnCpu)
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert main([recipe, "--output_dir", str(whole), *FP16]) == 0
+    before, overflows = 2.0**24, 0
+    for _, scale, overflowed in scales_of(whole):
+        assert scale == before / 2 if overflowed else scale in (before, 2 * before)
+        before, overflows = scale, overflows + overflowed
+    assert 1 < overflows < 10
+    tensors, state = tensors_of(whole), state_of(whole)
+    assert {float(value) for name, value in tensors.items() if name.endswith(".step")} == {12.0 - overflows}
+    assert state["scheduler"]["last_epoch"] == tensors["ema.n_averaged"] == 12 - overflows
+    assert state["progress"]["step"] == 12 and state["scaler"]["scale"] == before
+    assert state["progress"]["skipped_steps"] == 0, "an overflow is no fault of a picture"
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7, at_once)
+        assert main([recipe, "--output_dir", str(folder), *FP16]) == 130
+    assert main([str(folder / "config.yaml"), "--resume"]) == 0
+    assert_same_end(whole, folder)
+    assert state_of(folder)["scaler"] == state["scaler"]
+
+
+def test_fp16_names_a_loss_that_is_not_finite_and_lowers_its_scale(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.run, "Accelerator", Fp16OnCpu)
+    divide_by_zero(monkeypatch, [6])
+    folder = tmp_path / "run"
+    assert main([recipe, "--output_dir", str(folder), *FP16, "--on_nonfinite", "skip"]) == 0
+    assert "loss is not finite at step 7 (epoch 2, batch 1, train: row " in capsys.readouterr().err
+    scales = {step: scale for step, scale, _ in scales_of(folder)}
+    assert scales[7] == scales[6] / 2
+    assert state_of(folder)["progress"]["skipped_steps"] == 1
+    assert all(tensor.isfinite().all() for tensor in tensors_of(folder).values())
 
 
 def test_early_stopping_waits_for_validation(recipe, tmp_path):
