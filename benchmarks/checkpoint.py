@@ -44,7 +44,7 @@ def prepare(preset: str, folder: Path) -> SimpleNamespace:
         processor=build_processor(config, names),
         plain_model=model,
         ema=build_ema(model, 0.9997),
-        optimizer=SimpleNamespace(optimizer=optimizer),
+        stateful_optimizer=optimizer,
         scheduler=build_scheduler(optimizer, schedule="cosine", warmup_steps=1, total_steps=100),
         progress={"step": 0, "epoch": 0, "log_bytes": 0},
         log=SimpleNamespace(size=lambda: 0),

@@ -14,7 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import GeneralTracker, on_main_process
-from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,6 +42,7 @@ from .models import build_model
 from .optim import WarmupPlateau, build_ema, build_optimizer, build_scheduler
 from .scenes import DEFAULT_NUM_SCENES, SceneDataset
 from .training_state import load_training_state, read_progress
+from .zero import ZeroOptimizer, configure_zero
 
 
 @dataclass(kw_only=True)
@@ -53,6 +61,7 @@ class Run:
     model: torch.nn.Module
     ema: AveragedModel | None
     optimizer: AcceleratedOptimizer
+    stateful_optimizer: torch.optim.Optimizer | ZeroOptimizer  # whose state is saved
     scheduler: LambdaLR | WarmupPlateau
     total_steps: int
     progress: dict  # counters and scores; saved with every checkpoint
@@ -76,7 +85,8 @@ def setup(config: TrainingConfig) -> Run:
     log = JsonLinesTracker(folder / "log.jsonl")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # As a plugin: launched for DeepSpeed, accelerate takes the launcher's number over a plain one.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation_steps),
         log_with=[log, *config.trackers],
         project_dir=folder,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
@@ -84,11 +94,9 @@ def setup(config: TrainingConfig) -> Run:
     missing = set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         raise ValueError(f"The tracker {min(missing)!r} is not installed: install it, or leave it out of trackers.")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "DeepSpeed keeps its part of a checkpoint in pickles, so nothing could be resumed exactly or checked: "
-            "launch with training/configs/accelerate/fsdp2.yaml, which divides the same tensors."
-        )
+    uses_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if uses_zero:
+        configure_zero(accelerator, config.max_grad_norm)
     source = find_source(folder, accelerator) if config.resume else None  # refused now if there is none
     if source is not None:
         pass
@@ -151,7 +159,12 @@ def setup(config: TrainingConfig) -> Run:
         backbone_lr_multiplier=config.backbone_lr_multiplier,
         decay_all=config.decay_all,
     )
+    groups = [list(group["params"]) for group in optimizer.param_groups] if uses_zero else []
     model, optimizer, *prepared = accelerator.prepare(plain_model, optimizer, *loaders.values())
+    stateful = scheduled = optimizer.optimizer
+    if uses_zero:
+        stateful = ZeroOptimizer(model, groups)
+        scheduled = stateful.partitions
     if accelerator.is_fsdp2 and ema is not None:  # sharded like the weights that it averages
         ema.module = fsdp2_prepare_model(accelerator, ema.module)
     loaders = dict(zip(loaders, prepared, strict=True))
@@ -162,7 +175,7 @@ def setup(config: TrainingConfig) -> Run:
     if warmup_steps is None:
         warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps // 2)
     scheduler = build_scheduler(
-        optimizer.optimizer,
+        scheduled,
         schedule=config.scheduler,
         warmup_steps=warmup_steps,
         total_steps=total_steps,
@@ -184,6 +197,7 @@ def setup(config: TrainingConfig) -> Run:
         model=model,
         ema=ema,
         optimizer=optimizer,
+        stateful_optimizer=stateful,
         scheduler=scheduler,
         total_steps=total_steps,
         progress={
@@ -330,7 +344,7 @@ def restore(run: Run, source: Path) -> None:
     run.progress = load_training_state(
         source,
         model=run.plain_model,
-        optimizer=run.optimizer.optimizer,
+        optimizer=run.stateful_optimizer,
         scheduler=run.scheduler,
         ema=run.ema,
         scaler=run.accelerator.scaler,

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from accelerate.utils import DistributedType
 from PIL import Image
 
 from training.checkpoint import newest_good
@@ -114,12 +113,6 @@ def test_resume_refuses_another_run(finished, tmp_path, capsys):
     assert "batches [1, 8, 1, 0], not [1, 8, 1, 1]" in capsys.readouterr().err
     assert main([config, "--resume", "--scenes.max_size", "18"]) == 2
     assert "dataset 'scenes (48 + 24 pictures, " in capsys.readouterr().err
-
-
-def test_deepspeed_is_refused_with_what_to_take_instead(recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("training.run.Accelerator.distributed_type", DistributedType.DEEPSPEED)
-    assert main([recipe, "--output_dir", str(tmp_path / "run")]) == 2
-    assert "fsdp2.yaml" in capsys.readouterr().err
 
 
 def test_resume_takes_a_change_that_is_allowed(finished, tmp_path):
