@@ -49,7 +49,7 @@ def hsvlt_swin():
 
 def mltr():
     return MlTrForImageClassification(
-        MlTrConfig.preset("nano", image_size=32, num_labels=3)
+        MlTrConfig.preset("nano", image_size=32, num_labels=3, depths=[1, 1, 1, 1])
     )  # fmt: skip
 
 
@@ -186,10 +186,10 @@ def test_accelerate_s_own_code_wraps_the_same_layers(name, mesh):
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def two_ranks(folder):
-    """Run by torchrun: every model, by `fully_shard` and by accelerate, against one process with the whole batch."""
-    dist.init_process_group("gloo")
-    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+def two_ranks(rank, folder):
+    """One of two processes: every model, by `fully_shard` and by accelerate, against one process with all pictures."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
 
     def check(found, expected, what, rtol=1e-4, atol=1e-6):
         assert found.keys() == expected.keys(), what
@@ -248,8 +248,12 @@ def two_ranks(folder):
 
 @pytest.mark.slow
 def test_two_ranks_train_and_save_as_one_process_and_either_goes_on(tmp_path):
-    (tmp_path / "run.py").write_text(f"from {__name__} import two_ranks; two_ranks({str(tmp_path)!r})")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "run.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    code = (
+        "from torch.multiprocessing import start_processes\n"
+        f"from {__name__} import two_ranks\n"
+        f"start_processes(two_ranks, ({str(tmp_path)!r},), nprocs=2, start_method='fork')"  # imports once
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
