@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedModel
 
 from modeling_hsvlt import HSVLTForImageClassification
 
@@ -12,10 +13,12 @@ from modeling_hsvlt import HSVLTForImageClassification
 class Ablation:
     """What differs from HSVLT's recipe."""
 
+    head: str = "hsvlt"  # whose recipe it is
     model: dict = field(default_factory=dict)  # fields of HSVLTConfig
     recipe: dict = field(default_factory=dict)  # fields of Recipe
     embeddings: Callable[[torch.Tensor], torch.Tensor] | None = None
-    tweak: Callable[[HSVLTForImageClassification], None] | None = None
+    tweak: Callable[[PreTrainedModel], None] | None = None
+    text_classifier: bool = True  # whether the head starts from the transferred classifier
 
 
 def last_scale_only(model: HSVLTForImageClassification) -> None:
@@ -37,6 +40,14 @@ def uniform_attention(model: HSVLTForImageClassification) -> None:
             layer.attention.query.weight.requires_grad_(False)
 
 
+def label_stream_off(model: HSVLTForImageClassification) -> None:
+    """Residual attention alone: the label stream's classifier is zero and stays so."""
+    torch.nn.init.zeros_(model.classifier.weight)
+    torch.nn.init.zeros_(model.classifier.bias)
+    for module in (model.classifier, model.hsvlt.label_stream):
+        module.requires_grad_(False)
+
+
 def random_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
     """Random directions, each dimension as spread as the text's."""
     generator = torch.Generator().manual_seed(0)
@@ -49,12 +60,17 @@ def one_hot_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
 
 ABLATIONS = {
     "hsvlt": Ablation(),
+    "label stream off": Ablation(tweak=label_stream_off),
+    "residual attention off": Ablation(model={"residual_attention": False}),
+    "text classifier off": Ablation(text_classifier=False),
+    "linear with text classifier": Ablation(head="linear"),
+    "linear": Ablation(head="linear", text_classifier=False),
     "last scale only": Ablation(tweak=last_scale_only),
     "attention off (uniform)": Ablation(tweak=uniform_attention),
     "gate off": Ablation(model={"label_update": "none"}),
     "aggregation top-down": Ablation(model={"aggregation": "topdown"}),
-    "random label vectors": Ablation(embeddings=random_embeddings),
-    "one-hot label vectors": Ablation(embeddings=one_hot_embeddings),
+    "random label vectors": Ablation(embeddings=random_embeddings, text_classifier=False),
+    "one-hot label vectors": Ablation(embeddings=one_hot_embeddings, text_classifier=False),
     "2 attention heads": Ablation(model={"num_attention_heads": 2}),
     "4 attention heads": Ablation(model={"num_attention_heads": 4}),
 }

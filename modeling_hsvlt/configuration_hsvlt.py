@@ -100,6 +100,11 @@ class HSVLTConfig(PreTrainedConfig):
             pooled last feature map. The others are NaN in `logits` and False in `evaluated`. None: all labels.
         candidate_loss_weight (`float`, defaults to 1.0):
             Weight of the scorer's own loss in training, where `candidate_labels` is set.
+        residual_attention (`bool`, defaults to `False`):
+            Whether class-specific residual attention on the last map shares in each label's logit; see
+            `HSVLTResidualAttention`. Not published; helps small data on a pretrained trunk.
+        residual_attention_weight (`float`, defaults to 0.5):
+            Its share of the logit, between 0 and 1; the rest is the label stream's.
         loss_type (`str`, defaults to `"bce"`):
             Training loss, a key of `losses_multilabel.MULTILABEL_LOSSES`.
         loss_kwargs (`dict`, *optional*):
@@ -151,6 +156,8 @@ class HSVLTConfig(PreTrainedConfig):
     label_chunk_size: int | None = None
     candidate_labels: int | None = None
     candidate_loss_weight: float | int = 1.0
+    residual_attention: bool = False
+    residual_attention_weight: float = 0.5
     loss_type: str = "bce"
     loss_kwargs: dict | None = None
     thresholds: list[float] | tuple[float, ...] | None = None
@@ -236,6 +243,12 @@ class HSVLTConfig(PreTrainedConfig):
                 raise ValueError(f"{field} must be a positive number or None, but it is {value}.")
         if self.candidate_labels is not None and not self.candidate_loss_weight > 0:
             raise ValueError("candidate_loss_weight must be above 0 with candidate_labels, or the scorer never trains.")
+        if not 0 < self.residual_attention_weight < 1:
+            raise ValueError(
+                f"residual_attention_weight must lie between 0 and 1, but it is {self.residual_attention_weight}."
+            )
+        if self.residual_attention and self.classifier != "per_label":
+            raise ValueError('residual_attention has weights for each label: it needs classifier="per_label".')
 
 
 __all__ = ["HSVLTConfig"]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_TEMPLATE = "a photo of a {}"
@@ -81,6 +82,41 @@ def encode_labels(
         return _mean_states(text_encoder, tokens, token_type, batch_size).cpu()
     finally:
         text_encoder.train(was_training)
+
+
+@torch.no_grad()
+def transfer_classifier(
+    weight: torch.Tensor, class_embeddings: torch.Tensor, label_embeddings: torch.Tensor, temperature: float = 0.1
+) -> torch.Tensor:
+    """Classifier weights for labels, from a trunk's pretrained classifier of other classes, by likeness of their names.
+
+    With both sets of text embeddings centred on the classes' mean and normalised, a label's weights are the classes'
+    (less what all share) averaged by `softmax(cosine / temperature)`. So "boat" starts as schooner, lifeboat, canoe.
+    For `HSVLTForImageClassification.set_text_classifier`.
+
+    Args:
+        weight (`torch.Tensor` of shape `(K, C)`): the linear classifier that the trunk was pretrained with.
+        class_embeddings (`torch.Tensor` of shape `(K, D)`): text embeddings of its class names, see `encode_labels`.
+        label_embeddings (`torch.Tensor` of shape `(N, D)`): text embeddings of the labels, by the same encoder.
+        temperature (`float`, defaults to 0.1): lower trusts the closest name more.
+
+    Returns:
+        `torch.Tensor` of shape `(N, C)`, fp32: rows of length `12 / sqrt(C)`, so that a layer-normed pixel scores 12
+        times its cosine with the row.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if weight.shape[:1] != class_embeddings.shape[:1] or class_embeddings.shape[1:] != label_embeddings.shape[1:]:
+        raise ValueError(
+            f"weight {tuple(weight.shape)}, class_embeddings {tuple(class_embeddings.shape)} and label_embeddings "
+            f"{tuple(label_embeddings.shape)} must be (classes, channels), (classes, width) and (labels, width)."
+        )
+    center = class_embeddings.mean(0)
+    cosine = F.normalize(label_embeddings - center, dim=-1) @ F.normalize(class_embeddings - center, dim=-1).T
+    transferred = (cosine / temperature).softmax(-1) @ (weight.float() - weight.float().mean(0))
+    transferred = transferred - transferred.mean(1, keepdim=True)  # the norm in front of it has no mean either
+    return F.normalize(transferred, dim=-1) * 12 / weight.shape[1] ** 0.5
 
 
 def load_text_encoder(
@@ -208,4 +244,4 @@ def _mean_states(
     return torch.stack(embeddings)
 
 
-__all__ = ["DEFAULT_TEMPLATE", "VOC_LABEL_TEXT", "encode_labels", "load_text_encoder"]
+__all__ = ["DEFAULT_TEMPLATE", "VOC_LABEL_TEXT", "encode_labels", "load_text_encoder", "transfer_classifier"]

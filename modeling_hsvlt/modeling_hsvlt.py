@@ -505,6 +505,40 @@ class HSVLTCandidateScorer(nn.Module):
         return self.linear(self.norm(_as(feature_map.mean((-2, -1)), self.linear)))  # (B, num_labels)
 
 
+class HSVLTResidualAttention(nn.Module):
+    """Class-specific residual attention (Zhu & Wu, ICCV 2021) on the last map.
+
+    One linear classifier scores every pixel for every label, `s = LN(X) (W + W_text)^T + beta`. A label's logit is half
+    the mean of its scores over the pixels and half their mean weighted by their own softmax: what is small in the
+    picture counts, and no query has to be learned. `W_text` is not trained, and zero until
+    `HSVLTForImageClassification.set_text_classifier` sets it; weight decay then pulls towards it.
+    """
+
+    def __init__(self, hidden_size: int, num_labels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.weight = nn.Parameter(torch.empty(num_labels, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_labels))
+        self.register_buffer("text_weight", torch.empty(num_labels, hidden_size))
+
+    def forward(self, feature_map: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            feature_map (`torch.Tensor` of shape `(B, C, H, W)`).
+            label_ids (`torch.LongTensor` of shape `(N,)` or `(B, N)`, *optional*): labels to score; None: all.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N)`: logits.
+        """
+        weight, bias = self.weight + self.text_weight, self.bias
+        if label_ids is not None and label_ids.ndim == 1:
+            weight, bias = weight[label_ids], bias[label_ids]
+        pixels = feature_map.flatten(2).transpose(1, 2)  # (B, P, C)
+        scores = F.linear(self.norm(_as(pixels, self.norm)), weight, bias).float()  # (B, P, N)
+        logits = (scores.mean(1) + (scores.softmax(1) * scores).sum(1)) / 2
+        return logits.gather(1, label_ids) if label_ids is not None and label_ids.ndim == 2 else logits
+
+
 class HSVLTPreTrainedModel(PreTrainedModel):
     """What HSVLT's models share: initialisation, attention choice, what stays in fp32."""
 
@@ -518,7 +552,7 @@ class HSVLTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     # The label stream overflows fp16, see HSVLTLabelStream.
-    _keep_in_fp32_modules = ["label_stream", "aggregation", "classifier"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["label_stream", "aggregation", "classifier", "residual_attention"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -534,6 +568,9 @@ class HSVLTPreTrainedModel(PreTrainedModel):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, HSVLTResidualAttention):
+            for tensor in (module.weight, module.bias, module.text_weight):
+                init.zeros_(tensor)
         else:
             super()._init_weights(module)
         if isinstance(module, HSVLTInteractionLayer):
@@ -689,6 +726,9 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         self.candidate_scorer = None
         if config.candidate_labels is not None:
             self.candidate_scorer = HSVLTCandidateScorer(self.hsvlt.trunk.channels[-1], config.num_labels)
+        self.residual_attention = None
+        if config.residual_attention:
+            self.residual_attention = HSVLTResidualAttention(self.hsvlt.trunk.channels[-1], config.num_labels)
         self.post_init()
 
     @classmethod
@@ -763,6 +803,26 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         self.config.label_reading = reading
         self.config.label_template = template
 
+    def set_text_classifier(self, weight: torch.Tensor) -> None:
+        """Sets what `residual_attention` starts from and decays to; see `label_prompts.transfer_classifier`.
+
+        Args:
+            weight (`torch.Tensor` of shape `(num_labels, C)`): C channels of the trunk's last map.
+
+        Raises:
+            ValueError: a model without `residual_attention`, another shape, or values that are not finite.
+        """
+        if self.residual_attention is None:
+            raise ValueError("a text classifier belongs to residual_attention, and this model's config has it off.")
+        buffer = self.residual_attention.text_weight
+        if weight.shape != buffer.shape or not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"the text classifier must be finite numbers of shape {tuple(buffer.shape)} (labels, channels of the "
+                f"last map), but it is {tuple(weight.shape)}"
+                + ("." if weight.shape != buffer.shape else " with values that are not finite.")
+            )
+        buffer.copy_(weight)
+
     @torch.no_grad()
     def save_pretrained(self, save_directory, *, state_dict: dict[str, torch.Tensor] | None = None, **kwargs):
         """As in transformers. A learned label context leaves a plain checkpoint, with the label embeddings that its
@@ -786,6 +846,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         label_ids: torch.Tensor | None = None,
+        feature_maps: Iterable[torch.Tensor] | None = None,
     ) -> HSVLTImageClassifierOutput | tuple:
         """
         Args:
@@ -797,13 +858,14 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
             label_ids (`torch.LongTensor` of shape `(N,)`, *optional*): score only these labels, in this order; `logits`
                 and `labels` then have their columns. A label's logit is the same whichever others are asked for.
+            feature_maps (*optional*): the trunk's maps, in place of `pixel_values`: `list(model.hsvlt.trunk(pixels))`.
 
         Raises:
             ValueError: labels outside the contract (values are checked only outside `torch.compile`), or embeddings
                 of another number of labels than a per-label classifier has.
         """
         output_hidden_states, output_attentions = _resolve_outputs(self.config, output_hidden_states, output_attentions)
-        if pixel_values is None:
+        if pixel_values is None and feature_maps is None:
             raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
         if label_embeddings is None:
             label_embeddings = self.hsvlt.label_embeddings if self.label_context is None else self.label_context()
@@ -814,7 +876,10 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             )
         num_labels = label_embeddings.shape[0] if label_ids is None else label_ids.shape[0]
 
-        feature_maps = self.hsvlt.trunk(pixel_values)
+        if feature_maps is None:
+            feature_maps = self.hsvlt.trunk(pixel_values)
+        if self.residual_attention is not None:
+            feature_maps = list(feature_maps)
         candidate_logits = evaluated = None
         if self.candidate_scorer is not None and label_ids is None and num_labels == self.num_labels:
             feature_maps = list(feature_maps)
@@ -841,6 +906,11 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         output = outputs[0] if len(outputs) == 1 else _concatenate(outputs)
 
         logits = output.logits
+        paths = [logits]
+        if self.residual_attention is not None:
+            with _no_fp16_autocast(logits):
+                paths.append(self.residual_attention(feature_maps[-1], label_ids))
+            logits = torch.lerp(*paths, self.config.residual_attention_weight)
         if label_ids is not None and label_ids.ndim == 2:
             evaluated = torch.zeros_like(candidate_logits, dtype=torch.bool).scatter(1, label_ids, True)
             logits = logits.new_full(evaluated.shape, float("nan")).scatter(1, label_ids, logits)
@@ -852,6 +922,10 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             known = labels if evaluated is None else labels.masked_fill(~evaluated, UNKNOWN_LABEL)
             loss_type, loss_kwargs = self.config.loss_type, self.config.loss_kwargs
             loss = multilabel_loss(logits, known, loss_type, loss_kwargs)
+            if self.training and self.residual_attention is not None:
+                # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it
+                # has seen so fast that the pixel scores learn little.
+                loss = sum(multilabel_loss(path, labels, loss_type, loss_kwargs) for path in paths) / len(paths)
             if candidate_logits is not None and self.training:
                 scorer_loss = multilabel_loss(candidate_logits, labels, loss_type, loss_kwargs)
                 loss = loss + self.config.candidate_loss_weight * scorer_loss

@@ -66,6 +66,8 @@ def test_other_trunks_read_four_stages():
         ({"label_update": "gru"}, "label_update must be one of"),
         ({"interaction_depths": [1, 2]}, "four positive numbers"),
         ({"label_chunk_size": 0}, "label_chunk_size must be a positive number"),
+        ({"residual_attention": True, "classifier": "shared"}, "it needs classifier"),
+        ({"residual_attention_weight": 1.0}, "must lie between 0 and 1"),
         ({"candidate_labels": 4, "candidate_loss_weight": 0}, "candidate_loss_weight must be above 0"),
     ],
 )

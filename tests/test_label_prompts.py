@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from modeling_hsvlt.label_prompts import VOC_LABEL_TEXT, encode_labels, load_text_encoder
+from modeling_hsvlt.label_prompts import VOC_LABEL_TEXT, encode_labels, load_text_encoder, transfer_classifier
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["a", "photo", "of", "dog", "cat", "traffic", "light", "fire", "##truck", "##trucks", "potted", "plant", "."]
@@ -263,3 +263,27 @@ def test_real_encoder_puts_synonyms_together(real_encoder):
     similarity = (embeddings @ embeddings.T).fill_diagonal_(-1)
     nearest = [names[index] for index in similarity.argmax(dim=1)]
     assert nearest == [other for first, second in pairs for other in (second, first)]
+
+
+def test_transfer_classifier_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    weight, classes, labels = (torch.randn(*shape, generator=generator) for shape in ((6, 9), (6, 4), (3, 4)))
+    found = transfer_classifier(weight, classes, labels, temperature=0.2)
+    center = classes.mean(0)
+    for label, row in zip(labels, found, strict=True):
+        shares = torch.stack([torch.cosine_similarity(label - center, each - center, dim=0) for each in classes]) / 0.2
+        shares = shares.exp() / shares.exp().sum()
+        mixed = sum(share * (each - weight.mean(0)) for share, each in zip(shares, weight, strict=True))
+        mixed = mixed - mixed.mean()
+        torch.testing.assert_close(row, mixed / mixed.norm() * 4)  # 12 / sqrt(9)
+
+
+def test_transfer_classifier_finds_the_class_of_the_same_name():
+    weight, classes = torch.eye(8), torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    found = transfer_classifier(weight, classes, classes[[5, 2]], temperature=0.05)
+    assert found.argmax(1).tolist() == [5, 2]
+
+
+def test_transfer_classifier_refuses_what_does_not_belong_together():
+    with pytest.raises(ValueError, match="must be"):
+        transfer_classifier(torch.eye(8), torch.randn(7, 4), torch.randn(2, 4))

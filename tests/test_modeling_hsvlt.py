@@ -304,6 +304,95 @@ def test_candidate_scorer_trains_with_the_rest():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def with_residual_attention(**overrides):
+    model = make_model(residual_attention=True, residual_attention_weight=0.3, **overrides)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in (model.residual_attention.weight, model.residual_attention.bias):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    model.set_text_classifier(torch.randn(N, 20, generator=generator))
+    return model
+
+
+def naive_residual_attention(model, pixel_values):
+    """Pixel by pixel and label by label, from the equations of Zhu & Wu (2021) with lambda = 1, halved."""
+    module = model.residual_attention
+    last = list(model.hsvlt.trunk(pixel_values))[-1]
+    logits = torch.empty(len(last), N)
+    for picture in range(len(last)):
+        pixels = [last[picture, :, y, x] for y in range(last.shape[2]) for x in range(last.shape[3])]
+        for label in range(N):
+            scores = []
+            for pixel in pixels:
+                normed = (pixel - pixel.mean()) / (pixel.var(unbiased=False) + module.norm.eps).sqrt()
+                scores.append(normed @ (module.weight[label] + module.text_weight[label]) + module.bias[label])
+            weights = [score.exp() for score in scores]
+            average = sum(scores) / len(scores)
+            attended = sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
+            logits[picture, label] = (average + attended) / 2
+    return logits
+
+
+@torch.no_grad()
+def test_residual_attention_equals_the_equations():
+    model, pixel_values = with_residual_attention(), pictures(size=64)  # a last map of 4 x 4
+    attention = naive_residual_attention(model, pixel_values)
+    expected = 0.7 * naive_logits(model, pixel_values) + 0.3 * attention
+    torch.testing.assert_close(model(pixel_values).logits, expected, rtol=1e-4, atol=1e-5)
+    maps = list(model.hsvlt.trunk(pixel_values))
+    torch.testing.assert_close(model(feature_maps=maps).logits, expected, rtol=1e-4, atol=1e-5)
+    ids = torch.tensor([3, 0, 4])
+    torch.testing.assert_close(model(pixel_values, label_ids=ids).logits, expected[:, ids], rtol=1e-4, atol=1e-5)
+    model.config.label_chunk_size = 2
+    torch.testing.assert_close(model(pixel_values).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_residual_attention_of_candidate_labels():
+    model, pixel_values = with_residual_attention(candidate_labels=2), pictures(size=64)
+    output = model(pixel_values)
+    full = with_residual_attention()
+    full.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("candidate_scorer")})
+    assert output.evaluated.sum(1).tolist() == [2, 2]
+    expected = full(pixel_values).logits[output.evaluated]
+    torch.testing.assert_close(output.logits[output.evaluated], expected)
+
+
+def test_with_residual_attention_each_path_learns_by_its_own_loss():
+    model, pixel_values, labels = with_residual_attention().train(), pictures(), targets()
+    output = model(pixel_values, labels=labels)
+    attention = model.residual_attention(list(model.hsvlt.trunk(pixel_values))[-1])
+    stream = (output.logits - 0.3 * attention) / 0.7
+    expected = (
+        F.binary_cross_entropy_with_logits(stream, labels) + F.binary_cross_entropy_with_logits(attention, labels)
+    ) / 2
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert model.residual_attention.weight.grad.abs().sum() > 0 and model.classifier.weight.grad.abs().sum() > 0
+    evaluated = model.eval()(pixel_values, labels=labels)
+    torch.testing.assert_close(evaluated.loss, F.binary_cross_entropy_with_logits(evaluated.logits, labels))
+
+
+def test_residual_attention_starts_even_and_is_saved(tmp_path):
+    fresh = make_model(residual_attention=True)
+    assert not fresh.residual_attention(torch.randn(2, 20, 3, 3)).any()
+    model = with_residual_attention()
+    model.save_pretrained(tmp_path)
+    loaded = HSVLTForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        assert torch.equal(loaded(pictures()).logits, model(pictures()).logits)
+
+
+def test_a_text_classifier_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="has it off"):
+        make_model().set_text_classifier(torch.zeros(N, 20))
+    model = make_model(residual_attention=True)
+    with pytest.raises(ValueError, match=r"\(5, 20\).*it is \(5, 19\)"):
+        model.set_text_classifier(torch.zeros(N, 19))
+    with pytest.raises(ValueError, match="not finite"):
+        model.set_text_classifier(torch.full((N, 20), float("nan")))
+
+
 def test_label_embeddings_can_be_exchanged_with_a_shared_classifier():
     model = make_model(classifier="shared")
     other = torch.randn(9, 12)

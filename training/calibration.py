@@ -223,6 +223,11 @@ def check_foldable(model: PreTrainedModel, per_label: bool) -> None:
             f"The classifier of this {name} is one for all {num_labels} labels and cannot hold a scale and bias of "
             "each; fit one of all with --shared."
         )
+    if getattr(model.config, "residual_attention", False):
+        raise ValueError(
+            f"This {name} has residual attention beside its classifier, and the softmax over pixel scores does not "
+            "keep a scale; fit thresholds in place of a calibration, with python -m training.thresholds."
+        )
     if getattr(model.config, "candidate_labels", None) is not None:
         raise ValueError(
             f"This {name} scores only {model.config.candidate_labels} labels a picture (candidate_labels), and the "

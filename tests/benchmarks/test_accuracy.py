@@ -54,6 +54,7 @@ def tiny(monkeypatch):
         return EfficientNetLiteBackbone(EfficientNetLiteConfig(**TINY, out_features=out_features)).eval()
 
     monkeypatch.setattr(accuracy, "load_backbone", load_backbone)
+    monkeypatch.setattr(accuracy, "load_classifier", lambda: (torch.randn(5, TINY["head_channels"]), list("abcde")))
     monkeypatch.setattr(accuracy, "read_label_texts", lambda names, cache: torch.randn(len(names), 8))
 
 

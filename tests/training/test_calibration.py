@@ -188,6 +188,8 @@ def test_models_that_cannot_hold_it_are_refused():
         fold_calibration(tiny_model(classifier="shared"), CALIBRATION)
     with pytest.raises(ValueError, match="candidate_labels"):
         check_foldable(tiny_model(candidate_labels=2), True)
+    with pytest.raises(ValueError, match="residual attention"):
+        check_foldable(tiny_model(residual_attention=True), True)
     headless = tiny_model()
     for classifier in (None, nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), nn.Linear(8, 3, bias=False)):
         headless.classifier = classifier
