@@ -71,6 +71,8 @@ ABLATIONS = {
     "aggregation top-down": Ablation(model={"aggregation": "topdown"}),
     "random label vectors": Ablation(embeddings=random_embeddings, text_classifier=False),
     "one-hot label vectors": Ablation(embeddings=one_hot_embeddings, text_classifier=False),
+    "multi-modal states as they are": Ablation(model={"normalize_multimodal_states": False}),
+    "1 attention head": Ablation(model={"num_attention_heads": 1}),
     "2 attention heads": Ablation(model={"num_attention_heads": 2}),
     "4 attention heads": Ablation(model={"num_attention_heads": 4}),
 }

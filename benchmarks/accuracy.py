@@ -46,11 +46,13 @@ RECIPES = {
     "ml_decoder": Recipe(learning_rate=5e-4, weight_decay=0.3, **ASYMMETRIC),
     "query2label": Recipe(learning_rate=5e-4, weight_decay=0.3, model={"hidden_size": 256}, **ASYMMETRIC),
     "hsvlt": Recipe(
-        learning_rate=1e-3,
-        weight_decay=0.05,
+        learning_rate=5e-4,
+        weight_decay=0.3,
         model={
+            "num_attention_heads": 8,
             "normalize_visual_tokens": True,
             "normalize_label_tokens": True,
+            "normalize_multimodal_states": True,
             "initializer_range": None,
             "residual_attention": True,
             "residual_attention_weight": 0.8,

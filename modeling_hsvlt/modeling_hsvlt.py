@@ -552,7 +552,13 @@ class HSVLTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     # The label stream overflows fp16, see HSVLTLabelStream.
-    _keep_in_fp32_modules = ["label_stream", "aggregation", "classifier", "residual_attention"]  # noqa: RUF012
+    _keep_in_fp32_modules = [  # noqa: RUF012
+        "label_stream",
+        "multimodal_norms",
+        "aggregation",
+        "classifier",
+        "residual_attention",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -620,6 +626,9 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self.label_stream = HSVLTLabelStream(config, self.trunk.channels, self.trunk.interaction_depths)
         aggregation = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
         self.aggregation = aggregation(self.trunk.channels)
+        self.multimodal_norms = None
+        if config.normalize_multimodal_states:
+            self.multimodal_norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.trunk.channels)
         self.register_buffer("label_embeddings", torch.empty(config.num_labels, config.label_embedding_dim))
         self.post_init()
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
@@ -664,6 +673,9 @@ class HSVLTModel(HSVLTPreTrainedModel):
             feature_maps = list(feature_maps)  # runs the trunk, still under autocast
         with _no_fp16_autocast(label_embeddings):
             output = self.label_stream(label_embeddings, feature_maps, output_hidden_states, output_attentions)
+            if self.multimodal_norms is not None:
+                states = zip(self.multimodal_norms, output.multimodal_states, strict=True)
+                output.multimodal_states = tuple(norm(_as(state, norm)) for norm, state in states)
             output.last_hidden_state = self.aggregation(output.multimodal_states)
         if not output_hidden_states:
             output.multimodal_states = None

@@ -132,6 +132,8 @@ def naive_logits(model, pixel_values):
                             F.relu(linear(label, f"{name}.label_gate.in_proj")), f"{name}.label_gate.out_proj"
                         )
                         label = label + torch.tanh(gate) * label
+                if config.normalize_multimodal_states:
+                    multimodal = F.layer_norm(multimodal, multimodal.shape)
                 states.append(multimodal)
             features = torch.cat(states)
             logits[b, n] = (features * state["classifier.weight"][n]).sum() + state["classifier.bias"][n]
@@ -139,8 +141,9 @@ def naive_logits(model, pixel_values):
 
 
 @pytest.mark.parametrize("absorb", [True, False])
-def test_logits_equal_the_equations(absorb):
-    model = make_model(absorb_projections=absorb)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_logits_equal_the_equations(absorb, normalize):
+    model = make_model(absorb_projections=absorb, normalize_multimodal_states=normalize)
     with torch.no_grad():
         torch.testing.assert_close(model(pictures()).logits, naive_logits(model, pictures()), atol=1e-5, rtol=1e-5)
 
@@ -492,6 +495,7 @@ def test_a_gradient_reaches_every_parameter(aggregation, classifier, label_updat
         label_update=label_update,
         normalize_visual_tokens=normalize,
         normalize_label_tokens=normalize,
+        normalize_multimodal_states=normalize,
     ).train()
     model(pictures(), labels=targets()).loss.backward()
     # With an absorbed query the gradient of a key bias would be zero; there is none, so all must be above it.

@@ -13,8 +13,8 @@ from training import evaluate
 from training.data import MultiLabelDataset, load_multilabel_dataset
 
 TINY = {
-    "stem_channels": 4,
-    "group_channels": [4, 4, 8, 8, 8, 12, 12],
+    "stem_channels": 8,
+    "group_channels": [8, 8, 8, 8, 8, 16, 16],
     "group_depths": [1, 1, 1, 1, 1, 1, 1],
     "head_channels": 16,
 }
