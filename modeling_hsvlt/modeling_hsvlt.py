@@ -636,6 +636,11 @@ class HSVLTModel(HSVLTPreTrainedModel):
         body = self.trunk.encoder if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone
         self._no_split_modules |= set(body._no_split_modules or ()) - {"ConvNextStage"}
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The trunk's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
+        trunk = self.trunk if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone.base_model
+        return getattr(getattr(trunk, "embeddings", None), "patch_embeddings", None)
+
     @can_return_tuple
     def forward(
         self,

@@ -70,10 +70,6 @@ MODELS = {
 }
 
 
-# accelerate 1.15 asks a model for its input embeddings, which HSVLTModel does not name.
-BY_ACCELERATE = ["mltr", "hp_dval"]
-
-
 def wrapped_names(model):
     names = set(model._no_split_modules)
     modules = model.named_modules()  # fully_shard puts FSDP in front of a class's name
@@ -177,7 +173,7 @@ def test_a_sharded_model_trains_like_a_plain_one(name, mesh):
         torch.testing.assert_close(state.tensors[key], tensor, rtol=1e-4, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("name", BY_ACCELERATE)
+@pytest.mark.parametrize("name", MODELS)
 def test_accelerate_s_own_code_wraps_the_same_layers(name, mesh):
     make, expected = MODELS[name]
     model = shard_by_accelerate(make(), mesh)
@@ -225,7 +221,7 @@ def two_ranks(rank, folder):
         assert not all(map(torch.equal, plain["model"].parameters(), before)), "they learn"
         expected, weights = saved(plain, Path(folder) / f"{name} on one")
         then = curve(train(plain, range(1, 2)), 1)
-        for method in (shard, shard_by_accelerate) if name in BY_ACCELERATE else (shard,):
+        for method in (shard, shard_by_accelerate):
             what, where = f"{name}, {method.__name__}", Path(folder) / f"{name} {method.__name__}"
             run = parts(make, mesh, method)
             mine = sum(parameter.to_local().numel() for parameter in run["model"].parameters())
