@@ -186,8 +186,8 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
 
     # Peers read no text, so what is transferred by text is HSVLT's; what it gives to the linear head is an ablation.
     variants = {name: Ablation(head=name, text_classifier=name == "hsvlt") for name in args.heads}
-    if args.ablation:
-        variants = ABLATIONS
+    if args.ablation is not None:
+        variants = {name: ABLATIONS[name] for name in args.ablation or ABLATIONS}
     results, details = {}, {}
     for variant, ablation in variants.items():
         name, recipe = ablation.head, RECIPES[ablation.head]
@@ -243,7 +243,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", help="imagefolder split that is measured in place of validation")
     parser.add_argument("--budget", choices=["frozen", "finetune"], default="frozen")
     parser.add_argument("--heads", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--ablation", action="store_true", help="HSVLT's ablations in place of the heads (frozen)")
+    parser.add_argument(
+        "--ablation",
+        nargs="*",
+        choices=list(ABLATIONS),
+        metavar="NAME",
+        help=f"HSVLT's ablations in place of the heads, on the frozen trunk; none named: all of {', '.join(ABLATIONS)}",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ...")
     parser.add_argument("--epochs", type=int, help="in place of the recipes' own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")

@@ -78,6 +78,8 @@ class TrainingConfig:
     label_template: str = "a photo of a {}"  # CLIP's prompt; unused by the official reading
     label_text: dict = field(default_factory=dict)  # what to encode in place of a name: {tvmonitor: tv monitor}
     label_context: dict | None = None  # context to learn in front of the names: training.models.add_label_context
+    text_classifier: bool = False  # with model.residual_attention: start from the classifier of the backbone, whose
+    # classes are matched to the labels by text
     init_from: str | None = None  # start from all weights of this checkpoint of ours: folder or Hub id
     init_from_revision: str | None = None
     loss_type: str = "bce"  # as published; others: modeling_hsvlt/losses_multilabel.py
@@ -129,6 +131,8 @@ class TrainingConfig:
             raise ValueError("init_from already brings a trunk: leave backbone out, or init_from.")
         if self.label_context is not None and (self.label_encoder is None or self.label_reading != "mean"):
             raise ValueError("label_context needs the label_encoder that reads it, with label_reading mean.")
+        if self.text_classifier and not (self.backbone and self.label_encoder and self.label_reading == "mean"):
+            raise ValueError("text_classifier needs a backbone with a classifier, and a label_encoder, reading mean.")
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std belong together: give both, or null for both.")
         if (self.threshold_objective == "f1") != (self.threshold_target is None):

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 import modeling_hsvlt  # noqa: F401  (registers the model types)
 from modeling_hsvlt.label_context import LabelContext
-from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
+from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder, transfer_classifier
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
 from .checkpoint import refuse_leads_elsewhere
@@ -85,6 +85,8 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
             reading=config.label_reading,
             template=None if official else config.label_template,
         )
+    if config.text_classifier:
+        set_text_classifier(model, encoder, tokenizer, config)
     if config.label_context is not None:
         add_label_context(model, encoder, tokenizer, config, label_names)
     if hasattr(model, "set_stage"):
@@ -92,6 +94,34 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: TrainingConfig) -> None:
+    """Start an HSVLT's residual attention from the classifier of `config.backbone`, see `transfer_classifier`.
+
+    Of a class with several names ("tench, Tinca tinca") the first is read.
+
+    Raises:
+        ValueError: a model without residual attention, a backbone without a linear classifier of its last map, or
+            without names for its classes.
+    """
+    if not getattr(model.config, "residual_attention", False):
+        raise ValueError("text_classifier belongs to HSVLT's residual_attention: set that to true in model.")
+    source, loading = AutoModelForImageClassification.from_pretrained(
+        config.backbone, revision=config.backbone_revision, use_safetensors=True, output_loading_info=True
+    )
+    shape = (source.config.num_labels, model.residual_attention.text_weight.shape[1])
+    linear = [(name, module.weight) for name, module in source.named_modules() if isinstance(module, torch.nn.Linear)]
+    name, weight = linear[-1] if linear else ("", torch.empty(0))
+    if weight.shape != shape or f"{name}.weight" in loading["missing_keys"]:
+        raise ValueError(f"{config.backbone} has no linear classifier of its last map: leave text_classifier out.")
+    names = [source.config.id2label[index].split(",")[0].strip() for index in range(shape[0])]
+    if all(name.startswith("LABEL_") for name in names):
+        raise ValueError(f"{config.backbone} does not name its classes (id2label): leave text_classifier out.")
+    unique = list(dict.fromkeys(names))  # ImageNet has two cranes and two maillots
+    embeddings = encode_labels(unique, encoder, tokenizer, template=config.label_template)
+    embeddings = embeddings[[unique.index(each) for each in names]]
+    model.set_text_classifier(transfer_classifier(weight, embeddings, model.hsvlt.label_embeddings))
 
 
 TRAINED_BESIDE_CONTEXT = ("all", "all_but_trunk", "nothing")

@@ -5,12 +5,13 @@ from transformers import (
     BertModel,
     BertTokenizerFast,
     ConvNextConfig,
+    ConvNextForImageClassification,
     ConvNextModel,
     ResNetConfig,
     ResNetModel,
 )
 
-from modeling_hsvlt.label_prompts import encode_labels
+from modeling_hsvlt.label_prompts import encode_labels, transfer_classifier
 from training.config import TrainingConfig
 from training.models import build_model
 
@@ -109,6 +110,44 @@ def test_label_embeddings_come_from_the_encoder(encoder, reading):
     torch.testing.assert_close(model.hsvlt.label_embeddings, expected)
     assert model.config.label_embedding_dim == 12 and model.config.label_reading == reading
     assert model.config.label_template == (None if reading == "official" else "a photo of a {}")
+
+
+def save_classifier(folder, names, hidden_sizes=(8, 8, 16, 24)):
+    torch.manual_seed(0)
+    labels = {"num_labels": 5} if names is None else {"id2label": dict(enumerate(names))}
+    source = ConvNextForImageClassification(
+        ConvNextConfig(hidden_sizes=list(hidden_sizes), depths=[1, 1, 1, 1], initializer_range=0.5, **labels)
+    )
+    source.save_pretrained(folder)
+    return source
+
+
+def build_with_text_classifier(encoder, folder, **options):
+    model = {"residual_attention": True}
+    return build(model=model, backbone=str(folder), label_encoder=str(encoder[0]), text_classifier=True, **options)
+
+
+def test_a_text_classifier_comes_from_the_backbone(encoder, tmp_path):
+    _, bert, tokenizer = encoder
+    source = save_classifier(tmp_path, ["dog, hound", "tv", "monitor, screen", "dog, toy"])  # two of one name
+    model = build_with_text_classifier(encoder, tmp_path)
+    classes = encode_labels(["dog", "tv", "monitor"], bert, tokenizer)[[0, 1, 2, 0]]
+    expected = transfer_classifier(source.classifier.weight, classes, encode_labels(NAMES, bert, tokenizer))
+    torch.testing.assert_close(model.residual_attention.text_weight, expected)
+    assert expected.abs().sum() > 0 and not model.residual_attention.weight.any()
+
+
+def test_a_text_classifier_that_cannot_be_is_refused(encoder, tmp_path):
+    save_classifier(tmp_path / "nameless", None)
+    with pytest.raises(ValueError, match="does not name its classes"):
+        build_with_text_classifier(encoder, tmp_path / "nameless")
+    ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1])).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="no linear classifier"):
+        build_with_text_classifier(encoder, tmp_path / "bare")
+    with pytest.raises(ValueError, match="residual_attention"):
+        build(backbone=str(tmp_path / "bare"), label_encoder=str(encoder[0]), text_classifier=True, model={})
+    with pytest.raises(ValueError, match="needs a backbone"):
+        build(label_encoder=str(encoder[0]), text_classifier=True)
 
 
 @pytest.mark.parametrize(
