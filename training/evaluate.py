@@ -143,6 +143,14 @@ def add_scoring_arguments(parser: argparse.ArgumentParser, dataset: str = "datas
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures; default: 0")
 
 
+def register_trunk_of_benchmarks(checkpoint: str) -> None:
+    """Makes a run of `benchmarks.accuracy` loadable: its trunk is not one of transformers'."""
+    path = Path(checkpoint) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "efficientnet_lite" in (config.get("model_type"), (config.get("backbone_config") or {}).get("model_type")):
+        from benchmarks import efficientnet_lite  # noqa: F401
+
+
 def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model and image processor of `args.checkpoint`, with the code of this checkout and never with a pickle.
 
@@ -152,6 +160,7 @@ def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImag
     if not Path(args.checkpoint).is_dir() and (args.checkpoint[:1] in "./~" or args.checkpoint.count("/") > 1):
         raise FileNotFoundError(f"{args.checkpoint} is no folder; give the folder of a checkpoint or a Hub id.")
     refuse_leads_elsewhere(args.checkpoint)
+    register_trunk_of_benchmarks(args.checkpoint)
     revision = args.revision or "main"
     model = AutoModelForImageClassification.from_pretrained(args.checkpoint, revision=revision, use_safetensors=True)
     return model, AutoImageProcessor.from_pretrained(args.checkpoint, revision=revision)

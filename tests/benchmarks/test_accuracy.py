@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from benchmarks.features import FeatureCache, PictureCache
 from training import evaluate
 from training.data import MultiLabelDataset, load_multilabel_dataset
 
+ROOT = Path(__file__).parents[2]
 TINY = {
     "stem_channels": 8,
     "group_channels": [8, 8, 8, 8, 8, 16, 16],
@@ -99,6 +103,22 @@ def test_the_test_split_is_measured_and_saved_runs_score_the_same(dataset, tiny,
         metrics = json.loads((tmp_path / f"scored-{head}" / "results.json").read_text())["metrics"]
         assert metrics["mAP"] == pytest.approx(row["mAP"]["mean"], abs=1e-3)
         assert metrics["f1_macro"] == pytest.approx(row["macro_f1"]["mean"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["linear", "hsvlt"])
+def test_a_stranger_scores_a_saved_run(head, dataset, tiny, tmp_path):
+    assert command(dataset, tmp_path, "--heads", head, "--save", str(tmp_path / "runs")) == 0
+    argv = [
+        str(tmp_path / "runs" / head),
+        str(dataset / "data"),
+        "--split",
+        "validation",
+        "--output",
+        str(tmp_path / "s"),
+    ]
+    subprocess.run([sys.executable, "-m", "training.evaluate", *argv], check=True, cwd=ROOT, capture_output=True)
+    assert 0 < json.loads((tmp_path / "s" / "results.json").read_text())["metrics"]["mAP"] <= 1
 
 
 def test_a_run_repeats(dataset, tiny, tmp_path):
