@@ -127,7 +127,7 @@ def loss_arguments(recipe: Recipe, labels: torch.Tensor) -> dict:
 
 
 def save_run(model, folder: Path, label_names: list[str], thresholds: np.ndarray) -> None:
-    """A checkpoint for `training.evaluate` of this checkout, which knows the trunk; the checkpoint holds no code of it."""
+    """A checkpoint for `training.evaluate` of this checkout: it knows the trunk, whose code no checkpoint holds."""
     model.config.thresholds = thresholds.tolist()
     model.save_pretrained(folder)
     image_processor().save_pretrained(folder)
