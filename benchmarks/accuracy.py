@@ -62,8 +62,8 @@ RECIPES = {
     ),
 }
 
-# With the trunk trained as well, the heads' learning rates stay; few epochs, since pictures pass the trunk every time.
-FINETUNE = {"epochs": 3, "backbone_lr_multiplier": 0.1}
+# With the trunk trained as well, the heads' recipes stay; few epochs, since pictures pass the trunk every time.
+FINETUNE_EPOCHS = 3
 
 
 def label_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
         name, recipe = ablation.head, RECIPES[ablation.head]
         recipe = replace(recipe, model={**recipe.model, **ablation.model}, **ablation.recipe)
         if args.budget == "finetune":
-            recipe = replace(recipe, **FINETUNE)
+            recipe = replace(recipe, epochs=FINETUNE_EPOCHS)
         if args.epochs is not None:
             recipe = replace(recipe, epochs=args.epochs)
         embeddings = label_embeddings if ablation.embeddings is None else ablation.embeddings(label_embeddings)

@@ -31,7 +31,7 @@ class Recipe:
     batch_size: int = 64
     ema_decay: float = 0.99
     warmup: float = 0.1  # part of all steps
-    backbone_lr_multiplier: float = 1.0
+    backbone: tuple[float, float] = (1e-4, 0.05)  # learning rate and weight decay of a trunk that is trained
     loss_type: str = "bce"
     loss_kwargs: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)  # fields of HSVLT's configuration, arguments of a peer's head
@@ -108,12 +108,11 @@ def run_head(model: PreTrainedModel, maps: tuple[torch.Tensor, ...] | torch.Tens
 def train_head(model: PreTrainedModel, recipe: Recipe, cache, rows: torch.Tensor, seed: int):
     """Trains on these rows of a `FeatureCache` or `PictureCache`, half of them mirrored; returns the averaged model."""
     generator = torch.Generator().manual_seed(seed)
-    groups = parameter_groups(
-        model,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        backbone_lr_multiplier=recipe.backbone_lr_multiplier,
-    )
+    groups = parameter_groups(model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    for group in groups:
+        if group["name"].startswith("trunk/"):
+            group["lr"], decay = recipe.backbone
+            group["weight_decay"] = decay if group["weight_decay"] else 0.0
     attention = getattr(model, "residual_attention", None)
     if attention is not None and recipe.residual_attention is not None:
         learning_rate, weight_decay = recipe.residual_attention
