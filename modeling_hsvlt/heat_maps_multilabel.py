@@ -2,7 +2,8 @@
 
 | model | what the map is |
 |---|---|
-| HSVLT | the label's attention over the pixels, mean over heads and over the last interactions of the four stages |
+| HSVLT | the label's attention over the pixels, mean over heads and over the last interactions of the four stages; |
+| with `residual_attention` | that and the softmax of the label's pixel scores, by their shares of the logit |
 | HP-DVAL | the cosine of each patch and the label's local text embedding, the scores that its local view averages |
 | MlTr | the pixel's share of the logit: the classifier is linear in the mean over pixels (a class activation map) |
 
@@ -52,12 +53,30 @@ def label_heat_maps(
 def _attention_maps(model, pixel_values, label_ids, stages):
     if label_ids is None:
         label_ids = torch.arange(model.config.num_labels, device=pixel_values.device)
-    output = model(pixel_values=pixel_values, label_ids=label_ids, output_attentions=True, return_dict=True)
+    mixed = model.residual_attention is not None and stages is None
+    output = model(
+        pixel_values=pixel_values,
+        label_ids=label_ids,
+        output_attentions=True,
+        output_hidden_states=mixed,
+        return_dict=True,
+    )
     attentions = [output.attentions[stage].float().mean(1) for stage in (range(4) if stages is None else stages)]
     size = attentions[0].shape[-2:]  # of the finest
-    resized = [F.interpolate(each, size, mode="bilinear", align_corners=False) for each in attentions]
     # A coarse stage has less attention to share out among its few cells: each stage gets the same weight.
-    return output.logits, sum(each / each.sum((-2, -1), keepdim=True) for each in resized) / len(resized)
+    maps = sum(_shares(each, size) for each in attentions) / len(attentions)
+    if mixed:
+        last = output.hidden_states[-1]
+        scores = model.residual_attention.pixel_scores(last, label_ids).softmax(1)
+        residual = _shares(scores.transpose(1, 2).unflatten(-1, last.shape[-2:]), size)
+        maps = torch.lerp(maps, residual, model.config.residual_attention_weight)
+    return output.logits, maps
+
+
+def _shares(attention, size):
+    """(B, N, h, w) resized, with a sum of 1 over the places."""
+    resized = F.interpolate(attention, size, mode="bilinear", align_corners=False)
+    return resized / resized.sum((-2, -1), keepdim=True)
 
 
 def _activation_maps(model, pixel_values, label_ids, stages):

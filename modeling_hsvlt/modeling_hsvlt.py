@@ -530,13 +530,18 @@ class HSVLTResidualAttention(nn.Module):
         Returns:
             `torch.Tensor` of shape `(B, N)`: logits.
         """
-        weight, bias = self.weight + self.text_weight, self.bias
-        if label_ids is not None and label_ids.ndim == 1:
-            weight, bias = weight[label_ids], bias[label_ids]
-        pixels = feature_map.flatten(2).transpose(1, 2)  # (B, P, C)
-        scores = F.linear(self.norm(_as(pixels, self.norm)), weight, bias).float()  # (B, P, N)
+        one_set = label_ids is None or label_ids.ndim == 1  # for all pictures
+        scores = self.pixel_scores(feature_map, label_ids if one_set else None)
         logits = (scores.mean(1) + (scores.softmax(1) * scores).sum(1)) / 2
-        return logits.gather(1, label_ids) if label_ids is not None and label_ids.ndim == 2 else logits
+        return logits if one_set else logits.gather(1, label_ids)
+
+    def pixel_scores(self, feature_map: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, C, H, W) -> scores `(B, H * W, N)`, fp32, of all labels or of those of `label_ids` `(N,)`."""
+        weight, bias = self.weight + self.text_weight, self.bias
+        if label_ids is not None:
+            weight, bias = weight[label_ids], bias[label_ids]
+        pixels = feature_map.flatten(2).transpose(1, 2)
+        return F.linear(self.norm(_as(pixels, self.norm)), weight, bias).float()
 
 
 class HSVLTPreTrainedModel(PreTrainedModel):

@@ -330,6 +330,27 @@ def test_hsvlt_s_maps_are_its_attention(model, image_processor):
     assert maps.amin((-2, -1)).unique().tolist() == [0.0] and maps.amax((-2, -1)).unique().tolist() == [1.0]
 
 
+def test_a_map_shares_residual_attention_as_the_logit_does():
+    model = tiny_model(residual_attention=True, residual_attention_weight=0.75)
+    torch.nn.init.normal_(model.residual_attention.weight)
+    pixels, ids = torch.rand(2, 3, 64, 64), torch.tensor([4, 1])
+    with torch.no_grad():
+        _, maps = label_heat_maps(model, pixels, ids)
+        output = model(pixel_values=pixels, output_attentions=True, output_hidden_states=True)
+        last = output.hidden_states[-1]
+        weight = model.residual_attention.weight[ids]
+        scores = torch.einsum("nc,bcp->bnp", weight, model.residual_attention.norm(last.flatten(2).mT).mT).softmax(-1)
+        size = output.attentions[0].shape[-2:]
+        expected = 0
+        shares = [0.25 / 4] * 4 + [0.75]
+        parts = [*(a.mean(1)[:, ids] for a in output.attentions), scores.unflatten(-1, last.shape[-2:])]
+        for share, each in zip(shares, parts, strict=True):
+            each = torch.nn.functional.interpolate(each, size, mode="bilinear", align_corners=False).flatten(2)
+            expected = expected + share * each / each.sum(-1, keepdim=True)
+    low, high = expected.amin(-1, keepdim=True), expected.amax(-1, keepdim=True)
+    torch.testing.assert_close(maps.flatten(2), (expected - low) / (high - low))
+
+
 def test_mltr_s_maps_average_to_the_logit():
     torch.manual_seed(0)
     model = MlTrForImageClassification(MlTrConfig.preset("nano", num_labels=5, id2label=NAMES, image_size=64)).eval()
