@@ -1,4 +1,4 @@
-"""Ablations of HSVLT on frozen maps: one change each of the recipe, of the label embeddings, or of the model."""
+"""Ablations of HSVLT on frozen maps: its parts, then one change each of the label stream alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,21 +58,26 @@ def one_hot_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
     return torch.eye(len(embeddings))
 
 
+def stream_alone(*, model: dict | None = None, **changes) -> Ablation:
+    """The label stream without residual attention, which would hide most of what a change does to it."""
+    return Ablation(model={"residual_attention": False, **(model or {})}, text_classifier=False, **changes)
+
+
 ABLATIONS = {
     "hsvlt": Ablation(),
     "label stream off": Ablation(tweak=label_stream_off),
-    "residual attention off": Ablation(model={"residual_attention": False}),
     "text classifier off": Ablation(text_classifier=False),
     "linear with text classifier": Ablation(head="linear"),
     "linear": Ablation(head="linear", text_classifier=False),
-    "last scale only": Ablation(tweak=last_scale_only),
-    "attention off (uniform)": Ablation(tweak=uniform_attention),
-    "gate off": Ablation(model={"label_update": "none"}),
-    "aggregation top-down": Ablation(model={"aggregation": "topdown"}),
-    "random label vectors": Ablation(embeddings=random_embeddings, text_classifier=False),
-    "one-hot label vectors": Ablation(embeddings=one_hot_embeddings, text_classifier=False),
-    "multi-modal states as they are": Ablation(model={"normalize_multimodal_states": False}),
-    "1 attention head": Ablation(model={"num_attention_heads": 1}),
-    "2 attention heads": Ablation(model={"num_attention_heads": 2}),
-    "4 attention heads": Ablation(model={"num_attention_heads": 4}),
+    "label stream alone": stream_alone(),
+    "last scale only": stream_alone(tweak=last_scale_only),
+    "attention off (uniform)": stream_alone(tweak=uniform_attention),
+    "gate off": stream_alone(model={"label_update": "none"}),
+    "aggregation top-down": stream_alone(model={"aggregation": "topdown"}),
+    "random label vectors": stream_alone(embeddings=random_embeddings),
+    "one-hot label vectors": stream_alone(embeddings=one_hot_embeddings),
+    "multi-modal states as they are": stream_alone(model={"normalize_multimodal_states": False}),
+    "1 attention head": stream_alone(model={"num_attention_heads": 1}),
+    "2 attention heads": stream_alone(model={"num_attention_heads": 2}),
+    "4 attention heads": stream_alone(model={"num_attention_heads": 4}),
 }
