@@ -69,6 +69,7 @@ ABLATIONS = {
     "text classifier off": Ablation(text_classifier=False),
     "linear with text classifier": Ablation(head="linear"),
     "linear": Ablation(head="linear", text_classifier=False),
+    "linear, weight decay 0.5": Ablation(head="linear", recipe={"weight_decay": 0.5}, text_classifier=False),
     "label stream alone": stream_alone(),
     "last scale only": stream_alone(tweak=last_scale_only),
     "attention off (uniform)": stream_alone(tweak=uniform_attention),

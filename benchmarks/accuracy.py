@@ -181,13 +181,13 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     for name, group in groups.items():
         print(f"{name}: " + ", ".join(f"{label_names[i]} {counts[i]}" for i in group))
 
-    weight, class_names = load_classifier()
-    text_classifier = transfer_classifier(weight, read_label_texts(class_names, cache_folder), label_embeddings)
-
     # Peers read no text, so what is transferred by text is HSVLT's; what it gives to the linear head is an ablation.
     variants = {name: Ablation(head=name, text_classifier=name == "hsvlt") for name in args.heads}
     if args.ablation is not None:
         variants = {name: ABLATIONS[name] for name in args.ablation or ABLATIONS}
+    if any(ablation.text_classifier for ablation in variants.values()):
+        weight, class_names = load_classifier()
+        text_classifier = transfer_classifier(weight, read_label_texts(class_names, cache_folder), label_embeddings)
     results, details = {}, {}
     for variant, ablation in variants.items():
         name, recipe = ablation.head, RECIPES[ablation.head]
