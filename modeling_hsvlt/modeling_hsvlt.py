@@ -943,11 +943,12 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
                 validate_labels(labels, num_labels)
             known = labels if evaluated is None else labels.masked_fill(~evaluated, UNKNOWN_LABEL)
             loss_type, loss_kwargs = self.config.loss_type, self.config.loss_kwargs
-            loss = multilabel_loss(logits, known, loss_type, loss_kwargs)
             if self.training and self.residual_attention is not None:
                 # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it
                 # has seen so fast that the pixel scores learn little.
                 loss = sum(multilabel_loss(path, labels, loss_type, loss_kwargs) for path in paths) / len(paths)
+            else:
+                loss = multilabel_loss(logits, known, loss_type, loss_kwargs)
             if candidate_logits is not None and self.training:
                 scorer_loss = multilabel_loss(candidate_logits, labels, loss_type, loss_kwargs)
                 loss = loss + self.config.candidate_loss_weight * scorer_loss
