@@ -107,7 +107,7 @@ def test_label_embeddings_come_from_the_encoder(encoder, reading):
         names, model={"backbone_config": TRUNK}, label_encoder=str(folder), label_reading=reading, label_text=text
     )
     expected = encode_labels(names, bert, tokenizer, reading=reading, label_text=text)
-    torch.testing.assert_close(model.hsvlt.label_embeddings, expected)
+    torch.testing.assert_close(model.hsvlt.label_embeddings.weight, expected)
     assert model.config.label_embedding_dim == 12 and model.config.label_reading == reading
     assert model.config.label_template == (None if reading == "official" else "a photo of a {}")
 
