@@ -13,9 +13,14 @@ place of the largest number of the result. That is 3e-5 of it in fp32, where rea
 from collections.abc import Mapping
 
 import numpy as np
+import pytest
 import torch
 
 STEPS = 256
+
+# Scores that were computed again may put two neighbours of a ranking in the other order; a metric of a few dozen
+# pictures moves by less than this, and by far more where anything is wrong.
+METRIC = 0.01
 
 
 def assert_close_outputs(actual, expected, steps: float = STEPS, name: str = "") -> None:
@@ -57,6 +62,13 @@ def close_outputs(actual, expected, steps: float = STEPS) -> bool:
     except AssertionError:
         return False
     return True
+
+
+def assert_close_metrics(actual: Mapping, expected: Mapping) -> None:
+    """The same report from scores that were computed twice: counts are equal, figures within `METRIC`."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert actual[key] == (pytest.approx(value, abs=METRIC) if isinstance(value, float) else value), key
 
 
 def _tensor(value) -> torch.Tensor:
