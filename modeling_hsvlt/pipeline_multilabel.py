@@ -63,6 +63,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.tokenizer = None  # given a processor alone, transformers takes its stand-in for one
         if self.model.config.problem_type not in (None, "multi_label_classification"):
             raise ValueError(
                 f"This model is for {self.model.config.problem_type}, whose scores are no sigmoids; use "
