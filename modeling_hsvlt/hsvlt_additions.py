@@ -37,11 +37,13 @@ def spread_candidates(logits: torch.Tensor, class_ids: torch.Tensor, num_labels:
 
 
 class HSVLTResidualAttention(nn.Module):
-    """Class-specific residual attention (Zhu & Wu, ICCV 2021) on the last map.
+    """Class-specific residual attention (CSRA: Zhu & Wu, ICCV 2021) on the last map.
 
     One linear classifier scores every pixel for every label, `s = LN(X) (W + W_text)^T + beta`. A label's logit is half
     the mean of its scores over the pixels and half their mean weighted by their own softmax: what is small in the
-    picture counts, and no query has to be learned. `W_text` is not trained, and zero until
+    picture counts, and no query has to be learned. That is CSRA with `T = 1` and `lambda = 1`, halved, and with two
+    differences: pixels are normalised and labels have a bias, and scores are not divided by the norm of the
+    classifier's rows. `W_text` is not trained, and zero until
     `HSVLTForImageClassification.set_text_classifier` sets it; weight decay then pulls towards it.
     """
 

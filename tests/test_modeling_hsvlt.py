@@ -20,7 +20,7 @@ from benchmarks.multiply_adds import CountMultiplyAdds
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, HSVLTModel
 from modeling_hsvlt.losses_multilabel import NOT_EVALUATED
 
-from .tolerance import assert_close_outputs, close_outputs
+from .tolerance import assert_close_outputs
 
 N = 5
 
