@@ -29,11 +29,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from benchmarks.speed import device_name, multiply_adds
 from training import train
 from training.config import TrainingConfig, parse_config
-from training.data import MultiLabelDataset, build_dataloader
+from training.data.dataset import MultiLabelDataset, build_dataloader
+from training.data.scenes import PARTNER, SCENE_LABELS, build_scenes
 from training.evaluate import predict
 from training.metrics.functional import multilabel_report
-from training.models import build_model
-from training.scenes import PARTNER, SCENE_LABELS, build_scenes
+from training.models.build import build_model
 
 RECIPE = Path(__file__).parent.parent / "training" / "configs" / "mltr_nano_scenes.yaml"
 SCENES = {"min_size": 12, "cooccurrence": 0.5}  # over the recipe's
@@ -54,7 +54,7 @@ def label_groups(boxes: list[list[dict]]) -> dict[str, np.ndarray]:
     """Which labels of which scenes belong to which column.
 
     Args:
-        boxes: for each scene the `boxes` of `training.scenes`, labels as numbers.
+        boxes: for each scene the `boxes` of `training.data.scenes`, labels as numbers.
 
     Returns:
         Boolean arrays (scenes, 10). "small", "medium" and "large" part the labels that are present by the height of

@@ -30,9 +30,9 @@ from benchmarks.features import FeatureCache, PictureCache, default_cache
 from benchmarks.frozen import Recipe, build_head, freeze_trunk, score_head, train_head
 from benchmarks.speed import device_name, multiply_adds
 from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder, transfer_classifier
-from training.data import MultiLabelDataset, load_multilabel_dataset
+from training.data.dataset import MultiLabelDataset, load_multilabel_dataset
 from training.metrics.functional import multilabel_report
-from training.thresholds import fit_thresholds
+from training.scoring.thresholds import fit_thresholds
 
 # The trunk's last four maps: strides 8, 16, 32 and the last convolution, which peers and HSVLT's last stage share.
 OUT_FEATURES = ["stage2", "stage3", "stage4", "head"]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpoint [--preset small] [--repeats 3] [--folder DIR]
 
-The real save of training (`training.saving.save`) of a whole HSVLT with AdamW's two moments and a weight average, on
-the CPU. On a GPU the copy goes over the bus instead; the write is the same.
+The real save of training (`training.loop.saving.save`) of a whole HSVLT with AdamW's two moments and a weight average,
+on the CPU. On a GPU the copy goes over the bus instead; the write is the same.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import torch
 from accelerate import Accelerator
 
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
-from training.checkpoint import CheckpointWriter, newest_good
+from training.checkpoint.folder import CheckpointWriter, newest_good
 from training.config import TrainingConfig
-from training.optim import build_ema, build_optimizer, build_scheduler
-from training.run import build_processor
-from training.saving import check_writer, save
+from training.loop.optim import build_ema, build_optimizer, build_scheduler
+from training.loop.saving import check_writer, save
+from training.loop.setup import build_processor
 
 
 def prepare(preset: str, folder: Path) -> SimpleNamespace:

@@ -22,12 +22,12 @@ from datasets import Dataset, Features, Image, List, Value
 from scipy.sparse import csr_array
 from tqdm.auto import tqdm
 
-from training.data import load_multilabel_dataset
-from training.duplicates import Fingerprints, group_duplicates
-from training.findings import check_labels
-from training.imbalance import long_tail_groups
+from training.check.duplicates import Fingerprints, group_duplicates
+from training.check.findings import check_labels
+from training.check.imbalance import long_tail_groups
+from training.data.dataset import load_multilabel_dataset
+from training.data.sparse_labels import SparseLabels
 from training.metrics.functional import multilabel_report
-from training.sparse_labels import SparseLabels
 from training.split import positives_by_split, stratified_split
 
 FRACTIONS = (0.8, 0.1, 0.1)

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.efficientnet_lite import EfficientNetLiteBackbone
-from training.data import MultiLabelDataset, build_dataloader, normalize_pixels
+from training.data.dataset import MultiLabelDataset, build_dataloader, normalize_pixels
 
 VIEWS = 2  # the picture and its mirror image
 

@@ -14,7 +14,7 @@ from benchmarks.efficientnet_lite import (
     EfficientNetLiteForImageClassification,
 )
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
-from training.optim import build_ema, build_scheduler, parameter_groups
+from training.loop.optim import build_ema, build_scheduler, parameter_groups
 
 # Bias that every head starts from: most labels are absent, and who starts at one half first unlearns that by its
 # weights. Chosen on parts of voc/train: it gives the linear head's tail 2 points.

@@ -22,8 +22,8 @@ from transformers import ConvNextImageProcessorPil
 
 from benchmarks.speed import device_name, synchronise
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor, load_image
-from training.augment import build_augmentation
-from training.data import MultiLabelDataset, build_dataloader, normalize_pixels
+from training.data.augment import build_augmentation
+from training.data.dataset import MultiLabelDataset, build_dataloader, normalize_pixels
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 

@@ -40,10 +40,10 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, get_cosin
 from benchmarks import scene_clip
 from benchmarks.scene_clip import TAGGED, image_processor, word_tokenizer
 from modeling_hsvlt import HPDVALForImageClassification, MultiLabelImageProcessor
-from training import scenes
-from training.augment import build_augmentation
-from training.data import MultiLabelDataset, load_multilabel_dataset, normalize_pixels
-from training.imbalance import long_tail_groups
+from training.check.imbalance import long_tail_groups
+from training.data import scenes
+from training.data.augment import build_augmentation
+from training.data.dataset import MultiLabelDataset, load_multilabel_dataset, normalize_pixels
 from training.metrics.functional import average_precision, multilabel_report
 from training.prepare.long_tail import draw_long_tail, is_present, pareto_targets
 

@@ -21,9 +21,9 @@ from benchmarks.accuracy import OUT_FEATURES  # the same maps, if they are there
 from benchmarks.efficientnet_lite import image_processor, load_backbone
 from benchmarks.features import FeatureCache, default_cache
 from modeling_hsvlt import multilabel_loss
-from training.data import MultiLabelDataset, load_multilabel_dataset
+from training.data.dataset import MultiLabelDataset, load_multilabel_dataset
+from training.data.sparse_labels import SparseLabels
 from training.metrics.functional import average_precision
-from training.sparse_labels import SparseLabels
 
 # What stays known, and the losses that are tried on it. "assumed absent" trains on every unknown label as absent.
 SETTINGS = {

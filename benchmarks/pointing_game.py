@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import modeling_hsvlt  # noqa: F401  (registers the model types)
 from modeling_hsvlt.heat_maps_multilabel import label_heat_maps, picture_box, resize_to_picture
 from modeling_hsvlt.processing_multilabel import load_image
-from training.scenes import build_scenes
+from training.data.scenes import build_scenes
 
 RECIPE = Path(__file__).parents[1] / "training" / "configs" / "quickstart.yaml"
 HSVLT_MAPS = {"stage 1": [0], "stage 2": [1], "stage 3": [2], "stage 4": [3], "mean of 2 to 4": [1, 2, 3]}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 
 from modeling_hsvlt import MultiLabelImageProcessor
-from training.scenes import SCENE_LABELS, SceneDataset
+from training.data.scenes import SCENE_LABELS, SceneDataset
 
 SIDE = 36
 # Pictures with captions show one or two things, plainly. What is to be tagged shows more, smaller, fainter, in clutter.

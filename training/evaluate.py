@@ -30,12 +30,12 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 
 import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
 
-from .checkpoint import refuse_leads_elsewhere
-from .data import MultiLabelDataset, build_dataloader, class_counts
-from .dataset_arguments import add_dataset_arguments, load_from_arguments
-from .exclude import without_excluded
-from .imbalance import long_tail_groups
+from .check.imbalance import long_tail_groups
+from .checkpoint.folder import refuse_leads_elsewhere
+from .data.dataset import MultiLabelDataset, build_dataloader, class_counts
+from .data.leave_out import without_excluded
 from .metrics.functional import per_label_report
+from .options import add_dataset_arguments, load_from_arguments
 
 METRIC = Path(__file__).with_name("metrics") / "multilabel_classification"
 AP_DEFINITION = "non-interpolated"
@@ -331,7 +331,7 @@ def run(args: argparse.Namespace) -> dict:
         f"{len(label_names)} labels\n" + format_report(report, words, absent)
     )
     if args.output is not None:
-        from .report import write_report  # which imports this module
+        from .report.page import write_report  # which imports this module
 
         named_counts = None if counts is None else (args.count_split, counts)
         write_report(

@@ -47,9 +47,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .evaluate import add_scoring_arguments, load_checkpoint, score_split
 from .metrics.functional import multilabel_report
-from .selected_tags import FILE_NAME as TAGS_FILE
-from .selected_tags import write_selected_tags
-from .thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
+from .publish.selected_tags import FILE_NAME as TAGS_FILE
+from .publish.selected_tags import write_selected_tags
+from .scoring.thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
 
 MODEL_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
 LAYOUTS = ("standard", "wd_tagger")

@@ -34,7 +34,7 @@ from transformers import AutoModelForImageClassification
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
-from .checkpoint import (
+from .checkpoint.folder import (
     MARKER,
     CheckpointError,
     atomic_folder,
@@ -44,17 +44,17 @@ from .checkpoint import (
     write_marker,
 )
 from .config import TrainingConfig, parse_config
-from .data import normalize_pixels
+from .data.dataset import normalize_pixels
+from .data.sparse_labels import row_namer
 from .evaluate import predict, result_record
-from .interruption import Stopped
+from .loop.interruption import Stopped
+from .loop.optim import WarmupPlateau
+from .loop.saving import check_writer, save
+from .loop.setup import Run, setup
 from .metrics.functional import multilabel_report, per_label_report
-from .optim import WarmupPlateau
 from .push import push_run
-from .report import write_report
-from .run import Run, setup
-from .saving import check_writer, save
-from .sparse_labels import row_namer
-from .thresholds import fit_thresholds, store_thresholds, threshold_info
+from .report.page import write_report
+from .scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
 
 MAX_SKIPPED_STEPS = 10  # one after the other: by then it is the run that is wrong, not a picture
 

@@ -13,7 +13,7 @@ from benchmarks.ablations import ABLATIONS
 from benchmarks.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from benchmarks.features import FeatureCache, PictureCache
 from training import evaluate
-from training.data import MultiLabelDataset, load_multilabel_dataset
+from training.data.dataset import MultiLabelDataset, load_multilabel_dataset
 
 ROOT = Path(__file__).parents[2]
 TINY = {

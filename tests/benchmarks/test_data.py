@@ -9,9 +9,9 @@ from sklearn.metrics import average_precision_score, label_ranking_average_preci
 from tqdm.auto import tqdm
 
 from benchmarks.data import SyntheticScores, main, synthetic_dataset
-from training.data import load_multilabel_dataset
+from training.data.dataset import load_multilabel_dataset
+from training.data.sparse_labels import SparseLabels
 from training.metrics import functional
-from training.sparse_labels import SparseLabels
 
 
 def test_figures_are_those_of_the_data(tmp_path, monkeypatch, capsys):

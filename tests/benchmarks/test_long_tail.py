@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, CLIPModel
 
 from benchmarks import cached_text, long_tail, scene_clip
-from training.scenes import SCENE_LABELS
+from training.data.scenes import SCENE_LABELS
 
 
 def test_captions_name_some_of_what_is_there():

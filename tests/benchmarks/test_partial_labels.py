@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from benchmarks.partial_labels import SETTINGS, train_linear, visible_labels
+from training.data.sparse_labels import SparseLabels
 from training.metrics.functional import average_precision
-from training.sparse_labels import SparseLabels
 
 
 @pytest.fixture(scope="module")

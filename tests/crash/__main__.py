@@ -31,8 +31,8 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.training.tiny_run import TINY
-from training.checkpoint import CheckpointError, checkpoints, verify
-from training.scenes import main as write_scenes
+from training.checkpoint.folder import CheckpointError, checkpoints, verify
+from training.data.scenes import main as write_scenes
 
 from .processes import Training
 

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor
 
 from training.evaluate import main, match_labels, predict
 from training.metrics.functional import multilabel_report
-from training.thresholds import store_thresholds
+from training.scoring.thresholds import store_thresholds
 
 from .tiny_checkpoint import NAMES, PICTURE_LABELS, save_checkpoint, save_pictures, tiny_model
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Features, Image, List, Value, load_dataset
 
-from training.data import load_multilabel_dataset
+from training.data.dataset import load_multilabel_dataset
+from training.data.sparse_labels import SparseLabels
 from training.prepare.__main__ import main
-from training.sparse_labels import SparseLabels
 
 from .formats import (
     LABELS,
