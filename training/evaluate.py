@@ -144,11 +144,11 @@ def add_scoring_arguments(parser: argparse.ArgumentParser, dataset: str = "datas
 
 
 def register_trunk_of_benchmarks(checkpoint: str) -> None:
-    """Makes a run of `benchmarks.accuracy` loadable: its trunk is not one of transformers'."""
+    """Makes a run of `benchmarks.accuracy.heads` loadable: its trunk is not one of transformers'."""
     path = Path(checkpoint) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "efficientnet_lite" in (config.get("model_type"), (config.get("backbone_config") or {}).get("model_type")):
-        from benchmarks import efficientnet_lite  # noqa: F401
+        from benchmarks.peers import efficientnet_lite  # noqa: F401
 
 
 def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, pipeline
 
 import training.evaluate
 import training.scoring.thresholds
-from benchmarks.efficientnet_lite import (
+from benchmarks.peers.efficientnet_lite import (
     EfficientNetLiteConfig,
     EfficientNetLiteForImageClassification,
     image_processor,
