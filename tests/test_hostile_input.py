@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, ConvNextCo
 
 from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
 from modeling_hsvlt.processing_multilabel import load_image
-from training.checkpoint.folder import checkpoints, newest_good, write_marker
+from training.checkpoint.folder import write_marker
+from training.checkpoint.series import checkpoints, newest_good
 from training.config import TrainingConfig
 from training.data.image_folder import MAX_LABEL_FILE, MAX_LABEL_NAME, read_image_folders, read_label_names
 from training.evaluate import load_checkpoint

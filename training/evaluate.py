@@ -31,7 +31,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
 
 from .check.imbalance import long_tail_groups
-from .checkpoint.folder import refuse_leads_elsewhere
+from .checkpoint.loading import refuse_leads_elsewhere
 from .data.dataset import MultiLabelDataset, build_dataloader, class_counts
 from .data.leave_out import without_excluded
 from .metrics.functional import per_label_report

@@ -34,15 +34,9 @@ from transformers import AutoModelForImageClassification
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
-from .checkpoint.folder import (
-    MARKER,
-    CheckpointError,
-    atomic_folder,
-    checkpoints,
-    save_checkpoint,
-    verify,
-    write_marker,
-)
+from .checkpoint.atomic import atomic_folder
+from .checkpoint.folder import MARKER, CheckpointError, save_checkpoint, verify, write_marker
+from .checkpoint.series import checkpoints
 from .config import TrainingConfig, parse_config
 from .data.dataset import normalize_pixels
 from .data.sparse_labels import row_namer

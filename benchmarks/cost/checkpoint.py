@@ -20,7 +20,8 @@ import torch
 from accelerate import Accelerator
 
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
-from training.checkpoint.folder import CheckpointWriter, newest_good
+from training.checkpoint.atomic import CheckpointWriter
+from training.checkpoint.series import newest_good
 from training.config import TrainingConfig
 from training.loop.optim import build_ema, build_optimizer, build_scheduler
 from training.loop.saving import check_writer, save

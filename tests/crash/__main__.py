@@ -31,7 +31,8 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.training.tiny_run import TINY
-from training.checkpoint.folder import CheckpointError, checkpoints, verify
+from training.checkpoint.folder import CheckpointError, verify
+from training.checkpoint.series import checkpoints
 from training.data.scenes import main as write_scenes
 
 from .processes import Training

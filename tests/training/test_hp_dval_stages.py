@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import training.train
 from modeling_hsvlt import HPDVALForImageClassification
-from training.checkpoint.folder import checkpoints
+from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
 from training.models.build import build_model
 from training.train import main

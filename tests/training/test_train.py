@@ -22,7 +22,8 @@ import training.loop.saving
 import training.loop.setup
 import training.train
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
-from training.checkpoint.folder import checkpoints, verify
+from training.checkpoint.folder import verify
+from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
 from training.data.dataset import MultiLabelCollator, MultiLabelDataset, build_dataloader, load_multilabel_dataset
 from training.data.scenes import SCENE_LABELS

@@ -2,7 +2,9 @@
 
 import torch
 
-from ..checkpoint.folder import CheckpointError, atomic_folder, checkpoints, prune, save_checkpoint, write_marker
+from ..checkpoint.atomic import atomic_folder
+from ..checkpoint.folder import CheckpointError, save_checkpoint, write_marker
+from ..checkpoint.series import checkpoints, prune
 from ..checkpoint.state import copy_training_state
 from .setup import Run
 

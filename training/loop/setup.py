@@ -32,8 +32,10 @@ from transformers.image_utils import PILImageResampling
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 from ..check.imbalance import long_tail_groups
+from ..checkpoint.atomic import CheckpointWriter
 from ..checkpoint.deepspeed import ZeroOptimizer, configure_zero
-from ..checkpoint.folder import CheckpointError, CheckpointWriter, newest_good, recover_run, verify
+from ..checkpoint.folder import CheckpointError, verify
+from ..checkpoint.series import newest_good, recover_run
 from ..checkpoint.state import load_training_state, read_progress
 from ..config import TrainingConfig
 from ..data.augment import BatchAugmentation, build_augmentation

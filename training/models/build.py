@@ -13,7 +13,7 @@ from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder, transfer_classifier
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
-from ..checkpoint.folder import refuse_leads_elsewhere
+from ..checkpoint.loading import refuse_leads_elsewhere
 from ..config import TrainingConfig
 from .cat import resize_model
 

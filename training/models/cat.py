@@ -26,7 +26,8 @@ from modeling_hsvlt import MlTrConfig, MlTrForImageClassification
 from modeling_hsvlt.configuration_mltr import CAT_BLOCK
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
-from ..checkpoint.folder import atomic_folder, save_checkpoint
+from ..checkpoint.atomic import atomic_folder
+from ..checkpoint.folder import save_checkpoint
 from ..convert import StateDict, bare_state_dict, check_target, read_state_dict, rename_tensors
 from ..data.image_folder import read_label_names
 

@@ -29,7 +29,8 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
-from ..checkpoint.folder import atomic_folder, reseal
+from ..checkpoint.atomic import atomic_folder
+from ..checkpoint.folder import reseal
 from ..evaluate import add_scoring_arguments, load_checkpoint, score_split
 from ..metrics.functional import check_inputs, iterate_blocks
 from .thresholds import fit_record, halves

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from training.checkpoint.deepspeed import configure_zero
-from training.checkpoint.folder import newest_good
+from training.checkpoint.series import newest_good
 from training.train import main
 
 from ..tiny_run import reset_accelerate, write_recipe

@@ -1,83 +1,18 @@
 """What is on disk after every way a save can end."""
 
-import errno
 import hashlib
 import json
 import os
-import threading
 
 import pytest
 
-from training.checkpoint.folder import (
-    MARKER,
-    STATE_FOLDER,
-    CheckpointError,
-    CheckpointWriter,
-    atomic_folder,
-    checkpoints,
-    newest_good,
-    prune,
-    recover,
-    recover_run,
-    reseal,
-    verify,
-    write_marker,
-)
+from training.checkpoint.atomic import atomic_folder
+from training.checkpoint.folder import MARKER, STATE_FOLDER, CheckpointError, reseal, verify, write_marker
+from training.checkpoint.series import newest_good
 
 
 def contents(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
-    target = tmp_path / "runs" / "best"
-    for text in ("one", "two"):
-        with atomic_folder(target) as folder:
-            (folder / "sub").mkdir()
-            (folder / "sub" / "file").write_text(text)
-            assert not target.exists() or (target / "sub" / "file").read_text() == "one"
-        assert (target / "sub" / "file").read_text() == text
-    assert contents(target.parent) == ["best"], "nothing may be left beside it"
-
-
-def test_a_save_that_fails_leaves_the_old_folder(tmp_path):
-    target = tmp_path / "last"
-    with atomic_folder(target) as folder:
-        (folder / "file").write_text("good")
-    with pytest.raises(OSError, match="disk full"), atomic_folder(target) as folder:
-        (folder / "half").write_text("ba")
-        raise OSError("disk full")
-    assert contents(target) == ["file"] and contents(tmp_path) == ["last"], "the half must not fill the disk"
-    with atomic_folder(target) as folder:
-        (folder / "file").write_text("better")
-    assert contents(target) == ["file"] and contents(tmp_path) == ["last"]
-
-
-def test_a_kill_between_the_renames_is_undone(tmp_path):
-    target, old = tmp_path / "last", tmp_path / ".last.old"
-    old.mkdir()
-    (old / "file").write_text("good")
-    recover(target)
-    assert (target / "file").read_text() == "good" and not old.exists()
-
-    old.mkdir()  # a kill after both renames: the new folder counts
-    recover(target)
-    assert (target / "file").read_text() == "good" and not old.exists()
-
-
-def test_every_file_and_folder_is_synced_before_the_rename(tmp_path, monkeypatch):
-    calls = []
-    fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    monkeypatch.setattr(type(tmp_path), "rename", lambda self, to: (calls.append("rename"), rename(self, to))[1])
-    with atomic_folder(tmp_path / "run" / "best") as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "file").write_text("x")
-    new = f"{tmp_path}/run/.best.new"
-    before, after = calls[: calls.index("rename")], calls[calls.index("rename") + 1 :]
-    assert {new, f"{new}/sub", f"{new}/sub/file"} <= set(before)
-    assert after == [f"{tmp_path}/run", str(tmp_path)]
-    assert fsync is not os.fsync
 
 
 def sealed(run, step, text="weights"):
@@ -115,30 +50,6 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
-    hurt, message = DAMAGE[damage]
-    good, newest = sealed(tmp_path, 8), sealed(tmp_path, 12)
-    assert newest_good(tmp_path) == newest
-    hurt(newest)
-    with pytest.raises(CheckpointError, match=message):
-        verify(newest)
-    assert newest_good(tmp_path) == good
-    said = capsys.readouterr().err
-    assert "kept as damaged-checkpoint-12, going back to checkpoint-8" in said
-    # Out of the way: it must not count among the newest that are kept.
-    assert checkpoints(tmp_path) == [good] and (tmp_path / "damaged-checkpoint-12").is_dir()
-
-
-def test_nothing_good_is_said_and_nothing_is_touched(tmp_path):
-    with pytest.raises(FileNotFoundError, match="start without --resume"):
-        newest_good(tmp_path)
-    flip(sealed(tmp_path, 4) / TENSORS)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be resumed.*--init_from"):
-        newest_good(tmp_path)
-    assert contents(tmp_path) == ["checkpoint-4"]
-
-
 def test_other_format_versions_say_why_they_are_not_read(tmp_path):
     folder = sealed(tmp_path, 4)
     marker = json.loads((folder / MARKER).read_text())
@@ -169,40 +80,3 @@ def test_a_tool_that_changes_a_file_on_purpose_reseals(tmp_path):
         verify(folder)
     reseal(folder)
     assert verify(folder)["step"] == 4
-
-
-def test_the_newest_stay_and_a_kill_in_the_middle_of_a_removal_leaves_no_half(tmp_path, monkeypatch):
-    for step in (2, 8, 10, 12):
-        sealed(tmp_path, step)
-    prune(tmp_path, 2)
-    assert contents(tmp_path) == ["checkpoint-10", "checkpoint-12"]
-    sealed(tmp_path, 14)
-
-    def killed(path, **options):
-        if path.exists():
-            (path / MARKER).unlink()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("training.checkpoint.folder.shutil.rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        prune(tmp_path, 2)
-    monkeypatch.undo()
-    assert contents(tmp_path) == [".checkpoint-10.new", "checkpoint-12", "checkpoint-14"]
-    recover_run(tmp_path)
-    assert contents(tmp_path) == ["checkpoint-12", "checkpoint-14"]
-
-
-def test_the_writer_writes_one_at_a_time_beside_the_caller_and_keeps_the_error():
-    writer, gate, done = CheckpointWriter(), threading.Event(), []
-    assert writer.error(wait=True) is None
-    writer.submit(lambda: (gate.wait(10), done.append(1)))
-    assert writer.error(wait=False) is None and not done, "the caller goes on"
-    gate.set()
-    assert writer.error(wait=True) is None and done == [1]
-
-    def full():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    writer.submit(full)
-    assert "No space left" in str(writer.error(wait=True))
-    assert "No space left" in str(writer.error(wait=False)), "asking does not clear it"

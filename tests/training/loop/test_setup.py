@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from training.checkpoint.folder import newest_good
+from training.checkpoint.series import newest_good
 from training.data.scenes import SCENE_LABELS
 from training.train import main
 

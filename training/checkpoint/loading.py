@@ -1,0 +1,25 @@
+"""What is checked before a checkpoint is loaded."""
+
+import json
+from pathlib import Path
+
+
+def refuse_leads_elsewhere(source: str | Path) -> None:
+    """Refuse a checkpoint folder whose own files send the loader to another place; Hub ids pass.
+
+    Raises:
+        ValueError: a list of shards that names a file outside the folder, or an adapter whose base is no folder here.
+    """
+    folder = Path(source)
+    index, adapter = folder / "model.safetensors.index.json", folder / "adapter_config.json"
+    if index.is_file():
+        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            if Path(shard).name != shard:
+                raise ValueError(f"{index} names the file {shard!r}, which is not in its folder: do not load this.")
+    if adapter.is_file() and not (folder / "config.json").is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        if not Path(str(base)).is_dir():
+            raise ValueError(
+                f"{folder} is an adapter of {base!r}, and a downloaded file does not choose what is downloaded next: "
+                "put the folder of its base there, or merge it first."
+            )
