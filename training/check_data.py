@@ -29,8 +29,9 @@ from .check.duplicates import MAX_DISTANCE
 from .check.findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_pictures
 from .check.imbalance import long_tail_groups, plot_imbalance
 from .data.leave_out import write_exclusions
+from .data.load import load_from_arguments
 from .data.sparse_labels import SparseLabels
-from .options import add_dataset_arguments, load_from_arguments
+from .options import add_dataset_arguments
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
 
@@ -67,7 +68,7 @@ def unlisted_pictures(folder: Path, splits: dict[str, Dataset]) -> list[str]:
 def check(args: argparse.Namespace) -> dict:
     """Loads, looks and says what report.json holds; findings that name rows get their file names."""
     left_out = LeftOut()
-    loader = logging.getLogger("training.data.image_folder")
+    loader = logging.getLogger("training.data.rows")
     loader.addHandler(left_out)
     try:
         splits, label_names = load_from_arguments(args, unlisted_pictures="skip", missing_pictures="skip")

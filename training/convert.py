@@ -31,7 +31,7 @@ from modeling_hsvlt.label_prompts import VOC_LABEL_TEXT, encode_labels, load_tex
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 from training.checkpoint.atomic import atomic_folder
 from training.checkpoint.folder import save_checkpoint
-from training.data.image_folder import read_label_names
+from training.data.label_names import read_label_names
 
 StateDict = dict[str, torch.Tensor]
 

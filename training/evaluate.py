@@ -32,10 +32,12 @@ import modeling_hsvlt  # noqa: F401  (registers the model types, so that the cod
 
 from .check.imbalance import long_tail_groups
 from .checkpoint.loading import refuse_leads_elsewhere
-from .data.dataset import MultiLabelDataset, build_dataloader, class_counts
+from .data.batches import build_dataloader
+from .data.dataset import MultiLabelDataset, class_counts
 from .data.leave_out import without_excluded
+from .data.load import load_from_arguments
 from .metrics.functional import per_label_report
-from .options import add_dataset_arguments, load_from_arguments
+from .options import add_dataset_arguments
 
 METRIC = Path(__file__).with_name("metrics") / "multilabel_classification"
 AP_DEFINITION = "non-interpolated"

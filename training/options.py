@@ -1,10 +1,6 @@
-"""The options by which a command is told where a data set is and how to read it."""
+"""Options that commands share: where a data set is, and how to read it."""
 
 import argparse
-
-from datasets import DatasetDict
-
-from .data.dataset import load_multilabel_dataset
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser, name: str = "dataset") -> None:
@@ -21,20 +17,3 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, name: str = "dataset"
     parser.add_argument("--label_separator", default=",", help="between the labels of a text; default: a comma")
     parser.add_argument("--picture_folder", help="where the file names of a CSV start; default: where the CSV is")
     parser.add_argument("--label_format", default="auto", help="names, ids or multi_hot; default: by the column's type")
-
-
-def load_from_arguments(args: argparse.Namespace, **kwargs) -> tuple[DatasetDict, list[str]]:
-    """`load_multilabel_dataset` as `args` say; `kwargs` are passed on to it."""
-    return load_multilabel_dataset(
-        args.dataset,
-        revision=args.dataset_revision,
-        config_name=args.dataset_config,
-        label_names=args.label_names,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        label_columns=args.label_columns,
-        label_separator=args.label_separator,
-        picture_folder=args.picture_folder,
-        label_format=args.label_format,
-        **kwargs,
-    )

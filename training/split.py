@@ -20,8 +20,9 @@ from datasets import Dataset, concatenate_datasets
 from scipy.sparse import csr_array
 
 from .data.leave_out import same_picture
+from .data.load import load_from_arguments
 from .data.sparse_labels import SparseLabels
-from .options import add_dataset_arguments, load_from_arguments
+from .options import add_dataset_arguments
 from .prepare.write import write_dataset
 
 DEFAULT_NAMES = {2: ["train", "validation"], 3: ["train", "validation", "test"]}

@@ -38,8 +38,8 @@ from .checkpoint.atomic import atomic_folder
 from .checkpoint.folder import MARKER, CheckpointError, save_checkpoint, verify, write_marker
 from .checkpoint.series import checkpoints
 from .config import TrainingConfig, parse_config
-from .data.dataset import normalize_pixels
-from .data.sparse_labels import row_namer
+from .data.batches import normalize_pixels
+from .data.rows import row_namer
 from .evaluate import predict, result_record
 from .loop.interruption import Stopped
 from .loop.optim import WarmupPlateau

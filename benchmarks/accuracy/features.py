@@ -16,7 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.peers.efficientnet_lite import EfficientNetLiteBackbone
-from training.data.dataset import MultiLabelDataset, build_dataloader, normalize_pixels
+from training.data.batches import build_dataloader, normalize_pixels
+from training.data.dataset import MultiLabelDataset
 
 VIEWS = 2  # the picture and its mirror image
 

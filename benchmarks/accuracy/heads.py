@@ -30,7 +30,8 @@ from benchmarks.accuracy.hsvlt_parts import ABLATIONS, Ablation
 from benchmarks.cost.speed import device_name, multiply_adds
 from benchmarks.peers.efficientnet_lite import IMAGE_SIZE, image_processor, load_backbone, load_classifier
 from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder, transfer_classifier
-from training.data.dataset import MultiLabelDataset, load_multilabel_dataset
+from training.data.dataset import MultiLabelDataset
+from training.data.load import load_multilabel_dataset
 from training.metrics.functional import multilabel_report
 from training.scoring.thresholds import fit_thresholds
 

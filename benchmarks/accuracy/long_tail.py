@@ -43,7 +43,9 @@ from modeling_hsvlt import HPDVALForImageClassification, MultiLabelImageProcesso
 from training.check.imbalance import long_tail_groups
 from training.data import scenes
 from training.data.augment import build_augmentation
-from training.data.dataset import MultiLabelDataset, load_multilabel_dataset, normalize_pixels
+from training.data.batches import normalize_pixels
+from training.data.dataset import MultiLabelDataset
+from training.data.load import load_multilabel_dataset
 from training.metrics.functional import average_precision, multilabel_report
 from training.prepare.long_tail import draw_long_tail, is_present, pareto_targets
 

@@ -29,7 +29,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from benchmarks.cost.speed import device_name, multiply_adds
 from training import train
 from training.config import TrainingConfig, parse_config
-from training.data.dataset import MultiLabelDataset, build_dataloader
+from training.data.batches import build_dataloader
+from training.data.dataset import MultiLabelDataset
 from training.data.scenes import PARTNER, SCENE_LABELS, build_scenes
 from training.evaluate import predict
 from training.metrics.functional import multilabel_report

@@ -21,7 +21,8 @@ from benchmarks.accuracy.features import FeatureCache, default_cache
 from benchmarks.accuracy.heads import OUT_FEATURES  # the same maps, if they are there already
 from benchmarks.peers.efficientnet_lite import image_processor, load_backbone
 from modeling_hsvlt import multilabel_loss
-from training.data.dataset import MultiLabelDataset, load_multilabel_dataset
+from training.data.dataset import MultiLabelDataset
+from training.data.load import load_multilabel_dataset
 from training.data.sparse_labels import SparseLabels
 from training.metrics.functional import average_precision
 

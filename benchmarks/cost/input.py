@@ -23,7 +23,8 @@ from transformers import ConvNextImageProcessorPil
 from benchmarks.cost.speed import device_name, synchronise
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor, load_image
 from training.data.augment import build_augmentation
-from training.data.dataset import MultiLabelDataset, build_dataloader, normalize_pixels
+from training.data.batches import build_dataloader, normalize_pixels
+from training.data.dataset import MultiLabelDataset
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from training.check.duplicates import Fingerprints, group_duplicates
 from training.check.findings import check_labels
 from training.check.imbalance import long_tail_groups
-from training.data.dataset import load_multilabel_dataset
+from training.data.load import load_multilabel_dataset
 from training.data.sparse_labels import SparseLabels
 from training.metrics.functional import multilabel_report
 from training.split import positives_by_split, stratified_split

@@ -25,7 +25,9 @@ from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from training.checkpoint.folder import verify
 from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
-from training.data.dataset import MultiLabelCollator, MultiLabelDataset, build_dataloader, load_multilabel_dataset
+from training.data.batches import MultiLabelCollator, build_dataloader
+from training.data.dataset import MultiLabelDataset
+from training.data.load import load_multilabel_dataset
 from training.data.scenes import SCENE_LABELS
 from training.loop.setup import build_processor
 from training.train import main

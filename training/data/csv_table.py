@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
-from .image_folder import SPLIT_ALIASES, check_policies, pictures_below, refuse_or_skip
+from .rows import SPLIT_ALIASES, check_policies, pictures_below, refuse_or_skip
 
 # What the column of file names is called where it is not what the caller said; the first is imagefolder's.
 _FILE_COLUMNS = ("file_name", "filename", "image", "path")

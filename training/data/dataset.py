@@ -1,14 +1,13 @@
 """Pictures and labels on their way into a model: any multi-label dataset in, uniform batches out.
 
 `load_multilabel_dataset` (`load.py`) reads and checks, `MultiLabelDataset` decodes and resizes, `MultiLabelCollator`
-batches. Labels stay sparse, ten thousand of them if need be, up to the device, where `to_dense()` makes a batch of them
-dense. Pixels stay uint8 up to there; `normalize_pixels` (after augmentation, in training) makes of them what the
-processor makes.
+(`batches.py`) batches. Labels stay sparse, ten thousand of them if need be, up to the device, where `to_dense()` makes
+a batch of them dense. Pixels stay uint8 up to there; `normalize_pixels` (after augmentation, in training) makes of them
+what the processor makes.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,27 +17,11 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from modeling_hsvlt.losses_multilabel import validate_labels
 from modeling_hsvlt.processing_multilabel import load_image
 
-from ..loop.interruption import leave_signals_to_parent
-from .load import load_multilabel_dataset
+from .rows import row_namer
 from .scenes import SCENE_LABELS, SceneDataset
-from .sparse_labels import SparseLabels, class_names, row_namer
-
-__all__ = [
-    "MultiLabelCollator",
-    "MultiLabelDataset",
-    "SparseBatch",
-    "build_dataloader",
-    "class_counts",
-    "find_unreadable",
-    "load_multilabel_dataset",
-    "normalize_pixels",
-    "without_unreadable",
-]
-
-logger = logging.getLogger(__name__)
+from .sparse_labels import SparseLabels, class_names
 
 
 class PictureResizer:
@@ -175,186 +158,6 @@ def _enlarged_size(image_processor, margin: float) -> dict[str, int]:
     size = image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
     height, width = (size["height"], size["width"]) if size.get("height") else (size["shortest_edge"],) * 2
     return {"height": round(height * (1 + margin)), "width": round(width * (1 + margin))}
-
-
-def normalize_pixels(pixel_values: torch.Tensor, processor) -> torch.Tensor:
-    """uint8 (batch, 3, height, width) to the float32 that `processor(images)` gives, on the tensor's device."""
-    image_processor = getattr(processor, "image_processor", processor)
-    pixels = pixel_values.float()
-    if image_processor.do_rescale:
-        pixels = pixels * image_processor.rescale_factor
-    if image_processor.do_normalize:
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(image_processor.image_mean, device=pixels.device).view(shape)
-        pixels = (pixels - mean) / torch.tensor(image_processor.image_std, device=pixels.device).view(shape)
-    return pixels
-
-
-class SparseBatch:
-    """Labels of a batch of which nearly all are 0, on their way to the device: a few hundred bytes a picture, whatever
-    the number of labels. `DataLoader` pins it and accelerate moves it as they do with a tensor.
-
-    Args:
-        positions: (entries,) int64 places in the flattened dense batch, each once.
-        values: (entries,) float32.
-        shape: (batch, num_labels).
-    """
-
-    def __init__(self, positions: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]):
-        self.positions, self.values, self.shape = positions, values, shape
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def pin_memory(self) -> SparseBatch:
-        return SparseBatch(self.positions.pin_memory(), self.values.pin_memory(), self.shape)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseBatch:
-        moved = (part.to(device, non_blocking=non_blocking) for part in (self.positions, self.values))
-        return SparseBatch(*moved, self.shape)
-
-    def to_dense(self) -> torch.Tensor:
-        """(batch, num_labels) float32 on the device where this is."""
-        dense = self.values.new_zeros(self.shape[0] * self.shape[1])
-        return dense.index_copy_(0, self.positions, self.values).view(self.shape)
-
-
-class MultiLabelCollator:
-    """Puts samples together: `pixel_values` (batch, 3, height, width), `labels` (batch, num_labels) float32, and
-    `index`.
-
-    Args:
-        num_labels: Labels of the model; checked, like the label contract, on every batch.
-        processor: If given, pixels are normalised here, for loops that feed the model straight from the loader
-            (transformers' `Trainer`); else they stay uint8.
-        sparse_labels: Whether `labels` is a `SparseBatch` where every sample's labels are sparse, for loops that call
-            `batch["labels"].to_dense()` on the device, which a tensor has as well.
-    """
-
-    def __init__(self, num_labels: int, processor=None, sparse_labels: bool = False):
-        self.num_labels, self.processor, self.sparse_labels = num_labels, processor, sparse_labels
-
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor | SparseBatch]:
-        labels = [sample["labels"] for sample in samples]
-        if self.sparse_labels and all(of_sample.is_sparse for of_sample in labels):
-            labels = self._sparse(labels)
-        else:
-            labels = torch.stack([of_sample.to_dense() for of_sample in labels])
-            validate_labels(labels, self.num_labels)
-        pixels = torch.stack([sample["pixel_values"] for sample in samples])
-        batch = {
-            "pixel_values": pixels if self.processor is None else normalize_pixels(pixels, self.processor),
-            "labels": labels,
-        }
-        if "index" in samples[0]:  # transformers' Trainer drops what the model's forward does not take
-            batch["index"] = torch.tensor([sample["index"] for sample in samples])
-        return batch
-
-    def _sparse(self, labels: list[torch.Tensor]) -> SparseBatch:
-        for of_sample in labels:
-            if of_sample.shape != (self.num_labels,):
-                raise ValueError(f"A sample has {len(of_sample)} labels for the {self.num_labels} of the model.")
-        positions = [of_sample.indices()[0] + row * self.num_labels for row, of_sample in enumerate(labels)]
-        values = torch.cat([of_sample.values() for of_sample in labels])
-        validate_labels(values[None], len(values))  # what is not listed is 0, which the contract allows
-        return SparseBatch(torch.cat(positions), values, (len(labels), self.num_labels))
-
-
-def build_dataloader(
-    dataset: MultiLabelDataset,
-    *,
-    batch_size: int,
-    shuffle: bool = False,
-    drop_last: bool = False,
-    seed: int = 0,
-    num_workers: int = 0,
-    processor=None,
-    sparse_labels: bool = False,
-) -> torch.utils.data.DataLoader:
-    """A `DataLoader` whose order depends on `seed` alone, to be given to `Accelerator.prepare`.
-
-    With `DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)` accelerate replaces the shuffling sampler
-    by one that `set_epoch` controls. No worker draws random numbers: augmentation happens on the device. Before every
-    epoch call `set_epoch` of the dataset as well: accelerate passes it on in one process, but not in several.
-
-    Args:
-        processor, sparse_labels: See `MultiLabelCollator`.
-    """
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        num_workers=num_workers,
-        collate_fn=MultiLabelCollator(len(dataset.label_names), processor, sparse_labels),
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=leave_signals_to_parent,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
-    """Decodes every picture in full, with a progress bar.
-
-    Args:
-        dataset: A split of `load_multilabel_dataset`.
-        num_workers: Threads (decoding releases Python's lock).
-
-    Returns:
-        (row, file name, reason) of each picture that cannot be decoded: corrupt, truncated, too large, missing.
-    """
-
-    def reason(image: dict | None) -> str | None:
-        try:
-            load_image(image)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    images = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
-    unreadable = []
-    with (
-        ThreadPoolExecutor(max(num_workers, 1)) as pool,
-        tqdm(total=len(images), desc="Checking pictures", unit="img") as progress,
-    ):
-        # In slices, for `pool.map` would queue the bytes of a whole data set.
-        for start in range(0, len(images), 256):
-            pictures = images[start : start + 256]["image"]
-            for offset, problem in enumerate(pool.map(reason, pictures)):
-                progress.update()
-                if problem is not None:
-                    name = (pictures[offset] or {}).get("path") or f"row {start + offset}"
-                    unreadable.append((start + offset, name, problem))
-    return unreadable
-
-
-def without_unreadable(
-    dataset: Dataset, unreadable: Sequence[tuple[int, str, str]], on_unreadable: str = "error"
-) -> Dataset:
-    """`dataset` without the pictures that `find_unreadable` found.
-
-    Args:
-        on_unreadable: "skip" logs each and leaves it out; "error" raises.
-
-    Raises:
-        ValueError: there are some and the policy is "error"; names each (up to 20).
-    """
-    if on_unreadable not in ("error", "skip"):
-        raise ValueError(f"on_unreadable={on_unreadable!r} must be 'error' or 'skip'.")
-    if not unreadable:
-        return dataset
-    listing = "; ".join(f"{name}: {reason}" for _, name, reason in unreadable[:20])
-    listing += f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
-    if on_unreadable == "error":
-        raise ValueError(
-            f"{len(unreadable)} of {len(dataset)} pictures cannot be read ({listing}); repair or remove them, or pass "
-            "on_unreadable='skip' to train without them."
-        )
-    logger.warning("Left out %d of %d pictures that cannot be read (%s).", len(unreadable), len(dataset), listing)
-    bad = {row for row, _, _ in unreadable}
-    return dataset.select([row for row in range(len(dataset)) if row not in bad])
 
 
 def class_counts(dataset: MultiLabelDataset | Dataset, num_labels: int) -> np.ndarray:

@@ -7,9 +7,7 @@ read, and names no line; here each is told with file and line before anything is
 
 from __future__ import annotations
 
-import csv
 import json
-import logging
 import os
 import posixpath
 from collections.abc import Callable
@@ -17,82 +15,10 @@ from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Image
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-logger = logging.getLogger(__name__)
+from .rows import SPLIT_ALIASES, check_policies, pictures_below, refuse_or_skip
 
-# The folder names that Hugging Face datasets take for each split.
-SPLIT_ALIASES = {
-    "training": "train",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-}
-# Far above what people write and far below what fills a memory: these files come from strangers as well.
-MAX_LABEL_FILE = 2**26  # bytes: a million names of 64 letters
-MAX_LABEL_NAME = 1000  # letters
 MAX_ROW = 2**24  # letters of a row of metadata.jsonl: a picture with a million labels
-_PICTURE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
-
-
-def read_label_names(path: Path) -> list[str]:
-    """The names of a `labels.txt`, one a line in class order; blanks around names and trailing empty lines are dropped.
-    Of a CSV (a tagger's `selected_tags.csv`) the column `name`.
-
-    Raises:
-        ValueError: an empty line between names, a name listed twice, one that is too long or has control characters, no
-            name at all, with the line; a file of an absurd size.
-    """
-    if path.stat().st_size > MAX_LABEL_FILE:
-        raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes, more than the limit of {MAX_LABEL_FILE:,}; give a list of "
-            "label names, one a line."
-        )
-    if path.suffix.lower() == ".csv":
-        numbered = _names_of_csv(path)
-    else:
-        numbered = [
-            (number, line.strip())
-            for number, line in enumerate(path.read_text(encoding="utf-8-sig").rstrip().splitlines(), 1)
-        ]
-    if not numbered:
-        raise ValueError(f"{path} is empty; write one label name a line.")
-    line_of: dict[str, int] = {}
-    for number, name in numbered:
-        if not name:
-            raise ValueError(f"{path}, line {number} is empty; write one label name a line.")
-        if len(name) > MAX_LABEL_NAME or not name.isprintable():
-            what = "control characters" if len(name) <= MAX_LABEL_NAME else f"{len(name):,} letters"
-            raise ValueError(f"{path}, line {number}: the name {name[:40]!r} has {what}; write a plain one.")
-        if name in line_of:
-            raise ValueError(f"{path}, line {number}: {name!r} is listed before on line {line_of[name]}; keep one.")
-        line_of[name] = number
-    return list(line_of)
-
-
-def _names_of_csv(path: Path) -> list[tuple[int, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            if "name" not in (reader.fieldnames or ()):
-                raise ValueError(f"{path}, line 1 has no column 'name'; give a selected_tags.csv or a labels.txt.")
-            return [(reader.line_num, (row["name"] or "").strip()) for row in reader]
-        except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {reader.reader.line_num} is not valid CSV ({error}); correct it."
-            ) from error
-
-
-def pictures_below(folder: Path) -> set[str]:
-    """Relative names of all picture files in a folder and its folders; hidden ones are none."""
-    return {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _PICTURE_SUFFIXES and not path.name.startswith((".", "__"))
-    }
 
 
 def read_image_folders(
@@ -199,23 +125,3 @@ def _parse_row(line: str, label_column: str, where: str) -> tuple[str, list | No
     if len(kinds) > 1 or "other" in kinds:
         raise ValueError(f"{where} ({name}): {label_column} is {labels!r}, but must hold only names or only numbers.")
     return name, labels, next(iter(kinds), None)
-
-
-def check_policies(unlisted_pictures: str, missing_pictures: str) -> None:
-    """Raises a ValueError for what is neither "error" nor "skip"."""
-    for name, policy in (("unlisted_pictures", unlisted_pictures), ("missing_pictures", missing_pictures)):
-        if policy not in ("error", "skip"):
-            raise ValueError(f"{name}={policy!r} must be 'error' or 'skip'.")
-
-
-def refuse_or_skip(names: list[str], policy: str, before: str, after: str) -> None:
-    """Raises a ValueError that counts and names pictures (`before` and `after` stand around them), or logs a warning
-    for the policy "skip"."""
-    if names:
-        count = f"{len(names)} picture{'s' if len(names) > 1 else ''}"
-        message = f"{before} {count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) {after}"
-        if policy == "error":
-            raise ValueError(message)
-        # The names in full, for whoever listens (training.check_data does).
-        place = before.rpartition(" ")[0]
-        logger.warning("Left out: %s", message, extra={"left_out": [f"{place}: {name}" for name in names]})

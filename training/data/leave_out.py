@@ -1,17 +1,21 @@
-"""Lists of rows to leave out: written by `training.check_data`, obeyed by `--exclude FILE` of
-`training.train`, `training.evaluate`, `training.thresholds` and `training.calibration`.
+"""Rows to leave out: those that a list names, and pictures that cannot be read.
 
-One row a line: split, row, file, reason, with tabs between. What stands behind # is not read, so that a line can be
-taken back without losing it.
+Lists are written by `training.check_data` and obeyed by `--exclude FILE` of `training.train`, `training.evaluate`,
+`training.fit_thresholds` and `training.calibrate`. One row a line: split, row, file, reason, with tabs between. What
+stands behind # is not read, so that a line can be taken back without losing it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, Image
+from tqdm.auto import tqdm
+
+from modeling_hsvlt.processing_multilabel import load_image
 
 logger = logging.getLogger(__name__)
 
@@ -70,3 +74,65 @@ def picture_name(image: dict | None) -> str:
 def same_picture(split: Dataset, row: int, file: str) -> bool:
     """Whether a row of `split` exists and is the picture that `picture_name` called `file`."""
     return row < len(split) and picture_name(split[row]["image"]) == file
+
+
+def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
+    """Decodes every picture in full, with a progress bar.
+
+    Args:
+        dataset: A split of `load_multilabel_dataset`.
+        num_workers: Threads (decoding releases Python's lock).
+
+    Returns:
+        (row, file name, reason) of each picture that cannot be decoded: corrupt, truncated, too large, missing.
+    """
+
+    def reason(image: dict | None) -> str | None:
+        try:
+            load_image(image)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    images = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
+    unreadable = []
+    with (
+        ThreadPoolExecutor(max(num_workers, 1)) as pool,
+        tqdm(total=len(images), desc="Checking pictures", unit="img") as progress,
+    ):
+        # In slices, for `pool.map` would queue the bytes of a whole data set.
+        for start in range(0, len(images), 256):
+            pictures = images[start : start + 256]["image"]
+            for offset, problem in enumerate(pool.map(reason, pictures)):
+                progress.update()
+                if problem is not None:
+                    name = (pictures[offset] or {}).get("path") or f"row {start + offset}"
+                    unreadable.append((start + offset, name, problem))
+    return unreadable
+
+
+def without_unreadable(
+    dataset: Dataset, unreadable: Sequence[tuple[int, str, str]], on_unreadable: str = "error"
+) -> Dataset:
+    """`dataset` without the pictures that `find_unreadable` found.
+
+    Args:
+        on_unreadable: "skip" logs each and leaves it out; "error" raises.
+
+    Raises:
+        ValueError: there are some and the policy is "error"; names each (up to 20).
+    """
+    if on_unreadable not in ("error", "skip"):
+        raise ValueError(f"on_unreadable={on_unreadable!r} must be 'error' or 'skip'.")
+    if not unreadable:
+        return dataset
+    listing = "; ".join(f"{name}: {reason}" for _, name, reason in unreadable[:20])
+    listing += f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
+    if on_unreadable == "error":
+        raise ValueError(
+            f"{len(unreadable)} of {len(dataset)} pictures cannot be read ({listing}); repair or remove them, or pass "
+            "on_unreadable='skip' to train without them."
+        )
+    logger.warning("Left out %d of %d pictures that cannot be read (%s).", len(unreadable), len(dataset), listing)
+    bad = {row for row, _, _ in unreadable}
+    return dataset.select([row for row in range(len(dataset)) if row not in bad])

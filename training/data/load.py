@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,9 +29,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from .csv_table import find_csv_tables, read_csv_tables
-from .image_folder import SPLIT_ALIASES, check_policies, read_image_folders, read_label_names, refuse_or_skip
+from .image_folder import read_image_folders
+from .label_names import read_label_names
+from .rows import SPLIT_ALIASES, check_policies, refuse_or_skip, row_namer
 from .scenes import DEFAULT_NUM_SCENES, SCENE_LABELS, build_scenes
-from .sparse_labels import SparseLabels, arrow_column, class_names, row_namer, split_text, stack_columns
+from .sparse_labels import SparseLabels, arrow_column, class_names, split_text, stack_columns
 
 logger = logging.getLogger(__name__)
 
@@ -289,3 +292,20 @@ def _with_labels(
     lists = pa.LargeListArray.from_arrays(pa.array(starts, pa.int64()), pa.array(values), mask=pa.array(unknown))
     # A column beside the pictures, so that pictures (gigabytes, perhaps) are neither copied nor rewritten.
     return images.add_column("labels", lists.cast(pa.list_(lists.type.value_type)), feature=feature)
+
+
+def load_from_arguments(args: argparse.Namespace, **kwargs) -> tuple[DatasetDict, list[str]]:
+    """`load_multilabel_dataset` as `args` say; `kwargs` are passed on to it."""
+    return load_multilabel_dataset(
+        args.dataset,
+        revision=args.dataset_revision,
+        config_name=args.dataset_config,
+        label_names=args.label_names,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        label_columns=args.label_columns,
+        label_separator=args.label_separator,
+        picture_folder=args.picture_folder,
+        label_format=args.label_format,
+        **kwargs,
+    )

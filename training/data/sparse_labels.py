@@ -271,16 +271,6 @@ def class_names(split: Dataset, label_column: str) -> list[str] | None:
     return list(inner.names) if isinstance(inner, ClassLabel) else None
 
 
-def row_namer(images: Dataset, prefix: str = "") -> Callable[[int], str]:
-    """A function that gives the words for a row in an error: its number, and its picture's file name if it has one."""
-
-    def words(row: int) -> str:
-        path = (images[row]["image"] or {}).get("path")
-        return f"{prefix}row {row}" + (f" ({path})" if path else "")
-
-    return words
-
-
 def _nulls(array: pa.Array) -> np.ndarray:
     return array.is_null().to_numpy(zero_copy_only=False)
 

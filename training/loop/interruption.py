@@ -13,14 +13,6 @@ class Stopped(Exception):  # noqa: N818 (no error: it was asked for)
     """The run was asked to stop, and has come to a place where it can."""
 
 
-def leave_signals_to_parent(worker_id: int) -> None:
-    """`worker_init_fn` of a DataLoader: a signal to the whole process group must not take the workers away from a
-    training process that is about to save; it ends them itself, and they end where it is gone.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 class StopRequest:
     """While it is entered, the first SIGINT or SIGTERM is remembered in `signal`, the name of it.
 

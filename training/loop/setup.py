@@ -39,14 +39,10 @@ from ..checkpoint.series import newest_good, recover_run
 from ..checkpoint.state import load_training_state, read_progress
 from ..config import TrainingConfig
 from ..data.augment import BatchAugmentation, build_augmentation
-from ..data.dataset import (
-    MultiLabelDataset,
-    build_dataloader,
-    find_unreadable,
-    load_multilabel_dataset,
-    without_unreadable,
-)
-from ..data.leave_out import without_excluded
+from ..data.batches import build_dataloader
+from ..data.dataset import MultiLabelDataset
+from ..data.leave_out import find_unreadable, without_excluded, without_unreadable
+from ..data.load import load_multilabel_dataset
 from ..data.scenes import DEFAULT_NUM_SCENES, SceneDataset
 from ..models.build import build_model
 from .interruption import StopRequest

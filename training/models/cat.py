@@ -29,7 +29,7 @@ from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, Multi
 from ..checkpoint.atomic import atomic_folder
 from ..checkpoint.folder import save_checkpoint
 from ..convert import StateDict, bare_state_dict, check_target, read_state_dict, rename_tensors
-from ..data.image_folder import read_label_names
+from ..data.label_names import read_label_names
 
 # CAT's three blocks of a group, each an attention and an MLP: six sublayers of one of our blocks.
 CAT_GROUP = ("pre_ipsa_blocks", "cpsa_blocks", "post_ipsa_blocks")

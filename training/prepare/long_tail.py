@@ -24,8 +24,9 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..check.imbalance import long_tail_groups
+from ..data.load import load_from_arguments
 from ..data.sparse_labels import SparseLabels
-from ..options import add_dataset_arguments, load_from_arguments
+from ..options import add_dataset_arguments
 from .reading import Rows, checked, text_lines
 from .write import write_dataset
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from ..data.csv_table import find_csv_tables
-from ..data.image_folder import read_label_names
+from ..data.label_names import read_label_names
 from ..data.load import load_multilabel_dataset
 from .reading import Reading
 

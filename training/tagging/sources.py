@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
-from ..data.image_folder import pictures_below
+from ..data.rows import pictures_below
 
 # What makes a folder a data set and not a tree of pictures.
 DATASET_FILES = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")

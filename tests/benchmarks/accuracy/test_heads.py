@@ -13,7 +13,8 @@ from benchmarks.accuracy.features import FeatureCache, PictureCache
 from benchmarks.accuracy.hsvlt_parts import ABLATIONS
 from benchmarks.peers.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from training import evaluate
-from training.data.dataset import MultiLabelDataset, load_multilabel_dataset
+from training.data.dataset import MultiLabelDataset
+from training.data.load import load_multilabel_dataset
 
 ROOT = Path(__file__).parents[3]
 TINY = {

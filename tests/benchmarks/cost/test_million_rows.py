@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, label_ranking_average_preci
 from tqdm.auto import tqdm
 
 from benchmarks.cost.million_rows import SyntheticScores, main, synthetic_dataset
-from training.data.dataset import load_multilabel_dataset
+from training.data.load import load_multilabel_dataset
 from training.data.sparse_labels import SparseLabels
 from training.metrics import functional
 

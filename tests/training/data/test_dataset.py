@@ -18,17 +18,10 @@ from PIL import Image as PILImage
 import training.data.dataset as data
 import training.data.load as load
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
-from training.data.dataset import (
-    MultiLabelCollator,
-    MultiLabelDataset,
-    SparseBatch,
-    build_dataloader,
-    class_counts,
-    find_unreadable,
-    load_multilabel_dataset,
-    normalize_pixels,
-    without_unreadable,
-)
+from training.data.batches import MultiLabelCollator, SparseBatch, build_dataloader, normalize_pixels
+from training.data.dataset import MultiLabelDataset, class_counts
+from training.data.leave_out import find_unreadable, without_unreadable
+from training.data.load import load_multilabel_dataset
 from training.data.scenes import SCENE_LABELS, SceneDataset
 
 NAMES = ["dog", "cat", "tv monitor"]

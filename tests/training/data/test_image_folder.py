@@ -6,7 +6,8 @@ import logging
 import pytest
 from PIL import Image
 
-from training.data.image_folder import read_image_folders, read_label_names
+from training.data.image_folder import read_image_folders
+from training.data.label_names import read_label_names
 
 ROWS = [
     {"file_name": "a.jpg", "labels": ["cat"], "boxes": [[1, 2, 3, 4]]},

@@ -10,7 +10,7 @@ from datasets import Image
 from PIL import Image as PILImage
 
 from training.data import scenes
-from training.data.dataset import load_multilabel_dataset
+from training.data.load import load_multilabel_dataset
 from training.data.scenes import PARTNER, SCENE_LABELS, SPLITS, SceneDataset, build_scenes, source_digits
 
 

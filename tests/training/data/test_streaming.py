@@ -9,7 +9,9 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dat
 from PIL import Image as PILImage
 
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
-from training.data.dataset import MultiLabelCollator, MultiLabelDataset, build_dataloader, load_multilabel_dataset
+from training.data.batches import MultiLabelCollator, build_dataloader
+from training.data.dataset import MultiLabelDataset
+from training.data.load import load_multilabel_dataset
 from training.data.streaming import StreamingMultiLabelDataset
 
 NAMES = ["dog", "cat", "tv monitor"]

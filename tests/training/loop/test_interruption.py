@@ -54,7 +54,8 @@ def test_workers_survive_a_signal_to_the_whole_group():
     """As a batch system or a terminal sends it; the loader would raise in the middle of a step."""
     code = (
         "import os, signal, time, torch\nfrom torch.utils.data import DataLoader\n"
-        "from training.loop.interruption import StopRequest, leave_signals_to_parent\n"
+        "from training.data.batches import leave_signals_to_parent\n"
+        "from training.loop.interruption import StopRequest\n"
         "os.setsid()\n"
         "loader = DataLoader(range(40), num_workers=2, worker_init_fn=leave_signals_to_parent, prefetch_factor=1)\n"
         "with StopRequest(60) as stop:\n"

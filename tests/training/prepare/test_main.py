@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Features, Image, List, Value, load_dataset
 
-from training.data.dataset import load_multilabel_dataset
+from training.data.load import load_multilabel_dataset
 from training.data.sparse_labels import SparseLabels
 from training.prepare.__main__ import main
 

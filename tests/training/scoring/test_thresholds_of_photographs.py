@@ -21,7 +21,9 @@ from benchmarks.peers.efficientnet_lite import (
 )
 from modeling_hsvlt import MultiLabelProcessor
 from modeling_hsvlt.losses_multilabel import binary_cross_entropy_loss
-from training.data.dataset import MultiLabelDataset, build_dataloader, load_multilabel_dataset
+from training.data.batches import build_dataloader
+from training.data.dataset import MultiLabelDataset
+from training.data.load import load_multilabel_dataset
 
 from ..tiny_run import reset_accelerate
 
