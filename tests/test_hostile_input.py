@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModelForImageClassification, ConvNextCo
 from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
 from modeling_hsvlt.processing_multilabel import load_image
 from training.checkpoint.folder import write_marker
+from training.checkpoint.loading import load_checkpoint
 from training.checkpoint.series import checkpoints, newest_good
 from training.config import TrainingConfig
 from training.data.image_folder import read_image_folders
 from training.data.label_names import MAX_LABEL_FILE, MAX_LABEL_NAME, read_label_names
-from training.evaluate import load_checkpoint
 from training.models.build import build_model
 
 from .training.tiny_checkpoint import NAMES, save_checkpoint, save_pictures

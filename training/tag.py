@@ -37,9 +37,10 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from modeling_hsvlt.processing_multilabel import post_process_multi_label_classification, resolve_threshold
 
+from .checkpoint.loading import load_checkpoint
 from .data.batches import normalize_pixels
 from .data.dataset import PictureResizer
-from .evaluate import load_checkpoint, number_or_auto
+from .options import number_or_auto
 from .tagging.results import FORMATS, UNREADABLE_FILE, FolderLock, PartWriter, Results, fingerprint, summarise
 from .tagging.sidecars import PATHS, WRITERS
 from .tagging.sources import DatasetSource, FileSource, open_source

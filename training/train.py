@@ -40,14 +40,14 @@ from .checkpoint.series import checkpoints
 from .config import TrainingConfig, parse_config
 from .data.batches import normalize_pixels
 from .data.rows import row_namer
-from .evaluate import predict, result_record
 from .loop.interruption import Stopped
 from .loop.optim import WarmupPlateau
 from .loop.saving import check_writer, save
 from .loop.setup import Run, setup
 from .metrics.functional import multilabel_report, per_label_report
 from .push import push_run
-from .report.page import write_report
+from .report.page import result_record, write_report
+from .scoring.predict import predict
 from .scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
 
 MAX_SKIPPED_STEPS = 10  # one after the other: by then it is the run that is wrong, not a picture

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from training.evaluate import add_scoring_arguments, load_checkpoint, score_split
+from training.checkpoint.loading import load_checkpoint
 from training.metrics.functional import average_precision
+from training.options import add_scoring_arguments
+from training.scoring.predict import score_split
 
 
 def candidate_recall(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -128,7 +128,7 @@ def loss_arguments(recipe: Recipe, labels: torch.Tensor) -> dict:
 
 
 def save_run(model, folder: Path, label_names: list[str], thresholds: np.ndarray) -> None:
-    """A checkpoint for `training.evaluate` of this checkout: it knows the trunk, whose code no checkpoint holds."""
+    """A checkpoint for `benchmarks.accuracy.with_trunk`, which knows the trunk: no checkpoint holds its code."""
     model.config.thresholds = thresholds.tolist()
     model.save_pretrained(folder)
     image_processor().save_pretrained(folder)

@@ -32,9 +32,9 @@ from training.config import TrainingConfig, parse_config
 from training.data.batches import build_dataloader
 from training.data.dataset import MultiLabelDataset
 from training.data.scenes import PARTNER, SCENE_LABELS, build_scenes
-from training.evaluate import predict
 from training.metrics.functional import multilabel_report
 from training.models.build import build_model
+from training.scoring.predict import predict
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "mltr_nano_scenes.yaml"
 SCENES = {"min_size": 12, "cooccurrence": 0.5}  # over the recipe's

@@ -1,7 +1,12 @@
-"""What is checked before a checkpoint is loaded."""
+"""Loading a checkpoint, with the code of this checkout, and what is refused before."""
 
+import argparse
 import json
 from pathlib import Path
+
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+
+import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
 
 
 def refuse_leads_elsewhere(source: str | Path) -> None:
@@ -23,3 +28,17 @@ def refuse_leads_elsewhere(source: str | Path) -> None:
                 f"{folder} is an adapter of {base!r}, and a downloaded file does not choose what is downloaded next: "
                 "put the folder of its base there, or merge it first."
             )
+
+
+def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model and image processor of `args.checkpoint`, with the code of this checkout and never with a pickle.
+
+    Raises:
+        ValueError, OSError: there is none, or not of a known type.
+    """
+    if not Path(args.checkpoint).is_dir() and (args.checkpoint[:1] in "./~" or args.checkpoint.count("/") > 1):
+        raise FileNotFoundError(f"{args.checkpoint} is no folder; give the folder of a checkpoint or a Hub id.")
+    refuse_leads_elsewhere(args.checkpoint)
+    revision = args.revision or "main"
+    model = AutoModelForImageClassification.from_pretrained(args.checkpoint, revision=revision, use_safetensors=True)
+    return model, AutoImageProcessor.from_pretrained(args.checkpoint, revision=revision)

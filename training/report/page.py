@@ -8,32 +8,26 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import numpy as np
 from datasets import Dataset
-from scipy import sparse
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from modeling_hsvlt.processing_multilabel import load_image
-
-from ..data.leave_out import picture_name
 from ..metrics.functional import multilabel_report
-from ..scoring.calibration import NUM_BINS, Reliability, reliability, stored_calibration
-from ..scoring.thresholds import fit_record, held_out_decisions
+from ..scoring.calibration import stored_calibration
+from ..scoring.held_out import held_out_decisions
+from ..scoring.reliability import NUM_BINS, Reliability, reliability
+from ..scoring.thresholds import fit_record
 from .heat_maps import draw_found_labels
-from .plots import MIN_COUNT, plot_confusion, plot_long_tail, plot_precision_recall, plot_reliability
+from .mistakes import co_occurrence_confusion, confident_mistakes, confusion_page, mistake_page
+from .plots import MIN_COUNT, plot_long_tail, plot_precision_recall, plot_reliability
 
-NUM_MISTAKES = 12  # of each kind
-MISTAKES_PER_LABEL = 2  # or one label's would fill the page
-THUMBNAIL = 224  # pixels of the longer side
-MAX_CONFUSED = 20  # rows and columns of the heat map
 HEADLINES = {
     "mAP": "mean over labels of the average precision (non-interpolated: the mean over a label's positives of the "
     "precision at their score)",
@@ -54,15 +48,6 @@ DECISIONS = {
     "OP": "precision over all pairs",
     "OR": "recall over all pairs",
 }
-
-
-class Mistake(NamedTuple):
-    """A wrong decision to show: a picture's row, the label, its score and threshold."""
-
-    row: int
-    label: int
-    score: float
-    threshold: float
 
 
 def compare_thresholds(scores: np.ndarray, labels: np.ndarray, config, threshold: float | str) -> dict[str, dict]:
@@ -98,104 +83,6 @@ def calibration_stages(scores: np.ndarray, labels: np.ndarray, config) -> dict[s
         return {"scores": reliability(scores, labels)}
     before = calibration.inverse().apply(scores)
     return {"before calibration": reliability(before, labels), "calibrated": reliability(scores, labels)}
-
-
-def confident_mistakes(scores: np.ndarray, labels: np.ndarray, thresholds: np.ndarray, kind: str) -> list[Mistake]:
-    """The false positives of the highest score, or (`kind="misses"`) the present labels of the lowest.
-
-    At most one a picture and `MISTAKES_PER_LABEL` a label, so that there is something to see.
-    """
-    above = scores >= thresholds
-    row, label = np.nonzero((labels == 1) & ~above if kind == "misses" else (labels == 0) & above)
-    surest_first = np.argsort(scores[row, label] * (1 if kind == "misses" else -1), kind="stable")
-    chosen: list[Mistake] = []
-    rows: set[int] = set()
-    of_label = np.zeros(scores.shape[1], dtype=np.int64)
-    for place in surest_first:
-        at = int(row[place]), int(label[place])
-        if at[0] not in rows and of_label[at[1]] < MISTAKES_PER_LABEL:
-            chosen.append(Mistake(*at, float(scores[at]), float(thresholds[at[1]])))
-            rows.add(at[0])
-            of_label[at[1]] += 1
-        if len(chosen) == NUM_MISTAKES:
-            break
-    return chosen
-
-
-def co_occurrence_confusion(scores: np.ndarray, labels: np.ndarray, thresholds: np.ndarray) -> dict[str, np.ndarray]:
-    """Which absent label is predicted where which present one is there.
-
-    Returns:
-        "predicted" (columns,): at most `MAX_CONFUSED` labels, those with the most false positives, in class order.
-        "wrong", "pictures" (num_labels, columns): pictures that show the row's label and not the column's, and how many
-        of them got the column's. "usual" (columns,): the share of all pictures without the column's label that got it.
-    """
-    false = (labels == 0) & (scores >= thresholds)
-    total = false.sum(0)
-    predicted = np.sort(np.argsort(-total, kind="stable")[: min(MAX_CONFUSED, np.count_nonzero(total))])
-    present = sparse.csr_matrix((labels == 1).T, dtype=np.int64)
-    absent = (labels[:, predicted] == 0).astype(np.int64)
-    return {
-        "predicted": predicted,
-        "wrong": present @ false[:, predicted].astype(np.int64),
-        "pictures": present @ absent,
-        "usual": total[predicted] / np.maximum(absent.sum(0), 1),
-    }
-
-
-def _confusion_page(confusion: dict[str, np.ndarray], label_names: Sequence[str]) -> dict | None:
-    predicted, wrong, pictures, usual = confusion.values()
-    if not len(predicted):
-        return None
-    rates = np.where(pictures > 0, wrong / np.maximum(pictures, 1), np.nan)
-    shown = np.sort(np.argsort(-wrong.sum(1), kind="stable")[:MAX_CONFUSED])
-    # Of a label that is predicted everywhere no company is to blame: what counts is how many more than usual.
-    excess = wrong - pictures * usual
-    pairs = [divmod(int(place), len(predicted)) for place in np.argsort(-excess, axis=None, kind="stable")[:15]]
-    return {
-        "plot": plot_confusion(
-            rates[shown], wrong[shown], [label_names[row] for row in shown], [label_names[label] for label in predicted]
-        ),
-        "pairs": [
-            {
-                "present": label_names[row],
-                "predicted": label_names[predicted[column]],
-                "wrong": int(wrong[row, column]),
-                "pictures": int(pictures[row, column]),
-                "usual": usual[column],
-            }
-            for row, column in pairs
-            if excess[row, column] > 0
-        ],
-    }
-
-
-def _thumbnail(picture: dict) -> str:
-    image = load_image(picture)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    encoded = io.BytesIO()
-    image.convert("RGB").save(encoded, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
-
-
-def _mistake_page(
-    mistakes: Sequence[Mistake], labels: np.ndarray, rows: Dataset, label_names: Sequence[str]
-) -> list[dict]:
-    pictures = rows.select_columns(["image"])
-    cards = []
-    for mistake in mistakes:
-        picture = pictures[mistake.row]["image"]
-        cards.append(
-            {
-                "picture": _thumbnail(picture),
-                "file": picture_name(picture) or f"row {mistake.row}",
-                "label": label_names[mistake.label],
-                "score": mistake.score,
-                "threshold": mistake.threshold,
-                "present": [label_names[label] for label in np.flatnonzero(labels[mistake.row] == 1)],
-            }
-        )
-    return cards
 
 
 def write_tables(folder: Path, results: dict, label_names: Sequence[str], columns: Mapping[str, list]) -> None:
@@ -264,11 +151,11 @@ def write_report(
             "precision_recall": plot_precision_recall(scores, labels, average_precision, label_names),
             "reliability": plot_reliability(stages),
         },
-        "false_positives": _mistake_page(
+        "false_positives": mistake_page(
             confident_mistakes(scores, labels, thresholds, "false positives"), labels, rows, label_names
         ),
-        "misses": _mistake_page(confident_mistakes(scores, labels, thresholds, "misses"), labels, rows, label_names),
-        "confusion": _confusion_page(co_occurrence_confusion(scores, labels, thresholds), label_names),
+        "misses": mistake_page(confident_mistakes(scores, labels, thresholds, "misses"), labels, rows, label_names),
+        "confusion": confusion_page(co_occurrence_confusion(scores, labels, thresholds), label_names),
         "threshold_info": getattr(config, "threshold_info", None),
         "calibration_info": getattr(config, "calibration_info", None),
     }
@@ -285,3 +172,32 @@ def write_report(
     if heat_maps:
         (folder / "heat_maps.png").write_bytes(heat_maps)
     (folder / "report.html").write_text(html, encoding="utf-8")
+
+
+AP_DEFINITION = "non-interpolated"
+
+
+def result_record(
+    metrics: dict,
+    *,
+    checkpoint: str,
+    dataset: str,
+    split: str,
+    threshold: float | str,
+    revision: str | None = None,
+    dataset_revision: str | None = None,
+    count_split: str | None = None,
+) -> dict:
+    """What the results.json of a report holds: metrics, and of what they are."""
+    return {
+        "checkpoint": checkpoint,
+        "revision": revision,
+        "dataset": dataset,
+        "dataset_revision": dataset_revision,
+        "split": split,
+        "count_split": count_split,
+        "threshold": threshold,
+        "ap_definition": AP_DEFINITION,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "metrics": metrics,
+    }

@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.metrics import precision_recall_curve
 
 from ..check.imbalance import HEAD, MEDIUM, long_tail_groups
-from ..scoring.calibration import Reliability
+from ..scoring.reliability import Reliability
 
 GROUP_COLORS = {"head": "#3b6ea5", "medium": "#e0a030", "tail": "#c0504d"}
 LINE_COLORS = ("#3b6ea5", "#c0504d", "#4f9d69", "#8064a2", "#e0a030")

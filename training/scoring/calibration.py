@@ -1,13 +1,4 @@
-"""Calibrated scores: fit a scale and a bias of each label's logit on a validation split, fold them into the classifier.
-
-    python -m training.calibration CHECKPOINT DATASET --split validation [--method platt] [--shared]
-
-Of the pictures to which a calibrated label gives 0.8, eight in ten show it. The last layer is linear, so that
-`scale * logit + bias` is exactly another classifier: afterwards every way of using the checkpoint (pipelines,
-AutoModel, ONNX) gives calibrated scores, at no cost. A label's ranking of the pictures, and so its AP, stays as it was;
-thresholds in the checkpoint are moved along, so that they decide as before. What was folded in is kept in
-`config.calibration_info`: a second run starts from the raw scores again. Fit on pictures that the model was not trained
-on.
+"""Calibrated scores: a scale and a bias of each label's logit, folded into the linear classifier.
 
 Platt, "Probabilistic outputs for support vector machines" (1999). Temperature scaling and the expected calibration
 error with 15 bins: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), here for each label's yes or no.
@@ -15,29 +6,20 @@ error with 15 bins: Guo et al., "On Calibration of Modern Neural Networks" (ICML
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
-from ..checkpoint.atomic import atomic_folder
-from ..checkpoint.folder import reseal
-from ..evaluate import add_scoring_arguments, load_checkpoint, score_split
 from ..metrics.functional import check_inputs, iterate_blocks
-from .thresholds import fit_record, halves
+from .reliability import check_range
 
 METHODS = ("platt", "temperature")
 SHRINKAGE = 10.0
-NUM_BINS = 15  # Guo et al.
 # Logits of float32 scores: the highest below 1 is 1 - 2**-24.
 _LOWEST, _HIGHEST = 1e-12, 1 - 2.0**-25
 
@@ -60,52 +42,6 @@ class Calibration(NamedTuple):
     def then(self, second: Calibration) -> Calibration:
         """This one and `second` after it, as one."""
         return Calibration(second.scale * self.scale, second.scale * self.bias + second.bias)
-
-
-class Reliability(NamedTuple):
-    """What scores promise and what comes true, in bins of equal width over [0, 1].
-
-    Each is (num_labels, num_bins): `count`, known entries whose score lies in the bin (a score on an edge in the upper
-    one); `promised`, the sum of their scores; `came_true`, how many of them are positives.
-    """
-
-    count: np.ndarray
-    promised: np.ndarray
-    came_true: np.ndarray
-
-    def ece(self) -> float:
-        """Expected calibration error of all labels' entries in common bins: the mean over entries of
-        |mean score - share of positives| of the entry's bin. Easy absences dominate it."""
-        gaps = np.abs(self.promised.sum(0) - self.came_true.sum(0))
-        return float(gaps.sum() / self.count.sum())
-
-    def ece_per_label(self) -> np.ndarray:
-        """(num_labels,) expected calibration error of each label alone; NaN where nothing is known."""
-        gaps, count = np.abs(self.promised - self.came_true).sum(1), self.count.sum(1)
-        return np.where(count > 0, gaps / np.maximum(count, 1), np.nan)
-
-
-def reliability(scores: np.ndarray, labels: np.ndarray, num_bins: int = NUM_BINS) -> Reliability:
-    """Counts for the calibration error and its plot.
-
-    Args:
-        scores: (n, num_labels) in [0, 1].
-        labels: (n, num_labels) array or scipy sparse matrix of 1, 0, and -100 or NaN for unknown.
-
-    Raises:
-        ValueError: shapes that differ, scores outside [0, 1], labels that are none.
-    """
-    scores, labels = check_inputs(scores, labels)
-    _check_range(scores)
-    bins = Reliability(*np.zeros((3, scores.shape[1], num_bins)))
-    for part, block, positive, known in iterate_blocks(scores, labels, "label"):
-        row, column = np.nonzero(known)
-        score = block[row, column].astype(np.float64)
-        place = row * num_bins + np.minimum((score * num_bins).astype(np.int64), num_bins - 1)
-        for field, weights in zip(bins, (None, score, positive[row, column]), strict=True):
-            sums = np.bincount(place, weights, minlength=len(block) * num_bins)
-            field[part] = sums.reshape(len(block), num_bins)
-    return bins
 
 
 def fit_calibration(
@@ -138,7 +74,7 @@ def fit_calibration(
     if not 0 <= shrinkage < np.inf:
         raise ValueError(f"shrinkage={shrinkage} must be a number from 0 on.")
     scores, labels = check_inputs(scores, labels, label_names)
-    _check_range(scores)
+    check_range(scores)
     of_label = []
     for _, block, positive, known in iterate_blocks(scores, labels, "label", label_names):
         logits = logit(np.clip(block.astype(np.float64), _LOWEST, _HIGHEST))
@@ -178,23 +114,6 @@ def _lowest_log_loss(
     ).x
 
 
-def held_out_scores(scores: np.ndarray, labels: np.ndarray, method: str, *, seed: int = 0, **how) -> np.ndarray | None:
-    """Scores calibrated on other pictures: each half of the rows by a fit to the other half.
-
-    Args:
-        how: See `fit_calibration`.
-
-    Returns:
-        (n, num_labels); None where a half holds no known positive at all.
-    """
-    calibrated = np.empty_like(scores)
-    for fitted, applied in halves(len(scores), seed):
-        if not (labels[fitted] == 1).any():
-            return None
-        calibrated[applied] = fit_calibration(scores[fitted], labels[fitted], method, **how).apply(scores[applied])
-    return calibrated
-
-
 def stored_calibration(config) -> Calibration | None:
     """What `config.calibration_info` says was folded into the classifier; None if nothing was."""
     info = getattr(config, "calibration_info", None)
@@ -217,7 +136,7 @@ def check_foldable(model: PreTrainedModel, per_label: bool) -> None:
     if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{name} does not end in a linear classifier with a bias, which a calibration could be folded into; fit "
-            "thresholds in its place with python -m training.thresholds."
+            "thresholds in its place with python -m training.fit_thresholds."
         )
     if len(bias) != num_labels and (len(bias) != 1 or per_label):
         raise ValueError(
@@ -227,7 +146,7 @@ def check_foldable(model: PreTrainedModel, per_label: bool) -> None:
     if getattr(model.config, "residual_attention", False):
         raise ValueError(
             f"This {name} has residual attention beside its classifier, and the softmax over pixel scores does not "
-            "keep a scale; fit thresholds in place of a calibration, with python -m training.thresholds."
+            "keep a scale; fit thresholds in place of a calibration, with python -m training.fit_thresholds."
         )
     if getattr(model.config, "candidate_labels", None) is not None:
         raise ValueError(
@@ -266,93 +185,3 @@ def mean_log_loss(scores: np.ndarray, labels: np.ndarray) -> float:
         total -= np.log(np.where(positive, given, 1 - given))[known].sum()
         known_entries += known.sum()
     return float(total / known_entries)
-
-
-def run(args: argparse.Namespace) -> Calibration:
-    """Predicts, fits, folds, writes and prints; returns what the checkpoint then holds."""
-    folder = Path(args.checkpoint)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not the folder of a checkpoint; its weights are to be written, so download a checkpoint of "
-            "the Hub first."
-        )
-    accelerator = Accelerator()
-    model, processor = load_checkpoint(args)
-    check_foldable(model, not args.shared)
-    label_names, found, labels, _ = score_split(model, processor, args, accelerator)
-    old = stored_calibration(model.config)
-    raw = found if old is None else old.inverse().apply(found)
-    how = {"per_label": not args.shared, "shrinkage": args.shrinkage, "label_names": label_names}
-    new = fit_calibration(raw, labels, args.method, **how)
-    if accelerator.is_main_process:
-        stages = {"raw": raw, "calibrated": new.apply(raw)}
-        held_out = held_out_scores(raw, labels, args.method, **how)
-        if held_out is not None:
-            stages["held out"] = held_out
-        errors = {words: reliability(scores, labels) for words, scores in stages.items()}
-        step = new if old is None else old.inverse().then(new)
-        fold_calibration(model, step)
-        if getattr(model.config, "thresholds", None) is not None:
-            model.config.thresholds = move_thresholds(model.config.thresholds, step)
-        model.config.calibration_info = {
-            "method": args.method,
-            "per_label": not args.shared,
-            "shrinkage": args.shrinkage,
-            "ece": {words.replace(" ", "_"): bins.ece() for words, bins in errors.items()},
-            **fit_record(labels, dataset=args.dataset, split=args.split),
-            "scale": new.scale.tolist(),
-            "bias": new.bias.tolist(),
-        }
-        with atomic_folder(folder) as written:
-            shutil.copytree(folder, written, dirs_exist_ok=True)  # card, processor, training state
-            model.save_pretrained(written)
-            reseal(written)
-        print(f"{'':<12}{'ECE':>8}{'ECE per label':>15}{'log loss':>10}")
-        for words, bins in errors.items():
-            values = np.nanmean(bins.ece_per_label()), mean_log_loss(stages[words], labels)
-            print(f"{words:<12}{bins.ece():>8.4f}{values[0]:>15.4f}{values[1]:>10.4f}")
-        print(
-            f"ECE: {NUM_BINS} bins of equal width, all known entries in common; per label: the mean over labels of "
-            f"each one's own. {len(found):,} pictures; held out: fitted on one half of them, applied to the other, and "
-            "back."
-        )
-        print(f"Written: the classifier and config.json of {folder}")
-    accelerator.end_training()
-    return new
-
-
-def _check_range(scores: np.ndarray) -> None:
-    if scores.min() < 0 or scores.max() > 1:
-        raise ValueError(
-            f"The scores lie between {scores.min():.3g} and {scores.max():.3g}, but must be within [0, 1]; give "
-            "sigmoid scores, not logits."
-        )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.calibration",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_scoring_arguments(parser)
-    parser.add_argument("--method", choices=METHODS, default="platt", help="scale and bias, or scale; default: platt")
-    parser.add_argument("--shared", action="store_true", help="one scale and bias for all labels")
-    parser.add_argument(
-        "--shrinkage",
-        type=float,
-        default=SHRINKAGE,
-        help=f"labels with about so few positives lie halfway to the fit of all labels; default: {SHRINKAGE:g}",
-    )
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,34 +1,19 @@
-"""Per-label decision thresholds: fit them on a validation split and store them in the checkpoint.
-
-    python -m training.thresholds CHECKPOINT DATASET --split validation [--objective f1]
-    python -m training.thresholds CHECKPOINT DATASET --objective precision --target 0.9
-    python -m training.thresholds CHECKPOINT DATASET --objective cost --target 5  # a false alarm costs 5 misses
-
-Afterwards `pipeline(..., threshold="auto")` and `python -m training.evaluate ... --threshold auto` use them. Fit on
-pictures that the model was not trained on. On the pictures they were fitted to thresholds look better than they are;
-what to expect elsewhere is printed as "held out": fitted on one half of the pictures, applied to the other, and back.
-"""
+"""Per-label decision thresholds: fitted exactly, and stored in a checkpoint's config.json."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 
-from ..checkpoint.folder import reseal
-from ..evaluate import add_scoring_arguments, load_checkpoint, score_split
 from ..metrics.functional import (
     RankedPositives,
     check_inputs,
-    multilabel_report,
     rank_pooled_positives,
     ranked_label_positives,
 )
@@ -104,37 +89,6 @@ def fit_thresholds(
     weight = np.minimum(positives / max(min_positives, 1), 1)
     own = np.where(positives > 0, own, shared)
     return np.where(weight == 1, own, weight * own + (1 - weight) * shared).astype(np.float32)
-
-
-def held_out_decisions(
-    scores: np.ndarray,
-    labels: np.ndarray,
-    objective: str = "f1",
-    target: float | None = None,
-    *,
-    min_positives: int = MIN_POSITIVES,
-    seed: int = 0,
-) -> np.ndarray | None:
-    """Which labels fitted thresholds give to pictures that they were not fitted to.
-
-    The rows are divided at random into two halves; each is decided by the thresholds of the other.
-
-    Returns:
-        (n, num_labels) bool; None where the halves are too small: one holds no known positive at all.
-    """
-    decided = np.zeros(scores.shape, dtype=bool)
-    for fitted, applied in halves(len(scores), seed):
-        if not (labels[fitted] == 1).any():
-            return None
-        thresholds = fit_thresholds(scores[fitted], labels[fitted], objective, target, min_positives=min_positives)
-        decided[applied] = scores[applied] >= thresholds
-    return decided
-
-
-def halves(num_rows: int, seed: int = 0) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Two random halves of the row indices as (fit, apply), and the other way round."""
-    first, second = (np.sort(part) for part in np.array_split(np.random.default_rng(seed).permutation(num_rows), 2))
-    return (first, second), (second, first)
 
 
 def threshold_info(
@@ -238,76 +192,3 @@ def _best_cuts(ranked: RankedPositives, num_rows: int, objective: str, target: f
         nothing_is_better = objective == "cost" and gain[last_best] < 0
         cuts[row] = above[last_best] if nothing_is_better else halfway[last_best]
     return cuts
-
-
-def run(args: argparse.Namespace) -> np.ndarray:
-    """Predicts, fits, stores and prints; returns the thresholds."""
-    folder = Path(args.checkpoint)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not the folder of a checkpoint; thresholds are written into its config.json, so download a "
-            "checkpoint of the Hub first."
-        )
-    accelerator = Accelerator()
-    model, processor = load_checkpoint(args)
-    label_names, scores, labels, _ = score_split(model, processor, args, accelerator)
-    thresholds = fit_thresholds(
-        scores, labels, args.objective, args.target, min_positives=args.min_positives, label_names=label_names
-    )
-    if accelerator.is_main_process:
-        before = getattr(model.config, "thresholds", None)
-        old = multilabel_report(scores, labels, 0.5 if before is None else np.array(before), top_k=None)
-        new = multilabel_report(scores, labels, thresholds, top_k=None)
-        info = threshold_info(
-            labels, args.objective, args.target, args.min_positives, dataset=args.dataset, split=args.split
-        )
-        store_thresholds(folder, thresholds, info)
-        reseal(folder)
-        print(f"{'':<10}{'CP':>8}{'CR':>8}{'OP':>8}{'OR':>8}{'F1 macro':>10}{'F1 micro':>10}")
-        rows = [("0.5" if before is None else "as it was", old), ("fitted", new)]
-        decided = held_out_decisions(scores, labels, args.objective, args.target, min_positives=args.min_positives)
-        if decided is not None:
-            rows.append(("held out", multilabel_report(decided.astype(np.float32), labels, top_k=None)))
-        for words, report in rows:
-            values = (f"{report[name]:>8.4f}" for name in ("CP", "CR", "OP", "OR"))
-            print(f"{words:<10}{''.join(values)}{report['f1_macro']:>10.4f}{report['f1_micro']:>10.4f}")
-        few = int(((labels == 1).sum(0) < args.min_positives).sum())
-        print(
-            f"On the {len(scores):,} pictures they were fitted to; held out: fitted on one half of them, applied to "
-            f"the other, and back. Labels with fewer than {args.min_positives} positives, which lean on the shared "
-            f"threshold: {few} of {len(label_names)}."
-        )
-        print(f"Written: {folder / 'config.json'}")
-    accelerator.end_training()
-    return thresholds
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.thresholds",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_scoring_arguments(parser)
-    parser.add_argument("--objective", choices=OBJECTIVES, default="f1", help="default: f1")
-    parser.add_argument(
-        "--target", type=float, help="the wanted precision or recall, or what a false positive costs in false negatives"
-    )
-    parser.add_argument(
-        "--min_positives",
-        type=int,
-        default=MIN_POSITIVES,
-        help=f"labels with fewer lean on a threshold shared by all; default: {MIN_POSITIVES}",
-    )
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,8 +26,8 @@ from modeling_hsvlt import (
     MlTrForImageClassification,
 )
 from training.checkpoint.state import copy_training_state, load_training_state
-from training.evaluate import predict
 from training.loop.optim import build_ema, build_optimizer, build_scheduler
+from training.scoring.predict import predict
 
 from ...tiny_clip import tiny_clip, tiny_clip_tokenizer
 from ..tiny_run import reset_accelerate

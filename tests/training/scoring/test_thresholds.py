@@ -8,20 +8,12 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 
 from modeling_hsvlt import HSVLTConfig
-from modeling_hsvlt.processing_multilabel import MultiLabelProcessor
 from training.metrics import functional
 from training.metrics.functional import multilabel_report
 from training.scoring import thresholds as thresholds_module
-from training.scoring.thresholds import (
-    fit_thresholds,
-    halves,
-    held_out_decisions,
-    main,
-    store_thresholds,
-    threshold_info,
-)
+from training.scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
 
-from ..tiny_checkpoint import save_checkpoint, save_pictures, tiny_model
+from ..tiny_checkpoint import save_checkpoint, tiny_model
 
 OBJECTIVES = [("f1", None), ("precision", 0.6), ("precision", 1.0), ("recall", 0.8), ("recall", 1.0)]
 COSTS = [("cost", 0.2), ("cost", 1.0), ("cost", 4.0)]
@@ -100,21 +92,6 @@ def test_the_cost_threshold_of_calibrated_scores_is_the_one_of_decision_theory()
     labels = (rng.random(scores.shape) < scores).astype(np.int64)
     for cost in (0.25, 1, 4):
         assert fit_thresholds(scores, labels, "cost", cost) == pytest.approx([cost / (1 + cost)], abs=0.02)
-
-
-def test_held_out_decisions_are_those_of_the_other_half():
-    scores, labels = make(4, n=101)
-    decided = held_out_decisions(scores, labels, min_positives=5)
-    (first, second), back = halves(101)
-    assert sorted([*first, *second]) == list(range(101)) and np.array_equal(back[0], second)
-    np.testing.assert_array_equal(
-        decided[first], scores[first] >= fit_thresholds(scores[second], labels[second], min_positives=5)
-    )
-    np.testing.assert_array_equal(
-        decided[second], scores[second] >= fit_thresholds(scores[first], labels[first], min_positives=5)
-    )
-    labels[second] = 0
-    assert held_out_decisions(scores, labels) is None
 
 
 def test_neighbouring_float32_scores_are_told_apart():
@@ -233,39 +210,3 @@ def test_thresholds_that_do_not_fit_the_checkpoint_are_refused(checkpoint, tmp_p
         store_thresholds(checkpoint, [0.5, 0.5, np.nan], {})
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
         store_thresholds(tmp_path, [0.5, 0.5, 0.5], {})
-
-
-def test_the_command_fits_and_stores(tmp_path, capsys):
-    save_checkpoint(tmp_path / "checkpoint")
-    save_pictures(tmp_path / "photos")
-    command = [str(tmp_path / "checkpoint"), str(tmp_path / "photos")]
-    assert main([*command, "--min_positives", "0"]) == 0
-    printed = capsys.readouterr().out
-    macro_f1 = {line.split()[0]: float(line.split()[-2]) for line in printed.splitlines()[1:4]}
-    assert macro_f1["fitted"] > macro_f1["0.5"] and "held" in macro_f1
-
-    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
-    assert len(config["thresholds"]) == 3
-    info = config["threshold_info"]
-    assert (info["objective"], info["split"], info["dataset"]) == ("f1", "validation", "photos")
-    assert info["num_samples"] == 7
-    processor = MultiLabelProcessor.from_pretrained(tmp_path / "checkpoint")
-    assert processor.thresholds == config["thresholds"]
-
-    assert main([*command, "--objective", "recall", "--target", "1"]) == 0
-    again = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
-    assert again["threshold_info"]["objective"] == "recall"
-    assert again["threshold_info"]["split_fingerprint"] == info["split_fingerprint"]
-    assert "as it was" in capsys.readouterr().out
-
-
-def test_the_command_refuses_in_one_sentence(tmp_path, capsys):
-    save_checkpoint(tmp_path / "checkpoint")
-    save_pictures(tmp_path / "photos")
-    for command, message in (
-        (["me/model", str(tmp_path / "photos")], "me/model is not the folder of a checkpoint"),
-        ([str(tmp_path / "checkpoint"), str(tmp_path / "photos"), "--objective", "recall"], "needs a target"),
-    ):
-        assert main(command) == 2
-        error = capsys.readouterr().err
-        assert message in error and "Traceback" not in error

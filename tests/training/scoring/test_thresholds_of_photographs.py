@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score
 from transformers import AutoModelForImageClassification, pipeline
 
 import training.evaluate
-import training.scoring.thresholds
+import training.fit_thresholds
 from benchmarks.peers.efficientnet_lite import (
     EfficientNetLiteConfig,
     EfficientNetLiteForImageClassification,
@@ -83,7 +83,7 @@ def test_fitted_thresholds_raise_macro_f1_on_the_other_half(tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint"
     names = train_a_head(checkpoint)
     fitted, held_out = halves(tmp_path)
-    assert training.scoring.thresholds.main([str(checkpoint), fitted, "--batch_size", "64"]) == 0, capsys.readouterr()
+    assert training.fit_thresholds.main([str(checkpoint), fitted, "--batch_size", "64"]) == 0, capsys.readouterr()
     reset_accelerate()
     scoring = [str(checkpoint), str(held_out), "--threshold", "auto", "--batch_size", "64"]
     assert training.evaluate.main([*scoring, "--output", str(tmp_path / "report")]) == 0, capsys.readouterr()
