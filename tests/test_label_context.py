@@ -134,7 +134,7 @@ def test_embeddings_are_kept_while_the_rows_are_the_same():
         with torch.inference_mode():
             result = model(pictures()).logits
         with torch.no_grad():
-            assert_close_outputs(result, model(pictures(), label_embeddings=fresh(context)).logits)
+            assert_close_outputs(result, model(pictures(), text_embeddings=fresh(context)).logits)
         return result
 
     start = logits()

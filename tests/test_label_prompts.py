@@ -54,22 +54,24 @@ def bert_states(model: BertModel, tokens: str, token_type: int = 0) -> torch.Ten
         return model(input_ids=ids, token_type_ids=torch.full_like(ids, token_type)).last_hidden_state[0]
 
 
-def test_official_reading_token_for_token(bert):
+def test_official_reading_as_the_released_script_reads(bert):
+    """Its loop, over transformers' BERT: the vector of ones is the second argument, the attention mask."""
     model, tokenizer = bert
+    expected = []
+    for name, pieces in zip(NAMES, ["dog", "traffic light", "fire ##truck", "cat"], strict=True):
+        tokens = ["[CLS]", *tokenizer.tokenize(name)]
+        assert tokens[1:] == pieces.split()
+        ids = torch.tensor([tokenizer.convert_tokens_to_ids(tokens)])
+        with torch.no_grad():
+            states = model(ids, torch.ones_like(ids))[0]
+        expected.append(states[0, 1] if len(tokens) == 2 else states[0, 0])  # one piece: that piece; else [CLS]
+    expected = torch.stack(expected)
     embeddings = encode_labels(NAMES, model, tokenizer, reading="official", template="ignored")
-    expected = torch.stack(
-        [
-            bert_states(model, "[CLS] dog", 1)[1],  # one piece: the word
-            bert_states(model, "[CLS] traffic light", 1)[0],  # two words: [CLS]
-            bert_states(model, "[CLS] fire ##truck", 1)[0],  # one word of two pieces: [CLS]
-            bert_states(model, "[CLS] cat", 1)[1],
-        ]
-    )
     assert embeddings.dtype == torch.float32 and embeddings.device.type == "cpu"
-    assert_close_outputs(embeddings, expected)
-    # The details matter: with [SEP], or with token type 0, the result is another one.
-    assert (bert_states(model, "[CLS] dog [SEP]", 1)[1] - expected[0]).abs().max() > 0.1
-    assert (bert_states(model, "[CLS] dog", 0)[1] - expected[0]).abs().max() > 0.1
+    torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-6)
+    # The details matter: with [SEP], or with token type 1, the result is another one.
+    assert (bert_states(model, "[CLS] dog [SEP]")[1] - expected[0]).abs().max() > 0.1
+    assert (bert_states(model, "[CLS] dog", 1)[1] - expected[0]).abs().max() > 0.1
 
 
 def test_mean_reading_token_for_token(bert):
@@ -211,12 +213,17 @@ def test_refusals(bert, names, options, message):
         encode_labels(names, model, tokenizer, **options)
 
 
-def test_official_reading_needs_bert(bert):
-    config = CLIPTextConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    with pytest.raises(ValueError, match="needs a BERT"):
-        encode_labels(["dog"], CLIPTextModel(config), bert[1], reading="official")
+def test_official_reading_needs_a_cls_token_and_one_token_type(bert):
+    model, tokenizer = bert
+    without = BertTokenizer(vocab=BERT_VOCAB, cls_token=None)
+    with pytest.raises(ValueError, match=r"\[CLS\] token.*the BertTokenizer of this BertModel has none"):
+        encode_labels(["dog"], model, without, reading="official")
+    one_type = BertModel(BertConfig(**{**model.config.to_dict(), "type_vocab_size": 1})).eval()
+    state = {**model.state_dict()}
+    key = "embeddings.token_type_embeddings.weight"
+    one_type.load_state_dict({**state, key: state[key][:1]})
+    expected = encode_labels(["dog"], model, tokenizer, reading="official")
+    torch.testing.assert_close(encode_labels(["dog"], one_type, tokenizer, reading="official"), expected)
 
 
 def test_load_text_encoder(bert, tmp_path):

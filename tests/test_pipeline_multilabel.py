@@ -258,6 +258,14 @@ def test_a_saved_pipeline_loads_with_every_auto_class(tagger, tmp_path, model):
     assert_same(again(picture(0), threshold="auto"), tagger(picture(0), threshold="auto"))
 
 
+def test_a_processor_alone_is_enough(model, image_processor, tagger):
+    processor = MultiLabelProcessor(image_processor, NAMES)
+    alone = MultiLabelImageClassificationPipeline(model=model, processor=processor, device="cpu")
+    pictures = [picture(seed) for seed in range(3)]
+    for one, other in zip(alone(pictures, batch_size=2), tagger(pictures, batch_size=2), strict=True):
+        assert_same(one, other)
+
+
 def test_labels_restrict_and_only_they_are_computed(image_processor):
     model = tiny_model()
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
@@ -270,7 +278,7 @@ def test_labels_restrict_and_only_they_are_computed(image_processor):
         assert [label["score"] for label in result] == sorted((label["score"] for label in result), reverse=True)
         for label in result:
             assert label["score"] == pytest.approx(everything[label["label"]], abs=1e-6)
-    assert torch.equal(asked[0], model.hsvlt.label_embeddings[[4, 0, 3]]) and len(asked) == 1
+    assert torch.equal(asked[0], model.hsvlt.label_embeddings.weight[[4, 0, 3]]) and len(asked) == 1
 
 
 def test_thresholds_belong_to_their_labels_when_restricted(tagger, model):
