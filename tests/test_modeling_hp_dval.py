@@ -206,7 +206,7 @@ def test_stage_1_distils_from_a_real_copy_and_trains_the_student_alone():
     before = copy.deepcopy(model.state_dict())
     model.train()
     first = model(pictures(), labels=targets())
-    assert first.distillation_loss < 1e-6
+    assert first.distillation_loss < 1e-5
     assert first.semantic_consistency_loss is None
     assert_close_outputs(
         first.loss, first.distillation_loss + F.binary_cross_entropy_with_logits(first.logits, targets())
@@ -241,7 +241,7 @@ def test_stage_2_starts_at_the_hand_written_prompts_and_trains_their_contexts_al
     model.set_stage("stage2")
     model.train()
     output = model(pictures(), labels=targets())
-    assert output.semantic_consistency_loss < 1e-6
+    assert output.semantic_consistency_loss < 1e-5
     assert output.distillation_loss is None
     assert_close_outputs(output.logits, make_model()(pictures()).logits)
     before = copy.deepcopy(model.state_dict())
@@ -250,7 +250,7 @@ def test_stage_2_starts_at_the_hand_written_prompts_and_trains_their_contexts_al
     rows = model.state_dict()[f"{TABLE}.trainable_tokens_delta.prompts"]
     assert rows.shape == (2 * 4, 16)
     assert (rows != before[f"{TABLE}.trainable_tokens_delta.prompts"]).all()
-    assert model(pictures(), labels=targets()).semantic_consistency_loss > 1e-5
+    assert model(pictures(), labels=targets()).semantic_consistency_loss > 1e-4
     frozen = (model.hp_dval.student, model.hp_dval.text, model.hp_dval.teacher)
     assert not any(module.training for tower in frozen for module in tower.modules())
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if "delta" not in name)
@@ -353,13 +353,18 @@ def test_random_contexts_start_at_the_published_spread():
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):
-        model = make_model()
+        model = make_model(context_init="random")
         model.set_stage("joint")
+        with torch.no_grad():  # at a distance of 0 to the teacher, rounding would decide on the sign of its gradient
+            for parameter in model.hp_dval.student.parameters():
+                parameter.mul_(1.1)
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
         model(pictures(), labels=targets()).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "k_proj.bias" not in name}
+        )
     for name, gradient in gradients[0].items():
         assert_close_outputs(gradients[1][name], gradient)
 

@@ -271,7 +271,7 @@ def test_labels_restrict_and_only_they_are_computed(image_processor):
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
     everything = {label["label"]: label["score"] for label in tagger(picture(0))}
     asked = []
-    model.hsvlt.register_forward_pre_hook(lambda *args: asked.append(args[2]["label_embeddings"]), with_kwargs=True)
+    model.hsvlt.register_forward_pre_hook(lambda *args: asked.append(args[2]["text_embeddings"]), with_kwargs=True)
     names = ["tree", "cat", "boat"]
     for result in tagger([picture(0), picture(0)], labels=names, batch_size=2):
         assert {label["label"] for label in result} == set(names)

@@ -105,6 +105,7 @@ def test_both_stages_train_what_they_say(tmp_path, clip):
 
 
 @pytest.mark.slow
+@pytest.mark.one_machine
 def test_joint_training_resumes_exactly(tmp_path, clip, monkeypatch):
     options = {"backbone": clip, "model.local_top_k": 4, "epochs": 2}
     run("hp_dval_joint.yaml", tmp_path / "whole", **options)

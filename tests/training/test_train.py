@@ -182,6 +182,7 @@ PLAIN = ["--scheduler", "plateau", "--ema_decay", "null", "--fresh_scenes", "fal
     ("at_batch", "how", "saved", "options"),
     [(7, at_once, 2, []), (11, sigterm, 6, []), (18, at_once, 8, []), (16, sigterm, 9, PLAIN)],
 )
+@pytest.mark.one_machine
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     recipe, tmp_path, tmp_path_factory, monkeypatch, capsys, at_batch, how, saved, options
 ):
@@ -210,6 +211,7 @@ def assert_same_end(whole, folder):
     assert (whole / "results.json").read_text() == (folder / "results.json").read_text()
 
 
+@pytest.mark.one_machine
 def test_a_stop_during_validation_saves_and_the_validation_is_done_again(finished, recipe, tmp_path, monkeypatch):
     folder, plain = tmp_path / "run", training.train.predict
 
@@ -225,6 +227,7 @@ def test_a_stop_during_validation_saves_and_the_validation_is_done_again(finishe
     assert_same_end(finished, folder)
 
 
+@pytest.mark.one_machine
 def test_damage_is_survived(finished, tmp_path, capsys):
     """The newest checkpoint and best/ are both hit: the run goes back one epoch and ends as it would have."""
     folder = tmp_path / "run"
@@ -247,6 +250,7 @@ def test_interrupted_before_the_first_save(recipe, tmp_path, monkeypatch, capsys
     assert "nothing to continue from" in capsys.readouterr().err
 
 
+@pytest.mark.one_machine
 def test_a_save_that_fails_ends_the_run_and_leaves_what_there_was(finished, recipe, tmp_path, monkeypatch, capsys):
     folder, plain, saves = tmp_path / "run", training.loop.saving.write_marker, iter(range(100))
 
@@ -341,6 +345,7 @@ def state_of(folder):
     return json.loads((checkpoints(folder)[0] / "training_state" / "state.json").read_text())
 
 
+@pytest.mark.one_machine
 def test_fp16_steps_that_overflow_count_for_nothing_and_the_scale_is_resumed(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(training.loop.setup, "Accelerator", Fp16OnCpu)
     whole, folder = tmp_path / "whole", tmp_path / "run"
