@@ -2,9 +2,11 @@
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import GeneratorType
 
 import torch
+from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
@@ -13,9 +15,12 @@ from .heat_maps_multilabel import label_heat_maps, picture_box, resize_to_pictur
 from .label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder
 from .processing_multilabel import (
     MultiLabelProcessor,
+    is_many,
     load_image,
     post_process_multi_label_classification,
     resolve_threshold,
+    resolve_top_k,
+    undecoded,
 )
 
 logger = logging.get_logger(__name__)
@@ -31,9 +36,10 @@ class MultiLabelImageClassificationPipeline(Pipeline):
     reads pictures with [`load_image`]. Its parameters may be given to `pipeline(...)`, to a call, or to both.
 
     Args:
-        threshold (`float` or `"auto"`, *optional*):
+        threshold (`float`, `"auto"`, `list[float]` or `dict[str, float]`, *optional*):
             None gives every label, a number those that score at least that, `"auto"` those that score at least their
-            own threshold, fitted on validation and stored in the checkpoint.
+            own threshold, fitted on validation and stored in the checkpoint. A list has a number for each label (of
+            `labels`, where that is given), a dict one by name.
         top_k (`int`, *optional*):
             At most so many labels a picture; None gives all of them.
         labels (`list[str]`, *optional*):
@@ -74,32 +80,25 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         """Labels pictures.
 
         Args:
-            inputs: Whatever [`load_image`] reads, a list of it, a generator or torch `Dataset` of it, or a
-                `datasets.Dataset`, whose pictures are decoded here and not by datasets.
+            inputs: Whatever [`load_image`] reads, a list or batch of it, a generator or torch `Dataset` of it, or a
+                `datasets.Dataset` or a column of one, whose pictures are decoded here and not by datasets.
             image_column: The picture column of a `datasets.Dataset`.
             kwargs: The pipeline's parameters, `batch_size`, and `num_workers` for a dataset.
 
         Returns:
             For one picture, `{"label": ..., "score": ...}` from the highest score to the lowest; with `explain=True`
             also `"heat_map"`, a float32 array of the decoded picture's height and width from 0 to 1, where 1 is the
-            place that spoke most for this label. For a list a list of these; for a generator or dataset an iterator
-            over them, which runs as it is asked.
+            place that spoke most for this label. For a list a list of these; for a generator, dataset or column an
+            iterator over them, which runs as it is asked.
 
         Raises:
             ValueError: a picture cannot be read (the message names it), or a parameter is wrong.
         """
-        if isinstance(inputs, (list, tuple)):
-            return super().__call__(list(inputs), **kwargs) if len(inputs) else []
-        if hasattr(inputs, "cast_column"):  # A datasets.Dataset or IterableDataset
-            if image_column not in (inputs.column_names or [image_column]):
-                raise ValueError(
-                    f"The dataset has no column {image_column!r}, only {', '.join(inputs.column_names)}; name the "
-                    "picture column with image_column."
-                )
-            feature = (inputs.features or {}).get(image_column)
-            if hasattr(feature, "decode"):
-                inputs = inputs.cast_column(image_column, type(feature)(decode=False))
-            inputs = KeyDataset(inputs, image_column) if hasattr(inputs, "__len__") else _column(inputs, image_column)
+        inputs = _stream(inputs, image_column)
+        if is_many(inputs) and not isinstance(inputs, (Dataset, GeneratorType)):
+            inputs = list(inputs)
+        if isinstance(inputs, (Dataset, list)) and hasattr(inputs, "__len__") and not len(inputs):
+            return [] if isinstance(inputs, list) else iter(())  # transformers would look at the first
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, **parameters):
@@ -117,17 +116,15 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 f"batch_size, num_workers, image_column, {', '.join(LOAD_PARAMETERS[:-1])} and {LOAD_PARAMETERS[-1]}."
             )
         # Told before the first picture and not after the last.
-        config = self.model.config
-        resolve_threshold(postprocess.get("threshold"), getattr(config, "thresholds", None), config.num_labels)
-        top_k = postprocess.get("top_k")
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k must be None or a whole number from 1, but it is {top_k!r}.")
+        given = {**getattr(self, "_postprocess_params", {}), **postprocess}
+        self._cuts(given.get("threshold"), given.get("label_ids"))
+        resolve_top_k(given.get("top_k"))
         return preprocess, forward, postprocess
 
     def _label_ids(self, names: Sequence[str] | None) -> list[int] | None:
         if names is None:
             return None
-        if isinstance(names, str) or not len(names):
+        if isinstance(names, str) or not isinstance(names, Iterable) or not (names := list(map(str, names))):
             raise ValueError(f"labels must be a list of label names, but it is {names!r}.")
         index = {name: label for label, name in self.model.config.id2label.items()}
         unknown = [name for name in names if name not in index]
@@ -138,6 +135,19 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         if len(set(names)) < len(names):
             raise ValueError("labels names one label twice; leave one out.")
         return [index[name] for name in names]
+
+    def _cuts(self, threshold, label_ids: list[int] | None):
+        """The thresholds of these labels, in their order."""
+        config = self.model.config
+        label_ids = range(config.num_labels) if label_ids is None else label_ids
+        if isinstance(threshold, str):
+            cuts = resolve_threshold(threshold, getattr(config, "thresholds", None), config.num_labels)
+            return [cuts[label] for label in label_ids]
+        names = [config.id2label[label] for label in label_ids]
+        if isinstance(threshold, Mapping):  # It may name labels that are not asked for.
+            others = set(config.id2label.values()).difference(names)
+            threshold = {name: number for name, number in threshold.items() if name not in others}
+        return resolve_threshold(threshold, None, len(names), names)
 
     def preprocess(self, image, explain: bool = False, **load_kwargs):
         image = load_image(image, **load_kwargs)
@@ -161,11 +171,10 @@ class MultiLabelImageClassificationPipeline(Pipeline):
 
     def postprocess(self, outputs, threshold=None, top_k=None, label_ids: list[int] | None = None):
         config = self.model.config
-        label_ids = list(range(config.num_labels)) if label_ids is None else label_ids
-        thresholds = getattr(config, "thresholds", None)
-        thresholds = None if thresholds is None else [thresholds[label] for label in label_ids]
+        cuts = self._cuts(threshold, label_ids)
+        label_ids = range(config.num_labels) if label_ids is None else label_ids
         names = {place: config.id2label[label] for place, label in enumerate(label_ids)}
-        results = post_process_multi_label_classification(outputs["logits"], names, thresholds, threshold, top_k)[0]
+        results = post_process_multi_label_classification(outputs["logits"], names, None, cuts, top_k)[0]
         if "maps" in outputs:
             place = {name: index for index, name in names.items()}
             maps = outputs["maps"][0, [place[result["label"]] for result in results]]
@@ -262,9 +271,24 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         processor.save_pretrained(save_directory)
 
 
-def _column(rows, name: str):
-    for row in rows:
-        yield row[name]
+def _stream(inputs, column: str):
+    """Iterators and the datasets of `datasets` as what `Pipeline` takes for a stream; other inputs as they are."""
+    if hasattr(inputs, "column_name") and hasattr(inputs, "source"):  # a Column of such a dataset
+        inputs, column = inputs.source, inputs.column_name
+    elif hasattr(inputs, "cast_column"):
+        if isinstance(inputs, Mapping):
+            raise ValueError(f"This dataset has the splits {', '.join(inputs)}; give one of them.")
+        if column not in (inputs.column_names or [column]):
+            raise ValueError(
+                f"The dataset has no column {column!r}, only {', '.join(inputs.column_names)}; name the picture column "
+                "with image_column."
+            )
+    elif hasattr(inputs, "__next__") and not hasattr(inputs, "read"):
+        return (image for image in inputs)
+    else:
+        return inputs
+    rows = undecoded(inputs, column)
+    return KeyDataset(rows, column) if hasattr(rows, "__len__") else (row[column] for row in rows)
 
 
 __all__ = ["MultiLabelImageClassificationPipeline"]

@@ -111,6 +111,30 @@ def test_thresholds_and_top_k_at_the_call_and_at_the_start(model, image_processo
     assert_same(tagger(picture(0)), expected[:1])
 
 
+def test_thresholds_and_labels_of_every_kind(tagger, model, image_processor):
+    everything = by_hand(model, image_processor, picture(0))
+    scores = {label["label"]: label["score"] for label in everything}
+    cuts = dict(zip(scores, [0.0, 1.0, 0.0, 0.0, 1.0], strict=True))
+    own = [cuts[name] for name in NAMES.values()]
+    expected = [label for label in everything if cuts[label["label"]] == 0]
+    for threshold in (own, tuple(own), np.array(own), torch.tensor(own), cuts):
+        assert_same(tagger(picture(0), threshold=threshold), expected)
+        assert_same(tagger(picture(0), threshold=threshold, top_k=np.int64(2)), expected[:2])
+    assert_same(tagger(picture(0), threshold=np.float32(0)), everything)
+    # With some labels alone: a number for each of them, or by name, which may name more.
+    names = [expected[1]["label"], everything[1]["label"], expected[0]["label"]]
+    for labels in (names, tuple(names), np.array(names), iter(names), dict.fromkeys(names)):
+        assert_same(tagger(picture(0), labels=labels, threshold=[0, 1, 0]), expected[:2])
+    assert_same(tagger(picture(0), labels=names, threshold=cuts), expected[:2])
+    assert_same(tagger(picture(0), labels=names, threshold={name: cuts[name] for name in names}), expected[:2])
+    some = pipeline(TASK, model=model, image_processor=image_processor, device="cpu", labels=names)
+    assert_same(some(picture(0), threshold=[0, 1, 0]), expected[:2])
+    with pytest.raises(ValueError, match="5 numbers for 3 labels"):
+        some(picture(0), threshold=own)
+    with pytest.raises(ValueError, match="no number for 'tree'"):
+        tagger(picture(0), threshold={"cat": 0.5, "dog": 0.5, "bird": 0.5, "boat": 0.5})
+
+
 class Pictures(Dataset):
     def __len__(self):
         return 5
@@ -130,6 +154,7 @@ def test_batches_lists_generators_and_datasets(tagger, model, image_processor, t
         paths.append(str(tmp_path / f"{seed}.png"))
         picture(seed).save(paths[-1])
     renamed = rows.remove_columns("photo").rename_column("image", "photo")
+    decoded = rows.with_transform(lambda batch: {"image": [image.copy() for image in batch["image"]]})
     sources = {
         "list": lambda: [picture(seed) for seed in range(5)],
         "tuple": lambda: tuple(paths),
@@ -140,16 +165,39 @@ def test_batches_lists_generators_and_datasets(tagger, model, image_processor, t
         "datasets": lambda: rows,
         "key": lambda: KeyDataset(rows, "image"),
         "streaming": rows.to_iterable_dataset,
+        "column": lambda: rows["image"],
+        "streamed column": lambda: rows.to_iterable_dataset()["image"],
+        "column of a transformed dataset": lambda: decoded["image"],
+        "transformed": lambda: decoded,
+        "iterator": lambda: iter(paths),
+        "map": lambda: map(picture, range(5)),
+        "list of Path": lambda: [tmp_path / f"{seed}.png" for seed in range(5)],
+        "list of rows": lambda: [{"bytes": encoded(picture(seed))} for seed in range(5)],
+        "array of paths": lambda: np.array(paths),
+        "batch": lambda: np.stack([np.asarray(picture(seed)) for seed in range(5)]),
+        "batch of tensors": lambda: torch.stack([torch.from_numpy(np.array(picture(seed))) for seed in range(5)]),
     }
+    lists = ("list", "list of Path", "list of rows", "tuple", "arrays", "array of paths", "bytes", "batch")
     for batch_size in (1, 2, 8):
         for kind, source in sources.items():
             results = tagger(source(), batch_size=batch_size)
-            assert isinstance(results, list) == (kind in ("list", "tuple", "arrays", "bytes")), kind
+            assert isinstance(results, list) == (kind in (*lists, "batch of tensors")), kind
             for result, right in zip(results, expected, strict=True):
                 assert_same(result, right)
         for result, right in zip(tagger(renamed, image_column="photo", batch_size=batch_size), expected, strict=True):
             assert_same(result, right)
-    assert tagger([]) == [] and tagger((), batch_size=2) == []
+    none = rows.select([])
+    for batch_size in (1, 2):
+        for nothing in ([], (), iter([]), np.zeros((0, 4, 5, 3)), none, none["image"], KeyDataset(none, "image")):
+            assert list(tagger(nothing, batch_size=batch_size)) == []
+    for one in (tmp_path / "0.png", {"path": paths[0]}, rows["image"][0], np.asarray(picture(0))):
+        assert_same(tagger(one), expected[0])
+    with open(paths[0], "rb") as file:
+        assert_same(tagger(file), expected[0])
+    with pytest.raises(ValueError, match="has the splits train, test; give one of them"):
+        tagger(datasets.DatasetDict({"train": rows, "test": rows}))
+    with pytest.raises(ValueError, match=r"\(list\) is no picture; give a path"):
+        tagger([paths[:2], paths[2:]])
     with pytest.raises(ValueError, match="no column 'picture', only image, photo; name the picture column"):
         tagger(rows, image_column="picture")
 
@@ -222,6 +270,15 @@ def test_on_a_gpu(dtype, image_processor):
         ({"labels": "cat"}, "labels must be a list of label names, but it is 'cat'"),
         ({"labels": []}, "labels must be a list"),
         ({"labels": ["cat", "cat"]}, "names one label twice"),
+        ({"labels": ()}, r"labels must be a list of label names, but it is \[\]"),
+        ({"labels": 3}, "labels must be a list of label names, but it is 3"),
+        ({"labels": np.array(["cow"])}, "no label 'cow'; model"),
+        ({"labels": [0]}, "no label '0'; model"),
+        ({"threshold": [0.5]}, "threshold has 1 numbers for 5 labels"),
+        ({"threshold": [0.5], "labels": ["cat", "dog"]}, "threshold has 1 numbers for 2 labels"),
+        ({"threshold": {"cow": 0.5}}, "threshold has no number for 'cat'"),
+        ({"threshold": {"cow": 0.5, "cat": 0.5}, "labels": ["cat"]}, "a number for 'cow', which is no label"),
+        ({"threshold": float("nan")}, "threshold must be"),
     ],
 )
 def test_parameters_that_cannot_work_are_refused_before_the_first_picture(kwargs, message, image_processor):
