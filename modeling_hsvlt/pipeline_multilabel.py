@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Pipeline, PreTrainedModel, PreTrainedTok
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
-from .heat_maps_multilabel import label_heat_maps, picture_box, resize_to_picture
+from .heat_maps_multilabel import picture_box, resize_to_picture, scored_heat_maps
 from .label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder
 from .processing_multilabel import (
     MultiLabelProcessor,
@@ -107,7 +107,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         postprocess = {key: parameters.pop(key) for key in ("threshold", "top_k") if key in parameters}
         forward = {}
         if "labels" in parameters:
-            forward["label_ids"] = postprocess["label_ids"] = self._label_ids(parameters.pop("labels"))
+            forward["class_ids"] = postprocess["class_ids"] = self._class_ids(parameters.pop("labels"))
         if "explain" in parameters:
             preprocess["explain"] = forward["explain"] = bool(parameters.pop("explain"))
         if parameters:
@@ -117,11 +117,11 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             )
         # Told before the first picture and not after the last.
         given = {**getattr(self, "_postprocess_params", {}), **postprocess}
-        self._cuts(given.get("threshold"), given.get("label_ids"))
+        self._cuts(given.get("threshold"), given.get("class_ids"))
         resolve_top_k(given.get("top_k"))
         return preprocess, forward, postprocess
 
-    def _label_ids(self, names: Sequence[str] | None) -> list[int] | None:
+    def _class_ids(self, names: Sequence[str] | None) -> list[int] | None:
         if names is None:
             return None
         if isinstance(names, str) or not isinstance(names, Iterable) or not (names := list(map(str, names))):
@@ -136,14 +136,14 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             raise ValueError("labels names one label twice; leave one out.")
         return [index[name] for name in names]
 
-    def _cuts(self, threshold, label_ids: list[int] | None):
+    def _cuts(self, threshold, class_ids: list[int] | None):
         """The thresholds of these labels, in their order."""
         config = self.model.config
-        label_ids = range(config.num_labels) if label_ids is None else label_ids
+        class_ids = range(config.num_labels) if class_ids is None else class_ids
         if isinstance(threshold, str):
             cuts = resolve_threshold(threshold, getattr(config, "thresholds", None), config.num_labels)
-            return [cuts[label] for label in label_ids]
-        names = [config.id2label[label] for label in label_ids]
+            return [cuts[label] for label in class_ids]
+        names = [config.id2label[label] for label in class_ids]
         if isinstance(threshold, Mapping):  # It may name labels that are not asked for.
             others = set(config.id2label.values()).difference(names)
             threshold = {name: number for name, number in threshold.items() if name not in others}
@@ -158,25 +158,25 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             inputs["picture"] = torch.tensor([[*image.size, *box]], dtype=torch.float32)
         return inputs
 
-    def _forward(self, inputs, label_ids: list[int] | None = None, explain: bool = False):
-        chosen = None if label_ids is None else torch.tensor(label_ids, device=self.device)
+    def _forward(self, inputs, class_ids: list[int] | None = None, explain: bool = False):
+        chosen = None if class_ids is None else torch.tensor(class_ids, device=self.device)
         if explain:
-            logits, maps = label_heat_maps(self.model, inputs["pixel_values"], chosen)
-            return {"logits": logits, "maps": maps, "picture": inputs["picture"]}
+            logits, maps, scored = scored_heat_maps(self.model, inputs["pixel_values"], chosen)
+            return {"logits": logits, "maps": maps, "maps_of": scored, "picture": inputs["picture"]}
         # The logits alone: feature maps would be copied to the CPU for nothing.
         if chosen is not None and "class_ids" in inspect.signature(self.model.forward).parameters:
             return {"logits": self.model(**inputs, class_ids=chosen).logits}
         logits = self.model(**inputs).logits
         return {"logits": logits if chosen is None else logits[:, chosen]}
 
-    def postprocess(self, outputs, threshold=None, top_k=None, label_ids: list[int] | None = None):
+    def postprocess(self, outputs, threshold=None, top_k=None, class_ids: list[int] | None = None):
         config = self.model.config
-        cuts = self._cuts(threshold, label_ids)
-        label_ids = range(config.num_labels) if label_ids is None else label_ids
-        names = {place: config.id2label[label] for place, label in enumerate(label_ids)}
+        cuts = self._cuts(threshold, class_ids)
+        class_ids = range(config.num_labels) if class_ids is None else class_ids
+        names = {place: config.id2label[label] for place, label in enumerate(class_ids)}
         results = post_process_multi_label_classification(outputs["logits"], names, None, cuts, top_k)[0]
         if "maps" in outputs:
-            place = {name: index for index, name in names.items()}
+            place = {config.id2label[label]: index for index, label in enumerate(outputs["maps_of"][0].tolist())}
             maps = outputs["maps"][0, [place[result["label"]] for result in results]]
             width, height, *box = outputs["picture"][0].tolist()
             maps = resize_to_picture(maps, int(width), int(height), box).numpy() if len(results) else []

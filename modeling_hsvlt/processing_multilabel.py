@@ -1,6 +1,6 @@
 """Pictures to `pixel_values`, and logits to labels.
 
-A checkpoint carries this file and picture_urls.py: transformers, torch, NumPy and Pillow are enough for both.
+A checkpoint carries this file and those that it imports: transformers, torch, NumPy and Pillow are enough for them.
 """
 
 import base64
@@ -28,6 +28,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 
+from .losses_multilabel import NOT_EVALUATED
 from .picture_urls import fetch_picture
 
 # Where Pillow itself begins to warn of a decompression bomb: a quarter of a gibibyte of RGB. Pillow refuses only twice
@@ -495,7 +496,7 @@ class MultiLabelProcessor(ProcessorMixin):
 
         Returns:
             For each picture, `{"label": name, "score": sigmoid of the logit}` from the highest score to the lowest.
-            Labels whose logit is NaN or -inf were not evaluated and are left out.
+            Labels that were not evaluated are left out: those whose logit is NaN, -inf or `NOT_EVALUATED`.
 
         Raises:
             ValueError: no label names, or a number of labels other than the logits'; `"auto"` without fitted
@@ -519,7 +520,7 @@ def post_process_multi_label_classification(
     cuts = resolve_threshold(threshold, thresholds, len(names), names)
     top_k = resolve_top_k(top_k)
     scores = logits.sigmoid()
-    chosen = logits > float("-inf")  # and no NaN
+    chosen = logits > NOT_EVALUATED  # and no NaN
     if cuts is not None:
         chosen &= scores >= torch.tensor(cuts, device=scores.device)
     order = scores.argsort(dim=1, descending=True, stable=True)

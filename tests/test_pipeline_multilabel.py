@@ -1,3 +1,4 @@
+import copy
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -328,7 +329,7 @@ def test_labels_restrict_and_only_they_are_computed(image_processor):
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
     everything = {label["label"]: label["score"] for label in tagger(picture(0))}
     asked = []
-    model.hsvlt.register_forward_pre_hook(lambda *args: asked.append(args[2]["label_embeddings"]), with_kwargs=True)
+    model.hsvlt.register_forward_pre_hook(lambda *args: asked.append(args[2]["text_embeddings"]), with_kwargs=True)
     names = ["tree", "cat", "boat"]
     for result in tagger([picture(0), picture(0)], labels=names, batch_size=2):
         assert {label["label"] for label in result} == set(names)
@@ -346,7 +347,51 @@ def test_thresholds_belong_to_their_labels_when_restricted(tagger, model):
     assert len(tagger(picture(0), labels=names, top_k=2)) == 2
 
 
-def test_labels_of_a_model_without_label_ids(image_processor):
+@pytest.mark.parametrize("residual_attention", [False, True])
+def test_candidates_alone_are_given_and_explained_unless_others_are_asked_for(residual_attention, image_processor):
+    model = tiny_model(candidate_labels=2, residual_attention=residual_attention, thresholds=[0.0] * 5)
+    with torch.no_grad():  # Pictures whose candidates differ, and attention that differs between labels.
+        model.candidate_scorer.linear.weight.normal_(std=9)
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        if residual_attention:
+            model.residual_attention.weight.normal_()
+    whole = HSVLTForImageClassification(copy.deepcopy(model.config)).eval()
+    whole.config.candidate_labels = whole.candidate_scorer = None
+    whole.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("candidate_scorer")})
+    tagger, full = (pipeline(TASK, model=m, image_processor=image_processor, device="cpu") for m in (model, whole))
+    pictures = [picture(seed) for seed in range(8)]
+    every = [{label["label"]: label for label in result} for result in full(pictures, explain=True, batch_size=4)]
+    chosen = set()
+    for threshold in (None, 0.0, "auto", [0.0] * 5):
+        for explain in (False, True):
+            for result, right in zip(
+                tagger(pictures, threshold=threshold, explain=explain, batch_size=4), every, strict=True
+            ):
+                assert len(result) == 2, "what was not scored is no result, whatever the threshold"
+                chosen.add(frozenset(label["label"] for label in result))
+                assert result[0]["score"] >= result[1]["score"]
+                for label in result:
+                    assert label["score"] == pytest.approx(right[label["label"]]["score"], abs=1e-5)
+                    if explain:
+                        np.testing.assert_allclose(label["heat_map"], right[label["label"]]["heat_map"], atol=1e-4)
+    assert len(chosen) > 1
+    names = ["tree", "cat", "boat"]
+    for explain in (False, True):
+        for result, right in zip(tagger(pictures, labels=names, explain=explain), every, strict=True):
+            assert {label["label"] for label in result} == set(names)
+            for label in result:
+                assert label["score"] == pytest.approx(right[label["label"]]["score"], abs=1e-5)
+                if explain:
+                    np.testing.assert_allclose(label["heat_map"], right[label["label"]]["heat_map"], atol=1e-4)
+    pixels = image_processor(images=pictures[:2], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        for ours, theirs in zip(label_heat_maps(model, pixels), label_heat_maps(whole, pixels), strict=True):
+            assert ours.shape[:2] == (2, 5), "all labels, also those that are no candidates"
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_labels_of_a_model_without_class_ids(image_processor):
     torch.manual_seed(0)
     model = MlTrForImageClassification(MlTrConfig.preset("nano", num_labels=5, id2label=NAMES, image_size=32)).eval()
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
@@ -438,7 +483,7 @@ def hp_dval(**kwargs):
 def test_hp_dval_s_maps_are_the_scores_that_its_local_view_averages():
     model = hp_dval(alpha=0.0)[0]
     with torch.no_grad():
-        logits, raw = _patch_maps(model, torch.rand(2, 3, 32, 32), None, None)
+        logits, raw, _ = _patch_maps(model, torch.rand(2, 3, 32, 32), None, None)
     assert raw.shape == (2, 3, 4, 4)
     local = raw.flatten(2).topk(4).values.mean(-1)
     torch.testing.assert_close(local * model.logit_scale.exp() + model.logit_bias, logits)

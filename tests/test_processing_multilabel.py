@@ -1,5 +1,6 @@
 import base64
 import copy
+import itertools
 import json
 import re
 import struct
@@ -20,6 +21,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from modeling_hsvlt import HSVLTConfig, MlTrConfig, MlTrForImageClassification
+from modeling_hsvlt.losses_multilabel import NOT_EVALUATED
 from modeling_hsvlt.processing_multilabel import (
     MAX_PIXELS,
     MultiLabelImageProcessor,
@@ -720,10 +722,12 @@ def test_equal_scores_keep_the_order_of_the_labels():
 
 def test_labels_that_were_not_evaluated_are_left_out():
     logits = LOGITS.clone()
-    logits[0, 0] = float("nan")
-    logits[1, 3] = float("-inf")
     process = processor_of(thresholds=[0.0] * 4).post_process_multi_label_classification
-    for threshold in (None, 0.0, "auto", [0.0] * 4):
+    left_out = (float("nan"), float("-inf"), NOT_EVALUATED)
+    for threshold, value in itertools.product((None, 0.0, "auto", [0.0] * 4), left_out):
+        logits[0, 0] = logits[1, 3] = value
+        for dtype in (torch.float, torch.half, torch.bfloat16):
+            assert process(logits.to(dtype), threshold) == process(logits, threshold)
         assert [[label["label"] for label in row] for row in process(logits, threshold)] == [
             ["bird", "boat", "dog"],
             ["dog", "bird", "cat"],
@@ -793,6 +797,7 @@ def test_saving_and_loading_keeps_everything(tmp_path):
     )
     MultiLabelProcessor(image_processor, id2label=NAMES, thresholds=[0.1, 0.2, 0.3, 0.4]).save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "losses_multilabel.py",
         "picture_urls.py",
         "processing_multilabel.py",
         "processor_config.json",
