@@ -12,6 +12,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
 from .heat_maps_multilabel import picture_box, resize_to_picture, scored_heat_maps
+from .label_context import LabelContext, num_context_tokens
 from .label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder
 from .processing_multilabel import (
     MultiLabelProcessor,
@@ -191,12 +192,13 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         *,
         revision: str | None = None,
         label_text: Mapping[str, str] | None = None,
+        label_context: str | os.PathLike | None = None,
     ) -> None:
         """Exchanges the label set by names, without training.
 
         What to expect: the model scores a name it was not trained on by how its text embedding lies among those it was
         trained on. That helps near them (another word for a known thing) and is a guess far from them; scores of new
-        labels are not calibrated, and the fitted thresholds are dropped, for they belong to the old labels. Measure on
+        labels are not calibrated, and the fitted thresholds are dropped, for they belong to the old names. Measure on
         labelled pictures before relying on it.
 
         Args:
@@ -206,28 +208,31 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 what is downloaded next. For HP-DVAL, which carries its text tower, the CLIP whose tokenizer it uses.
             revision: Commit of a Hub id, which it must be pinned to.
             label_text: What to write in place of a name, for example `{"tvmonitor": "tv monitor"}`.
+            label_context: For a checkpoint that learned a context for its names, the folder of that adapter,
+                `label_context` in the checkpoint's own folder. It needs peft.
 
         Raises:
             ValueError: a model whose classifier has weights for each label, one without label text, another text
-                encoder's width, or names that cannot be encoded.
+                encoder's width, names that cannot be encoded, or a learned context without its adapter.
         """
         model, config, names = self.model, self.model.config, list(label_names)
         if config.model_type == "hp_dval":
+            if label_context is not None:
+                raise ValueError("HP-DVAL has its contexts in its own text tower; leave out label_context.")
             tokenizer = text_encoder[1] if isinstance(text_encoder, tuple) else None
             if tokenizer is None:
                 if revision is None and not os.path.isdir(text_encoder):
                     raise ValueError(f"{text_encoder!r} is no folder, and as a Hub id it needs revision, a commit.")
                 tokenizer = AutoTokenizer.from_pretrained(text_encoder, revision=revision)
             model.set_labels(names, tokenizer, label_text=label_text)
-            config.thresholds = config.threshold_info = config.calibration_info = None
         else:
-            self._set_label_embeddings(names, text_encoder, revision, label_text)
+            self._set_label_embeddings(names, text_encoder, revision, label_text, label_context)
         logger.warning(
-            "The label set was exchanged by name: labels that the model was not trained on get uncalibrated scores, "
-            "and the thresholds were dropped. Measure on labelled pictures before relying on them."
+            "The label set was exchanged by name: labels that the model was not trained on get uncalibrated scores. "
+            "Measure on labelled pictures before relying on them."
         )
 
-    def _set_label_embeddings(self, names, text_encoder, revision, label_text) -> None:
+    def _set_label_embeddings(self, names, text_encoder, revision, label_text, label_context) -> None:
         model, config = self.model, self.model.config
         if getattr(config, "classifier", None) != "shared":
             raise ValueError(
@@ -241,22 +246,50 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 "The label embeddings of this checkpoint come from no known text encoder, so names say nothing to it; "
                 "train with label_encoder."
             )
-        encoder, tokenizer = (
-            text_encoder if isinstance(text_encoder, tuple) else load_text_encoder(text_encoder, revision)
-        )
+        if model.label_context is not None:
+            raise ValueError(
+                "This model is learning its label context; save it, and exchange the labels of what is saved."
+            )
         provenance = {
             "encoder": config.label_text_encoder,
             "reading": config.label_reading,
             "template": config.label_template,
         }
-        embeddings = encode_labels(
-            names,
-            encoder,
-            tokenizer,
-            reading=config.label_reading or "mean",
-            template=config.label_template or DEFAULT_TEMPLATE,
-            label_text=label_text,
+        template = config.label_template or DEFAULT_TEMPLATE
+        learned = num_context_tokens(template)
+        if learned and label_context is None:
+            raise ValueError(
+                "This checkpoint learned a context for its label names, of which its text encoder knows nothing; give "
+                "label_context, the folder of that name in the checkpoint's own."
+            )
+        if label_context is not None and not learned:
+            raise ValueError("This checkpoint learned no context for its label names; leave out label_context.")
+        if learned and not os.path.isdir(label_context):
+            raise ValueError(f"label_context {str(label_context)!r} is no folder; check the path.")
+        encoder, tokenizer = (
+            text_encoder if isinstance(text_encoder, tuple) else load_text_encoder(text_encoder, revision)
         )
+        if learned:
+            after = template.partition("{}")[2]
+            with torch.no_grad():
+                embeddings = LabelContext(
+                    encoder,
+                    tokenizer,
+                    names,
+                    num_tokens=learned,
+                    template="{}" + after,
+                    label_text=label_text,
+                    adapter=label_context,
+                )()
+        else:
+            embeddings = encode_labels(
+                names,
+                encoder,
+                tokenizer,
+                reading=config.label_reading or "mean",
+                template=template,
+                label_text=label_text,
+            )
         if embeddings.shape[1] != config.label_embedding_dim:
             raise ValueError(
                 f"The text encoder gives {embeddings.shape[1]} numbers a label, but the model reads "

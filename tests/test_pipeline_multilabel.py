@@ -30,10 +30,13 @@ from modeling_hsvlt.heat_maps_multilabel import (
     picture_box,
     resize_to_picture,
 )
+from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels
 from modeling_hsvlt.pipeline_multilabel import LOAD_PARAMETERS
 from modeling_hsvlt.processing_multilabel import load_image
 
+from .test_label_context import ENCODER as BERT
+from .test_label_context import TOKENIZER as BERT_TOKENIZER
 from .tiny_clip import tiny_clip, tiny_clip_tokenizer
 from .tolerance import assert_close_outputs
 
@@ -555,13 +558,20 @@ def test_explain_through_the_pipeline(tagger, model, image_processor):
 # Other label sets
 
 
-def with_shared_head(**kwargs):
+def with_shared_head(template=None, **kwargs):
     tokenizer = tiny_clip_tokenizer()
     encoder = tiny_clip(tokenizer).text_model
     model = tiny_model(classifier="shared", thresholds=[0.5] * 5, **kwargs)
-    names = list(NAMES.values())
-    model.set_label_embeddings(encode_labels(names, encoder, tokenizer), encoder="tiny", reading="mean")
+    embeddings = encode_labels(NAMES.values(), encoder, tokenizer, template=template or "a photo of a {}")
+    model.set_label_embeddings(embeddings, encoder="tiny", reading="mean", template=template)
     return model, encoder, tokenizer
+
+
+def states(encoder, tokenizer, words, **kwargs):
+    """The last hidden states of a sentence, one at a time and by hand."""
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(words)])
+    with torch.no_grad():
+        return encoder(input_ids=ids, **kwargs).last_hidden_state[0]
 
 
 def test_a_shared_head_scores_new_names(image_processor, tmp_path):
@@ -577,6 +587,97 @@ def test_a_shared_head_scores_new_names(image_processor, tmp_path):
     tagger.save_pretrained(tmp_path)
     again = pipeline(TASK, model=str(tmp_path), pipeline_class=MultiLabelImageClassificationPipeline, device="cpu")
     assert_same(again(picture(0)), tagger(picture(0)))
+
+
+def test_new_names_are_encoded_as_the_checkpoint_s_were(image_processor):
+    for template, before, after in (
+        (None, "a photo of a", ""),
+        ("photo of {} a cat", "photo of", "a cat"),
+        ("{}", "", ""),
+    ):
+        model, encoder, tokenizer = with_shared_head(template)
+        tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+        tagger.set_labels(["dog", "potted_plant", "x"], (encoder, tokenizer), label_text={"x": "bird"})
+        start, end = tokenizer.bos_token, tokenizer.eos_token
+        for row, name in enumerate(("dog", "potted plant", "bird")):
+            texts = [before.split(), name.split(), after.split()]
+            words = [start, *(f"{word}</w>" for text in texts for word in text), end]
+            first = 1 + len(texts[0])
+            expected = states(encoder, tokenizer, words)[first : first + len(texts[1])].mean(0)
+            assert_close_outputs(model.hsvlt.label_embeddings.weight[row], expected)
+        config = model.config
+        assert (config.label_text_encoder, config.label_reading, config.label_template) == ("tiny", "mean", template)
+    # Read as the released HSVLT reads BERT: [CLS] and the name, at the name if it is one piece.
+    model = tiny_model(classifier="shared")
+    model.set_label_embeddings(torch.randn(5, 16), encoder="tiny", reading="official")
+    tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+    tagger.set_labels(["dog", "red bird"], (BERT, BERT_TOKENIZER))
+    one, two = (states(BERT, BERT_TOKENIZER, ["[CLS]", *words]) for words in (["dog"], ["red", "bird"]))
+    assert_close_outputs(model.hsvlt.label_embeddings.weight, torch.stack((one[1], two[0])))
+
+
+def test_names_with_a_learned_context(image_processor, tmp_path):
+    model = tiny_model(classifier="shared", thresholds=[0.5] * 5)
+    known = ["cat", "dog", "bird", "fish", "photo"]
+    model.config.set_label_names(known)
+    model.label_context = LabelContext(BERT, BERT_TOKENIZER, known, num_tokens=2, template="a {} .")
+    with torch.no_grad():
+        next(p for p in model.label_context.parameters() if p.requires_grad).normal_()
+    rows = model.label_context.rows().detach()
+    model.config.label_text_encoder, model.config.label_reading = "tiny", "mean"
+    (model.config.label_template,) = model.label_context.templates
+    text = (BERT, BERT_TOKENIZER)
+    learning = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+    with pytest.raises(ValueError, match="is learning its label context; save it"):
+        learning.set_labels(["fish"], text)
+    learning.save_pretrained(tmp_path)
+    tagger = pipeline(TASK, model=str(tmp_path), pipeline_class=MultiLabelImageClassificationPipeline, device="cpu")
+    embeddings = tagger.model.hsvlt.label_embeddings
+    cat = embeddings.weight[0].clone()
+    assert_close_outputs(cat, model.label_context()[0].detach())
+    scores = {label["label"]: label["score"] for label in tagger(picture(0))}
+
+    with pytest.raises(ValueError, match=r"learned a context for its label names, .*; give label_context, the folder"):
+        tagger.set_labels(["red bird", "cat"], text)
+    with pytest.raises(ValueError, match="gone' is no folder; check the path"):
+        tagger.set_labels(["red bird", "cat"], text, label_context=tmp_path / "gone")
+    assert tagger.model.config.num_labels == 5 and torch.equal(embeddings.weight[0], cat), "nothing changed"
+    tagger.set_labels(["red bird", "cat"], text, label_context=tmp_path / "label_context")
+    # The learned rows in the sentence, put together by hand.
+    table = BERT.get_input_embeddings().weight.detach()
+    start, red, bird, dot, end = (
+        table[[BERT_TOKENIZER.convert_tokens_to_ids(w)]] for w in ["[CLS]", "red", "bird", ".", "[SEP]"]
+    )
+    with torch.no_grad():
+        sentence = torch.cat((start, rows, red, bird, dot, end))[None]
+        expected = BERT(inputs_embeds=sentence).last_hidden_state[0, 3:5].mean(0)
+    assert_close_outputs(embeddings.weight, torch.stack((expected, cat)))
+    after = {label["label"]: label["score"] for label in tagger(picture(0))}
+    assert set(after) == {"red bird", "cat"} and after["cat"] == pytest.approx(scores["cat"], abs=1e-5)
+
+    tagger.model.config.label_template = "<context_0_0><context_0_1> {}, and so on for each label"
+    with pytest.raises(ValueError, match="a context for each of its labels: other labels need a new model"):
+        tagger.set_labels(["fish"], text, label_context=tmp_path / "label_context")
+    tagger.model.config.label_template = "a {}"
+    with pytest.raises(ValueError, match="learned no context for its label names; leave out"):
+        tagger.set_labels(["fish"], text, label_context=tmp_path / "label_context")
+
+
+@pytest.mark.parametrize("names", [list(NAMES.values()), ["plant", "dog", "bird", "a", "of"], ["plant", "dog"]])
+def test_what_belongs_to_names_goes_with_them(names, image_processor, tmp_path):
+    model, encoder, tokenizer = with_shared_head()
+    model.config.calibration_info = {"method": "platt"}
+    tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+    tagger.set_labels(np.array(names), (encoder, tokenizer))
+    assert list(model.config.id2label.values()) == names and model.config.label2id[names[1]] == 1
+    if names == list(NAMES.values()):
+        assert model.config.thresholds == [0.5] * 5 and model.config.calibration_info is not None
+    else:
+        assert model.config.thresholds is None and model.config.calibration_info is None
+        with pytest.raises(ValueError, match="this checkpoint has none"):
+            tagger(picture(0), threshold="auto")
+    tagger.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).id2label == dict(enumerate(names))
 
 
 def test_labels_are_only_exchanged_where_names_mean_something(model, image_processor):
@@ -610,3 +711,5 @@ def test_hp_dval_s_labels_are_exchanged_by_its_own_text_tower(tmp_path):
     assert set(after) == {"potted plant", "dog"} and after["dog"] == pytest.approx(before["dog"], abs=1e-5)
     with pytest.raises(ValueError, match="needs revision"):
         tagger.set_labels(["dog"], "org/clip")
+    with pytest.raises(ValueError, match="contexts in its own text tower; leave out label_context"):
+        tagger.set_labels(["dog"], str(tmp_path), label_context=tmp_path)
