@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -313,10 +314,16 @@ def test_a_saved_pipeline_loads_with_every_auto_class(tagger, tmp_path, model):
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert type(processor) is MultiLabelProcessor and processor.thresholds == model.config.thresholds
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is MultiLabelImageProcessor
-    # Who has the package needs to trust no code: the class is named.
-    kwargs = {"model": str(tmp_path), "pipeline_class": MultiLabelImageClassificationPipeline, "device": "cpu"}
-    again = pipeline(TASK, **kwargs)
-    assert_same(again(picture(0), threshold="auto"), tagger(picture(0), threshold="auto"))
+    # Who has the package needs to trust no code, and need not name the task.
+    for task, trust in ((TASK, None), (None, None), (TASK, False), (None, True)):
+        again = pipeline(task, model=str(tmp_path), device="cpu", trust_remote_code=trust)
+        assert type(again) is MultiLabelImageClassificationPipeline
+        assert_same(again(picture(0), threshold="auto"), tagger(picture(0), threshold="auto"))
+    again.save_pretrained(tmp_path / "again")
+    saved = [
+        json.loads((tmp_path / folder / "config.json").read_text())["custom_pipelines"] for folder in (".", "again")
+    ]
+    assert list(saved[0]) == [TASK] and saved[0] == saved[1], "those without the package find it"
 
 
 def test_a_processor_alone_is_enough(model, image_processor, tagger):
@@ -585,7 +592,7 @@ def test_a_shared_head_scores_new_names(image_processor, tmp_path):
     assert len({round(score, 6) for score in after.values()}) == 3
     assert model.config.thresholds is None and model.config.num_labels == model.num_labels == 3
     tagger.save_pretrained(tmp_path)
-    again = pipeline(TASK, model=str(tmp_path), pipeline_class=MultiLabelImageClassificationPipeline, device="cpu")
+    again = pipeline(TASK, model=str(tmp_path), device="cpu")
     assert_same(again(picture(0)), tagger(picture(0)))
 
 
@@ -631,7 +638,7 @@ def test_names_with_a_learned_context(image_processor, tmp_path):
     with pytest.raises(ValueError, match="is learning its label context; save it"):
         learning.set_labels(["fish"], text)
     learning.save_pretrained(tmp_path)
-    tagger = pipeline(TASK, model=str(tmp_path), pipeline_class=MultiLabelImageClassificationPipeline, device="cpu")
+    tagger = pipeline(TASK, model=str(tmp_path), device="cpu")
     embeddings = tagger.model.hsvlt.label_embeddings
     cat = embeddings.weight[0].clone()
     assert_close_outputs(cat, model.label_context()[0].detach())
