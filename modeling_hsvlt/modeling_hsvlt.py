@@ -830,7 +830,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         text_embeddings = self._text_embeddings(text_embeddings)
         num_labels = len(text_embeddings if class_ids is None else class_ids)
         if labels is not None and not torch.compiler.is_compiling():
-            validate_labels(labels, num_labels)
+            labels = validate_labels(labels, num_labels)
         if feature_maps is None:
             feature_maps = self.hsvlt.trunk(require_images(pixel_values))
         if self.residual_attention is not None or self.candidate_scorer is not None:

@@ -644,7 +644,7 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
         """
         warn_of_unknown_arguments(self, kwargs)
         if labels is not None and not torch.compiler.is_compiling():
-            validate_labels(labels, self.num_labels)
+            labels = validate_labels(labels, self.num_labels)
         output = self.mltr(
             pixel_values,
             output_hidden_states=output_hidden_states,
