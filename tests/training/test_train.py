@@ -412,7 +412,6 @@ def test_transformers_trainer_trains_the_model(tmp_path):
             learning_rate=5e-3,
             logging_steps=1,
             eval_strategy="epoch",
-            label_names=["labels"],  # Trainer would take label_embeddings and label_ids for labels as well
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
