@@ -45,7 +45,7 @@ from .loop.optim import WarmupPlateau
 from .loop.saving import check_writer, save
 from .loop.setup import Run, setup
 from .metrics.functional import multilabel_report, per_label_report
-from .push import push_run
+from .publish.hub import push_run
 from .report.page import result_record, write_report
 from .scoring.predict import predict
 from .scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
