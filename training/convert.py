@@ -72,7 +72,7 @@ def convert_to_hsvlt(args: argparse.Namespace) -> None:
         )
     model = HSVLTForImageClassification(HSVLTConfig(**config_kwargs))
     model.set_label_embeddings(embeddings, **provenance)
-    model.load_state_dict(state_dict | {"hsvlt.label_embeddings": model.hsvlt.label_embeddings})
+    model.load_state_dict(state_dict | {"hsvlt.label_embeddings.weight": model.hsvlt.label_embeddings.weight})
     # The released code squashes a picture to a square, bilinearly, and feeds pixels in [0, 1].
     side = model.config.image_size
     image_processor = MultiLabelImageProcessor(
@@ -102,7 +102,7 @@ def convert_to_official(args: argparse.Namespace) -> None:
         torch.save(state_dict, weights)
     else:
         save_file(state_dict, weights)
-    np.save(embeddings, model.hsvlt.label_embeddings.float().numpy())
+    np.save(embeddings, model.hsvlt.label_embeddings.weight.float().numpy())
     print(f"Label embeddings are in {embeddings}; the released code reads them from its bert.npy.")
     if model.config.num_attention_heads != 1:
         print(f"Set num_heads to {model.config.num_attention_heads} in the released code; its weights do not tell.")

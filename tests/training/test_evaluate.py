@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor
 from training.evaluate import main
 from training.scoring.thresholds import store_thresholds
 
+from ..tolerance import METRIC, assert_close_metrics
 from .scoring.test_predict import launch
 from .tiny_checkpoint import NAMES, PICTURE_LABELS, save_checkpoint, save_pictures, tiny_model
 
@@ -138,6 +139,11 @@ def evaluate_to(checkpoint, pictures, folder):
 def test_the_command_gives_the_same_on_several_processes(checkpoint, pictures, tmp_path):
     launch(evaluate_to, [checkpoint, pictures], tmp_path)
     results = [json.loads((tmp_path / n / "results.json").read_text())["metrics"] for n in "123"]
-    assert results[0] == results[1] == results[2]
-    tables = [(tmp_path / n / "per_label.csv").read_text() for n in "123"]
-    assert tables[0] == tables[1] == tables[2]
+    tables = [read_csv(tmp_path / n / "per_label.csv") for n in "123"]
+    for several in (1, 2):  # a score depends in its last digits on the batch that it is in
+        assert_close_metrics(results[several], results[0])
+        assert tables[several].keys() == tables[0].keys()
+        for label, row in tables[0].items():
+            assert {key: float(value) for key, value in tables[several][label].items()} == pytest.approx(
+                {key: float(value) for key, value in row.items()}, abs=METRIC
+            )

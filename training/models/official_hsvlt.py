@@ -26,7 +26,7 @@ OFFICIAL_DEAD = re.compile(r"(fuse|norm|head|attn)\.|stages\.\d+\.\d+\.(mlp|norm
 def official_to_hsvlt(state_dict: StateDict) -> tuple[StateDict, dict]:
     """A state dict of the released HSVLT under our names, and what it says about the configuration.
 
-    The released file holds no label embeddings: the result lacks `hsvlt.label_embeddings` and nothing else. What the
+    The released file holds no label embeddings: `hsvlt.label_embeddings.weight` is missing, nothing else. What the
     released code builds without using is left out.
 
     Args:
@@ -76,7 +76,7 @@ def hsvlt_to_official(state_dict: StateDict) -> StateDict:
     names = _official_names(stage_depths({key.removeprefix("hsvlt.trunk."): None for key in state_dict}))
     names = {ours: official for official, ours in names.items()}
     converted = rename_tensors(
-        state_dict, names, re.compile(r"hsvlt\.label_embeddings$"), "an HSVLT of the published architecture"
+        state_dict, names, re.compile(r"hsvlt\.label_embeddings\.weight$"), "an HSVLT of the published architecture"
     )
     for key in converted:
         if key.endswith(("vis_project.0.weight", "project_mm.0.weight")):
