@@ -24,7 +24,9 @@ from transformers import (
 
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from modeling_hsvlt.label_prompts import encode_labels
-from training.convert import convert_convnext_state_dict, hsvlt_to_official, main, official_to_hsvlt
+from training.convert import main
+from training.models.convnext import convert_convnext_state_dict
+from training.models.official_hsvlt import hsvlt_to_official, official_to_hsvlt
 
 from ...tolerance import assert_close_outputs
 
