@@ -4,19 +4,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from .config_safety import refuse_kernel_repositories
+from .configuration_multilabel import MultiLabelConfig
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hp_dval.HPDVALConfig",
     "AutoModel": "modeling_hp_dval.HPDVALForImageClassification",
     "AutoModelForImageClassification": "modeling_hp_dval.HPDVALForImageClassification",
-}
-CUSTOM_PIPELINES = {
-    "multi-label-image-classification": {
-        "impl": "pipeline_multilabel.MultiLabelImageClassificationPipeline",
-        "pt": ["AutoModelForImageClassification"],
-        "type": "image",
-    }
 }
 STAGES = ("stage1", "stage2", "joint")
 # Image towers that give a class token and one token a patch, without others between.
@@ -53,7 +46,7 @@ PRESETS = {
 
 
 @strict
-class HPDVALConfig(PreTrainedConfig):
+class HPDVALConfig(MultiLabelConfig):
     r"""
     Configuration of [`HPDVALModel`] and [`HPDVALForImageClassification`]: dual-view alignment and hierarchical prompt
     tuning of a CLIP (HP-DVAL, IEEE TIP 2025, arXiv 2509.17747). Where the paper and its released code part ways, the
@@ -135,7 +128,16 @@ class HPDVALConfig(PreTrainedConfig):
     """
 
     model_type = "hp_dval"
-    sub_configs_defaults = {  # noqa: RUF012  (transformers reads a plain class attribute)
+    auto_classes = AUTO_MAP
+    keys_to_ignore_at_inference = [
+        "distillation_loss",
+        "semantic_consistency_loss",
+        "image_embeds",
+        "patch_embeds",
+        "hidden_states",
+        "attentions",
+    ]
+    sub_configs_defaults = {
         "text_config": SubConfigSpec(CLIPTextConfig, init_kwargs={"vocab_size": 49408 + 2 * 4}),
         "vision_config": SubConfigSpec(AutoConfig, model_type="clip_vision_model", init_kwargs={"patch_size": 16}),
         "teacher_config": SubConfigSpec(CLIPVisionConfig, optional=True),
@@ -163,12 +165,6 @@ class HPDVALConfig(PreTrainedConfig):
     semantic_consistency_weight: float | int = 1.0
     has_teacher: bool = True
     has_text_model: bool = True
-    loss_type: str = "bce"
-    loss_kwargs: dict | None = None
-    thresholds: list[float] | tuple[float, ...] | None = None
-    threshold_info: dict | None = None
-    calibration_info: dict | None = None
-    problem_type: str | None = "multi_label_classification"
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "HPDVALConfig":
@@ -194,10 +190,7 @@ class HPDVALConfig(PreTrainedConfig):
         return cls(**fields)
 
     def __post_init__(self, **kwargs):
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
         super().__post_init__(**kwargs)
-        refuse_kernel_repositories(self)
         if self.has_teacher and self.teacher_config is None and self.vision_config.model_type == "clip_vision_model":
             self.teacher_config = CLIPVisionConfig(**self.vision_config.to_dict())
         if not self.has_teacher:

@@ -6,19 +6,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from .config_safety import refuse_kernel_repositories
+from .configuration_multilabel import MultiLabelConfig
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hsvlt.HSVLTConfig",
     "AutoModel": "modeling_hsvlt.HSVLTForImageClassification",
     "AutoModelForImageClassification": "modeling_hsvlt.HSVLTForImageClassification",
-}
-CUSTOM_PIPELINES = {
-    "multi-label-image-classification": {
-        "impl": "pipeline_multilabel.MultiLabelImageClassificationPipeline",
-        "pt": ["AutoModelForImageClassification"],
-        "type": "image",
-    }
 }
 # Trunks whose blocks are public, so that an interaction can follow every block, as published.
 BLOCK_TRUNKS = ("convnext", "convnextv2")
@@ -55,7 +48,7 @@ PRESETS = {
 
 
 @strict
-class HSVLTConfig(PreTrainedConfig):
+class HSVLTConfig(MultiLabelConfig):
     r"""
     Configuration of [`HSVLTModel`] and [`HSVLTForImageClassification`]: a four-stage visual trunk and a stream of label
     tokens that query its pixels (HSVLT, ACM MM 2023). Defaults are the released "small" model's reading, see
@@ -137,7 +130,19 @@ class HSVLTConfig(PreTrainedConfig):
     """
 
     model_type = "hsvlt"
-    sub_configs_defaults = {  # noqa: RUF012  (transformers reads a plain class attribute)
+    auto_classes = AUTO_MAP
+    keys_to_ignore_at_inference = [
+        "class_ids",
+        "hidden_states",
+        "label_hidden_states",
+        "multimodal_states",
+        "attentions",
+    ]
+    label_fields = (
+        *MultiLabelConfig.label_fields,
+        *("label_text_encoder", "label_reading", "label_template"),  # of the embeddings of these labels
+    )
+    sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
             AutoConfig, model_type="convnext", init_kwargs=PRESETS["small"]["backbone_config"]
         )
@@ -162,15 +167,9 @@ class HSVLTConfig(PreTrainedConfig):
     candidate_loss_weight: float | int = 1.0
     residual_attention: bool = False
     residual_attention_weight: float = 0.5
-    loss_type: str = "bce"
-    loss_kwargs: dict | None = None
-    thresholds: list[float] | tuple[float, ...] | None = None
-    threshold_info: dict | None = None
-    calibration_info: dict | None = None
     label_text_encoder: str | None = None
     label_reading: str | None = None
     label_template: str | None = None
-    problem_type: str | None = "multi_label_classification"
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "HSVLTConfig":
@@ -200,8 +199,6 @@ class HSVLTConfig(PreTrainedConfig):
                     f"{key} is not accepted: describe the trunk in backbone_config; to start from pretrained weights "
                     "use HSVLTForImageClassification.from_backbone."
                 )
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
         if isinstance(self.backbone_config, dict):
             self.backbone_config = dict(self.backbone_config)
             if self.backbone_config.get("model_type") == "mltr":
@@ -210,7 +207,6 @@ class HSVLTConfig(PreTrainedConfig):
 
                 self.backbone_config = MlTrConfig(**self.backbone_config)
         super().__post_init__(**kwargs)
-        refuse_kernel_repositories(self)
         trunk = self.backbone_config
         if trunk.model_type not in BLOCK_TRUNKS and len(getattr(trunk, "out_features", None) or []) != 4:
             stage_names = getattr(trunk, "stage_names", None) or []

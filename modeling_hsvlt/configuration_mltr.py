@@ -2,21 +2,13 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.configuration_utils import PreTrainedConfig
 
-from .config_safety import refuse_kernel_repositories
+from .configuration_multilabel import MultiLabelConfig
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mltr.MlTrConfig",
     "AutoModel": "modeling_mltr.MlTrForImageClassification",
     "AutoModelForImageClassification": "modeling_mltr.MlTrForImageClassification",
-}
-CUSTOM_PIPELINES = {
-    "multi-label-image-classification": {
-        "impl": "pipeline_multilabel.MultiLabelImageClassificationPipeline",
-        "pt": ["AutoModelForImageClassification"],
-        "type": "image",
-    }
 }
 SUBLAYERS = ("pixel", "cross", "mlp")
 CAT_BLOCK = ("pixel", "mlp", "cross", "mlp", "pixel", "mlp")
@@ -91,7 +83,7 @@ PRESETS = {
 
 
 @strict
-class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
+class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
     r"""
     Configuration of [`MlTrModel`], [`MlTrBackbone`] and [`MlTrForImageClassification`]: a four-stage transformer whose
     blocks attend within windows of pixels and across windows (MlTr, arXiv 2106.06195).
@@ -180,7 +172,9 @@ class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "mltr"
-    attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012  (transformers reads a plain class attribute)
+    auto_classes = AUTO_MAP
+    keys_to_ignore_at_inference = ["hidden_states", "reshaped_hidden_states", "attentions", "cross_attentions"]
+    attribute_map = {"num_attention_heads": "num_heads"}
 
     image_size: int = 224
     patch_size: int = 4
@@ -205,12 +199,6 @@ class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
     skip_single_window_cross: bool = False
     layer_norm_eps: float = 1e-5
     initializer_range: float | None = 0.02
-    loss_type: str = "bce"
-    loss_kwargs: dict | None = None
-    thresholds: list[float] | tuple[float, ...] | None = None
-    threshold_info: dict | None = None
-    calibration_info: dict | None = None
-    problem_type: str | None = "multi_label_classification"
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -231,14 +219,11 @@ class MlTrConfig(BackboneConfigMixin, PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides})
 
     def __post_init__(self, **kwargs):
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, 5))]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
-        refuse_kernel_repositories(self)
 
     @property
     def hidden_sizes(self) -> list[int]:

@@ -5,8 +5,9 @@ Every loss takes `logits` (batch, num_labels) and `labels` of the same shape und
 gradient, except in `weak_assume_negative_loss`, whose purpose it is. Arithmetic is fp32 whatever the dtype of the
 logits: the asymmetric loss overflows in fp16.
 
-`reduction="mean"` is the mean over the known entries of the batch, `"sum"` their sum. The asymmetric loss was published
-with the sum; going from one to the other changes which learning rate works.
+`reduction="mean"` is the mean over the known entries of the batch, `"sum"` their sum, `"none"` leaves them apart. The
+asymmetric loss was published with the sum; going from one to the other changes which learning rate works. Where an
+optimizer step sees several batches, [`multilabel_loss`] divides by the known entries of them all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 UNKNOWN_LABEL = -100
+# Logit of a label that was not scored: the lowest finite number of fp16, whose sigmoid is 0. (NaN would rank first.)
+NOT_EVALUATED = -65504.0
 
 
 def validate_labels(labels: torch.Tensor, num_labels: int) -> None:
@@ -56,11 +59,13 @@ def _known_entries(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
 
 def _reduce(loss: torch.Tensor, known: torch.Tensor, reduction: str) -> torch.Tensor:
     loss = loss * known
+    if reduction == "none":
+        return loss
     if reduction == "sum":
         return loss.sum()
     if reduction == "mean":
         return loss.sum() / known.sum().clamp(min=1)
-    raise ValueError(f"reduction must be 'mean' or 'sum', but it is {reduction!r}.")
+    raise ValueError(f"reduction must be 'mean', 'sum' or 'none', but it is {reduction!r}.")
 
 
 def binary_cross_entropy_loss(
@@ -367,7 +372,11 @@ MULTILABEL_LOSSES = {
 
 
 def multilabel_loss(
-    logits: torch.Tensor, labels: torch.Tensor, loss_type: str = "bce", loss_kwargs: dict | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    loss_type: str = "bce",
+    loss_kwargs: dict | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss that a model config names, `config.loss_type` with `config.loss_kwargs`.
 
@@ -375,17 +384,39 @@ def multilabel_loss(
         logits, labels (`torch.Tensor` of shape `(batch, num_labels)`): see [`binary_cross_entropy_loss`].
         loss_type (`str`, defaults to `"bce"`): a key of `MULTILABEL_LOSSES`.
         loss_kwargs (`dict`, *optional*): keyword arguments of that loss.
+        num_items_in_batch (`int` or `torch.Tensor` of shape `()`, *optional*): known entries of a whole optimizer step,
+            over all batches and processes, as Trainer counts them. The loss is then this batch's part of the step's, so
+            that the parts add up: entry by entry each known label counts once, wherever it is. A loss of whole pictures
+            (ZLPR, partial BCE, weak assume-negative) counts each picture by its known labels; the two-way loss, which
+            compares the pictures of a batch, each batch by its own. A configured `reduction="sum"` adds up by itself.
 
     Raises:
         ValueError: an unknown `loss_type`.
     """
     if loss_type not in MULTILABEL_LOSSES:
         raise ValueError(f"loss_type {loss_type!r} is unknown; choose one of {sorted(MULTILABEL_LOSSES)}.")
-    return MULTILABEL_LOSSES[loss_type](logits, labels, **(loss_kwargs or {}))
+    function, arguments = MULTILABEL_LOSSES[loss_type], dict(loss_kwargs or {})
+    if num_items_in_batch is None or arguments.get("reduction") == "sum":
+        return function(logits, labels, **arguments)
+    known = labels != UNKNOWN_LABEL
+    if loss_type == "two_way":
+        loss = function(logits, labels, **arguments) * known.sum()
+    else:
+        losses = function(logits, labels, **{**arguments, "reduction": "none"})
+        if loss_type == "weak_assume_negative":
+            losses = losses.mean(1)
+        loss = (losses if losses.ndim == 2 else losses * known.sum(1)).sum()
+    return loss / items_in_step(num_items_in_batch, loss)
+
+
+def items_in_step(num_items_in_batch: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`num_items_in_batch` as a divisor: at least 1, on the device of `like`, without dimensions."""
+    return torch.as_tensor(num_items_in_batch, device=like.device).reshape(-1)[0].clamp(min=1)
 
 
 __all__ = [
     "MULTILABEL_LOSSES",
+    "NOT_EVALUATED",
     "UNKNOWN_LABEL",
     "asymmetric_loss",
     "binary_cross_entropy_loss",

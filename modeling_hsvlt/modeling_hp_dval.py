@@ -128,7 +128,7 @@ class HPDVALPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]  # noqa: RUF012
+    _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

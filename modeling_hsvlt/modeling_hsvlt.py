@@ -553,11 +553,11 @@ class HSVLTPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _no_split_modules = ["HSVLTInteractionLayer"]  # noqa: RUF012
+    _no_split_modules = ["HSVLTInteractionLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
     # The label stream overflows fp16, see HSVLTLabelStream.
-    _keep_in_fp32_modules = [  # noqa: RUF012
+    _keep_in_fp32_modules = [
         "label_stream",
         "multimodal_norms",
         "aggregation",

@@ -494,7 +494,7 @@ class MlTrPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _no_split_modules = ["MlTrLayer"]  # noqa: RUF012
+    _no_split_modules = ["MlTrLayer"]
     _input_embed_layer = "patch_embeddings"
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -669,7 +669,7 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
 class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):
     """The stages' maps, each normalised, for models that stand on a trunk: `out_features` of the configuration."""
 
-    _keys_to_ignore_on_load_unexpected = [r"layernorm\.", r"classifier\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"layernorm\.", r"classifier\."]
 
     def __init__(self, config: MlTrConfig):
         super().__init__(config)

@@ -264,7 +264,7 @@ class MultiLabelImageProcessor(PilBackend):
     """
 
     valid_kwargs = MultiLabelImageProcessorKwargs
-    size = {"height": 448, "width": 448}  # noqa: RUF012
+    size = {"height": 448, "width": 448}
     resize_mode = "squash"
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN

@@ -1,0 +1,127 @@
+"""What the configurations of HSVLT, MlTr and HP-DVAL share: loss, what was fitted for the labels, and what a downloaded
+config.json must not ask for.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CUSTOM_PIPELINES = {
+    "multi-label-image-classification": {
+        "impl": "pipeline_multilabel.MultiLabelImageClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    }
+}
+
+
+@strict
+class MultiLabelConfig(PreTrainedConfig):
+    r"""
+    Base of the configurations. What belongs to a label set goes with it: as soon as `id2label` (or `num_labels`) gives
+    other names, whatever way that happens, [`forget_labels`] drops the fields in `label_fields`, with a warning.
+
+    Args:
+        loss_type (`str`, defaults to `"bce"`):
+            Training loss, a key of `losses_multilabel.MULTILABEL_LOSSES`.
+        loss_kwargs (`dict`, *optional*):
+            Arguments of that loss.
+        thresholds (`list[float]`, *optional*):
+            Score from which on each label counts as present; None until fitted on validation data.
+        threshold_info (`dict`, *optional*):
+            How they were fitted: objective, target, data set, split, its fingerprint, date. Nothing computes with it.
+        calibration_info (`dict`, *optional*):
+            How the classifier was calibrated: method, data as above, and the `scale` and `bias` of each label's logit
+            that its weights hold since, so that it can be undone. Nothing at inference reads it.
+    """
+
+    # File and class of the model in this package, for `auto_map`; subclasses set it.
+    auto_classes = {}
+    # Fields that were fitted for, or made from, these very labels.
+    label_fields = ("thresholds", "threshold_info", "calibration_info")
+
+    loss_type: str = "bce"
+    loss_kwargs: dict | None = None
+    thresholds: list[float] | tuple[float, ...] | None = None
+    threshold_info: dict | None = None
+    calibration_info: dict | None = None
+    problem_type: str | None = "multi_label_classification"
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(self.auto_classes))
+        kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
+        super().__post_init__(**kwargs)
+        self._refuse_kernel_repositories()
+        if self.thresholds is not None and len(self.thresholds) != self.num_labels:
+            self.forget_labels(f"there are {len(self.thresholds)} thresholds for {self.num_labels} labels")
+
+    def __setattr__(self, key, value):
+        if key == "id2label" and "id2label" in self.__dict__:
+            before, after = _names(self.__dict__["id2label"]), _names(value)
+            super().__setattr__(key, value)
+            # Names are first given by the constructor, and once more with whole numbers for keys.
+            if before is not None and before != after:
+                self.forget_labels("the label names have changed")
+        else:
+            super().__setattr__(key, value)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers. Of `kwargs`, label names are applied first, so that thresholds beside them stay."""
+        names = ("id2label", "label2id")
+        ordered = {key: kwargs[key] for key in names if key in kwargs}
+        return super().from_dict(config_dict, **ordered, **{k: v for k, v in kwargs.items() if k not in names})
+
+    def set_label_names(self, names: Sequence[str]) -> None:
+        """Sets `id2label` and `label2id` to these names, in order; what belongs to other names is dropped.
+
+        Raises:
+            ValueError: no names, or one twice.
+        """
+        names = [str(name) for name in names]
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
+        if not names or twice:
+            raise ValueError(f"label names must differ, but {twice[0]!r} comes twice." if twice else "names is empty.")
+        self.id2label = dict(enumerate(names))
+        self.label2id = {name: index for index, name in enumerate(names)}
+
+    def forget_labels(self, reason: str) -> None:
+        """Drops what belongs to a label set, the fields in `label_fields`, and says so if there was something.
+
+        Args:
+            reason (`str`): why, for the warning.
+        """
+        dropped = [field for field in self.label_fields if getattr(self, field, None) is not None]
+        for field in dropped:
+            setattr(self, field, None)
+        if dropped:
+            logger.warning(
+                f"Dropped from the configuration: {', '.join(dropped)}; {reason}. Fit thresholds again on validation "
+                "data; weights and label embeddings stay what they were until they are set or trained."
+            )
+
+    def _refuse_kernel_repositories(self) -> None:
+        """Refuses an attention implementation that is the name of a repository, here and in sub-configurations.
+
+        transformers fetches such a kernel and runs it (`attn_implementation="org/name"`). Whoever loads a model may ask
+        for that, as an argument of `from_pretrained`; the file that came with the weights may not.
+        """
+        for part in (self, *(getattr(self, name, None) for name in self.sub_configs)):
+            asked = getattr(part, "_attn_implementation", None)
+            if "/" in str(asked or ""):
+                raise ValueError(
+                    f"This configuration asks for the attention kernel {asked!r}, which is code in another repository: "
+                    "take it out of config.json; if you trust it, give attn_implementation to from_pretrained yourself."
+                )
+
+
+def _names(id2label: Mapping | None) -> list[str] | None:
+    """Label names in the order of their numbers, which JSON turns into text."""
+    return None if id2label is None else [id2label[key] for key in sorted(id2label, key=int)]
+
+
+__all__ = ["MultiLabelConfig"]

@@ -1,0 +1,98 @@
+"""What HSVLT, MlTr and HP-DVAL share: the guard of their fast paths, output flags, and what stays in fp32."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers.modeling_utils import PreTrainedModel
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Where the classes live that are just their weights. Adapters, quantised layers, shards and parametrisations are, or
+# make, classes of other places.
+_PLAIN = ("torch.nn.modules.", "transformers.models.", "transformers.activations")
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether these modules are their class and weights and nothing more, so that a fast path may compute with the
+    weights in place of calling them.
+
+    Hooks of any kind, parametrisations, offloading, adapters, quantised or distributed weights all make a module more
+    than its weights: then it has to be called. The same goes under `torch.jit`, and so in the legacy ONNX exporter,
+    which record what one input does.
+    """
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return False
+    if any(getattr(torch_module, f"_global{name}") for name in _HOOKS):
+        return False
+    return all(map(_is_plain, modules))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return (
+        type(module).__module__.startswith(_PLAIN)
+        and not any(getattr(module, name) for name in _HOOKS)
+        and "forward" not in module.__dict__  # replaced on the instance, as offloading does
+        and not hasattr(module, "_hf_hook")
+        and all(type(weight) in (nn.Parameter, torch.Tensor, type(None)) for weight in module._parameters.values())
+        # Pruning and the old weight norm keep the weight as a plain attribute, computed by a hook.
+        and all(name in module._parameters for name in ("weight", "bias") if hasattr(module, name))
+    )
+
+
+def output_flags(config, output_hidden_states, output_attentions) -> tuple[bool | int | Sequence[int], bool]:
+    """What a forward pass was asked for, by argument or else by the configuration."""
+    if output_hidden_states is None:
+        output_hidden_states = config.output_hidden_states
+    if output_attentions is None:
+        output_attentions = config.output_attentions
+    return output_hidden_states if wants_states(output_hidden_states) else False, output_attentions
+
+
+def wants_states(output_hidden_states: bool | int | Sequence[int] | None) -> bool:
+    """Whether any states were asked for; a number or a list of numbers chooses among them."""
+    return output_hidden_states is not None and output_hidden_states is not False
+
+
+def chosen_states(states: Sequence, output_hidden_states: bool | int | Sequence[int]) -> tuple | None:
+    """The states that `output_hidden_states` asks for, with None in the place of the others, as transformers does it.
+
+    Args:
+        states (sequence): all of them.
+        output_hidden_states: True for all, False for none (the result is None then), or which, from the end if below 0.
+    """
+    if isinstance(output_hidden_states, bool):
+        return tuple(states) if output_hidden_states else None
+    chosen = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    wanted = {index % len(states) for index in chosen if -len(states) <= index < len(states)}
+    return tuple(state if index in wanted else None for index, state in enumerate(states))
+
+
+class MultiLabelPreTrainedModel(PreTrainedModel):
+    """Base of the three models' own bases."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # Trainer gives `num_items_in_batch`, the known labels of a whole optimizer step, and the loss is divided by that.
+    accepts_loss_kwargs = True
+
+    def _apply(self, fn, recurse=True):
+        # `half()`, `to(torch.float16)`, `type(...)`: what `from_pretrained` keeps in fp32 stays in fp32 here as well.
+        kept = {
+            id(tensor)
+            for name, module in self.named_modules()
+            if name.rpartition(".")[2] in self._keep_in_fp32_modules
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+
+        def apply(tensor):
+            result = fn(tensor)
+            if id(tensor) in kept and result.dtype == torch.float16 and tensor.dtype != torch.float16:
+                return tensor.to(device=result.device)
+            return result
+
+        return super()._apply(apply if kept else fn, recurse)
+
+
+__all__ = ["MultiLabelPreTrainedModel", "chosen_states", "is_plain", "output_flags", "wants_states"]
