@@ -10,8 +10,8 @@ import argparse
 import sys
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.multiply_adds import CountMultiplyAdds
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 
 
@@ -46,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     with torch.device("meta"):
         config = HSVLTConfig.preset(args.preset, num_labels=args.labels, image_size=args.image_size)
         model = HSVLTForImageClassification(config).train()
-    with FlopCounterMode(display=False) as counter:
+    with CountMultiplyAdds() as counter:
         model(pixel_values=torch.empty(1, 3, args.image_size, args.image_size, device="meta"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     two, four = (kept_for_backward(model, pictures, args.image_size) for pictures in (2, 4))
     picture = (four - two) / 2 / 2**20
-    work = 3 * counter.get_total_flops()  # backward is twice forward
+    work = 3 * 2 * counter.total  # backward is twice forward
     step = args.batch_size * work / (args.tflops * 1e12 * args.share)
     traffic = 2 * (args.gpus - 1) / args.gpus * 4 * parameters  # ring all-reduce of fp32 gradients
     network = traffic / (args.gigabytes * 1e9)

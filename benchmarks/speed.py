@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModel, ConvNextForImageClassification, SwinConfig
 
 from benchmarks.heads import HEADS
+from benchmarks.multiply_adds import CountMultiplyAdds
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MlTrConfig, MlTrForImageClassification
 
 
@@ -119,12 +119,10 @@ def multiply_adds(build_model: Callable[[], nn.Module], image_size: int) -> int:
         picture = torch.empty(1, 3, image_size, image_size)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, which a counter cannot look into
-    with torch.no_grad():
-        model(picture)  # folds what is folded once
-        with FlopCounterMode(display=False) as counter:
-            model(picture)
+    with torch.no_grad(), CountMultiplyAdds() as counter:
+        model(picture)
     torch.backends.mha.set_fastpath_enabled(fast_path)
-    return counter.get_total_flops() // 2
+    return counter.total
 
 
 def synchronise(device: torch.device) -> None:

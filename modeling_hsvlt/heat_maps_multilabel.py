@@ -56,7 +56,7 @@ def _attention_maps(model, pixel_values, label_ids, stages):
     mixed = model.residual_attention is not None and stages is None
     output = model(
         pixel_values=pixel_values,
-        label_ids=label_ids,
+        class_ids=label_ids,
         output_attentions=True,
         output_hidden_states=mixed,
         return_dict=True,

@@ -134,11 +134,11 @@ class LabelContext(nn.Module):
         the rows have the same values, so that neither optimizers nor adapters can leave old ones behind."""
         with torch.autocast(self.context_ids.device.type, enabled=False):
             if torch.is_grad_enabled():
-                return _mean_states(self.encoder, self._tokens, None, batch_size=256)
+                return _mean_states(self.encoder, self._tokens, batch_size=256)
             rows = self.rows()
             fits = self._encoded is not None and self._encoded[0].device == rows.device
             if not fits or not torch.equal(self._encoded[0], rows):
-                self._encoded = rows.clone(), _mean_states(self.encoder, self._tokens, None, batch_size=256)
+                self._encoded = rows.clone(), _mean_states(self.encoder, self._tokens, batch_size=256)
             return self._encoded[1]
 
     def save_adapter(self, save_directory: str | os.PathLike) -> None:

@@ -63,6 +63,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.tokenizer = None  # given a processor alone, transformers takes its stand-in for one
         if self.model.config.problem_type not in (None, "multi_label_classification"):
             raise ValueError(
                 f"This model is for {self.model.config.problem_type}, whose scores are no sigmoids; use "
@@ -153,8 +154,8 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             logits, maps = label_heat_maps(self.model, inputs["pixel_values"], chosen)
             return {"logits": logits, "maps": maps, "picture": inputs["picture"]}
         # The logits alone: feature maps would be copied to the CPU for nothing.
-        if chosen is not None and "label_ids" in inspect.signature(self.model.forward).parameters:
-            return {"logits": self.model(**inputs, label_ids=chosen).logits}
+        if chosen is not None and "class_ids" in inspect.signature(self.model.forward).parameters:
+            return {"logits": self.model(**inputs, class_ids=chosen).logits}
         logits = self.model(**inputs).logits
         return {"logits": logits if chosen is None else logits[:, chosen]}
 
@@ -234,6 +235,11 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         encoder, tokenizer = (
             text_encoder if isinstance(text_encoder, tuple) else load_text_encoder(text_encoder, revision)
         )
+        provenance = {
+            "encoder": config.label_text_encoder,
+            "reading": config.label_reading,
+            "template": config.label_template,
+        }
         embeddings = encode_labels(
             names,
             encoder,
@@ -247,11 +253,8 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 f"The text encoder gives {embeddings.shape[1]} numbers a label, but the model reads "
                 f"{config.label_embedding_dim}; use the one it was trained with, {config.label_text_encoder}."
             )
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: index for index, name in enumerate(names)}
-        config.thresholds = config.threshold_info = config.calibration_info = None
-        model.num_labels = len(names)
-        model.hsvlt.label_embeddings = embeddings.to(model.hsvlt.label_embeddings)
+        config.set_label_names(names)
+        model.set_label_embeddings(embeddings, **provenance)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves the model, its code and a [`MultiLabelProcessor`], so that every `Auto` class loads from the folder."""

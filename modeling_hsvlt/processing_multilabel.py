@@ -352,6 +352,18 @@ class MultiLabelImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": [pixels.numpy() for pixels in pixel_values]}, tensor_type=return_tensors)
 
 
+class _NoTokenizer:
+    """transformers' Trainer reads the special tokens of every processor's tokenizer; here it finds none."""
+
+    init_kwargs: Mapping = {}  # what `ProcessorMixin` reads
+    eos_token_id = bos_token_id = pad_token_id = None
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError("MultiLabelProcessor reads pictures and no text: give images alone.")
+
+    decode = batch_decode = __call__
+
+
 class MultiLabelProcessor(ProcessorMixin):
     r"""
     A checkpoint's picture and label side: `processor(images=..., return_tensors="pt")` before the model,
@@ -368,6 +380,8 @@ class MultiLabelProcessor(ProcessorMixin):
     `from_pretrained` takes the label names and thresholds from the folder's `config.json` if that has label names, so
     that the two files cannot disagree.
     """
+
+    tokenizer = _NoTokenizer()
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ import re
 import struct
 import threading
 import zlib
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor, Trainer, TrainingArguments
 from transformers.image_processing_backends import PilBackend
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from modeling_hsvlt import HSVLTConfig
+from modeling_hsvlt import HSVLTConfig, MlTrConfig, MlTrForImageClassification
 from modeling_hsvlt.processing_multilabel import (
     MAX_PIXELS,
     MultiLabelImageProcessor,
@@ -628,3 +629,49 @@ def test_config_json_has_the_last_word_on_labels_and_thresholds(tmp_path, monkey
     monkeypatch.setattr("transformers.configuration_utils.logger.warning", warnings.append)
     MultiLabelProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert not warnings
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, processor):
+        self.pixels = processor(images=[noise(40, 40, seed=seed) for seed in range(8)], return_tensors="pt")
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        labels = torch.tensor([index % 2, 1, 0, -100], dtype=torch.float)
+        return {"pixel_values": self.pixels["pixel_values"][index], "labels": labels}
+
+
+def test_trainer_takes_it_as_its_processing_class(tmp_path):
+    config = MlTrConfig.preset("nano", num_labels=4, id2label=NAMES, image_size=32)
+    model = MlTrForImageClassification(config)
+    model.save_pretrained(tmp_path / "start")
+    MultiLabelProcessor(MultiLabelImageProcessor(size=32, resize_mode="pad")).save_pretrained(tmp_path / "start")
+    processor = AutoProcessor.from_pretrained(tmp_path / "start")
+    before = config.to_dict()
+    rows = Rows(processor)
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        save_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=processor)
+    trainer.train()
+    assert trainer.state.global_step == 2 and np.isfinite(trainer.evaluate()["eval_loss"])
+    assert {key: value for key, value in model.config.to_dict().items() if key in before} == before, "no token ids"
+    again = AutoProcessor.from_pretrained(tmp_path / "run/checkpoint-2")
+    assert type(again) is MultiLabelProcessor and again.id2label == NAMES
+    assert again.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert "tokenizer" not in json.loads((tmp_path / "run/checkpoint-2/processor_config.json").read_text())
+
+
+def test_it_has_no_text_side():
+    processor = processor_of()
+    for use in (partial(processor, text="cat"), partial(processor.decode, [1]), partial(processor.batch_decode, [[1]])):
+        with pytest.raises(ValueError, match="reads pictures and no text: give images alone"):
+            use()
+    assert processor.model_input_names == ["pixel_values"]

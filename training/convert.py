@@ -113,7 +113,7 @@ def convert_convnext_state_dict(state_dict: StateDict) -> StateDict:
 def official_to_hsvlt(state_dict: StateDict) -> tuple[StateDict, dict]:
     """A state dict of the released HSVLT under our names, and what it says about the configuration.
 
-    The released file holds no label embeddings: the result lacks `hsvlt.label_embeddings` and nothing else. What the
+    The released file holds no label embeddings: `hsvlt.label_embeddings.weight` is missing, nothing else. What the
     released code builds without using is left out.
 
     Args:
@@ -163,7 +163,7 @@ def hsvlt_to_official(state_dict: StateDict) -> StateDict:
     names = _official_names(_depths({key.removeprefix("hsvlt.trunk."): None for key in state_dict}))
     names = {ours: official for official, ours in names.items()}
     converted = rename_tensors(
-        state_dict, names, re.compile(r"hsvlt\.label_embeddings$"), "an HSVLT of the published architecture"
+        state_dict, names, re.compile(r"hsvlt\.label_embeddings\.weight$"), "an HSVLT of the published architecture"
     )
     for key in converted:
         if key.endswith(("vis_project.0.weight", "project_mm.0.weight")):
@@ -304,7 +304,7 @@ def convert_to_hsvlt(args: argparse.Namespace) -> None:
         )
     model = HSVLTForImageClassification(HSVLTConfig(**config_kwargs))
     model.set_label_embeddings(embeddings, **provenance)
-    model.load_state_dict(state_dict | {"hsvlt.label_embeddings": model.hsvlt.label_embeddings})
+    model.load_state_dict(state_dict | {"hsvlt.label_embeddings.weight": model.hsvlt.label_embeddings.weight})
     # The released code squashes a picture to a square, bilinearly, and feeds pixels in [0, 1].
     side = model.config.image_size
     image_processor = MultiLabelImageProcessor(
@@ -334,7 +334,7 @@ def convert_to_official(args: argparse.Namespace) -> None:
         torch.save(state_dict, weights)
     else:
         save_file(state_dict, weights)
-    np.save(embeddings, model.hsvlt.label_embeddings.float().numpy())
+    np.save(embeddings, model.hsvlt.label_embeddings.weight.float().numpy())
     print(f"Label embeddings are in {embeddings}; the released code reads them from its bert.npy.")
     if model.config.num_attention_heads != 1:
         print(f"Set num_heads to {model.config.num_attention_heads} in the released code; its weights do not tell.")

@@ -101,8 +101,6 @@ def predict(
             padding = pixel_values[-1:].expand(batch_size - count, *pixel_values.shape[1:])
             output = model(pixel_values=torch.cat([pixel_values, padding]))
             batch_scores = output.logits.float().sigmoid()
-            if getattr(output, "evaluated", None) is not None:
-                batch_scores = batch_scores.masked_fill(~output.evaluated, 0)
             batch_scores = batch_scores[:count]
             batch_labels = batch["labels"].to_dense().float()
             gathered = accelerator.gather_for_metrics((batch["index"], batch_scores, batch_labels))

@@ -121,7 +121,7 @@ def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: Trai
     unique = list(dict.fromkeys(names))  # ImageNet has two cranes and two maillots
     embeddings = encode_labels(unique, encoder, tokenizer, template=config.label_template)
     embeddings = embeddings[[unique.index(each) for each in names]]
-    model.set_text_classifier(transfer_classifier(weight, embeddings, model.hsvlt.label_embeddings))
+    model.set_text_classifier(transfer_classifier(weight, embeddings, model.hsvlt.label_embeddings.weight))
 
 
 TRAINED_BESIDE_CONTEXT = ("all", "all_but_trunk", "nothing")

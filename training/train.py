@@ -23,6 +23,8 @@ import sys
 import textwrap
 import time
 import traceback
+from contextlib import nullcontext
+from itertools import islice
 
 import numpy as np
 import torch
@@ -112,36 +114,38 @@ def train_epoch(run: Run, bar: tqdm) -> None:
     run.model.train()
     bar.set_description(f"epoch {epoch + 1}")
     pictures, start = 0, time.perf_counter()
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss and rows of each batch of the step
-    for batch in loader:
-        seeds = np.random.SeedSequence((config.seed, epoch, progress["batch"], accelerator.process_index))
-        set_seed(int(seeds.generate_state(1)[0]))
-        with accelerator.accumulate(run.model):
-            pixel_values, labels = batch["pixel_values"], batch["labels"].to_dense()
-            if run.augmentation is not None:
-                pixel_values, labels = run.augmentation(pixel_values / 255, labels)
-                pixel_values = pixel_values * 255
-            labels, share = _share_of_batch(run, labels)
-            loss = run.model(pixel_values=normalize_pixels(pixel_values, run.processor), labels=labels).loss * share
-            accelerator.backward(loss)
+    iterator = iter(loader)
+    for batches in iter(lambda: list(islice(iterator, config.gradient_accumulation_steps)), []):
+        known = _known_labels(run, batches)
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss and rows of each batch of the step
+        for batch in batches:
+            accelerator.sync_gradients = batch is batches[-1]
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(run.model):
+                pixel_values, labels = _augmented(run, batch, progress["batch"])
+                loss = run.model(
+                    pixel_values=normalize_pixels(pixel_values, run.processor),
+                    labels=labels,
+                    num_items_in_batch=known,
+                ).loss
+                # The gradients of processes are averaged, and accelerate divides by the batches of a step; but these
+                # losses are parts of the step's mean, to be added up.
+                loss = loss * accelerator.num_processes
+                accelerator.backward(loss * config.gradient_accumulation_steps)
             seen.append((loss.detach(), batch["index"]))
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-                # FSDP2's is divided, DeepSpeed's a number.
-                norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
-                finite, stop, failed = _agree(run, seen, norm)
-                if finite:
-                    run.optimizer.step()
-                else:
-                    _name_nonfinite(run, seen)
-                    progress["skipped_steps"] += 1
-                    if accelerator.scaler is not None:
-                        accelerator.scaler.update()
-            run.optimizer.zero_grad()
-        progress["batch"] += 1
-        pictures += len(labels)
-        if not accelerator.sync_gradients:
-            continue
+            progress["batch"] += 1
+            pictures += len(labels)
+        norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
+        # FSDP2's is divided, DeepSpeed's a number.
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        finite, stop, failed = _agree(run, seen, norm)
+        if finite:
+            run.optimizer.step()
+        else:
+            _name_nonfinite(run, seen)
+            progress["skipped_steps"] += 1
+            if accelerator.scaler is not None:
+                accelerator.scaler.update()
+        run.optimizer.zero_grad()
         progress["step"] += 1
         learning_rate = max(group["lr"] for group in run.optimizer.param_groups)
         if not finite:
@@ -159,8 +163,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
             seconds = time.perf_counter() - start
             values = {
                 "epoch": epoch + progress["batch"] / len(run.loaders["train"]),
-                "train/loss": accelerator.reduce(sum(loss for loss, _ in seen), "mean").item()
-                / config.gradient_accumulation_steps,
+                "train/loss": accelerator.reduce(sum(loss for loss, _ in seen), "mean").item(),
                 "train/grad_norm": norm.item(),
                 "train/learning_rate": learning_rate,
                 "train/skipped_steps": progress["skipped_steps"],
@@ -171,7 +174,6 @@ def train_epoch(run: Run, bar: tqdm) -> None:
             accelerator.log(values, step=progress["step"])
             bar.set_postfix(loss=values["train/loss"], best_mAP=progress["best_mAP"] or 0.0)
             pictures, start = 0, time.perf_counter()
-        seen = []
         if failed:
             check_writer(run, wait=True)
         if stop:
@@ -182,24 +184,38 @@ def train_epoch(run: Run, bar: tqdm) -> None:
             save(run)
 
 
-def _share_of_batch(run: Run, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """Labels of a process's batch, and what its loss counts for, so that any number of processes trains alike.
+def _augmented(run: Run, batch: dict, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels, not yet normalised, and labels of batch `place` of the epoch; the same every time they are asked for."""
+    seeds = np.random.SeedSequence((run.config.seed, run.progress["epoch"], place, run.accelerator.process_index))
+    set_seed(int(seeds.generate_state(1)[0]))
+    pixel_values, labels = batch["pixel_values"], batch["labels"].to_dense()
+    if run.augmentation is not None:
+        pixel_values, labels = run.augmentation(pixel_values / 255, labels)
+        pixel_values = pixel_values * 255
+    return pixel_values, _once(run, labels, place)
 
-    The mean of the processes' losses, which DDP's gradients belong to, has to be the mean over all known labels of all
-    processes. And where the pictures of an epoch do not divide by the processes, accelerate fills the last batches up
-    with pictures from the first; their labels are unknown here, so that no picture counts twice.
-    """
-    accelerator, loader = run.accelerator, run.loaders["train"]
-    if accelerator.num_processes == 1:
-        return labels, 1.0
-    per_process = run.config.batch_size
-    left = len(run.train_data) % (per_process * accelerator.num_processes)
-    if left and run.progress["batch"] == len(loader) - 1:
-        place = accelerator.process_index * per_process + torch.arange(len(labels), device=labels.device)
-        labels = labels.masked_fill((place >= left)[:, None], UNKNOWN_LABEL)
-    known = (labels != UNKNOWN_LABEL).sum().float()
-    everywhere = accelerator.reduce(known, "sum").clamp(min=1)
-    return labels, known * accelerator.num_processes / everywhere
+
+def _once(run: Run, labels: torch.Tensor, place: int) -> torch.Tensor:
+    """Labels of batch `place` of the epoch, unknown where accelerate filled up the last batches of the processes with
+    pictures from the first, so that no picture counts twice."""
+    count, index, size = run.accelerator.num_processes, run.accelerator.process_index, run.config.batch_size
+    left = len(run.train_data) % (size * count)
+    if count == 1 or not left or place < len(run.loaders["train"]) - 1:
+        return labels
+    picture = index * size + torch.arange(len(labels), device=labels.device)
+    return labels.masked_fill((picture >= left)[:, None], UNKNOWN_LABEL)
+
+
+def _known_labels(run: Run, batches: list[dict]) -> torch.Tensor:
+    """How many labels are known in the batches of a step, on all processes: each of them counts once in its loss."""
+    mixup = run.augmentation is not None and run.augmentation.mixup
+    known = 0
+    for place, batch in enumerate(batches, run.progress["batch"]):
+        labels = batch["labels"].to_dense()
+        if mixup and (labels == UNKNOWN_LABEL).any():  # what is mixed with an unknown label is unknown as well
+            labels = _augmented(run, batch, place)[1]
+        known = known + (_once(run, labels, place) != UNKNOWN_LABEL).sum()
+    return run.accelerator.reduce(known, "sum").clamp(min=1)
 
 
 def _agree(run: Run, seen: list, norm: torch.Tensor) -> tuple[bool, bool, bool]:
@@ -225,7 +241,7 @@ def _name_nonfinite(run: Run, seen: list) -> None:
     listing = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
     message = (
         f"The {what} is not finite at step {run.progress['step'] + 1} (epoch {run.progress['epoch'] + 1}, batch "
-        f"{run.progress['batch'] + 1}, train: {listing})"
+        f"{run.progress['batch']}, train: {listing})"
     )
     if run.config.on_nonfinite == "stop":
         raise FloatingPointError(

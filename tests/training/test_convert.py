@@ -141,7 +141,7 @@ def pixels():
 
 def build(state_dict, config_kwargs, label_embeddings):
     model = HSVLTForImageClassification(HSVLTConfig(**config_kwargs)).eval()
-    model.load_state_dict(state_dict | {"hsvlt.label_embeddings": label_embeddings})
+    model.load_state_dict(state_dict | {"hsvlt.label_embeddings.weight": label_embeddings})
     return model
 
 
@@ -181,7 +181,7 @@ def test_published_depths_have_the_published_number_of_live_tensors(depths, live
             label_embedding_dim=LABEL_DIM,
         )
     )
-    assert set(model.state_dict()) - set(state_dict) == {"hsvlt.label_embeddings"}
+    assert set(model.state_dict()) - set(state_dict) == {"hsvlt.label_embeddings.weight"}
 
 
 def test_there_and_back_is_bit_exact_on_live_keys(label_embeddings):
@@ -399,7 +399,7 @@ def test_command_embeds_labels_in_the_official_reading(released):
     assert main([*arguments, "--text_encoder", str(released / "bert"), "--voc_label_text"]) == 0
     model = AutoModel.from_pretrained(released / "ours")
     names = ["person", "dog", "traffic light", "cat", "dining table"]
-    assert torch.equal(model.hsvlt.label_embeddings, encode_labels(names, bert, tokenizer, reading="official"))
+    assert torch.equal(model.hsvlt.label_embeddings.weight, encode_labels(names, bert, tokenizer, reading="official"))
     assert (model.config.label_text_encoder, model.config.label_reading) == ("bert", "official")
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,11 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the photographs of ../shared/data are not on this machine"
 )
+
+
+def metadata_rows(folder):
+    """What lies outside the project may change, so its tests count against the list that is there."""
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().split("\n") if line.strip()]
 
 
 def picture(number, size=(50, 40)):
@@ -545,20 +551,15 @@ def test_workers_may_be_spawned(image_folder):
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    ("name", "train", "validation", "labels", "some"),
-    [
-        ("voc", 3633, 845, 20, {"cat": 1076, "dog": 1011, "person": 785, "bird": 11, "boat": 7, "aeroplane": 4}),
-        ("coco", 176, 90, 80, {}),
-    ],
-)
-def test_photographs_load_with_their_exact_counts(name, train, validation, labels, some):
+@pytest.mark.parametrize("name", ["voc", "coco"])
+def test_photographs_load_with_their_exact_counts(name):
     splits, names = load_multilabel_dataset(SHARED / name)
-    assert (len(splits["train"]), len(splits["validation"]), len(names)) == (train, validation, labels)
-    counts = class_counts(splits["train"], labels)
-    assert {label: counts[names.index(label)] for label in some} == some
-    # Independently of the loader: every name of every line is one positive.
-    lines = (SHARED / name / "train/metadata.jsonl").read_text().split("\n")
-    assert counts.sum() == sum(len(set(json.loads(line)["labels"])) for line in lines if line.strip())
+    assert names == (SHARED / name / "labels.txt").read_text().split("\n")[: len(names)]
+    for split in ("train", "validation"):
+        rows = metadata_rows(SHARED / name / split)
+        positives = Counter(label for row in rows for label in set(row["labels"]))
+        assert len(splits[split]) == len(rows) > 0
+        assert class_counts(splits[split], len(names)).tolist() == [positives[label] for label in names]
+        assert set(positives) <= set(names)
     batch = next(iter(build_dataloader(MultiLabelDataset(splits["validation"], names, squash(64)), batch_size=8)))
-    assert batch["pixel_values"].shape == (8, 3, 64, 64) and batch["labels"].shape == (8, labels)
+    assert batch["pixel_values"].shape == (8, 3, 64, 64) and batch["labels"].shape == (8, len(names))

@@ -20,6 +20,7 @@ from training.evaluate import main, match_labels, predict
 from training.metrics.functional import multilabel_report
 from training.thresholds import store_thresholds
 
+from ..tolerance import METRIC, assert_close_metrics, assert_close_outputs
 from .tiny_checkpoint import NAMES, PICTURE_LABELS, save_checkpoint, save_pictures, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_scores_are_the_sigmoid_of_the_logits_row_by_row():
     model.eval()
     with torch.no_grad():
         expected = torch.stack([model(pixel_values=pixels[None]).logits[0].sigmoid() for pixels in data.pixels])
-    torch.testing.assert_close(torch.from_numpy(scores), expected, rtol=0, atol=1e-6)
+    assert_close_outputs(scores, expected)
     assert expected.std(0).min() > 1e-3  # else any order would pass
     np.testing.assert_array_equal(labels, data.labels)
 
@@ -57,8 +58,8 @@ def test_a_shuffling_loader_gives_the_same_rows():
     model, data = tiny_model(), Pictures(11)
     expected = predict(model, DataLoader(data, batch_size=4), progress=False)
     shuffled = predict(model, DataLoader(data, batch_size=4, shuffle=True), progress=False)
-    for found, wanted in zip(shuffled, expected, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    assert_close_outputs(shuffled[0], expected[0])
+    np.testing.assert_array_equal(shuffled[1], expected[1])
 
 
 def test_the_sigmoid_of_a_bf16_model_is_fp32():
@@ -114,7 +115,7 @@ def predict_and_save(folder):
 
 
 @pytest.mark.slow
-def test_several_processes_equal_one_to_the_last_digit(tmp_path):
+def test_several_processes_equal_one(tmp_path):
     launch(predict_and_save, [], tmp_path)
     for count in COUNTS:
         expected = np.load(tmp_path / "1" / f"{count}-0.npz")
@@ -122,10 +123,10 @@ def test_several_processes_equal_one_to_the_last_digit(tmp_path):
         for num_processes in (2, 3):
             for process in range(num_processes):
                 found = np.load(tmp_path / str(num_processes) / f"{count}-{process}.npz")
-                np.testing.assert_array_equal(found["scores"], expected["scores"])
+                assert_close_outputs(found["scores"], expected["scores"])
                 np.testing.assert_array_equal(found["labels"], expected["labels"])
                 if count > 2:
-                    assert multilabel_report(**found) == multilabel_report(**expected)
+                    assert_close_metrics(multilabel_report(**found), multilabel_report(**expected))
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +257,11 @@ def evaluate_to(checkpoint, pictures, folder):
 def test_the_command_gives_the_same_on_several_processes(checkpoint, pictures, tmp_path):
     launch(evaluate_to, [checkpoint, pictures], tmp_path)
     results = [json.loads((tmp_path / n / "results.json").read_text())["metrics"] for n in "123"]
-    assert results[0] == results[1] == results[2]
-    tables = [(tmp_path / n / "per_label.csv").read_text() for n in "123"]
-    assert tables[0] == tables[1] == tables[2]
+    tables = [read_csv(tmp_path / n / "per_label.csv") for n in "123"]
+    for several in (1, 2):  # a score depends in its last digits on the batch that it is in
+        assert_close_metrics(results[several], results[0])
+        assert tables[several].keys() == tables[0].keys()
+        for label, row in tables[0].items():
+            assert {key: float(value) for key, value in tables[several][label].items()} == pytest.approx(
+                {key: float(value) for key, value in row.items()}, abs=METRIC
+            )

@@ -30,6 +30,7 @@ from training.optim import build_ema, build_optimizer, build_scheduler
 from training.training_state import copy_training_state, load_training_state
 
 from ..tiny_clip import tiny_clip, tiny_clip_tokenizer
+from ..tolerance import assert_close_outputs
 from .tiny_run import reset_accelerate
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,10 @@ def hp_dval():
     names = ["cat", "dog", "bird"]
     model = HPDVALForImageClassification.from_clip(tiny_clip(tokenizer), tokenizer, names, local_top_k=4)
     model.set_stage("joint")  # student and contexts: frozen and trained parameters side by side
+    with torch.no_grad():  # off the kink of both distances, where rounding alone would decide on a gradient's sign
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
 
 
@@ -164,7 +169,7 @@ def test_a_sharded_model_trains_like_a_plain_one(name, mesh):
     for model in (part for run in (plain, sharded) for part in (run["model"], run["ema"].module)):
         # A validation must leave it fit for training.
         predict(model, DataLoader(rows, batch_size=2), Accelerator(cpu=True), progress=False)
-    torch.testing.assert_close(train(sharded, range(2)), train(plain, range(2)))
+    assert_close_outputs(train(sharded, range(2)), train(plain, range(2)), steps=4096)  # two steps of AdamW apart
 
     expected, state = (copy_training_state(progress={"step": 2}, **run) for run in (plain, sharded))
     assert expected.tensors.keys() == state.tensors.keys() and expected.values == state.values

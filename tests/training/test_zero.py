@@ -18,7 +18,7 @@ from training.checkpoint import newest_good
 from training.train import main
 from training.zero import configure_zero
 
-from .tiny_run import reset_accelerate, write_recipe
+from .tiny_run import free_port, reset_accelerate, write_recipe
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--ema_decay", "0.9", "--gradient_accumulation_steps", "2", "--fresh_scenes", "false"]
@@ -61,6 +61,7 @@ def train_on_two(folder, *arguments):
     script = folder.parent / "command.py"
     script.write_text(COMMAND)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
+    command += ["--main_process_port", free_port()]
     command += ["--config_file", str(ROOT / "training" / "configs" / "accelerate" / "deepspeed.yaml"), str(script)]
     environment = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
