@@ -21,16 +21,16 @@ from .not_applicable import NOT_APPLICABLE, NotApplicable
 
 sys.path.insert(0, str(upstream.FOLDER))
 
-from transformers_tests import test_pipeline_mixin  # noqa: E402
-from transformers_tests.test_backbone_common import BackboneTesterMixin  # noqa: E402
-from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
-from transformers_tests.test_image_processing_common import (  # noqa: E402
+from transformers_tests import test_pipeline_mixin
+from transformers_tests.test_backbone_common import BackboneTesterMixin
+from transformers_tests.test_configuration_common import ConfigTester
+from transformers_tests.test_image_processing_common import (
     ImageProcessingTester,
     ImageProcessingTestMixin,
 )
-from transformers_tests.test_modeling_common import ModelTesterMixin  # noqa: E402
-from transformers_tests.test_pipeline_mixin import PipelineTesterMixin  # noqa: E402
-from transformers_tests.test_processing_common import ProcessorTesterMixin  # noqa: E402
+from transformers_tests.test_modeling_common import ModelTesterMixin
+from transformers_tests.test_pipeline_mixin import PipelineTesterMixin
+from transformers_tests.test_processing_common import ProcessorTesterMixin
 
 # The tests look classes up by name: which have a loss, which are classifiers. One that is not listed passes them
 # without having been run.
@@ -39,7 +39,9 @@ for model_type, name in (("hsvlt", "HSVLT"), ("mltr", "MlTr"), ("hp_dval", "HPDV
     modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[model_type] = f"{name}ForImageClassification"
 modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES["mltr"] = "MlTrBackbone"
 
-test_pipeline_mixin.pipeline_test_mapping["image-classification"]["test"] = f"{__package__}.pipelines.ImagePipelineTests"
+test_pipeline_mixin.pipeline_test_mapping["image-classification"]["test"] = (
+    f"{__package__}.pipelines.ImagePipelineTests"
+)
 
 
 class PeerTest:
@@ -85,10 +87,10 @@ class PeerTest:
             message = "".join(traceback.format_exception_only(error))
             if entry is None or entry.message not in message:
                 raise
-            raise unittest.SkipTest(f"not applicable: {entry.reason}") from error
+            raise unittest.SkipTest(f"not applicable: {entry}") from error
         else:
             if entry is not None:
-                raise AssertionError(f"{test} passes: take it out of not_applicable.py ({entry})")
+                raise AssertionError(f"{test} passes; take it out of not_applicable.py: {entry}")
 
 
 def find_entry(tester: str, test: str) -> NotApplicable | None:

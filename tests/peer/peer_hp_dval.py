@@ -11,13 +11,13 @@ class HPDVALTester(ModelTester):
     hidden_size = 16
     seq_length = 1 + 16  # class token and patches
 
-    tower = {  # noqa: RUF012
+    tower = {
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    text_config = {  # noqa: RUF012
+    text_config = {
         **tower,
         "vocab_size": 32 + 2 * 4,
         "max_position_embeddings": 24,
@@ -26,14 +26,14 @@ class HPDVALTester(ModelTester):
         "pad_token_id": 31,
         "projection_dim": 12,
     }
-    vision_config = {  # noqa: RUF012
+    vision_config = {
         **tower,
         "model_type": "clip_vision_model",
         "image_size": 32,
         "patch_size": 8,
         "projection_dim": 12,
     }
-    options = {}  # noqa: RUF012
+    options = {}
 
     def get_config(self):
         return HPDVALConfig(
@@ -47,13 +47,13 @@ class HPDVALTester(ModelTester):
 
 
 class ViTStudentTester(HPDVALTester):
-    vision_config = {  # noqa: RUF012
+    vision_config = {
         **HPDVALTester.tower,
         "model_type": "vit",
         "image_size": 32,
         "patch_size": 8,
     }
-    options = {  # noqa: RUF012
+    options = {
         "teacher_config": HPDVALTester.vision_config,
         "learn_logit_scale": True,
         "score_normalization": "class_l2",
@@ -61,7 +61,7 @@ class ViTStudentTester(HPDVALTester):
 
 
 class InferenceOnlyTester(HPDVALTester):
-    options = {"has_teacher": False, "has_text_model": False, "distillation_weight": 0.0}  # noqa: RUF012
+    options = {"has_teacher": False, "has_text_model": False, "distillation_weight": 0.0}
 
 
 class HPDVALTest(ModelTest):

@@ -13,14 +13,14 @@ class HSVLTTester(ModelTester):
     num_attention_heads = ModelTester.num_labels
     encoder_seq_length = key_length = hidden_size = 16
 
-    backbone_config = {  # noqa: RUF012
+    backbone_config = {
         "model_type": "convnext",
         "hidden_sizes": [8, 12, 16, 24],
         "depths": [1, 1, 2, 1],
         "patch_size": 2,
         "layer_scale_init_value": 1.0,
     }
-    options = {}  # noqa: RUF012
+    options = {}
 
     def get_config(self):
         return HSVLTConfig(
@@ -33,17 +33,17 @@ class HSVLTTester(ModelTester):
 
 
 class TwoHeadsTester(HSVLTTester):
-    options = {"num_attention_heads": 2}  # noqa: RUF012
+    options = {"num_attention_heads": 2}
 
 
 class EveryOptionTester(HSVLTTester):
-    backbone_config = {  # noqa: RUF012
+    backbone_config = {
         "model_type": "convnextv2",
         "hidden_sizes": [8, 12, 16, 24],
         "depths": [1, 1, 2, 1],
         "patch_size": 2,
     }
-    options = {  # noqa: RUF012
+    options = {
         "interaction_depths": [1, 2, 1, 1],
         "num_attention_heads": 2,
         "absorb_projections": False,
@@ -63,11 +63,11 @@ class EveryOptionTester(HSVLTTester):
 
 
 class CandidatesTester(EveryOptionTester):
-    options = {**EveryOptionTester.options, "candidate_labels": 3}  # noqa: RUF012
+    options = {**EveryOptionTester.options, "candidate_labels": 3}
 
 
 class SwinTester(HSVLTTester):
-    backbone_config = {  # noqa: RUF012
+    backbone_config = {
         "model_type": "swin",
         "image_size": 32,
         "patch_size": 2,
@@ -79,7 +79,7 @@ class SwinTester(HSVLTTester):
 
 
 class MlTrTrunkTester(HSVLTTester):
-    backbone_config = {  # noqa: RUF012
+    backbone_config = {
         "model_type": "mltr",
         "image_size": 32,
         "patch_size": 2,

@@ -10,7 +10,7 @@ class MlTrTester(ModelTester):
     depths = (1, 1, 2, 1)
     num_heads = (2, 2, 4, 4)
     window_size = 4
-    options = {}  # noqa: RUF012
+    options = {}
 
     num_hidden_layers = sum(depths)  # attentions: one a block
     expected_num_hidden_layers = 5  # the embeddings and four stages
@@ -33,7 +33,7 @@ class MlTrTester(ModelTester):
 
 
 class CATTester(MlTrTester):
-    options = {  # noqa: RUF012
+    options = {
         "stem_kernel_size": 3,
         "use_absolute_embeddings": True,
         "position_kernel_size": 3,
