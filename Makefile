@@ -13,9 +13,9 @@ RUN := runs/quickstart
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
-	$(BIN)/python -m training.scenes $(RUN)/scenes --split test --num_scenes 12 --seed 7 --overwrite \
+	$(BIN)/python -m training.data.scenes $(RUN)/scenes --split test --num_scenes 12 --seed 7 --overwrite \
 		--scenes '{"clutter": 0, "contrast": [0.5, 0.9]}'
-	$(BIN)/python training/try_checkpoint.py $(RUN)/best $(RUN)/scenes --output $(RUN)/predictions.png
+	$(BIN)/python training/publish/try_checkpoint.py $(RUN)/best $(RUN)/scenes --output $(RUN)/predictions.png
 
 test: .venv/installed
 	$(PYTEST)

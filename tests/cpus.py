@@ -18,8 +18,7 @@ ROOT = Path(__file__).parents[1]
 FILES = [
     *sorted(path.name for path in Path(__file__).parent.glob("test_modeling_*.py")),
     *("test_convnext_in_rows.py", "test_label_context.py", "test_label_prompts.py", "test_losses_multilabel.py"),
-    *("test_pipeline_multilabel.py", "training/metrics", "training/test_calibration.py", "training/test_evaluate.py"),
-    *("training/test_fsdp.py", "training/test_models.py", "training/test_optim.py", "training/test_thresholds.py"),
+    *("test_pipeline_multilabel.py", "training/loop", "training/metrics", "training/models", "training/scoring"),
 ]
 CAPABILITIES = ("default", "avx2", None)
 MKL = ("AVX2", None)

@@ -16,7 +16,7 @@ from transformers import (
     SwinModel,
 )
 
-from benchmarks.multiply_adds import CountMultiplyAdds
+from benchmarks.cost.multiply_adds import CountMultiplyAdds
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, HSVLTModel
 from modeling_hsvlt.losses_multilabel import NOT_EVALUATED
 

@@ -29,8 +29,9 @@ from transformers.image_utils import PILImageResampling
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from modeling_hsvlt.label_prompts import VOC_LABEL_TEXT, encode_labels, load_text_encoder
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
-from training.checkpoint import atomic_folder, save_checkpoint
-from training.image_folder import read_label_names
+from training.checkpoint.atomic import atomic_folder
+from training.checkpoint.folder import save_checkpoint
+from training.data.label_names import read_label_names
 
 StateDict = dict[str, torch.Tensor]
 

@@ -45,11 +45,13 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .evaluate import add_scoring_arguments, load_checkpoint, score_split
+from .checkpoint.loading import load_checkpoint
 from .metrics.functional import multilabel_report
-from .selected_tags import FILE_NAME as TAGS_FILE
-from .selected_tags import write_selected_tags
-from .thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
+from .options import add_scoring_arguments
+from .publish.selected_tags import FILE_NAME as TAGS_FILE
+from .publish.selected_tags import write_selected_tags
+from .scoring.predict import score_split
+from .scoring.thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
 
 MODEL_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
 LAYOUTS = ("standard", "wd_tagger")
@@ -362,7 +364,9 @@ def run(args: argparse.Namespace) -> None:
             os.replace(folder / name, args.target / name)
     print(f"Written: {', '.join(str(args.target / name) for name in names)}")
     if getattr(model.config, "thresholds", None) is None and not args.quantize:
-        print("The checkpoint has no thresholds, so the file has none; fit them with python -m training.thresholds.")
+        print(
+            "The checkpoint has no thresholds, so the file has none; fit them with python -m training.fit_thresholds."
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,10 +34,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
 import modeling_hsvlt  # noqa: F401  (registers the model types)
-from model_cards.render import evaluation_file, render_card
 from modeling_hsvlt.processing_multilabel import MultiLabelProcessor
+from training.publish.card import evaluation_file, render_card
 
-from .selected_tags import write_selected_tags
+from .publish.selected_tags import write_selected_tags
 
 RETRY_SECONDS = (1, 2, 4, 8)  # waits between attempts at a request
 # Files of an earlier push that would be taken for part of the new one.
@@ -214,7 +214,7 @@ def check_folder(folder: Path, pixels: torch.Tensor, logits: torch.Tensor) -> fl
     with tempfile.TemporaryDirectory() as scratch:
         picture, output = Path(scratch) / "picture.png", Path(scratch) / "output.safetensors"
         noise_picture().save(picture)
-        script = Path(__file__).with_name("clean_reload.py")
+        script = Path(__file__).with_name("publish") / "reload.py"
         environment = {**os.environ, "HF_MODULES_CACHE": scratch}
         if not (folder / ADAPTER_FILES[0]).exists():  # an adapter's base comes from the Hub
             environment["HF_HUB_OFFLINE"] = "1"

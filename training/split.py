@@ -19,10 +19,11 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from scipy.sparse import csr_array
 
-from .dataset_arguments import add_dataset_arguments, load_from_arguments
-from .exclude import same_picture
+from .data.leave_out import same_picture
+from .data.load import load_from_arguments
+from .data.sparse_labels import SparseLabels
+from .options import add_dataset_arguments
 from .prepare.write import write_dataset
-from .sparse_labels import SparseLabels
 
 DEFAULT_NAMES = {2: ["train", "validation"], 3: ["train", "validation", "test"]}
 

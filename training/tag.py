@@ -37,11 +37,13 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from modeling_hsvlt.processing_multilabel import post_process_multi_label_classification, resolve_threshold
 
-from .data import PictureResizer, normalize_pixels
-from .evaluate import load_checkpoint, number_or_auto
-from .sidecars import PATHS, WRITERS
-from .tag_results import FORMATS, UNREADABLE_FILE, FolderLock, PartWriter, Results, fingerprint, summarise
-from .tag_sources import DatasetSource, FileSource, open_source
+from .checkpoint.loading import load_checkpoint
+from .data.batches import normalize_pixels
+from .data.dataset import PictureResizer
+from .options import number_or_auto
+from .tagging.results import FORMATS, UNREADABLE_FILE, FolderLock, PartWriter, Results, fingerprint, summarise
+from .tagging.sidecars import PATHS, WRITERS
+from .tagging.sources import DatasetSource, FileSource, open_source
 
 
 class Batch(NamedTuple):

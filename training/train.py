@@ -36,27 +36,21 @@ from transformers import AutoModelForImageClassification
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
-from .checkpoint import (
-    MARKER,
-    CheckpointError,
-    atomic_folder,
-    checkpoints,
-    save_checkpoint,
-    verify,
-    write_marker,
-)
+from .checkpoint.atomic import atomic_folder
+from .checkpoint.folder import MARKER, CheckpointError, save_checkpoint, verify, write_marker
+from .checkpoint.series import checkpoints
 from .config import TrainingConfig, parse_config
-from .data import normalize_pixels
-from .evaluate import predict, result_record
-from .interruption import Stopped
+from .data.batches import normalize_pixels
+from .data.rows import row_namer
+from .loop.interruption import Stopped
+from .loop.optim import WarmupPlateau
+from .loop.saving import check_writer, save
+from .loop.setup import Run, setup
 from .metrics.functional import multilabel_report, per_label_report
-from .optim import WarmupPlateau
 from .push import push_run
-from .report import write_report
-from .run import Run, setup
-from .saving import check_writer, save
-from .sparse_labels import row_namer
-from .thresholds import fit_thresholds, store_thresholds, threshold_info
+from .report.page import result_record, write_report
+from .scoring.predict import predict
+from .scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
 
 MAX_SKIPPED_STEPS = 10  # one after the other: by then it is the run that is wrong, not a picture
 

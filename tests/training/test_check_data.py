@@ -14,15 +14,15 @@ from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from training.check.findings import check_labels, exclusions, inspect_pictures
+from training.check.imbalance import long_tail_groups, plot_imbalance
 from training.check_data import main
 from training.config import TrainingConfig
-from training.findings import check_labels, exclusions, inspect_pictures
-from training.imbalance import long_tail_groups, plot_imbalance
-from training.run import load_splits
-from training.sparse_labels import SparseLabels
+from training.data.sparse_labels import SparseLabels
+from training.loop.setup import load_splits
 
-from .test_data import SHARED, metadata_rows, needs_shared
-from .test_duplicates import photo
+from .check.test_duplicates import photo
+from .data.test_dataset import SHARED, metadata_rows, needs_shared
 
 
 def bomb(side):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import training.train
 from modeling_hsvlt import HPDVALForImageClassification
-from training.checkpoint import checkpoints
+from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
-from training.models import build_model
+from training.models.build import build_model
 from training.train import main
 
 from ..tiny_clip import tiny_clip, tiny_clip_tokenizer

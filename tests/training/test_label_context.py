@@ -13,8 +13,8 @@ from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import load_text_encoder
 from training.config import TrainingConfig
-from training.models import build_model
-from training.scenes import SCENE_LABELS
+from training.data.scenes import SCENE_LABELS
+from training.models.build import build_model
 from training.train import main
 
 from .tiny_run import SCENES, reset_accelerate

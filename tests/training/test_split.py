@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
-from training.data import load_multilabel_dataset
-from training.sparse_labels import SparseLabels
+from training.data.load import load_multilabel_dataset
+from training.data.sparse_labels import SparseLabels
 from training.split import main, positives_by_split, stratified_split
 
 FRACTIONS = [0.8, 0.1, 0.1]

@@ -19,10 +19,10 @@ from transformers import AutoProcessor
 
 from modeling_hsvlt import HSVLTForImageClassification
 from modeling_hsvlt.processing_multilabel import load_image
-from training.scenes import SceneDataset
+from training.data.scenes import SceneDataset
 from training.tag import main
-from training.tag_results import FolderLock
-from training.tag_sources import open_source
+from training.tagging.results import FolderLock
+from training.tagging.sources import open_source
 
 from .tiny_checkpoint import NAMES, save_checkpoint
 

@@ -18,15 +18,18 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
-import training.run
-import training.saving
+import training.loop.saving
+import training.loop.setup
 import training.train
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
-from training.checkpoint import checkpoints, verify
+from training.checkpoint.folder import verify
+from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
-from training.data import MultiLabelCollator, MultiLabelDataset, build_dataloader, load_multilabel_dataset
-from training.run import build_processor
-from training.scenes import SCENE_LABELS
+from training.data.batches import MultiLabelCollator, build_dataloader
+from training.data.dataset import MultiLabelDataset
+from training.data.load import load_multilabel_dataset
+from training.data.scenes import SCENE_LABELS
+from training.loop.setup import build_processor
 from training.train import main
 
 from ..tolerance import METRIC, assert_close_metrics
@@ -245,7 +248,7 @@ def test_interrupted_before_the_first_save(recipe, tmp_path, monkeypatch, capsys
 
 
 def test_a_save_that_fails_ends_the_run_and_leaves_what_there_was(finished, recipe, tmp_path, monkeypatch, capsys):
-    folder, plain, saves = tmp_path / "run", training.saving.write_marker, iter(range(100))
+    folder, plain, saves = tmp_path / "run", training.loop.saving.write_marker, iter(range(100))
 
     def write_marker(target, **facts):
         if next(saves) == 2:  # best/ and checkpoint-6 went well
@@ -253,7 +256,7 @@ def test_a_save_that_fails_ends_the_run_and_leaves_what_there_was(finished, reci
         plain(target, **facts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.saving, "write_marker", write_marker)
+        patch.setattr(training.loop.saving, "write_marker", write_marker)
         assert main([recipe, "--output_dir", str(folder), "--evaluate_test"]) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error and "--resume continues from checkpoint-6" in error
@@ -339,7 +342,7 @@ def state_of(folder):
 
 
 def test_fp16_steps_that_overflow_count_for_nothing_and_the_scale_is_resumed(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.run, "Accelerator", Fp16OnCpu)
+    monkeypatch.setattr(training.loop.setup, "Accelerator", Fp16OnCpu)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert main([recipe, "--output_dir", str(whole), *FP16]) == 0
     before, overflows = 2.0**24, 0
@@ -362,7 +365,7 @@ def test_fp16_steps_that_overflow_count_for_nothing_and_the_scale_is_resumed(rec
 
 
 def test_fp16_names_a_loss_that_is_not_finite_and_lowers_its_scale(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training.run, "Accelerator", Fp16OnCpu)
+    monkeypatch.setattr(training.loop.setup, "Accelerator", Fp16OnCpu)
     divide_by_zero(monkeypatch, [6])
     folder = tmp_path / "run"
     assert main([recipe, "--output_dir", str(folder), *FP16, "--on_nonfinite", "skip"]) == 0

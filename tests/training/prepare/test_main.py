@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Features, Image, List, Value, load_dataset
 
-from training.data import load_multilabel_dataset
+from training.data.load import load_multilabel_dataset
+from training.data.sparse_labels import SparseLabels
 from training.prepare.__main__ import main
-from training.sparse_labels import SparseLabels
 
-from ..test_data import SHARED, metadata_rows, needs_shared
+from ..data.test_dataset import SHARED, metadata_rows, needs_shared
 from .formats import (
     LABELS,
     MULTI_HOT,
