@@ -486,7 +486,7 @@ class HSVLTLabelEmbeddings(nn.Module):
     def __init__(self, config: HSVLTConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("weight", self.create().to(torch.empty(()).device))  # the meta device's, while loading
+        self.register_buffer("weight", self.create().to(torch.empty(())))  # device and dtype that are being loaded to
 
     def create(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.config.label_seed)
@@ -580,8 +580,14 @@ class HSVLTModel(HSVLTPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The trunk's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
+        return getattr(self._trunk_embeddings(), "patch_embeddings", None)
+
+    def set_input_embeddings(self, value: nn.Module):
+        self._trunk_embeddings().patch_embeddings = value
+
+    def _trunk_embeddings(self) -> nn.Module | None:
         trunk = self.trunk if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone.base_model
-        return getattr(getattr(trunk, "embeddings", None), "patch_embeddings", None)
+        return getattr(trunk, "embeddings", None)
 
     @can_return_tuple
     def forward(
