@@ -152,6 +152,14 @@ class HPDVALPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, math.log(self.config.logit_scale))
             init.constant_(module.logit_bias, self.config.logit_bias)
 
+    def initialize_weights(self):
+        # CLIP draws the weights of its layers from the modules around them, which transformers passes over when the
+        # outermost class is not its own: each tower first, by itself.
+        for module in self.modules():
+            if module is not self and isinstance(module, PreTrainedModel):
+                module.initialize_weights()
+        super().initialize_weights()
+
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers. The cached text embeddings of a whole checkpoint are taken as they are."""
