@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from PIL import Image
-from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTModel, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    CLIPTextModelWithProjection,
+    ViTConfig,
+    ViTModel,
+    pipeline,
+)
 
 from modeling_hsvlt import (
     HPDVALConfig,
@@ -19,7 +26,7 @@ from modeling_hsvlt import (
     MultiLabelImageProcessor,
     MultiLabelProcessor,
 )
-from modeling_hsvlt.modeling_hp_dval import GLOBAL, HANDWRITTEN, LOCAL
+from modeling_hsvlt.hp_dval_prompts import GLOBAL, HANDWRITTEN, LOCAL, encode_in_parts
 
 from .tiny_clip import tiny_clip, tiny_clip_tokenizer
 
@@ -109,7 +116,7 @@ def test_a_new_model_is_its_clip_in_two_views():
     model = make_model()
     text = text_features(["a photo of a cat.", "a photo of a dog.", "a photo of a potted plant."])
     for view in (HANDWRITTEN, GLOBAL, LOCAL):
-        torch.testing.assert_close(model.hp_dval.text_embeddings[view], text)
+        torch.testing.assert_close(model.hp_dval.prompts.text_embeddings[view], text)
     torch.testing.assert_close(model(pictures()).logits, reference_logits(CLIP, text, text))
     # With the global view alone it is CLIP's own zero-shot score.
     zero_shot = F.normalize(CLIP.get_image_features(pictures()).pooler_output, dim=-1) @ F.normalize(text, dim=-1).T
@@ -266,10 +273,12 @@ def test_stage_2_changes_only_the_context_rows_of_a_saved_checkpoint(tmp_path):
     two = HPDVALForImageClassification.from_pretrained(tmp_path / "two").state_dict()
     assert one.keys() == two.keys()
     changed = {key for key in one if not torch.equal(one[key], two[key])}
-    assert changed == {f"{TABLE}.weight", "hp_dval.text_embeddings"}
+    assert changed == {f"{TABLE}.weight", "hp_dval.prompts.text_embeddings"}
     rows = (one[f"{TABLE}.weight"] != two[f"{TABLE}.weight"]).any(1).nonzero().flatten().tolist()
     assert rows == model.config.context_token_ids
-    assert torch.equal(one["hp_dval.text_embeddings"][HANDWRITTEN], two["hp_dval.text_embeddings"][HANDWRITTEN])
+    assert torch.equal(
+        one["hp_dval.prompts.text_embeddings"][HANDWRITTEN], two["hp_dval.prompts.text_embeddings"][HANDWRITTEN]
+    )
 
 
 def test_semantic_consistency_holds_the_global_contexts_alone():
@@ -283,7 +292,7 @@ def test_semantic_consistency_holds_the_global_contexts_alone():
     assert (gradient[:4] != 0).all()
     assert (gradient[4:] == 0).all()
     handwritten = text_features(["a photo of a cat.", "a photo of a dog.", "a photo of a potted plant."])
-    text = model.hp_dval.encode_prompts(model.hp_dval.prompt_ids[GLOBAL])
+    text = encode_in_parts(model.hp_dval.text, model.hp_dval.prompts.prompt_ids[GLOBAL])
     torch.testing.assert_close(output.semantic_consistency_loss, (text - handwritten).abs().mean())
 
 
@@ -319,11 +328,11 @@ def test_the_logit_scale_trains_where_asked():
     torch.testing.assert_close(model(pictures()).logits, 5 * make_model()(pictures()).logits - 2)
     model.set_stage("stage2")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        "logit_scale",
-        "logit_bias",
+        "scale.logit_scale",
+        "scale.logit_bias",
         f"{TABLE}.trainable_tokens_delta.prompts",
     }
-    assert model.logit_scale.exp().item() == pytest.approx(5)
+    assert model.scale.logit_scale.exp().item() == pytest.approx(5)
 
 
 def test_a_scale_that_is_not_trained_is_no_parameter_and_loads_as_one(tmp_path):
@@ -337,7 +346,7 @@ def test_a_scale_that_is_not_trained_is_no_parameter_and_loads_as_one(tmp_path):
     for number, (model, learn) in enumerate(((fixed, True), (trained, False))):
         model.save_pretrained(tmp_path / str(number))
         loaded = HPDVALForImageClassification.from_pretrained(tmp_path / str(number), learn_logit_scale=learn)
-        assert loaded.logit_scale.requires_grad == loaded.logit_bias.requires_grad == learn
+        assert loaded.scale.logit_scale.requires_grad == loaded.scale.logit_bias.requires_grad == learn
         torch.testing.assert_close(loaded(pictures()).logits, model(pictures()).logits)
 
 
@@ -369,7 +378,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 def test_prompt_tokens_are_a_sentence_with_contexts_in_place_of_words():
     model = make_model()
-    ids = model.hp_dval.prompt_ids
+    ids = model.hp_dval.prompts.prompt_ids
     tokenizer = copy.deepcopy(TOKENIZER)
     assert tokenizer.add_tokens(model.config.context_tokens, special_tokens=True) == 8
     assert tokenizer.convert_tokens_to_ids(model.config.context_tokens) == model.config.context_token_ids
@@ -390,9 +399,11 @@ def test_both_views_in_one_call_equal_two_calls():
     model = make_model(context_init="random")
     model.set_stage("stage2")
     base = model.hp_dval
-    together = base.encode_prompts(base.prompt_ids[GLOBAL:].flatten(0, 1)).unflatten(0, (2, -1))
+    together = encode_in_parts(base.text, base.prompts.prompt_ids[GLOBAL:])
     for view in (GLOBAL, LOCAL):
-        torch.testing.assert_close(together[view - 1], base.encode_prompts(base.prompt_ids[view]), atol=5e-6, rtol=0)
+        torch.testing.assert_close(
+            together[view - 1], encode_in_parts(base.text, base.prompts.prompt_ids[view]), atol=5e-6, rtol=0
+        )
 
 
 def test_trainable_tokens_equal_coop_s_splicing():
@@ -412,7 +423,7 @@ def test_trainable_tokens_equal_coop_s_splicing():
         hook = text_model.embeddings.token_embedding.register_forward_hook(lambda *_: embeds)
         spliced = CLIP.text_projection(text_model(tokens).pooler_output)
         hook.remove()
-        torch.testing.assert_close(model.hp_dval.text_embeddings[view, 1], spliced[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(model.hp_dval.text_embeds()[view - 1, 1], spliced[0], atol=1e-6, rtol=1e-5)
 
 
 def test_class_specific_contexts():
@@ -468,22 +479,43 @@ def test_a_tokenizer_of_another_clip_is_refused():
 def fresh_logits(model):
     """Logits with text embeddings encoded anew."""
     model = copy.deepcopy(model).eval()
-    model.hp_dval.refresh_text_embeddings(force=True)
+    model.hp_dval._views._kept = None
     return model(pictures()).logits
 
 
-def test_inference_runs_no_text_tower(tmp_path):
+@pytest.fixture
+def text_calls(monkeypatch):
+    """How often a text tower ran, without a hook, which would have it run each time."""
+    calls = []
+    forward = CLIPTextModelWithProjection.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPTextModelWithProjection, "forward", counted)
+    return calls
+
+
+def test_inference_runs_the_text_tower_once(tmp_path, text_calls):
     model = make_model()
     model.set_stage("stage2")
     train(model)
+    expected = fresh_logits(model)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    with count_calls(loaded.hp_dval.text) as text, torch.inference_mode():
+    text_calls.clear()
+    with torch.inference_mode():
         logits = loaded(pictures()).logits
+        assert torch.equal(loaded(pictures()).logits, logits)
+        assert len(text_calls) == 1
         moved = loaded.to(torch.float64).to(torch.float32)(pictures()).logits
-    assert text.count == 0
-    torch.testing.assert_close(logits, fresh_logits(model))
-    torch.testing.assert_close(moved, logits)
+        loaded.drop_text_model()
+        text_calls.clear()
+        alone = loaded(pictures()).logits
+    assert not text_calls
+    for same in (logits, moved, alone):
+        torch.testing.assert_close(same, expected)
 
 
 def test_embeddings_follow_every_change_of_the_text_side(tmp_path):
@@ -521,7 +553,7 @@ def test_embeddings_follow_every_change_of_the_text_side(tmp_path):
 
 def adamw_step(model, fused=True):
     """A step from gradients of the prompts alone, in whatever mode the model is; a fused one raises no version."""
-    model.hp_dval.encode_prompts(model.hp_dval.prompt_ids[GLOBAL]).square().sum().backward()
+    encode_in_parts(model.hp_dval.text, model.hp_dval.prompts.prompt_ids[GLOBAL]).square().sum().backward()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3, fused=fused).step()
     model.zero_grad()
 
@@ -577,19 +609,20 @@ def test_embeddings_follow_fused_optimizers(mode, grad_after, tmp_path):
     torch.testing.assert_close(saved(pictures()).logits, fresh_logits(merged))
 
 
-def test_a_fused_step_in_the_middle_of_evaluation_is_seen():
+def test_a_fused_step_in_the_middle_of_evaluation_is_seen(text_calls):
     """Gradients from before, a look, the step, a look: no mode changes and nothing runs in between."""
     model = make_model()
     model.set_stage("stage2")
-    model.hp_dval.encode_prompts(model.hp_dval.prompt_ids[GLOBAL]).square().sum().backward()
+    encode_in_parts(model.hp_dval.text, model.hp_dval.prompts.prompt_ids[GLOBAL]).square().sum().backward()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3, fused=True)
     with torch.inference_mode():
         before = model(pictures()).logits
     optimizer.step()
-    with torch.inference_mode(), count_calls(model.hp_dval.text) as text:
+    text_calls.clear()
+    with torch.inference_mode():
         after = model(pictures()).logits
         again = model(pictures()).logits
-    assert not torch.equal(before, after) and text.count == 1
+    assert not torch.equal(before, after) and len(text_calls) == 1
     torch.testing.assert_close(after, fresh_logits(model))
     assert torch.equal(after, again)
 
@@ -613,10 +646,8 @@ def test_other_weights_are_saved_with_their_own_embeddings(tmp_path):
     middle = {key: value.lerp(before[key], 0.5) if key == delta else value for key, value in copied.items()}
     model.save_pretrained(tmp_path / "average", state_dict=middle)
     saved = HPDVALForImageClassification.from_pretrained(tmp_path / "average")
-    with count_calls(saved.hp_dval.text) as text:
-        logits = saved(pictures()).logits
-    assert text.count == 0
-    torch.testing.assert_close(logits, fresh_logits(saved))
+    logits = saved(pictures()).logits
+    torch.testing.assert_close(saved.hp_dval.prompts.text_embeddings[GLOBAL:], saved.hp_dval.text_embeds())
     assert not torch.allclose(logits, expected, atol=1e-5)
 
 
@@ -684,9 +715,8 @@ def test_prompt_adapter_trains_saves_switches_and_merges(tmp_path):
     torch.testing.assert_close(merged(pictures()).logits, logits[0])
     merged.save_pretrained(tmp_path / "merged")
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
-    with count_calls(plain.hp_dval.text) as text:
-        torch.testing.assert_close(plain(pictures()).logits, logits[0])
-    assert text.count == 0
+    plain.drop_text_model()
+    torch.testing.assert_close(plain(pictures()).logits, logits[0])
 
 
 def test_transformers_loads_the_adapter_by_itself(tmp_path):
@@ -778,7 +808,7 @@ def test_save_and_load(tmp_path):
         # What trains is as the stage says, after loading too.
         assert {name.split(".")[1] for name, p in loaded.named_parameters() if p.requires_grad} == {"student"}
     base = HPDVALModel.from_pretrained(tmp_path)
-    assert torch.equal(base(pictures()).text_embeds, model.hp_dval.text_embeddings[GLOBAL:])
+    assert torch.equal(base(pictures()).text_embeds, model.hp_dval.prompts.text_embeddings[GLOBAL:])
 
 
 def test_a_checkpoint_for_inference_alone(tmp_path):
@@ -791,10 +821,11 @@ def test_a_checkpoint_for_inference_alone(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = HPDVALForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded(pictures()).logits, expected)
-    assert {key.split(".")[1] for key in loaded.state_dict() if "." in key} == {
-        "student",
-        "prompt_ids",
-        "text_embeddings",
+    assert {".".join(key.split(".")[:2]) for key in loaded.state_dict()} == {
+        "hp_dval.student",
+        "hp_dval.prompts",
+        "scale.logit_scale",
+        "scale.logit_bias",
     }
     with pytest.raises(ValueError, match="needs the teacher"):
         loaded.set_stage("stage1")
@@ -815,14 +846,14 @@ def test_missing_weights_are_initialised(tmp_path):
         {k: v for k, v in kept.items() if "projection" not in k}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     loaded = HPDVALForImageClassification.from_pretrained(tmp_path)
-    assert loaded.logit_scale.exp().item() == pytest.approx(3)
-    assert loaded.logit_bias.item() == -1.5
+    assert loaded.scale.logit_scale.exp().item() == pytest.approx(3)
+    assert loaded.scale.logit_bias.item() == -1.5
     assert not loaded.hp_dval.has_learned_context()
     assert 0.1 < loaded.hp_dval.student.projection.weight.std() < 0.5
     logits = loaded(pictures()).logits
     assert torch.isfinite(logits).all()
     torch.testing.assert_close(logits, fresh_logits(loaded))
-    assert len(loaded.hp_dval.text_embeddings[GLOBAL].unique(dim=0)) == 3
+    assert len(loaded.hp_dval.text_embeds()[0].unique(dim=0)) == 3
 
 
 def test_another_number_of_labels_on_loading(tmp_path):
