@@ -11,11 +11,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from .modeling_multilabel import is_plain
 
 # Columns of 64-bit words that a weight is folded to. A prime, so that also rows that change places change the sums.
-_COLUMNS = 4093
+_COLUMNS = 8191
+# Classes of peft around an encoder that do nothing but call it, where its adapter sits in the table alone.
+_WRAPPERS = ("peft.peft_model", "peft.tuners.trainable_tokens.model")
+_SETTINGS = (bool, int, float, str)  # of a module: a norm's epsilon, a number of heads
 
 
 class KeptEmbeddings:
@@ -35,7 +39,7 @@ class KeptEmbeddings:
             token_ids (`torch.Tensor`): all that `encode` reads of the table, in its order.
             encode (function): gives the embeddings; called outside inference mode, so that training can use them.
         """
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(token_ids.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), maybe_autocast(token_ids.device.type, enabled=False):
             state = _state(encoder, table, token_ids)
             kept = self._kept  # read once: another thread may replace it
             if state is not None and kept is not None and _same(state, kept[0]):
@@ -49,7 +53,12 @@ def _state(encoder: nn.Module, table: nn.Module, token_ids: torch.Tensor) -> tup
     """What the embeddings depend on: modules, tensors' kinds, and tensors' values; None where that cannot be read."""
     inside = set(table.modules())
     modules = [module for module in encoder.modules() if module not in inside]
-    if not is_plain(*modules) or torch._C._functorch.peek_interpreter_stack() is not None:
+    wrappers = [module for module in modules if type(module).__module__ in _WRAPPERS]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in wrappers):
+        return None
+    if not is_plain(*(module for module in modules if module not in wrappers)):
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # within vmap, grad and the like values are not read
         return None
     tensors = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
     tensors = [tensor for tensor in tensors if tensor is not None]
@@ -62,9 +71,6 @@ def _state(encoder: nn.Module, table: nn.Module, token_ids: torch.Tensor) -> tup
     tensors += [token_ids, table(token_ids.unique())]
     kinds = [(tensor.device, tensor.dtype, tensor.shape) for tensor in tensors]
     return structure, kinds, torch.cat([_fold(tensor).to(token_ids.device) for tensor in tensors])
-
-
-_SETTINGS = (bool, int, float, str)  # of a module: its norm's epsilon, its number of heads
 
 
 def _same(one: tuple[list, list, torch.Tensor], other: tuple[list, list, torch.Tensor]) -> bool:

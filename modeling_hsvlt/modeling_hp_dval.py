@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.utils import ModelOutput, TransformersKwargs, logging
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_hp_dval import STAGES, HPDVALConfig
 from .hp_dval_prompts import (
@@ -331,6 +331,8 @@ class HPDVALModel(HPDVALPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
+        if pixel_values.shape[0] == 0:
+            raise ValueError("pixel_values holds no picture, and CLIP's attention cannot run on none: leave it out.")
         unknown = kwargs.keys() - TransformersKwargs.__annotations__
         if unknown:
             logger.warning_once(f"{type(self).__name__} knows no argument {min(unknown)!r} and leaves it out.")
@@ -622,7 +624,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             ValueError: fewer patches than `local_top_k`.
         """
         alpha, normalize = self.config.alpha, self.config.score_normalization
-        with torch.autocast(image_embeds.device.type, enabled=False):
+        with maybe_autocast(image_embeds.device.type, enabled=False):
             image, text = image_embeds.float(), text_embeds.float()
             scale, bias = (value.to(image.device) for value in self.scale())
             if normalize == "cosine":
