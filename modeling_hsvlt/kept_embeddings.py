@@ -41,12 +41,12 @@ class KeptEmbeddings:
         """
         with torch.inference_mode(False), torch.no_grad(), maybe_autocast(token_ids.device.type, enabled=False):
             state = _state(encoder, table, token_ids)
+            if state is None:
+                return encode()
             kept = self._kept  # read once: another thread may replace it
-            if state is not None and kept is not None and _same(state, kept[0]):
-                return kept[1].clone()
-            embeddings = encode()
-            self._kept = None if state is None else (state, embeddings)
-            return embeddings.clone()
+            if kept is None or not _same(state, kept[0]):
+                kept = self._kept = state, encode()
+            return kept[1].clone()  # the caller may write into it
 
 
 def _state(encoder: nn.Module, table: nn.Module, token_ids: torch.Tensor) -> tuple[list, list, torch.Tensor] | None:

@@ -308,7 +308,13 @@ class HPDVALModel(HPDVALPreTrainedModel):
     def context_rows(self) -> torch.Tensor:
         """The context tokens' embeddings as the text tower sees them, `(context tokens, width)`: global, then local."""
         ids = torch.tensor(self.config.context_token_ids, device=self.prompts()[0].device)
-        return self.get_input_embeddings()(ids)
+        rows = self.get_input_embeddings()(ids)
+        if rows.device.type == "meta" != ids.device.type:
+            raise ValueError(
+                "the text tower's table is offloaded, which peft's adapter of the contexts cannot read there: save the "
+                "model, which writes them into the table, and offload what from_pretrained gives."
+            )
+        return rows
 
     @torch.no_grad()
     def has_learned_context(self) -> bool:
