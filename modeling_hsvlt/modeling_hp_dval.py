@@ -541,15 +541,18 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         )
 
     @torch.no_grad()
-    def save_prompt_adapter(self, save_directory: str | os.PathLike) -> None:
+    def save_prompt_adapter(self, save_directory: str | os.PathLike, is_main_process: bool = True) -> None:
         """Writes the contexts as an adapter of kilobytes, for `PeftModel.from_pretrained` on any checkpoint with this
         text tower and number of contexts: what `PeftModel.save_pretrained` writes, from a model that is in no
         `PeftModel`."""
+        rows = self.hp_dval.context_rows().contiguous().cpu()  # where weights are divided, on every process
+        if not is_main_process:
+            return
         adapter = self.prompt_adapter_config()
         adapter.inference_mode = True
         adapter.save_pretrained(save_directory)
         table = "base_model.model.hp_dval.text.text_model.embeddings.token_embedding"
-        rows = {f"{table}.trainable_tokens_delta": self.hp_dval.context_rows().contiguous().cpu()}
+        rows = {f"{table}.trainable_tokens_delta": rows}
         save_file(rows, os.path.join(save_directory, "adapter_model.safetensors"), metadata={"format": "pt"})
 
     def drop_teacher(self) -> None:

@@ -1,6 +1,7 @@
 """HP-DVAL on tiny random CLIPs. F3 to F9 are the fixtures of the method's specification."""
 
 import copy
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import (
     ViTModel,
     pipeline,
 )
+from transformers.initialization import no_init_weights
 
 from modeling_hsvlt import (
     HPDVALConfig,
@@ -40,6 +42,12 @@ def make_model(names=NAMES, **config):
     torch.manual_seed(0)
     fields = {"local_top_k": 4, "context_init": "template", **config}
     return HPDVALForImageClassification.from_clip(CLIP, TOKENIZER, names, **fields).eval()
+
+
+def tiny_vit():
+    torch.manual_seed(3)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ViTModel(ViTConfig(**tower, image_size=32, patch_size=8)).eval()
 
 
 def pictures(batch=2, size=32, seed=1):
@@ -181,15 +189,75 @@ def test_logits_are_fp32_under_autocast_and_in_half_precision():
     torch.testing.assert_close(half, expected, atol=0.05, rtol=0)
 
 
-def test_hidden_states_attentions_and_tuple():
-    model = make_model(attn_implementation="eager")
-    output = model(pictures(), labels=targets(), output_hidden_states=True, output_attentions=True)
+@pytest.mark.parametrize("student", ["clip", "vit"])
+def test_outputs_are_in_declared_order_and_hold_what_was_asked_for(student):
+    model = make_model(**({"student": tiny_vit()} if student == "vit" else {}), attn_implementation="eager")
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    output = model(pictures(), labels=targets(), **asked)
     assert [state.shape for state in output.hidden_states] == 3 * [(2, 17, 16)]
     assert [attention.shape for attention in output.attentions] == 2 * [(2, 2, 17, 17)]
-    assert output.image_embeds.shape == (2, 12)
+    always = ["logits", "image_embeds", "patch_embeds", "text_embeds"]
+    assert list(output) == ["loss", *always, "hidden_states", "attentions"]
+    assert list(model(pictures())) == always
+    base = model.hp_dval(pictures(), **asked)
+    assert list(base) == [*always[1:], "hidden_states", "attentions"]
+    assert torch.equal(base[0], base.image_embeds)
     loss, logits, *_ = model(pictures(), labels=targets(), return_dict=False)
     assert loss == output.loss
-    assert torch.equal(logits, output.logits)
+    torch.testing.assert_close(logits, output.logits)
+    assert len(model.hp_dval(pictures(), return_dict=False, **asked)) == 5
+
+    # By the configuration.
+    model.config.return_dict = False
+    assert len(model(pictures())) == len(always)
+    model.config.return_dict = True
+    model.config.output_hidden_states = True
+    assert list(model(pictures())) == [*always, "hidden_states"]
+    model.config.output_attentions = True
+    assert list(model(pictures(), output_hidden_states=False)) == [*always, "attentions"]
+    assert list(model(pictures(), output_attentions=False)) == [*always, "hidden_states"]
+
+
+@pytest.mark.parametrize("student", ["clip", "vit"])
+def test_chosen_hidden_states_and_their_gradients(student):
+    model = make_model(**({"student": tiny_vit()} if student == "vit" else {}), attn_implementation="eager")
+    every = model(pictures(), output_hidden_states=True).hidden_states
+    chosen = model(pictures(), output_hidden_states=[0, 2]).hidden_states
+    assert chosen[1] is None
+    torch.testing.assert_close((chosen[0], chosen[2]), (every[0], every[2]))
+    output = model(pictures(), output_hidden_states=True, output_attentions=True)
+    kept = [*output.hidden_states, *output.attentions, output.image_embeds, output.patch_embeds]
+    for tensor in kept:
+        tensor.retain_grad()
+    output.logits.sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in kept)
+
+
+def test_arguments_that_stock_models_take(caplog):
+    model = make_model()
+    expected = model(pictures()).logits
+    logger = logging.getLogger("transformers")
+    logger.propagate = True
+    try:
+        for _ in range(2):
+            logits = model(pictures(), is_causal=False, num_items_in_batch=None, pictures_of_cats=True).logits
+    finally:
+        logger.propagate = False
+    torch.testing.assert_close(logits, expected)
+    told = [record.message for record in caplog.records if "pictures_of_cats" in record.message]
+    assert len(told) == 1 and "leaves it out" in told[0]
+
+
+def test_no_pictures():
+    with pytest.raises(ValueError, match="holds no picture"):
+        make_model()(pictures()[:0], labels=targets()[:0])
+
+
+def test_the_mlp_head_has_a_tanh_between_its_layers():
+    model = make_model(student=tiny_vit())
+    states = model.hp_dval.student.backbone(pictures()).last_hidden_state[:, 0]
+    first, _, second = model.hp_dval.student.projection
+    torch.testing.assert_close(model(pictures()).image_embeds, second(torch.tanh(first(states))))
 
 
 def test_labels_are_checked_and_the_configured_loss_is_taken():
@@ -240,6 +308,62 @@ def test_distillation_follows_the_paper_and_can_be_left_out():
     with count_calls(model.hp_dval.teacher) as teacher:
         assert model(pictures(), labels=targets()).distillation_loss is None
     assert teacher.count == 0
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "joint"])
+def test_the_weights_of_the_other_losses(stage):
+    model = make_model(context_init="random", distillation_weight=0.3, semantic_consistency_weight=2.5)
+    model.set_stage(stage)
+    with torch.no_grad():
+        model.hp_dval.student.projection.weight.mul_(1.5)
+    output = model.train()(pictures(), labels=targets())
+    expected = F.binary_cross_entropy_with_logits(output.logits, targets())
+    if stage != "stage2":
+        assert output.distillation_loss > 0.01
+        expected = expected + 0.3 * output.distillation_loss
+    if stage != "stage1":
+        assert output.semantic_consistency_loss > 0.01
+        expected = expected + 2.5 * output.semantic_consistency_loss
+    torch.testing.assert_close(output.loss, expected)
+
+
+def step_gradients(stage, batch_size, labels):
+    """Of one optimizer step over eight pictures, in batches, as Trainer makes it."""
+    model = make_model(context_init="random", learn_logit_scale=True)
+    model.set_stage(stage)
+    with torch.no_grad():
+        model.hp_dval.student.projection.weight.mul_(1.5)
+    model.train()
+    known, total = (labels != -100).sum(), 0
+    for pixels, part in zip(pictures(8).split(batch_size), labels.split(batch_size), strict=True):
+        loss = model(pixels, labels=part, num_items_in_batch=known).loss
+        loss.backward()
+        total += loss.item()
+    return total, {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "joint"])
+def test_a_step_is_the_same_however_it_is_split(stage):
+    labels = targets(8)
+    whole, _ = step_gradients(stage, 8, labels)
+    model = make_model(context_init="random", learn_logit_scale=True)
+    model.set_stage(stage)
+    with torch.no_grad():
+        model.hp_dval.student.projection.weight.mul_(1.5)
+    # All labels known: the means.
+    assert whole == pytest.approx(model.train()(pictures(8), labels=labels).loss.item(), rel=1e-5)
+    # Halves with 12 and 3 known labels, and one batch with none.
+    labels[4:6, 1:] = -100
+    labels[6, :2] = -100
+    labels[6, 2] = labels[7] = -100
+    labels[5] = -100
+    labels[7, 0] = 1
+    whole, expected = step_gradients(stage, 8, labels)
+    for batch_size in (4, 2, 1):
+        total, gradients = step_gradients(stage, batch_size, labels)
+        assert total == pytest.approx(whole, rel=1e-5)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_stage_2_starts_at_the_hand_written_prompts_and_trains_their_contexts_alone():
@@ -457,6 +581,8 @@ def test_labels_can_be_exchanged_under_learned_contexts():
     ("names", "config", "message"),
     [
         (["cat", "_"], {}, "label 1 has an empty name"),
+        (["cat", "cat"], {}, "have the same name"),
+        (["potted_plant", "cat", "potted plant"], {}, "labels 0 .'potted_plant'. and 2 .'potted plant'. have the same"),
         (["cat", "hippopotamusses and rhinoceroses"], {}, "tokens, but a prompt has room for 18"),
         (["cat"], {"num_context_tokens": 3}, "'a photo of a ' has 4 tokens"),
     ],
@@ -464,6 +590,33 @@ def test_labels_can_be_exchanged_under_learned_contexts():
 def test_label_errors(names, config, message):
     with pytest.raises(ValueError, match=message):
         make_model(names, **config)
+
+
+def test_other_labels_of_the_same_number_drop_what_was_fitted():
+    model = make_model(thresholds=[0.1, 0.2, 0.3], threshold_info={"objective": "F1"})
+    model.set_labels(NAMES, TOKENIZER)
+    assert list(model.config.thresholds) == [0.1, 0.2, 0.3]
+    before = model(pictures()).logits
+    model.set_labels(["dog", "cat", "potted_plant"], TOKENIZER)
+    assert model.config.thresholds is None and model.config.threshold_info is None
+    torch.testing.assert_close(model(pictures()).logits, before[:, [1, 0, 2]])
+
+
+def test_the_template_of_the_time_is_read():
+    model = make_model()
+    model.config.prompt_template = "photo of dog a {} plant"
+    model.set_labels(["cat", "bird"], TOKENIZER)
+    text = text_features(["photo of dog a cat plant", "photo of dog a bird plant"])
+    torch.testing.assert_close(model(pictures()).logits, reference_logits(CLIP, text, text))
+
+
+def test_the_token_table_keeps_its_size():
+    model = make_model()
+    tokens = model.config.text_config.vocab_size
+    assert model.resize_token_embeddings() is model.resize_token_embeddings(tokens) is model.get_input_embeddings()
+    for part in (model, model.hp_dval):
+        with pytest.raises(ValueError, match=r"the last 8 of the text tower's .* tokens are contexts"):
+            part.resize_token_embeddings(tokens + 8)
 
 
 def test_a_tokenizer_of_another_clip_is_refused():
@@ -811,6 +964,36 @@ def test_save_and_load(tmp_path):
     assert torch.equal(base(pictures()).text_embeds, model.hp_dval.prompts.text_embeddings[GLOBAL:])
 
 
+def test_saving_by_position_and_beside_the_main_process(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "main", True)
+    model.save_pretrained(tmp_path / "weights", True, model.state_dict())
+    for folder in ("main", "weights"):
+        loaded = HPDVALForImageClassification.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(loaded(pictures()).logits, model(pictures()).logits)
+    model.save_pretrained(tmp_path / "beside", False)
+    model.set_stage("stage2")
+    model.save_pretrained(tmp_path / "beside", is_main_process=False)
+    model.save_prompt_adapter(tmp_path / "adapter", False)
+    adapted = HPDVALForImageClassification.from_pretrained(tmp_path / "main")
+    adapted.add_adapter(adapted.prompt_adapter_config())
+    adapted.save_pretrained(tmp_path / "beside", is_main_process=False)
+    assert not [path for name in ("beside", "adapter") for path in (tmp_path / name).rglob("*")]
+
+
+def test_buffers_are_right_without_initialisation():
+    """As DeepSpeed builds a model, and on the meta device, as loading does."""
+    expected = HPDVALForImageClassification(HPDVALConfig.preset("nano", num_labels=3, logit_scale=3.0))
+    with no_init_weights():
+        model = HPDVALForImageClassification(expected.config)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+    with torch.device("meta"):
+        model = HPDVALForImageClassification(expected.config)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert model(pictures(size=64).to("meta")).logits.shape == (2, 3)
+
+
 def test_a_checkpoint_for_inference_alone(tmp_path):
     model = make_model()
     model.set_stage("stage2")
@@ -874,17 +1057,8 @@ def test_a_model_from_its_configuration_alone_trains():
 
 
 def test_an_imagenet_student():
-    vit = ViTModel(
-        ViTConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
-        )
-    ).eval()
-    model = HPDVALForImageClassification.from_clip(CLIP, TOKENIZER, NAMES, student=vit, local_top_k=4).eval()
+    vit = tiny_vit()
+    model = make_model(student=vit)
     assert model.config.embedding_head == "mlp"
     states = vit(pictures()).last_hidden_state
     torch.testing.assert_close(model(pictures()).image_embeds, model.hp_dval.student.projection(states[:, 0]))
