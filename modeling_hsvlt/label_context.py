@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.generic import maybe_autocast
 
+from .kept_embeddings import KeptEmbeddings
 from .label_prompts import _label_texts, _mean_states, _template_tokens
 
 
@@ -108,7 +110,9 @@ class LabelContext(nn.Module):
         )
         self.encoder = peft.get_peft_model(text_encoder, config)
         self.register_buffer("context_ids", torch.tensor(ids), persistent=False)
-        self._encoded = None  # context rows and the embeddings that they gave
+        words = sorted({token for tokens, _ in self._tokens for token in tokens})
+        self.register_buffer("_words", torch.tensor(words), persistent=False)
+        self._kept = KeptEmbeddings()
         if adapter is not None:
             saved = peft.PeftConfig.from_pretrained(os.fspath(adapter)).token_indices
             if saved != ids:
@@ -132,15 +136,15 @@ class LabelContext(nn.Module):
     @torch.compiler.disable
     def forward(self) -> torch.Tensor:
         """Label embeddings `(N, D)`, fp32. Where gradients are kept they are computed; else they are kept as long as
-        the rows have the same values, so that neither optimizers nor adapters can leave old ones behind."""
-        with torch.autocast(self.context_ids.device.type, enabled=False):
-            if torch.is_grad_enabled():
-                return _mean_states(self.encoder, self._tokens, batch_size=256)
-            rows = self.rows()
-            fits = self._encoded is not None and self._encoded[0].device == rows.device
-            if not fits or not torch.equal(self._encoded[0], rows):
-                self._encoded = rows.clone(), _mean_states(self.encoder, self._tokens, batch_size=256)
-            return self._encoded[1]
+        [`KeptEmbeddings`] proves that the encoder would give them again."""
+
+        def encode():
+            return _mean_states(self.encoder, self._tokens, batch_size=256)
+
+        if torch.is_grad_enabled():
+            with maybe_autocast(self.context_ids.device.type, enabled=False):
+                return encode()
+        return self._kept(self.encoder, self.encoder.get_input_embeddings(), self._words, encode)
 
     def save_adapter(self, save_directory: str | os.PathLike) -> None:
         """Writes the contexts as peft's adapter of the text encoder, for `LabelContext(..., adapter=save_directory)`,

@@ -496,7 +496,7 @@ def test_hp_dval_s_maps_are_the_scores_that_its_local_view_averages():
         logits, raw, _ = _patch_maps(model, torch.rand(2, 3, 32, 32), None, None)
     assert raw.shape == (2, 3, 4, 4)
     local = raw.flatten(2).topk(4).values.mean(-1)
-    torch.testing.assert_close(local * model.logit_scale.exp() + model.logit_bias, logits)
+    torch.testing.assert_close(local * model.scale.logit_scale.exp() + model.scale.logit_bias, logits)
     with pytest.raises(ValueError, match="alpha=1"):
         label_heat_maps(hp_dval(alpha=1.0)[0], torch.rand(1, 3, 32, 32))
 

@@ -96,7 +96,7 @@ def test_both_stages_train_what_they_say(tmp_path, clip):
     assert sum(sizes) == 10
 
     results, two = run("hp_dval_stage2.yaml", tmp_path / "two", init_from=str(tmp_path / "one" / "best"))
-    assert changed(one, two) == {TABLE, "hp_dval.text_embeddings"}
+    assert changed(one, two) == {TABLE, "hp_dval.prompts.text_embeddings"}
     model = HPDVALForImageClassification.from_pretrained(tmp_path / "two" / "best")
     rows = (one[TABLE] != two[TABLE]).any(1).nonzero().flatten().tolist()
     assert rows == model.config.context_token_ids
