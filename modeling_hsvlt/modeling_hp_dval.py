@@ -27,6 +27,7 @@ from transformers import (
     ViTModel,
 )
 from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
