@@ -230,8 +230,8 @@ def test_pictures_are_read_by_load_image(tagger, tmp_path):
             {},
         ),
     }
-    for name, (image, options) in sources.items():
-        image.save(tmp_path / name, **options)
+    for name, (source, options) in sources.items():
+        source.save(tmp_path / name, **options)
         assert_same(tagger(str(tmp_path / name)), tagger(np.asarray(load_image(tmp_path / name))))
     with pytest.raises(ValueError, match="more than the limit of 100; shrink it or raise max_pixels"):
         tagger(str(tmp_path / "deep.png"), max_pixels=100)
