@@ -361,8 +361,9 @@ def test_traced(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamo", [False, True], ids=["legacy", "dynamo"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(  # the dynamo exporter takes ten seconds a model, and training/publish tests it as well
+    ("name", "dynamo"), [*((name, False) for name in MODELS), ("hsvlt", True), ("cat", True)]
+)
 def test_exported_to_onnx(name, dynamo, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = make(name)
@@ -385,7 +386,7 @@ def test_exported_to_onnx(name, dynamo, tmp_path):
     assert_close_outputs(found, scores(model, images(seed=2)), steps=2048)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["hsvlt", "hsvlt_every_option", "hsvlt_swin", "cat"])
 def test_compiled_as_one_graph(name):
     model = make(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
