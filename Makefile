@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast test-cpus crash-test fuzz hub-test lint format clean
+.PHONY: quickstart test test-fast test-cpus crash-test fuzz hub-test peer-test lint format clean
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
@@ -29,6 +29,10 @@ test-cpus: .venv/installed
 
 hub-test: .venv/installed
 	@$(BIN)/python -m tests.hub_table
+
+# transformers' own tests on our models; five minutes on two free cores. Downloads its source distribution once.
+peer-test: .venv/installed
+	$(BIN)/python -m tests.peer
 
 # Kills training and fills its disk; about ten minutes on two free cores. Pictures as no program writes them; a minute.
 crash-test: .venv/installed

@@ -486,7 +486,7 @@ class HSVLTLabelEmbeddings(nn.Module):
     def __init__(self, config: HSVLTConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("weight", self.create().to(torch.empty(()).device))  # the meta device's, while loading
+        self.register_buffer("weight", self.create().to(torch.empty(())))  # on the meta device while loading
 
     def create(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.config.label_seed)
@@ -580,8 +580,16 @@ class HSVLTModel(HSVLTPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The trunk's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
+        return getattr(self._trunk_embeddings(), "patch_embeddings", None)
+
+    def set_input_embeddings(self, value: nn.Module):
+        if self.get_input_embeddings() is None:
+            raise ValueError("this trunk has no module patch_embeddings to set.")
+        self._trunk_embeddings().patch_embeddings = value
+
+    def _trunk_embeddings(self) -> nn.Module | None:
         trunk = self.trunk if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone.base_model
-        return getattr(getattr(trunk, "embeddings", None), "patch_embeddings", None)
+        return getattr(trunk, "embeddings", None)
 
     @can_return_tuple
     def forward(
@@ -822,7 +830,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         text_embeddings = self._text_embeddings(text_embeddings)
         num_labels = len(text_embeddings if class_ids is None else class_ids)
         if labels is not None and not torch.compiler.is_compiling():
-            validate_labels(labels, num_labels)
+            labels = validate_labels(labels, num_labels)
         if feature_maps is None:
             feature_maps = self.hsvlt.trunk(require_images(pixel_values))
         if self.residual_attention is not None or self.candidate_scorer is not None:
