@@ -134,6 +134,7 @@ class HPDVALConfig(MultiLabelConfig):
         "semantic_consistency_loss",
         "image_embeds",
         "patch_embeds",
+        "text_embeds",
         "hidden_states",
         "attentions",
     ]

@@ -12,12 +12,15 @@ Shapes: N labels, M context tokens of a prompt, D width of the text encoder.
 import copy
 import importlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.generic import maybe_autocast
 
+from .kept_embeddings import KeptEmbeddings
 from .label_prompts import _label_texts, _mean_states, _template_tokens
 
 
@@ -107,7 +110,9 @@ class LabelContext(nn.Module):
         )
         self.encoder = peft.get_peft_model(text_encoder, config)
         self.register_buffer("context_ids", torch.tensor(ids), persistent=False)
-        self._encoded = None  # context rows and the embeddings that they gave
+        words = sorted({token for tokens, _ in self._tokens for token in tokens})
+        self.register_buffer("_words", torch.tensor(words), persistent=False)
+        self._kept = KeptEmbeddings()
         if adapter is not None:
             saved = peft.PeftConfig.from_pretrained(os.fspath(adapter)).token_indices
             if saved != ids:
@@ -131,15 +136,15 @@ class LabelContext(nn.Module):
     @torch.compiler.disable
     def forward(self) -> torch.Tensor:
         """Label embeddings `(N, D)`, fp32. Where gradients are kept they are computed; else they are kept as long as
-        the rows have the same values, so that neither optimizers nor adapters can leave old ones behind."""
-        with torch.autocast(self.context_ids.device.type, enabled=False):
-            if torch.is_grad_enabled():
-                return _mean_states(self.encoder, self._tokens, batch_size=256)
-            rows = self.rows()
-            fits = self._encoded is not None and self._encoded[0].device == rows.device
-            if not fits or not torch.equal(self._encoded[0], rows):
-                self._encoded = rows.clone(), _mean_states(self.encoder, self._tokens, batch_size=256)
-            return self._encoded[1]
+        [`KeptEmbeddings`] proves that the encoder would give them again."""
+
+        def encode():
+            return _mean_states(self.encoder, self._tokens, batch_size=256)
+
+        if torch.is_grad_enabled():
+            with maybe_autocast(self.context_ids.device.type, enabled=False):
+                return encode()
+        return self._kept(self.encoder, self.encoder.get_input_embeddings(), self._words, encode)
 
     def save_adapter(self, save_directory: str | os.PathLike) -> None:
         """Writes the contexts as peft's adapter of the text encoder, for `LabelContext(..., adapter=save_directory)`,
@@ -153,6 +158,18 @@ class LabelContext(nn.Module):
         return twin.to(next(iter(state_dict.values())).device)
 
 
+def num_context_tokens(template: str) -> int:
+    """Context tokens in one of `LabelContext.templates`, as a checkpoint's `config.label_template` keeps it; 0 in a
+    template of words.
+
+    Raises:
+        ValueError: contexts of their own for each label, which other labels have none of.
+    """
+    if re.match(r"<context_\d+_\d+>", template):
+        raise ValueError("This checkpoint learned a context for each of its labels: other labels need a new model.")
+    return len(re.findall(r"<context_\d+>", template.partition("{}")[0]))
+
+
 def _peft():
     try:
         return importlib.import_module("peft")
@@ -160,4 +177,4 @@ def _peft():
         raise ImportError("contexts are trained by peft, which is not installed: pip install peft.") from error
 
 
-__all__ = ["LabelContext"]
+__all__ = ["LabelContext", "num_context_tokens"]

@@ -9,11 +9,11 @@ The paper's equations are followed; where the released code differs, the configu
 Shapes: B pictures, P patches, N labels, M context tokens, L tokens of a prompt, E width of the shared space.
 """
 
-import importlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +28,31 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, logging
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_hp_dval import STAGES, HPDVALConfig
-from .losses_multilabel import multilabel_loss, validate_labels
+from .hp_dval_prompts import (
+    HANDWRITTEN,
+    HPDVALPrompts,
+    adapter_parameters,
+    build_prompts,
+    choose_prompts,
+    encode_in_parts,
+    encode_prompts_of,
+    fold_token_adapter,
+    load_peft,
+    placeholder_prompts,
+)
+from .kept_embeddings import KeptEmbeddings
+from .label_prompts import _label_texts
+from .losses_multilabel import UNKNOWN_LABEL, items_in_step, multilabel_loss, validate_labels
+from .modeling_multilabel import MultiLabelPreTrainedModel, output_flags
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
-
-# Rows of `prompt_ids` and `text_embeddings`.
-HANDWRITTEN, GLOBAL, LOCAL = range(3)
-PROMPT_BATCH = 512  # prompts that go through the text tower at a time where no gradient is kept
 
 
 @dataclass
@@ -73,7 +84,7 @@ class HPDVALImageClassifierOutput(ModelOutput):
         distillation_loss (`torch.FloatTensor` of shape `()`): L1 distance to the teacher; training stage 1 and joint.
         semantic_consistency_loss (`torch.FloatTensor` of shape `()`): L1 distance of the learned global text
             embeddings to the hand-written ones; training stage 2 and joint.
-        image_embeds, patch_embeds, hidden_states, attentions: see [`HPDVALModelOutput`].
+        image_embeds, patch_embeds, text_embeds, hidden_states, attentions: see [`HPDVALModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -82,6 +93,7 @@ class HPDVALImageClassifierOutput(ModelOutput):
     semantic_consistency_loss: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     patch_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -105,29 +117,39 @@ class HPDVALImageEncoder(nn.Module):
                 nn.Linear(config.projection_dim, config.projection_dim),
             )
 
-    def forward(self, pixel_values: torch.Tensor, patches: bool = True, **kwargs) -> HPDVALModelOutput:
-        output = self.backbone(pixel_values, interpolate_pos_encoding=True, **kwargs)
+    def forward(
+        self, pixel_values: torch.Tensor, patches: bool = True, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None, tuple | None]:
+        """Picture `(B, E)`, patches `(B, P, E)` where asked for, hidden states and attentions."""
+        output = self.backbone(pixel_values, interpolate_pos_encoding=True, return_dict=True, **kwargs)
         states = output.last_hidden_state if patches else output.last_hidden_state[:, :1]
         if self.backbone.config.model_type == "clip_vision_model":
             states = self.backbone.post_layernorm(states)  # transformers applies it to the class token alone
         states = self.projection(states)  # (B, 1 + P, E)
-        return HPDVALModelOutput(
-            image_embeds=states[:, 0],
-            patch_embeds=states[:, 1:] if patches else None,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return states[:, 0], states[:, 1:] if patches else None, output.hidden_states, output.attentions
 
 
-class HPDVALPreTrainedModel(PreTrainedModel):
-    """Initialisation, loading and saving: text embeddings that fit the weights, and plain checkpoints."""
+class HPDVALLogitScale(nn.Module):
+    """Logarithm of the scores' scale, and their bias; a module of its own as [`HPDVALPrompts`] is."""
+
+    def __init__(self, config: HPDVALConfig):
+        super().__init__()
+        scale, bias = torch.tensor(math.log(config.logit_scale)), torch.tensor(float(config.logit_bias))
+        if config.learn_logit_scale:
+            self.logit_scale, self.logit_bias = nn.Parameter(scale), nn.Parameter(bias)
+        else:  # no parameters: FSDP2 refuses those without a dimension
+            self.register_buffer("logit_scale", scale)
+            self.register_buffer("logit_bias", bias)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.logit_scale.float().exp(), self.logit_bias.float()
+
+
+class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
+    """Initialisation, loading and saving: plain checkpoints, with text embeddings that fit the weights."""
 
     config: HPDVALConfig
     base_model_prefix = "hp_dval"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
     _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -140,18 +162,14 @@ class HPDVALPreTrainedModel(PreTrainedModel):
         # By the layer itself: transformers asks no class from outside its library about a module without weights.
         if module is getattr(self, self.base_model_prefix, self).student.projection and isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)  # as in CLIP
-        elif isinstance(module, HPDVALModel):
-            init.copy_(module.prompt_ids, _placeholder_prompts(self.config).to(module.prompt_ids.device))
+        elif isinstance(module, HPDVALPrompts):
+            init.copy_(module.prompt_ids, placeholder_prompts(self.config).to(module.prompt_ids.device))
             init.zeros_(module.text_embeddings)
-            if module.text is not None:
-                # Contexts of zeros are contexts that stage 2 has not started yet.
-                weight = module.text.text_model.embeddings.token_embedding.weight
-                if not getattr(weight, "_is_hf_initialized", False):
-                    weight[self.config.context_token_ids[0] :] = 0
-        elif isinstance(module, HPDVALForImageClassification):
+        elif isinstance(module, HPDVALLogitScale):
             init.constant_(module.logit_scale, math.log(self.config.logit_scale))
             init.constant_(module.logit_bias, self.config.logit_bias)
 
+    @torch.no_grad()
     def initialize_weights(self):
         # CLIP draws the weights of its layers from the modules around them, which transformers passes over when the
         # outermost class is not its own: each tower first, by itself.
@@ -159,21 +177,39 @@ class HPDVALPreTrainedModel(PreTrainedModel):
             if module is not self and isinstance(module, PreTrainedModel):
                 module.initialize_weights()
         super().initialize_weights()
+        table = getattr(self, self.base_model_prefix, self).get_input_embeddings()
+        if table is not None and not getattr(table.weight, "_is_hf_initialized", False):
+            # Contexts of zeros are contexts that stage 2 has not started yet.
+            table.weight[self.config.context_token_ids[0] :] = 0
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module | None:
+        """Refused: the last rows of the text tower's table are contexts, whose ids and prompts hang on its size."""
+        tokens = self.config.text_config.vocab_size
+        if new_num_tokens not in (None, tokens):
+            raise ValueError(
+                f"the last {self.config.num_reserved_tokens} of the text tower's {tokens} tokens are contexts, which "
+                f"would lie elsewhere among {new_num_tokens}: resize the CLIP in place of this model, and build one "
+                "from it with HPDVALForImageClassification.from_clip."
+            )
+        return self.get_input_embeddings()
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers. The cached text embeddings of a whole checkpoint are taken as they are."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        base = getattr(model, model.base_model_prefix, model)
-        read_anew = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ())]
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         if not model._hf_peft_config_loaded:
             model._freeze()  # loading makes new parameters
-        parts = ("text.", "prompt_ids", "text_embeddings")
-        if not any(part in key for key in read_anew for part in parts) and not base.has_text_adapter():
-            base.trust_text_embeddings()
-        return (model, info) if output_loading_info else model
+        return loaded
 
-    def save_pretrained(self, save_directory, *, state_dict: Mapping[str, torch.Tensor] | None = None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        *args,
+        **kwargs,
+    ):
         """As in transformers, with text embeddings that fit the weights, and with the context tokens that
         [`~HPDVALForImageClassification.set_stage`] put into an adapter written back into the embedding table: a plain
         checkpoint. (An adapter that was loaded with `load_adapter` is saved by itself, as in transformers.)
@@ -183,100 +219,16 @@ class HPDVALPreTrainedModel(PreTrainedModel):
         base = getattr(self, self.base_model_prefix, self)
         own = state_dict is None
         if own:
-            base.refresh_text_embeddings()
+            base.store_text_embeds()
         if not getattr(self, "_hf_peft_config_loaded", False):
-            state_dict = dict(self.state_dict() if own else state_dict)
-            folded = False
-            for name, module in self.named_modules():
-                if hasattr(module, "token_indices"):
-                    _fold_token_adapter(state_dict, name, module)
-                    folded = True
-            if folded and not own:
-                _encode_prompts_of(state_dict, self.config)
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-
-
-def _fold_token_adapter(state_dict: dict[str, torch.Tensor], name: str, layer: nn.Module) -> None:
-    """Replaces the entries of peft's token layer `name` by those of the embedding that it amounts to."""
-    weight = state_dict[f"{name}.base_layer.weight"].clone()
-    for adapter in layer.active_adapters if not (layer.disable_adapters or layer.merged) else ():
-        weight[layer.token_indices[adapter]] = state_dict[f"{name}.trainable_tokens_delta.{adapter}"].to(weight)
-    for key in [key for key in state_dict if key.startswith(f"{name}.")]:
-        del state_dict[key]
-    state_dict[f"{name}.weight"] = weight
-
-
-@torch.no_grad()
-def _encode_prompts_of(state_dict: dict[str, torch.Tensor], config: HPDVALConfig) -> None:
-    """Replaces the contexts' text embeddings in `state_dict` by those of the text tower in it."""
-    prefix = next(key for key in state_dict if key.endswith("text_embeddings")).removesuffix("text_embeddings")
-    weights = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}text.")}
-    weights = {key.removeprefix(f"{prefix}text."): value for key, value in weights.items()}
-    with torch.device("meta"):  # draws no random numbers
-        tower = CLIPTextModelWithProjection._from_config(config.text_config)
-    tower.load_state_dict(weights, assign=True)
-    places = torch.arange(config.text_config.max_position_embeddings, device=tower.text_projection.weight.device)
-    tower.text_model.embeddings.position_ids = places[None]
-    prompts = state_dict[f"{prefix}prompt_ids"][GLOBAL:].flatten(0, 1)
-    embeddings = torch.cat([tower.eval()(part).text_embeds for part in prompts.split(PROMPT_BATCH)])
-    whole = state_dict[f"{prefix}text_embeddings"].clone()
-    whole[GLOBAL:] = embeddings.unflatten(0, (2, -1)).to(whole)
-    state_dict[f"{prefix}text_embeddings"] = whole
-
-
-def _build_prompts(config: HPDVALConfig, template: list[int], names: list[list[int]]) -> torch.Tensor:
-    """Token ids (3, N, L) of `[start] template name [end]`, and of the same with each view's context for the template.
-
-    Contexts take the place of words, so positions are those of a normal sentence (CoOp). Ends fill what is left: the
-    text tower reads a prompt at its first end.
-    """
-    contexts = torch.tensor(config.context_token_ids).view(2, -1, config.num_context_tokens)
-    contexts = contexts.expand(-1, len(names), -1).tolist()  # (2, N, M)
-    shape = (3, len(names), config.prompt_length)
-    prompts = torch.full(shape, config.text_config.eos_token_id)
-    for label, name in enumerate(names):
-        for view, words in enumerate((template, contexts[0][label], contexts[1][label])):
-            tokens = [config.text_config.bos_token_id, *words, *name]
-            prompts[view, label, : len(tokens)] = torch.tensor(tokens)
-    return prompts
-
-
-def _placeholder_prompts(config: HPDVALConfig) -> torch.Tensor:
-    """Prompts (3, N, L) of random words that a model holds until [`set_labels`]."""
-    generator = torch.Generator().manual_seed(0)
-    words = min(2, config.prompt_length - config.num_context_tokens - 2)
-    size = (config.num_labels + 1, max(words, config.num_context_tokens))
-    tokens = torch.randint(config.context_token_ids[0], size, generator=generator)
-    tokens[tokens == config.text_config.eos_token_id] = config.text_config.bos_token_id
-    template, *names = tokens.tolist()
-    return _build_prompts(config, template[: config.num_context_tokens], [name[:words] for name in names])
-
-
-def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of peft's active adapters within `module`."""
-    for layer in module.modules():
-        for name in getattr(layer, "adapter_layer_names", ()):
-            entries = getattr(layer, name) if "." not in name else {}  # a dotted one is of a layer within this layer
-            for adapter in layer.active_adapters:
-                if adapter in entries:
-                    entry = entries[adapter]
-                    yield from [entry] if isinstance(entry, nn.Parameter) else entry.parameters()
-
-
-def _peft():
-    """peft, which only training needs: if this file imported it, transformers would demand it for loading."""
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise ImportError("contexts are trained by peft, which is not installed: pip install peft.") from error
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors keep no version
-
-
-# torch 2.6 does not tell an export from a compilation; there, both take the embeddings as they are.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+            layers = [(name, module) for name, module in self.named_modules() if hasattr(module, "token_indices")]
+            if layers or not own:
+                state_dict = dict(self.state_dict() if own else state_dict)
+            for layer in layers:
+                fold_token_adapter(state_dict, *layer)
+            if not own and base.text is not None:
+                encode_prompts_of(state_dict, self.config)
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
 
 class HPDVALModel(HPDVALPreTrainedModel):
@@ -287,10 +239,8 @@ class HPDVALModel(HPDVALPreTrainedModel):
         self.student = HPDVALImageEncoder(config)
         self.teacher = CLIPVisionModelWithProjection._from_config(config.teacher_config) if config.has_teacher else None
         self.text = CLIPTextModelWithProjection._from_config(config.text_config) if config.has_text_model else None
-        shape = (3, config.num_labels)  # HANDWRITTEN, GLOBAL, LOCAL
-        self.register_buffer("prompt_ids", torch.empty(*shape, config.prompt_length, dtype=torch.long))
-        self.register_buffer("text_embeddings", torch.empty(*shape, config.projection_dim))
-        self._text_state_of_embeddings = None
+        self.prompts = HPDVALPrompts(config)
+        self._views, self._handwritten = KeptEmbeddings(), KeptEmbeddings()
         self.post_init()
         # Contexts are read from the token table outside CLIP's module around it, so FSDP2 must not wrap that module:
         # accelerate then wraps the table, which `get_input_embeddings` names.
@@ -317,74 +267,60 @@ class HPDVALModel(HPDVALPreTrainedModel):
                 tower.eval()
         return self
 
-    def _apply(self, fn, recurse=True):
-        fits = self._text_embeddings_fit()
-        super()._apply(fn, recurse)
-        if fits:  # moved or cast together with the weights
-            self.trust_text_embeddings()
-        return self
-
     # --- text embeddings that fit the text tower
 
     def has_text_adapter(self) -> bool:
         """Whether an adapter of peft is attached to the text tower."""
         return self.text is not None and any(hasattr(m, "adapter_layer_names") for m in self.text.modules())
 
-    def _text_state(self) -> tuple[tuple, list[torch.Tensor]]:
-        """What the embeddings depend on: which tensors, each at which version, and what the adapters do; and those
-        tensors that may be trained, to be compared by value: fused optimizers of torch and writes through `.data`
-        raise no version."""
-        tensors = [(t.data_ptr(), t.device, t.dtype, _version(t)) for t in (self.prompt_ids, *self.text.parameters())]
-        adapters = [
-            (tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters, str(getattr(m, "scaling", None)))
-            for m in self.text.modules()
-            if hasattr(m, "adapter_layer_names")
-        ]
-        trainable = {id(t): t.detach() for t in self.text.parameters() if t.requires_grad}
-        trainable |= {id(t): t.detach() for t in _adapter_parameters(self.text)}
-        return (tensors, adapters, list(trainable)), list(trainable.values())
+    def text_embeds(self) -> torch.Tensor:
+        """Text embeddings `(2, N, E)` of the global and the local view, not normalised; gradients reach whatever of the
+        text tower requires them.
 
-    def _text_embeddings_fit(self) -> bool:
-        """Whether the text tower is as it was when `text_embeddings` were made."""
-        if self.text is None or self._text_state_of_embeddings is None:
-            return False
-        (before, copies), (now, trainable) = self._text_state_of_embeddings, self._text_state()
-        return before == now and all(map(torch.equal, copies, trainable))
-
-    def trust_text_embeddings(self) -> None:
-        """Takes `text_embeddings` as those of the text tower as it now is."""
-        if self.text is not None:
-            state, trainable = self._text_state()
-            self._text_state_of_embeddings = state, [tensor.clone() for tensor in trainable]
-
-    @torch.compiler.disable
-    @torch.no_grad()
-    def refresh_text_embeddings(self, force: bool = False) -> None:
-        """Encodes the prompts again if the text tower, its adapters or the prompts have changed since the last time.
-
-        Called in every forward pass outside training and before saving, so that an adapter can be attached, switched,
-        disabled, merged or trained by any optimizer without a further thought. Only a write through `.data` to a
-        frozen weight goes unnoticed; call this with `force=True` after one. Without contexts (stage 1) both views read
-        the hand-written prompts.
+        A checkpoint without text tower holds them. Else the text tower runs, unless [`KeptEmbeddings`] proves that it
+        would give what it gave before. In a graph (`torch.compile`, exports) it always runs:
+        [`~HPDVALForImageClassification.drop_text_model`] makes the embeddings constants.
         """
-        if self.text is None or (self._text_embeddings_fit() and not force):
-            return
-        views = [GLOBAL, LOCAL] if self.has_learned_context() else [HANDWRITTEN]
-        prompts = self.prompt_ids[views].flatten(0, 1)  # (views * N, L)
-        embeddings = torch.cat([self.encode_prompts(part) for part in prompts.split(PROMPT_BATCH)])
-        embeddings = embeddings.unflatten(0, (len(views), -1))
-        if views == [HANDWRITTEN]:
-            embeddings = embeddings.expand(3, -1, -1)
-        self.text_embeddings[-len(embeddings) :] = embeddings.to(self.text_embeddings)
-        self.trust_text_embeddings()
+        prompt_ids, stored = self.prompts()
+        if self.text is None:
+            return stored[1:]
+        return self._encode(choose_prompts(prompt_ids, self.context_rows()), self._views)
 
-    def encode_prompts(self, prompt_ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings `(R, E)` of prompts `(R, L)`, not normalised; gradients reach what requires them."""
-        return self.text(prompt_ids).text_embeds
+    @torch.no_grad()
+    def handwritten_embeds(self) -> torch.Tensor:
+        """Text embeddings `(N, E)` of the hand-written prompts, likewise; without gradients."""
+        prompt_ids, stored = self.prompts()
+        if self.text is None:
+            return stored[HANDWRITTEN]
+        return self._encode(prompt_ids[HANDWRITTEN], self._handwritten)
+
+    def _encode(self, prompt_ids: torch.Tensor, keep: KeptEmbeddings) -> torch.Tensor:
+        def encode():
+            return encode_in_parts(self.text, prompt_ids)
+
+        with_gradients = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.text.parameters())
+        if with_gradients or torch.compiler.is_compiling():
+            return encode()
+        return keep(self.text, self.get_input_embeddings(), prompt_ids, encode)
+
+    @torch.no_grad()
+    def store_text_embeds(self) -> None:
+        """Writes the text embeddings of now where a checkpoint without text tower reads them."""
+        stored = self.prompts.text_embeddings
+        if self.text is not None and stored.device.type != "meta":  # there where they are offloaded
+            embeddings = torch.cat((self.handwritten_embeds()[None], self.text_embeds()))
+            self.prompts.text_embeddings = embeddings.to(stored)
 
     def context_rows(self) -> torch.Tensor:
         """The context tokens' embeddings as the text tower sees them, `(context tokens, width)`: global, then local."""
-        return self.get_input_embeddings()(torch.tensor(self.config.context_token_ids, device=self.prompt_ids.device))
+        ids = torch.tensor(self.config.context_token_ids, device=self.prompts()[0].device)
+        rows = self.get_input_embeddings()(ids)
+        if rows.device.type == "meta" != ids.device.type:
+            raise ValueError(
+                "the text tower's table is offloaded, which peft's adapter of the contexts cannot read there: save the "
+                "model, which writes them into the table, and offload what from_pretrained gives."
+            )
+        return rows
 
     @torch.no_grad()
     def has_learned_context(self) -> bool:
@@ -397,32 +333,37 @@ class HPDVALModel(HPDVALPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> HPDVALModelOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures; H and W multiples of the patch size.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`HPDVALModelOutput`].
+            kwargs: what the student's attention takes; other names are left out, with a warning.
         """
         if pixel_values is None:
             raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        output = self.student(
+        if pixel_values.shape[0] == 0:
+            raise ValueError("pixel_values holds no picture, and CLIP's attention cannot run on none: leave it out.")
+        unknown = kwargs.keys() - TransformersKwargs.__annotations__
+        if unknown:
+            logger.warning_once(f"{type(self).__name__} knows no argument {min(unknown)!r} and leaves it out.")
+            kwargs = {name: value for name, value in kwargs.items() if name not in unknown}
+        states, attentions = output_flags(self.config, output_hidden_states, output_attentions)
+        image_embeds, patch_embeds, hidden_states, attentions = self.student(
             pixel_values,
             patches=self.config.alpha < 1,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
+            output_hidden_states=states,
+            output_attentions=attentions,
+            **kwargs,
         )
-        if self.training and self.config.stage != "stage1":
-            # Both views in one call (HP-DVAL eq. 7).
-            output.text_embeds = self.encode_prompts(self.prompt_ids[GLOBAL:].flatten(0, 1)).unflatten(0, (2, -1))
-        else:
-            if self.text is not None and not _is_exporting():
-                self.refresh_text_embeddings()
-            output.text_embeds = self.text_embeddings[GLOBAL:]
-        return output
+        return HPDVALModelOutput(
+            image_embeds=image_embeds,
+            patch_embeds=patch_embeds,
+            text_embeds=self.text_embeds().to(image_embeds.device),
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
 
 
 class HPDVALForImageClassification(HPDVALPreTrainedModel):
@@ -444,19 +385,8 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
     def __init__(self, config: HPDVALConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        if config.thresholds is not None and len(config.thresholds) != config.num_labels:
-            logger.warning(
-                f"The checkpoint's {len(config.thresholds)} thresholds were dropped: the model now has "
-                f"{config.num_labels} labels. Fit them again on validation data."
-            )
-            config.thresholds = config.threshold_info = config.calibration_info = None
         self.hp_dval = HPDVALModel(config)
-        scale, bias = torch.tensor(math.log(config.logit_scale)), torch.tensor(float(config.logit_bias))
-        if config.learn_logit_scale:
-            self.logit_scale, self.logit_bias = nn.Parameter(scale), nn.Parameter(bias)
-        else:  # no parameters: FSDP2 refuses those without a dimension
-            self.register_buffer("logit_scale", scale)
-            self.register_buffer("logit_bias", bias)
+        self.scale = HPDVALLogitScale(config)
         self.post_init()
         self._freeze()
 
@@ -545,7 +475,8 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
 
         Raises:
             ValueError: a checkpoint without text tower, a name that is empty or too long, a template whose words are
-                not `num_context_tokens` with `context_init="template"`, or other labels for class-specific contexts.
+                not `num_context_tokens` with `context_init="template"`, other labels for class-specific contexts, or
+                names that read the same: one of them, and its rows in data, would stand for nothing.
         """
         base, config = self.hp_dval, self.config
         if base.text is None:
@@ -555,6 +486,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         names = list(label_names)
         if config.class_specific_context and names != [config.id2label[index] for index in range(config.num_labels)]:
             raise ValueError("this model has a context for each of its labels: other labels need a new model.")
+        texts = _label_texts(names, label_text or {})
         before, after = config.prompt_template.split("{}")
         template = tokenizer(before, add_special_tokens=False)["input_ids"]
         if config.context_init == "template" and len(template) != config.num_context_tokens:
@@ -564,25 +496,16 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             )
         longest = config.text_config.max_position_embeddings - 2 - max(len(template), config.num_context_tokens)
         tokens = []
-        for name in names:
-            text = (label_text or {}).get(name, name).replace("_", " ").strip()
-            if not text:
-                raise ValueError(f"label {len(tokens)} has an empty name.")
+        for name, text in zip(names, texts, strict=True):
             tokens.append(tokenizer(f"{text}{after}", add_special_tokens=False)["input_ids"])
             if len(tokens[-1]) > longest:
                 raise ValueError(f"label {name!r} has {len(tokens[-1])} tokens, but a prompt has room for {longest}.")
 
-        if len(names) != config.num_labels:
-            config.thresholds = config.threshold_info = config.calibration_info = None
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: index for index, name in enumerate(names)}
+        config.set_label_names(names)
         self.num_labels = len(names)
         config.prompt_length = 2 + max(len(template), config.num_context_tokens) + max(map(len, tokens))
-        base.prompt_ids = _build_prompts(config, template, tokens).to(base.prompt_ids.device)
-        with torch.no_grad():
-            handwritten = base.encode_prompts(base.prompt_ids[HANDWRITTEN])
-        base.text_embeddings = handwritten.expand(3, -1, -1).clone()
-        base.refresh_text_embeddings(force=True)
+        base.prompts.prompt_ids = build_prompts(config, template, tokens).to(base.prompts.prompt_ids.device)
+        base.store_text_embeds()
 
     # --- stages
 
@@ -617,22 +540,25 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
 
     def prompt_adapter_config(self):
         """peft's `TrainableTokensConfig` of the context tokens, for `get_peft_model`."""
-        return _peft().TrainableTokensConfig(
+        return load_peft().TrainableTokensConfig(
             token_indices=self.config.context_token_ids,
             target_modules=["token_embedding"],
             base_model_name_or_path=self.name_or_path or None,
         )
 
     @torch.no_grad()
-    def save_prompt_adapter(self, save_directory: str | os.PathLike) -> None:
+    def save_prompt_adapter(self, save_directory: str | os.PathLike, is_main_process: bool = True) -> None:
         """Writes the contexts as an adapter of kilobytes, for `PeftModel.from_pretrained` on any checkpoint with this
         text tower and number of contexts: what `PeftModel.save_pretrained` writes, from a model that is in no
         `PeftModel`."""
+        rows = self.hp_dval.context_rows().contiguous().cpu()  # where weights are divided, on every process
+        if not is_main_process:
+            return
         adapter = self.prompt_adapter_config()
         adapter.inference_mode = True
         adapter.save_pretrained(save_directory)
         table = "base_model.model.hp_dval.text.text_model.embeddings.token_embedding"
-        rows = {f"{table}.trainable_tokens_delta": self.hp_dval.context_rows().contiguous().cpu()}
+        rows = {f"{table}.trainable_tokens_delta": rows}
         save_file(rows, os.path.join(save_directory, "adapter_model.safetensors"), metadata={"format": "pt"})
 
     def drop_teacher(self) -> None:
@@ -642,7 +568,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
 
     def drop_text_model(self) -> None:
         """Leaves the text tower out of this model and its checkpoints: labels and prompts are then fixed."""
-        self.hp_dval.refresh_text_embeddings()
+        self.hp_dval.store_text_embeds()
         self.hp_dval.text = None
         self.config.has_text_model = False
 
@@ -650,13 +576,12 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
     def _start_contexts(self) -> None:
         """Gives contexts that are still zeros their first value, and an adapter to train them."""
         base, config = self.hp_dval, self.config
-        base.refresh_text_embeddings()  # the hand-written ones, if no label was ever set
         layer = next((m for m in base.get_input_embeddings().modules() if hasattr(m, "token_indices")), None)
         table = (base.get_input_embeddings() if layer is None else layer.base_layer).weight
         if not base.has_learned_context():
             ids = config.context_token_ids
             if config.context_init == "template":
-                words = table[base.prompt_ids[HANDWRITTEN, 0, 1 : 1 + config.num_context_tokens]]
+                words = table[base.prompts.prompt_ids[HANDWRITTEN, 0, 1 : 1 + config.num_context_tokens]]
                 rows = words.repeat(len(ids) // len(words), 1)
             else:
                 rows = torch.empty(len(ids), table.shape[1], dtype=table.dtype, device=table.device).normal_(std=0.02)
@@ -667,17 +592,17 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                     place = torch.tensor([ids.index(token) for token in layer.token_indices[adapter]])
                     layer.trainable_tokens_delta[adapter].copy_(rows[place])
         if layer is None:
-            _peft().inject_adapter_in_model(self.prompt_adapter_config(), self, adapter_name="prompts")
+            load_peft().inject_adapter_in_model(self.prompt_adapter_config(), self, adapter_name="prompts")
 
     def _stage_parameters(self) -> list[nn.Parameter]:
         """Parameters that the stage trains."""
         parameters = []
         if self.config.stage != "stage2":
             student = self.hp_dval.student
-            parameters += list(_adapter_parameters(student)) or list(student.parameters())
+            parameters += list(adapter_parameters(student)) or list(student.parameters())
         if self.config.stage != "stage1" and self.hp_dval.text is not None:
-            parameters += list(_adapter_parameters(self.hp_dval.get_input_embeddings()))
-        parameters += self.parameters(recurse=False)  # the scores' scale and bias, with `learn_logit_scale`
+            parameters += list(adapter_parameters(self.hp_dval.get_input_embeddings()))
+        parameters += self.scale.parameters()  # with `learn_logit_scale`
         return parameters
 
     def _freeze(self) -> None:
@@ -714,8 +639,9 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             ValueError: fewer patches than `local_top_k`.
         """
         alpha, normalize = self.config.alpha, self.config.score_normalization
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            image, text, scale = image_embeds.float(), text_embeds.float(), self.logit_scale.float().exp()
+        with maybe_autocast(image_embeds.device.type, enabled=False):
+            image, text = image_embeds.float(), text_embeds.float()
+            scale, bias = (value.to(image.device) for value in self.scale())
             if normalize == "cosine":
                 image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
             views = [(alpha, image @ text[0].T)]  # (B, N)
@@ -733,7 +659,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             scores = [(weight, scale * score) for weight, score in views]
             if normalize == "class_l2":
                 scores = [(weight, F.normalize(score, dim=-1)) for weight, score in scores]
-            return sum(weight * score for weight, score in scores) + self.logit_bias.float()
+            return sum(weight * score for weight, score in scores) + bias
 
     @can_return_tuple
     def forward(
@@ -742,6 +668,8 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> HPDVALImageClassifierOutput:
         """
         Args:
@@ -749,6 +677,9 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             labels (`torch.Tensor` of shape `(B, N)`, *optional*): multi-hot; 1 present, 0 absent, in between soft,
                 -100 unknown (no loss, no gradient).
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): known labels of a whole optimizer step, as Trainer
+                counts them; each loss is then this batch's part of the step's, and the parts add up.
+            kwargs: see [`HPDVALModel`].
 
         Raises:
             ValueError: labels outside the contract (values are checked only outside `torch.compile`), or, in training,
@@ -758,24 +689,32 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         compiling = torch.compiler.is_compiling()
         if self.training and labels is not None and not compiling:
             self._check_stage()
-        output = self.hp_dval(pixel_values, output_hidden_states, output_attentions, return_dict=True)
+        output = self.hp_dval(pixel_values, output_hidden_states, output_attentions, return_dict=True, **kwargs)
         logits = self.scores(output.image_embeds, output.patch_embeds, output.text_embeds)
 
         loss = distillation_loss = semantic_consistency_loss = None
         if labels is not None:
             if not compiling:
                 validate_labels(labels, self.num_labels)
-            loss = multilabel_loss(logits, labels, config.loss_type, config.loss_kwargs)
+            labels = labels.to(logits.device)
+            loss = multilabel_loss(logits, labels, config.loss_type, config.loss_kwargs, num_items_in_batch)
+            # What each picture counts in a mean over pictures; by its known labels where several batches make a step.
+            if num_items_in_batch is None:
+                share = logits.new_full((len(logits),), 1 / max(len(logits), 1))
+            else:
+                share = (labels != UNKNOWN_LABEL).sum(1) / items_in_step(num_items_in_batch, logits)
             if self.training and config.stage != "stage2" and config.distillation_weight:
                 with torch.no_grad():
-                    teacher = self.hp_dval.teacher(pixel_values, interpolate_pos_encoding=True).image_embeds
+                    teacher = self.hp_dval.teacher(pixel_values, interpolate_pos_encoding=True, return_dict=True)
                 # HP-DVAL eq. 2, of the class token in the shared space; a mean over its entries, as in the code.
-                distillation_loss = F.l1_loss(output.image_embeds.float(), teacher.float())
+                distance = (output.image_embeds.float() - teacher.image_embeds.to(logits.device).float()).abs()
+                distillation_loss = share @ distance.mean(-1)
                 loss = loss + config.distillation_weight * distillation_loss
             if self.training and config.stage != "stage1" and config.semantic_consistency_weight:
                 # HP-DVAL eq. 10: of the global prompts alone, which the code has as the local ones.
-                handwritten = self.hp_dval.text_embeddings[HANDWRITTEN]
-                semantic_consistency_loss = F.l1_loss(output.text_embeds[0].float(), handwritten.float())
+                handwritten = self.hp_dval.handwritten_embeds().to(logits.device)
+                distance = F.l1_loss(output.text_embeds[0].float(), handwritten.float())
+                semantic_consistency_loss = share.sum() * distance
                 loss = loss + config.semantic_consistency_weight * semantic_consistency_loss
         return HPDVALImageClassifierOutput(
             loss=loss,
@@ -784,6 +723,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             semantic_consistency_loss=semantic_consistency_loss,
             image_embeds=output.image_embeds,
             patch_embeds=output.patch_embeds,
+            text_embeds=output.text_embeds,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

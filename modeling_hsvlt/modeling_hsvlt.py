@@ -486,7 +486,7 @@ class HSVLTLabelEmbeddings(nn.Module):
     def __init__(self, config: HSVLTConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("weight", self.create().to(torch.empty(())))  # device and dtype that are being loaded to
+        self.register_buffer("weight", self.create().to(torch.empty(())))  # on the meta device while loading
 
     def create(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.config.label_seed)
@@ -583,6 +583,8 @@ class HSVLTModel(HSVLTPreTrainedModel):
         return getattr(self._trunk_embeddings(), "patch_embeddings", None)
 
     def set_input_embeddings(self, value: nn.Module):
+        if self.get_input_embeddings() is None:
+            raise ValueError("this trunk has no module patch_embeddings to set.")
         self._trunk_embeddings().patch_embeddings = value
 
     def _trunk_embeddings(self) -> nn.Module | None:
@@ -828,7 +830,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         text_embeddings = self._text_embeddings(text_embeddings)
         num_labels = len(text_embeddings if class_ids is None else class_ids)
         if labels is not None and not torch.compiler.is_compiling():
-            validate_labels(labels, num_labels)
+            labels = validate_labels(labels, num_labels)
         if feature_maps is None:
             feature_maps = self.hsvlt.trunk(require_images(pixel_values))
         if self.residual_attention is not None or self.candidate_scorer is not None:

@@ -295,7 +295,8 @@ class MlTrPixelAttention(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B * n, h, P, d)
         bias = None if self.relative_position_bias is None else self.relative_position_bias().to(qkv.dtype)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if output_attentions:  # other kernels do not return their weights
+        # Other kernels do not return their weights, and an exporter may not know them (torch's ONNX one, sdpa's views).
+        if output_attentions or _is_exporting():
             attend = eager_attention_forward
         dropout = self.attention_dropout if self.training else 0.0
         # An exported graph would be tied to one number of chunks, so to few pictures.
@@ -643,7 +644,7 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
         """
         warn_of_unknown_arguments(self, kwargs)
         if labels is not None and not torch.compiler.is_compiling():
-            validate_labels(labels, self.num_labels)
+            labels = validate_labels(labels, self.num_labels)
         output = self.mltr(
             pixel_values,
             output_hidden_states=output_hidden_states,

@@ -127,6 +127,12 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
     # Trainer gives `num_items_in_batch`, the known labels of a whole optimizer step, and the loss is divided by that.
     accepts_loss_kwargs = True
 
+    def post_init(self):
+        super().post_init()
+        # Of the parts that stay in fp32, those that this model has.
+        parts = {part for name, _ in self.named_modules() for part in name.split(".")}
+        self._keep_in_fp32_modules = set(self._keep_in_fp32_modules) & parts
+
     def _apply(self, fn, recurse=True):
         # `half()`, `to(torch.float16)`, `type(...)`: what `from_pretrained` keeps in fp32 stays in fp32 here as well.
         kept = {

@@ -26,7 +26,7 @@ THREADS = (1, 2, 4)
 
 
 def run(capability: str | None, mkl: str | None, threads: int, *options: str) -> bool:
-    """Runs the tests in a process with these settings (None: the machine's own), prints a line; whether all passed."""
+    """Runs the tests with these settings (None: the machine's own) and prints their line; whether all passed."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     for name, value in (("ATEN_CPU_CAPABILITY", capability), ("MKL_ENABLE_INSTRUCTIONS", mkl)):
         environment.pop(name, None)

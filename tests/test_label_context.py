@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from peft import PeftModel
+from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, label_context
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels
 
@@ -64,7 +67,7 @@ def train(model, steps=2, fused=True):
 def fresh(context):
     """Its embeddings, by a copy that has none kept."""
     twin = copy.deepcopy(context)
-    twin._encoded = None
+    twin._kept._kept = None
     with torch.no_grad():
         return twin()
 
@@ -94,13 +97,15 @@ def test_tokens_are_a_sentence_with_contexts_in_place_of_words():
 def test_gradients_equal_splicing_the_rows_into_the_sentence():
     """Against the encoder run on embeddings put together by hand (CoOp)."""
     context = LabelContext(ENCODER, TOKENIZER, ["cat"])
-    context().square().sum().backward()
+    weights = torch.randn(16, generator=torch.Generator().manual_seed(0))  # a LayerNorm's squares have one sum
+    (context() * weights).sum().backward()
     (delta,) = (p for p in context.parameters() if p.requires_grad)
     table = ENCODER.get_input_embeddings().weight.detach()
     rows = table[[WORDS.index(word) for word in ("a", "photo", "of", "a")]].requires_grad_()
     start, name, end = (table[[WORDS.index(word)]] for word in ("[CLS]", "cat", "[SEP]"))
     states = ENCODER(inputs_embeds=torch.cat((start, rows, name, end))[None]).last_hidden_state
-    states[0, 5].square().sum().backward()
+    (states[0, 5] * weights).sum().backward()
+    assert rows.grad.abs().max() > 0.01
     assert_close_outputs(delta.grad, rows.grad)
     ENCODER.zero_grad()
 
@@ -120,13 +125,16 @@ def test_training_moves_the_rows_and_what_is_not_frozen(frozen):
     assert any("label_stream" in key for key in moved) == (frozen != "model")
 
 
-def test_embeddings_are_kept_while_the_rows_are_the_same():
+def test_embeddings_are_kept_while_the_rows_are_the_same(monkeypatch):
     context = LabelContext(ENCODER, TOKENIZER, NAMES)
     model = make_model(context)
     for p in (*model.hsvlt.parameters(), *model.classifier.parameters()):
         p.requires_grad_(False)
     calls = []
-    hook = context.encoder.register_forward_hook(lambda *_: calls.append(1))
+    mean_states = label_context._mean_states
+    monkeypatch.setattr(
+        label_context, "_mean_states", lambda *args, **how: calls.append(1) or mean_states(*args, **how)
+    )
 
     def logits():
         with torch.inference_mode():
@@ -140,8 +148,7 @@ def test_embeddings_are_kept_while_the_rows_are_the_same():
     assert_close_outputs(logits(), start)
     with torch.no_grad():
         model(pictures())
-    assert len(calls) == 2  # both by `fresh`, for two lengths of prompts
-    hook.remove()
+    assert len(calls) == 1  # by `fresh`
     train(model)
     trained = logits()
     assert not close_outputs(trained, start)
@@ -154,6 +161,52 @@ def test_embeddings_are_kept_while_the_rows_are_the_same():
         assert_close_outputs(logits(), start)
     context.encoder.merge_adapter()
     logits()
+
+
+def _layer(context):
+    return context.encoder.get_base_model().encoder.layer[0].output.dense
+
+
+def _assign(context):
+    state = {key: value * 1.5 if "dense" in key else value for key, value in context.state_dict().items()}
+    context.load_state_dict(state, assign=True)
+
+
+@torch.inference_mode()
+def _copy(context):
+    _layer(context).weight.copy_(_layer(context).weight * 1.5)
+
+
+CHANGES = {
+    "data": lambda context: _layer(context).weight.data.mul_(1.5),
+    "rows that change places": lambda context: _layer(context).weight.data.copy_(_layer(context).weight.flip(0)),
+    "inference mode": _copy,
+    "assign": _assign,
+    "another parameter": lambda context: setattr(_layer(context), "weight", nn.Parameter(_layer(context).weight * 1.5)),
+    "another module": lambda context: setattr(context.encoder.get_base_model().encoder, "layer", nn.ModuleList()),
+    "a setting": lambda context: setattr(context.encoder.get_base_model().embeddings.LayerNorm, "eps", 0.5),
+    "hook": lambda context: _layer(context).register_forward_hook(lambda module, args, output: 1.5 * output),
+    "hook around the encoder": lambda context: context.encoder.register_forward_hook(
+        lambda module, args, output: BaseModelOutput(last_hidden_state=1.5 * output.last_hidden_state)
+    ),
+    "parametrisation": lambda context: torch.nn.utils.parametrizations.orthogonal(_layer(context)),
+    "pruning": lambda context: torch.nn.utils.prune.l1_unstructured(_layer(context), "weight", 0.5),
+    "quantisation": lambda context: torch.ao.quantization.quantize_dynamic(context, {nn.Linear}, inplace=True),
+    "token table": lambda context: context.encoder.get_input_embeddings().base_layer.weight.data.mul_(1.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_no_change_of_the_encoder_leaves_old_embeddings(change):
+    context = LabelContext(ENCODER, TOKENIZER, NAMES).eval()
+    before = context()
+    assert torch.equal(context(), before)
+    CHANGES[change](context)
+    after = context()
+    assert not torch.allclose(after, before, atol=1e-5)
+    with torch.enable_grad():  # computed in any case
+        torch.testing.assert_close(after, context().detach())
 
 
 def test_checkpoints_are_plain_and_the_adapter_serves_other_labels(tmp_path):

@@ -448,7 +448,9 @@ def test_what_stands_in_the_padding_never_reaches_the_picture():
         expected = stage(x)[0]
         original = F.pad
         try:
-            F.pad = lambda x, sides, value=0.0: original(x, sides, value=7.0 if x.is_floating_point() else value)
+            F.pad = lambda x, sides, mode="constant", value=0.0: original(
+                x, sides, value=7.0 if x.is_floating_point() else value
+            )
             assert_close_outputs(stage(x)[0], expected)
         finally:
             F.pad = original

@@ -67,7 +67,7 @@ class TrainingConfig:
     crop_margin: float = 0.125  # pictures reach the random crop this much larger, so that it need not enlarge them
 
     # --- model
-    model_type: str = "hsvlt"  # a key of training.models.MODELS
+    model_type: str = "hsvlt"  # hsvlt, mltr or hp_dval
     preset: str | None = "small"  # the published size with a published number
     model: dict = field(default_factory=dict)  # any field of the model's configuration
     backbone: str | None = None  # pretrained trunk: folder or Hub id in transformers' format; null: random weights

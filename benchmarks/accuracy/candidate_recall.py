@@ -27,7 +27,7 @@ def candidate_recall(scores: np.ndarray, labels: np.ndarray) -> float:
     """Share of the present labels that were candidates.
 
     Args:
-        scores: (n, num_labels) of `training.evaluate.predict`: 0 where a label was left out.
+        scores: (n, num_labels) of `training.scoring.predict`: 0 where a label was left out.
         labels: (n, num_labels), 1 present, anything else absent or unknown.
     """
     return float((scores[labels == 1] > 0).mean())

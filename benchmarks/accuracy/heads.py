@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from benchmarks.accuracy.features import FeatureCache, PictureCache, default_cache
 from benchmarks.accuracy.frozen import Recipe, build_head, freeze_trunk, score_head, train_head
 from benchmarks.accuracy.hsvlt_parts import ABLATIONS, Ablation
-from benchmarks.cost.speed import device_name, multiply_adds
 from benchmarks.peers.efficientnet_lite import IMAGE_SIZE, image_processor, load_backbone, load_classifier
+from benchmarks.timing import device_name, multiply_adds
 from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder, transfer_classifier
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load_multilabel_dataset

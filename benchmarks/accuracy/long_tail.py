@@ -161,7 +161,7 @@ class Benchmark:
         # The mean logit starts at what label frequency asks for: cosines know nothing of it.
         frequency = sum(counts) / (train.labels != -100).sum().item()
         model.config.logit_bias = math.log(frequency / (1 - frequency)) - float(self.score(model, train).mean())
-        torch.nn.init.constant_(model.logit_bias, model.config.logit_bias)
+        torch.nn.init.constant_(model.scale.logit_bias, model.config.logit_bias)
         return model
 
     def batch(self, pixels: torch.Tensor) -> torch.Tensor:

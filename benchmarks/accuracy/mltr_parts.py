@@ -26,7 +26,7 @@ import torch
 import yaml
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from benchmarks.cost.speed import device_name, multiply_adds
+from benchmarks.timing import device_name, multiply_adds
 from training import train
 from training.config import TrainingConfig, parse_config
 from training.data.batches import build_dataloader

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection
 from transformers.pipelines import ZeroShotImageClassificationPipeline
 
-from benchmarks.cost.speed import device_name, timed
 from benchmarks.peers.scene_clip import word_tokenizer
+from benchmarks.timing import device_name, timed
 from modeling_hsvlt import (
     HPDVALForImageClassification,
     MultiLabelImageClassificationPipeline,

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from benchmarks.cost.multiply_adds import CountMultiplyAdds
+from benchmarks.timing import CountMultiplyAdds
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 
 

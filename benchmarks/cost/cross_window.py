@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cost.speed import device_name
+from benchmarks.timing import device_name
 from modeling_hsvlt import MlTrConfig
 from modeling_hsvlt.modeling_mltr import MlTrCrossWindowAttention
 

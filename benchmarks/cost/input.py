@@ -20,7 +20,7 @@ from datasets import Dataset, Image
 from tqdm import tqdm
 from transformers import ConvNextImageProcessorPil
 
-from benchmarks.cost.speed import device_name, synchronise
+from benchmarks.timing import device_name, synchronise
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor, load_image
 from training.data.augment import build_augmentation
 from training.data.batches import build_dataloader, normalize_pixels

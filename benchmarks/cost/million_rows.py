@@ -28,7 +28,7 @@ from training.check.imbalance import long_tail_groups
 from training.data.load import load_multilabel_dataset
 from training.data.sparse_labels import SparseLabels
 from training.metrics.functional import multilabel_report
-from training.split import positives_by_split, stratified_split
+from training.prepare.stratify import positives_by_split, stratified_split
 
 FRACTIONS = (0.8, 0.1, 0.1)
 

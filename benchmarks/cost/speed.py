@@ -12,10 +12,8 @@ its own).
 import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,8 +23,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel, ConvNextForImageClassification, SwinConfig
 
-from benchmarks.cost.multiply_adds import CountMultiplyAdds
 from benchmarks.peers.heads import HEADS
+from benchmarks.timing import device_name, multiply_adds, synchronise, timed
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MlTrConfig, MlTrForImageClassification
 
 
@@ -112,32 +110,6 @@ def make_step(model: nn.Module, name: str, batch: torch.Tensor, num_labels: int,
     return step
 
 
-def multiply_adds(build_model: Callable[[], nn.Module], image_size: int) -> int:
-    """Multiply-adds of one picture in matrix products and convolutions, counted on the meta device."""
-    with torch.device("meta"):
-        model = build_model().eval().requires_grad_(False)
-        picture = torch.empty(1, 3, image_size, image_size)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, which a counter cannot look into
-    with torch.no_grad(), CountMultiplyAdds() as counter:
-        model(picture)
-    torch.backends.mha.set_fastpath_enabled(fast_path)
-    return counter.total
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(step: Callable[[], None], device: torch.device) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    step()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
 def peak_memory_cuda(step: Callable[[], None], device: torch.device) -> float:
     synchronise(device)
     before = torch.cuda.memory_allocated(device)
@@ -173,16 +145,6 @@ def peak_memory_cpu(*args) -> float:
     process.start()
     process.join()
     return queue.get() if process.exitcode == 0 else float("nan")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import training.train
+import training.loop.fit
 from modeling_hsvlt import HPDVALForImageClassification
 from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
@@ -96,7 +96,7 @@ def test_both_stages_train_what_they_say(tmp_path, clip):
     assert sum(sizes) == 10
 
     results, two = run("hp_dval_stage2.yaml", tmp_path / "two", init_from=str(tmp_path / "one" / "best"))
-    assert changed(one, two) == {TABLE, "hp_dval.text_embeddings"}
+    assert changed(one, two) == {TABLE, "hp_dval.prompts.text_embeddings"}
     model = HPDVALForImageClassification.from_pretrained(tmp_path / "two" / "best")
     rows = (one[TABLE] != two[TABLE]).any(1).nonzero().flatten().tolist()
     assert rows == model.config.context_token_ids
@@ -105,10 +105,11 @@ def test_both_stages_train_what_they_say(tmp_path, clip):
 
 
 @pytest.mark.slow
+@pytest.mark.one_machine
 def test_joint_training_resumes_exactly(tmp_path, clip, monkeypatch):
     options = {"backbone": clip, "model.local_top_k": 4, "epochs": 2}
     run("hp_dval_joint.yaml", tmp_path / "whole", **options)
-    validate, calls = training.train.validate, []
+    validate, calls = training.loop.fit.validate, []
 
     def interrupted(run):
         calls.append(run)
@@ -117,7 +118,7 @@ def test_joint_training_resumes_exactly(tmp_path, clip, monkeypatch):
         return validate(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.train, "validate", interrupted)
+        patch.setattr(training.loop.fit, "validate", interrupted)
         assert command("hp_dval_joint.yaml", tmp_path / "halves", **options) == 130
     reset_accelerate()
     assert main([str(tmp_path / "halves" / "config.yaml"), "--resume"]) == 0

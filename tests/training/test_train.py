@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
+import training.loop.finish
+import training.loop.fit
 import training.loop.saving
 import training.loop.setup
-import training.train
+import training.loop.validation
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from training.checkpoint.folder import verify
 from training.checkpoint.series import checkpoints
@@ -147,14 +149,14 @@ def test_the_test_split_is_scored_once_at_the_end(finished):
 def interrupt(monkeypatch, at_batch, how):
     """`how` is called in the middle of batch `at_batch` (counted over the whole run)."""
     batches = iter(range(10_000))
-    plain = training.train.normalize_pixels
+    plain = training.loop.fit.normalize_pixels
 
     def normalize_pixels(*arguments):
         if next(batches) == at_batch:
             how()
         return plain(*arguments)
 
-    monkeypatch.setattr(training.train, "normalize_pixels", normalize_pixels)
+    monkeypatch.setattr(training.loop.fit, "normalize_pixels", normalize_pixels)
 
 
 def at_once():
@@ -182,6 +184,7 @@ PLAIN = ["--scheduler", "plateau", "--ema_decay", "null", "--fresh_scenes", "fal
     ("at_batch", "how", "saved", "options"),
     [(7, at_once, 2, []), (11, sigterm, 6, []), (18, at_once, 8, []), (16, sigterm, 9, PLAIN)],
 )
+@pytest.mark.one_machine
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     recipe, tmp_path, tmp_path_factory, monkeypatch, capsys, at_batch, how, saved, options
 ):
@@ -210,21 +213,23 @@ def assert_same_end(whole, folder):
     assert (whole / "results.json").read_text() == (folder / "results.json").read_text()
 
 
+@pytest.mark.one_machine
 def test_a_stop_during_validation_saves_and_the_validation_is_done_again(finished, recipe, tmp_path, monkeypatch):
-    folder, plain = tmp_path / "run", training.train.predict
+    folder, plain = tmp_path / "run", training.loop.validation.predict
 
     def predict(*arguments, **options):
         sigterm()
         return plain(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.train, "predict", predict)
+        patch.setattr(training.loop.validation, "predict", predict)
         assert main([recipe, "--output_dir", str(folder), "--evaluate_test"]) == 0
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-6"] and not (folder / "best").exists()
     assert main([str(folder / "config.yaml"), "--resume"]) == 0
     assert_same_end(finished, folder)
 
 
+@pytest.mark.one_machine
 def test_damage_is_survived(finished, tmp_path, capsys):
     """The newest checkpoint and best/ are both hit: the run goes back one epoch and ends as it would have."""
     folder = tmp_path / "run"
@@ -247,6 +252,7 @@ def test_interrupted_before_the_first_save(recipe, tmp_path, monkeypatch, capsys
     assert "nothing to continue from" in capsys.readouterr().err
 
 
+@pytest.mark.one_machine
 def test_a_save_that_fails_ends_the_run_and_leaves_what_there_was(finished, recipe, tmp_path, monkeypatch, capsys):
     folder, plain, saves = tmp_path / "run", training.loop.saving.write_marker, iter(range(100))
 
@@ -266,9 +272,9 @@ def test_a_save_that_fails_ends_the_run_and_leaves_what_there_was(finished, reci
 
 
 def divide_by_zero(monkeypatch, at_batch):
-    batches, plain = iter(range(100)), training.train.normalize_pixels
+    batches, plain = iter(range(100)), training.loop.fit.normalize_pixels
     monkeypatch.setattr(
-        training.train,
+        training.loop.fit,
         "normalize_pixels",
         lambda *inputs: plain(*inputs) / (0.0 if next(batches) in at_batch else 1.0),
     )
@@ -341,6 +347,7 @@ def state_of(folder):
     return json.loads((checkpoints(folder)[0] / "training_state" / "state.json").read_text())
 
 
+@pytest.mark.one_machine
 def test_fp16_steps_that_overflow_count_for_nothing_and_the_scale_is_resumed(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(training.loop.setup, "Accelerator", Fp16OnCpu)
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -385,7 +392,9 @@ def test_early_stopping_waits_for_validation(recipe, tmp_path):
 
 def test_finished_training_is_pushed_when_asked(recipe, tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr(training.train, "push_run", lambda run, repo, private: pushed.append((run, repo, private)))
+    monkeypatch.setattr(
+        training.loop.finish, "push_run", lambda run, repo, private: pushed.append((run, repo, private))
+    )
     folder = tmp_path / "run"
     options = ["--max_steps", "1", "--warmup_epochs", "0", "--push_to_hub", "me/model"]
     assert main([recipe, "--output_dir", str(folder), *options]) == 0
@@ -407,7 +416,6 @@ def test_transformers_trainer_trains_the_model(tmp_path):
             learning_rate=5e-3,
             logging_steps=1,
             eval_strategy="epoch",
-            label_names=["labels"],  # Trainer would take label_embeddings and label_ids for labels as well
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
@@ -480,7 +488,7 @@ def test_two_processes_train_like_one(recipe, tmp_path):
     dataset = MultiLabelDataset(splits["validation"], names, processor)
     loader = accelerator.prepare(build_dataloader(dataset, batch_size=4, processor=processor))
     model = AutoModelForImageClassification.from_pretrained(folder / "best")
-    scores, labels = training.train.predict(model, loader, accelerator)
+    scores, labels = training.loop.validation.predict(model, loader, accelerator)
     assert scores.shape == (23, 10)
-    report = training.train.multilabel_report(scores, labels)
+    report = training.loop.validation.multilabel_report(scores, labels)
     assert_close_metrics(report, {name: best[f"validation/{name}"] for name in report})

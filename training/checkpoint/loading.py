@@ -4,7 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
 
 import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
 
@@ -42,3 +47,16 @@ def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImag
     revision = args.revision or "main"
     model = AutoModelForImageClassification.from_pretrained(args.checkpoint, revision=revision, use_safetensors=True)
     return model, AutoImageProcessor.from_pretrained(args.checkpoint, revision=revision)
+
+
+def check_pinned(option: str, source: str, revision: str | None) -> None:
+    """Refuse a Hub id without a revision: a branch moves, and a run must be repeatable."""
+    if revision is None and not Path(source).is_dir():
+        raise ValueError(
+            f"{option} {source!r} is no folder, and as a Hub id it needs --{option}_revision: the commit that the "
+            "repository's page shows under 'Files and versions'."
+        )
+
+
+def commit_of(loaded_config) -> str | None:
+    return getattr(loaded_config, "_commit_hash", None)  # set by transformers where it came from the Hub

@@ -76,7 +76,7 @@ class SceneDataset(torch.utils.data.Dataset):
 
     Each row is a dictionary with `image` (RGB `PIL.Image`, `image_size` square), `labels` (distinct names, in digit
     order) and `boxes` (one `{"x", "y", "w", "h", "label"}` per object, whole pixels around its ink; painted in this
-    order). Wrap it in `training.data.MultiLabelDataset` for training.
+    order). Wrap it in `training.data.dataset.MultiLabelDataset` for training.
 
     Args:
         num_scenes: Scenes per epoch.

@@ -6,7 +6,7 @@ from ..checkpoint.atomic import atomic_folder
 from ..checkpoint.folder import CheckpointError, save_checkpoint, write_marker
 from ..checkpoint.series import checkpoints, prune
 from ..checkpoint.state import copy_training_state
-from .setup import Run
+from .run import Run
 
 
 def save(run: Run, *, best: bool = False) -> None:

@@ -3,42 +3,30 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
     GradientAccumulationPlugin,
-    broadcast_object_list,
     gather_object,
     set_seed,
 )
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 from transformers.image_utils import PILImageResampling
 
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 from ..check.imbalance import long_tail_groups
-from ..checkpoint.atomic import CheckpointWriter
 from ..checkpoint.deepspeed import ZeroOptimizer, configure_zero
-from ..checkpoint.folder import CheckpointError, verify
-from ..checkpoint.series import newest_good, recover_run
-from ..checkpoint.state import load_training_state, read_progress
 from ..config import TrainingConfig
-from ..data.augment import BatchAugmentation, build_augmentation
+from ..data.augment import build_augmentation
 from ..data.batches import build_dataloader
 from ..data.dataset import MultiLabelDataset
 from ..data.leave_out import find_unreadable, without_excluded, without_unreadable
@@ -46,37 +34,10 @@ from ..data.load import load_multilabel_dataset
 from ..data.scenes import DEFAULT_NUM_SCENES, SceneDataset
 from ..models.build import build_model
 from .interruption import StopRequest
-from .optim import WarmupPlateau, build_ema, build_optimizer, build_scheduler
-
-
-@dataclass(kw_only=True)
-class Run:
-    """What `setup` builds and `fit` trains. `model` is wrapped for the device or devices, `plain_model` is not."""
-
-    config: TrainingConfig
-    accelerator: Accelerator
-    folder: Path
-    processor: MultiLabelProcessor
-    train_data: MultiLabelDataset
-    groups: dict[str, np.ndarray] | None  # head, medium and tail labels, by their pictures in train
-    loaders: dict[str, DataLoader]  # "train", "validation" and, where asked for, "test"
-    augmentation: BatchAugmentation | None
-    plain_model: torch.nn.Module
-    model: torch.nn.Module
-    ema: AveragedModel | None
-    optimizer: AcceleratedOptimizer
-    stateful_optimizer: torch.optim.Optimizer | ZeroOptimizer  # whose state is saved
-    scheduler: LambdaLR | WarmupPlateau
-    total_steps: int
-    progress: dict  # counters and scores; saved with every checkpoint
-    log: "JsonLinesTracker"
-    stop: StopRequest
-    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
-
-    @property
-    def evaluated_model(self) -> torch.nn.Module:
-        """The weights that are validated and kept: the average where there is one."""
-        return self.plain_model if self.ema is None else self.ema.module
+from .log import JsonLinesTracker
+from .optim import build_ema, build_optimizer, build_scheduler
+from .resume import find_source, restore
+from .run import Run
 
 
 def setup(config: TrainingConfig) -> Run:
@@ -309,75 +270,6 @@ def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabe
     return MultiLabelProcessor(image_processor, id2label=dict(enumerate(label_names)))
 
 
-def find_source(folder: Path, accelerator: Accelerator) -> Path:
-    """The checkpoint to resume from; one process looks, since the hashes of all files are checked.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or none that is good.
-    """
-    found: list = [None, None]
-    if accelerator.is_main_process:
-        recover_run(folder)
-        try:
-            found[0] = newest_good(folder)
-        except (CheckpointError, FileNotFoundError) as error:
-            found[1] = error
-    path, error = broadcast_object_list(found)
-    if error is not None:
-        raise error if isinstance(error, FileNotFoundError) else ValueError(str(error))
-    return path
-
-
-def restore(run: Run, source: Path) -> None:
-    """Continue from `source`, exactly: weights, average, optimizer, schedule, place in the epoch, scores.
-
-    Raises:
-        ValueError: it was another run (other labels, data, number of steps or batches), and `resume_despite` does not
-            say so.
-    """
-    saved, new = read_progress(source), run.progress
-    same = ("label_names", "dataset", "total_steps", "batches")
-    for key in same:
-        if saved[key] != new[key] and key not in run.config.resume_despite:
-            words = " (processes, pictures a batch, batches a step, seed)" if key == "batches" else ""
-            raise ValueError(
-                f"{run.folder} was trained with {key} {saved[key]!r}, not {new[key]!r}{words}: resume with the options "
-                f"in its config.yaml, allow the change with --resume_despite '[{key}]', or start a new run from its "
-                "weights with --init_from."
-            )
-    run.progress = load_training_state(
-        source,
-        model=run.plain_model,
-        optimizer=run.stateful_optimizer,
-        scheduler=run.scheduler,
-        ema=run.ema,
-        scaler=run.accelerator.scaler,
-    ) | {key: new[key] for key in same}
-    if saved["batches"] != new["batches"]:  # the same pictures of the epoch are done, but for a part of a step
-        pictures = saved["batch"] * saved["batches"][0] * saved["batches"][1]
-        accumulated = run.config.gradient_accumulation_steps
-        run.progress["batch"] = pictures // (new["batches"][0] * new["batches"][1] * accumulated) * accumulated
-    if saved["dataset"] != new["dataset"]:
-        run.progress["batch"] = 0
-    problem = None
-    if run.progress["best_epoch"] is not None and run.accelerator.is_main_process:
-        problem = _problem_with(run.folder / "best")
-    (problem,) = broadcast_object_list([problem])
-    if problem is not None:
-        run.accelerator.print(f"{problem}: the best epoch is chosen anew.")
-        run.progress |= {"best_mAP": None, "best_epoch": None}
-
-
-def _problem_with(best: Path) -> str | None:
-    if not best.is_dir():
-        return f"{best} is missing"
-    try:
-        verify(best)
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
 def _fingerprint(config: TrainingConfig, data: dict[str, MultiLabelDataset]) -> str:
     """What tells a dataset from another under the same name: the labels of all its pictures, in order."""
     digest = hashlib.sha256(json.dumps(config.scenes, sort_keys=True).encode())
@@ -387,41 +279,3 @@ def _fingerprint(config: TrainingConfig, data: dict[str, MultiLabelDataset]) -> 
         for array in () if labels is None else (labels.starts, labels.ids, labels.values, labels.default):
             digest.update(np.ascontiguousarray(array).tobytes())
     return f"{len(data['train'])} + {len(data['validation'])} pictures, {digest.hexdigest()[:16]}"
-
-
-class JsonLinesTracker(GeneralTracker):
-    """One JSON object a line: `step`, and whatever was logged at it."""
-
-    name = "jsonl"
-    requires_logging_directory = False
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
-
-    @property
-    def tracker(self) -> Path:
-        return self.path
-
-    @on_main_process
-    def store_init_configuration(self, values: dict) -> None:
-        """The configuration is in config.yaml."""
-
-    @on_main_process
-    def log(self, values: dict, step: int | None = None, **kwargs) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def size(self) -> int:
-        """Bytes written so far, which are on disk when this returns."""
-        if not self.path.exists():
-            return 0
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
-            return file.seek(0, os.SEEK_END)
-
-    @on_main_process
-    def cut(self, size: int) -> None:
-        """Drop what an interrupted run logged after the checkpoint that is resumed from."""
-        if self.path.exists() and self.path.stat().st_size > size:
-            os.truncate(self.path, size)

@@ -1,8 +1,5 @@
 """The model of a run: new, on a pretrained trunk, or from a checkpoint; and its label embeddings."""
 
-import logging
-from pathlib import Path
-
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, AutoTokenizer, CLIPModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -13,11 +10,9 @@ from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder, transfer_classifier
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
-from ..checkpoint.loading import refuse_leads_elsewhere
+from ..checkpoint.loading import check_pinned, commit_of
 from ..config import TrainingConfig
-from .cat import resize_model
-
-logger = logging.getLogger(__name__)
+from .from_checkpoint import from_checkpoint
 
 
 def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedModel:
@@ -48,7 +43,7 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
     if config.label_encoder is not None and config.model_type != "hp_dval":
         check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
         encoder, tokenizer = load_text_encoder(config.label_encoder, config.label_encoder_revision)
-        config.label_encoder_revision = _commit(encoder.config) or config.label_encoder_revision
+        config.label_encoder_revision = commit_of(encoder.config) or config.label_encoder_revision
         encoded = encode_labels(
             label_names,
             encoder,
@@ -67,7 +62,7 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
         **config.model,
     }
     if config.init_from is not None:
-        model = _from_checkpoint(config, label_names, overrides)
+        model = from_checkpoint(config, label_names, overrides)
     elif config.model_type == "hp_dval" and config.backbone is not None:
         model = _from_clip(config, overrides)
     else:
@@ -153,19 +148,6 @@ def add_label_context(model: PreTrainedModel, encoder, tokenizer, config: Traini
     model.config.label_template = templates[0] if len(templates) == 1 else f"{templates[0]}, and so on for each label"
 
 
-def check_pinned(option: str, source: str, revision: str | None) -> None:
-    """Refuse a Hub id without a revision: a branch moves, and a run must be repeatable."""
-    if revision is None and not Path(source).is_dir():
-        raise ValueError(
-            f"{option} {source!r} is no folder, and as a Hub id it needs --{option}_revision: the commit that the "
-            "repository's page shows under 'Files and versions'."
-        )
-
-
-def _commit(loaded_config) -> str | None:
-    return getattr(loaded_config, "_commit_hash", None)  # set by transformers where it came from the Hub
-
-
 def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
     ours = sorted(name for name, kind in CONFIG_MAPPING._extra_content.items() if hasattr(kind, "preset"))
     if config.model_type not in ours:
@@ -185,7 +167,7 @@ def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
         raise ValueError(f"model_type {config.model_type!r} stands on no other backbone: leave backbone out.")
     check_pinned("backbone", config.backbone, config.backbone_revision)
     source_config = AutoConfig.from_pretrained(config.backbone, revision=config.backbone_revision)
-    config.backbone_revision = _commit(source_config) or config.backbone_revision
+    config.backbone_revision = commit_of(source_config) or config.backbone_revision
     return model_class.from_backbone(config.backbone, revision=config.backbone_revision, config=model_config)
 
 
@@ -194,79 +176,9 @@ def _from_clip(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
     check_pinned("backbone", config.backbone, config.backbone_revision)
     load = {"revision": config.backbone_revision}
     clip = CLIPModel.from_pretrained(config.backbone, use_safetensors=True, dtype=torch.float32, **load)
-    config.backbone_revision = _commit(clip.config) or config.backbone_revision
+    config.backbone_revision = commit_of(clip.config) or config.backbone_revision
     tokenizer = AutoTokenizer.from_pretrained(config.backbone, **load)
     fields = {name: value for name, value in overrides.items() if name not in ("id2label", "label2id")}
     model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING["hp_dval"]]
     names = list(overrides["id2label"].values())
     return model_class.from_clip(clip, tokenizer, names, label_text=config.label_text, **fields)
-
-
-def _set_prompts(model: PreTrainedModel, config: TrainingConfig, label_names: list[str]) -> None:
-    """Other labels for an HP-DVAL: prompts of their names, by the tokenizer of the CLIP that `label_encoder` names."""
-    if config.label_encoder is None:
-        raise ValueError(
-            f"{config.init_from} was made for other labels: name its CLIP with label_encoder, whose tokenizer writes "
-            "the prompts of these."
-        )
-    check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
-    tokenizer = AutoTokenizer.from_pretrained(config.label_encoder, revision=config.label_encoder_revision)
-    model.set_labels(label_names, tokenizer, label_text=config.label_text)
-
-
-def _from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: dict) -> PreTrainedModel:
-    """A model for `label_names` with the checkpoint's weights.
-
-    What belongs to a label (rows of the head, label embeddings) is carried over by the label's name; labels that the
-    checkpoint does not know start fresh.
-    """
-    check_pinned("init_from", config.init_from, config.init_from_revision)
-    refuse_leads_elsewhere(config.init_from)
-    source = AutoModelForImageClassification.from_pretrained(
-        config.init_from, revision=config.init_from_revision, use_safetensors=True
-    )
-    config.init_from_revision = _commit(source.config) or config.init_from_revision
-    if not hasattr(type(source.config), "preset"):
-        raise ValueError(
-            f"{config.init_from} holds a {type(source).__name__}, not a model of this package: give it as backbone."
-        )
-    overrides = {**overrides, "thresholds": None, "threshold_info": None, "calibration_info": None}  # of other weights
-    if source.config.model_type == "mltr":
-        # Its weights belong to a picture size and a window.
-        source = resize_model(source, overrides["image_size"], config.model.get("window_size"))
-    source_names = [source.config.id2label[index] for index in range(source.config.num_labels)]
-    if hasattr(source, "set_labels") and source_names != label_names:
-        _set_prompts(source, config, label_names)
-        source_names = label_names
-    if source_names == label_names and not config.model:
-        for name, value in overrides.items():
-            setattr(source.config, name, value)
-        return source
-
-    model_config = type(source.config).from_dict({**source.config.to_dict(), **overrides})
-    model = type(source)(model_config)
-    common = [(row, source_names.index(name)) for row, name in enumerate(label_names) if name in source_names]
-    rows, source_rows = ([pair[side] for pair in common] for side in (0, 1))
-    logger.warning(
-        "%d of %d labels are known to %s; the others start fresh.", len(common), len(label_names), config.init_from
-    )
-    # A tensor belongs to labels in that dimension which grows with their number.
-    with torch.device("meta"):
-        labels = {"id2label": dict(enumerate([*label_names, ""])), "label2id": None}
-        wider = type(source)(type(model_config).from_dict({**model_config.to_dict(), **labels}))
-    wider_shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
-    source_tensors = source.state_dict()
-    for name, tensor in model.state_dict().items():
-        if name not in source_tensors or source_tensors[name].ndim != tensor.ndim:
-            logger.warning("%s has no %s of this shape; it starts fresh.", config.init_from, name)
-            continue
-        grows = [dim for dim in range(tensor.ndim) if wider_shapes[name][dim] != tensor.shape[dim]]
-        value = source_tensors[name]
-        if grows:
-            index = torch.tensor(rows, dtype=torch.long)
-            value = tensor.index_copy(grows[0], index, value.index_select(grows[0], torch.tensor(source_rows).long()))
-        if value.shape != tensor.shape:
-            logger.warning("%s has no %s of this shape; it starts fresh.", config.init_from, name)
-            continue
-        tensor.copy_(value)
-    return model

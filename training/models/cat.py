@@ -1,35 +1,14 @@
-"""CAT weights into MlTr, and MlTr weights to another resolution.
-
-    # a checkpoint of CAT (arXiv 2106.05786; ImageNet-1K), to a folder that AutoModel loads
-    python -m training.convert_mltr cat_small.pth checkpoints/cat-small
-    # any MlTr folder from 224 px and windows of 7 to 384 px and windows of 12, to go on training there
-    python -m training.convert_mltr checkpoints/cat-small checkpoints/cat-small-384 --image_size 384 --window_size 12
+"""CAT's weights as an MlTr.
 
 CAT is one setting of MlTr (`block_pattern`, `use_absolute_embeddings`), so its tensors are only renamed: the converted
 model computes what CAT computes. Start a fine-tuning from the folder with `--init_from` of `training.train`.
-
-Another resolution with the same window is exact but for the position embedding: every tensor stays, and there are more
-windows. Another window is an approximation to start from, nothing that was published for MlTr: tables and operators
-over a window's pixels are resized bicubically, see `resize_windows`.
 """
 
-import argparse
 import re
-import sys
-from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from transformers import AutoImageProcessor
-
-from modeling_hsvlt import MlTrConfig, MlTrForImageClassification
 from modeling_hsvlt.configuration_mltr import CAT_BLOCK
-from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
-from ..checkpoint.atomic import atomic_folder
-from ..checkpoint.folder import save_checkpoint
-from ..convert import StateDict, bare_state_dict, check_target, read_state_dict, rename_tensors
-from ..data.label_names import read_label_names
+from .state_dicts import StateDict, bare_state_dict, rename_tensors
 
 # CAT's three blocks of a group, each an attention and an MLP: six sublayers of one of our blocks.
 CAT_GROUP = ("pre_ipsa_blocks", "cpsa_blocks", "post_ipsa_blocks")
@@ -110,133 +89,3 @@ def cat_to_mltr(state_dict: dict) -> tuple[StateDict, dict]:
         "num_labels": state_dict["head.weight"].shape[0],
     }
     return converted, config_kwargs
-
-
-def resize_windows(state_dict: StateDict, source: MlTrConfig, target: MlTrConfig) -> StateDict:
-    """Weights of an MlTr for the `image_size` and `window_size` of `target`, where all else is as in `source`.
-
-    With windows of M pixels a side become M': a relative position table is resized from (2M - 1)^2 to (2M' - 1)^2
-    offsets; each matrix of the cross-window attention, an operator from a window's pixels to a window's pixels, from
-    (M, M, M, M) to (M', M', M', M') and times M^2 / M'^2, since it now sums over that many more pixels; queries also
-    times M / M', which keeps their products with the keys, summed over more pixels and divided by M' in place of M.
-    What varies little between neighbouring pixels thus keeps its effect. All bicubic.
-
-    Args:
-        state_dict: of `MlTrForImageClassification`, `MlTrModel` or `MlTrBackbone` with the configuration `source`.
-
-    Returns:
-        A new state dict with the shapes of `target`; tensors that need no change are those given.
-    """
-    resized = dict(state_dict)
-    for name, tensor in state_dict.items():
-        if name.endswith("position_embeddings"):
-            size = target.grid_sizes[0]
-            grid = tensor.unflatten(1, (source.grid_sizes[0],) * 2).permute(0, 3, 1, 2)
-            resized[name] = _resize(grid, size).permute(0, 2, 3, 1).flatten(1, 2)
-        match = re.search(r"stages\.(\d)\.layers\.\d+\.sublayers\.(\d+)\.attn\.(.+)", name)
-        if match is None:
-            continue
-        stage, sublayer, part = int(match[1]), int(match[2]), match[3]
-        old, new = source.window_sizes[stage], target.window_sizes[stage]
-        if old == new:
-            continue
-        if part.endswith("relative_position_bias_table"):
-            table = tensor.t().unflatten(1, (2 * old - 1,) * 2).unsqueeze(0)
-            resized[name] = _resize(table, 2 * new - 1)[0].flatten(1).t().contiguous()
-        elif source.stage_patterns[stage][sublayer] == "cross":
-            layers = [_resize_operator(layer, old, new) for layer in tensor.chunk(3 if part.startswith("qkv") else 1)]
-            if part.startswith("qkv"):
-                layers[0] = layers[0] * (old / new)
-            resized[name] = torch.cat(layers)
-    return resized
-
-
-def resize_model(
-    model: MlTrForImageClassification, image_size: int | None = None, window_size: int | None = None
-) -> MlTrForImageClassification:
-    """The model for another picture size or window, by [`resize_windows`]; None keeps what it has."""
-    sizes = {
-        "image_size": image_size or model.config.image_size,
-        "window_size": window_size or model.config.window_size,
-    }
-    target = MlTrForImageClassification(MlTrConfig.from_dict({**model.config.to_dict(), **sizes}))
-    target.load_state_dict(resize_windows(model.state_dict(), model.config, target.config))
-    return target
-
-
-def _resize(maps: torch.Tensor, size: int) -> torch.Tensor:
-    """(batch, channels, M, M) to (batch, channels, size, size)."""
-    if maps.shape[-1] == size:
-        return maps
-    return F.interpolate(maps.float(), size=(size, size), mode="bicubic", align_corners=False).to(maps.dtype)
-
-
-def _resize_operator(layer: torch.Tensor, old: int, new: int) -> torch.Tensor:
-    """Weight (M^2, M^2) or bias (M^2,) of a linear layer over a window's pixels, to M'^2 of them."""
-    if layer.ndim == 2:  # the input's pixels first
-        layer = _resize(layer.unflatten(1, (old, old)).unsqueeze(0), new)[0].flatten(1) * (old / new) ** 2
-    outputs = layer.reshape(old, old, -1).permute(2, 0, 1).unsqueeze(0)  # (1, M'^2 or 1, M, M)
-    return _resize(outputs, new)[0].flatten(1).t().reshape(new**2, *layer.shape[1:]).contiguous()
-
-
-def convert(args: argparse.Namespace) -> None:
-    """Writes the checkpoint folder."""
-    if args.source.is_dir():
-        model = MlTrForImageClassification.from_pretrained(args.source, use_safetensors=True)
-        image_processor = AutoImageProcessor.from_pretrained(args.source)
-    else:
-        state_dict, config_kwargs = cat_to_mltr(read_state_dict(args.source))
-        if args.labels is not None:
-            names = read_label_names(args.labels)
-            if len(names) != config_kwargs["num_labels"]:
-                raise ValueError(
-                    f"'{args.labels}' has {len(names)} names, but '{args.source}' has {config_kwargs['num_labels']} "
-                    "labels."
-                )
-            del config_kwargs["num_labels"]
-            config_kwargs["id2label"] = dict(enumerate(names))
-            config_kwargs["label2id"] = {name: index for index, name in enumerate(names)}
-        config = MlTrConfig(**config_kwargs)
-        model = MlTrForImageClassification(config)
-        model.load_state_dict(state_dict)
-        # What CAT was evaluated with: the shorter side to 256 / 224 of the size, bicubic, and the middle of it.
-        image_processor = MultiLabelImageProcessor(
-            size={"shortest_edge": round(config.image_size * 256 / 224)},
-            do_center_crop=True,
-            crop_size={"height": config.image_size, "width": config.image_size},
-        )
-    if args.image_size not in (None, model.config.image_size):
-        image_processor.size = {"height": args.image_size, "width": args.image_size}
-        image_processor.do_center_crop = False
-    model = resize_model(model, args.image_size, args.window_size)
-    processor = MultiLabelProcessor(image_processor, id2label=model.config.id2label, thresholds=model.config.thresholds)
-    with atomic_folder(args.target) as folder:
-        save_checkpoint(folder, model, processor)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.convert_mltr",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", type=Path, help="file of a CAT state dict (.pth, .safetensors), or a folder of ours")
-    parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument("--image_size", type=int, help="side of the pictures to come, in px; default: the source's")
-    parser.add_argument("--window_size", type=int, help="side of the windows to come; default: the source's")
-    parser.add_argument("--labels", type=Path, help="label names of a CAT file in class order, one a line")
-    parser.add_argument("--overwrite", action="store_true", help="replace TARGET where it exists")
-    args = parser.parse_args(argv)
-    try:
-        check_target(args.target, args.overwrite)
-        convert(args)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"Wrote {args.target}.")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

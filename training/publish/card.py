@@ -75,7 +75,7 @@ def render_card(
         run: The run folder, for results.json, config.yaml, log.jsonl, evaluation/, speed.json and predictions.png,
             whichever there are.
         folder: What is published: a checkpoint or an adapter.
-        repo_id, tag, licence, adapter_revision, pictures: see `training.push.push_run`.
+        repo_id, tag, licence, adapter_revision, pictures: see `training.publish.hub.push_run`.
 
     Raises:
         ValueError: a model without a template.

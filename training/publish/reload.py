@@ -1,34 +1,45 @@
-"""Load a folder as a stranger would and write what the model says.
+"""The folder that was built, loaded in a clean process and compared with the run."""
 
-    python -I training/publish/reload.py FOLDER PICTURE OUT
+from __future__ import annotations
 
-Run by `training.push` in a process of its own, in which `modeling_hsvlt` cannot be imported even where it is installed.
-OUT gets `pixel_values` (1, 3, H, W) and `logits` (1, num_labels) of PICTURE, as safetensors.
-"""
-
+import os
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from .build import ADAPTER_FILES, noise_picture
 
 
-class PackageBlocker:
-    """Makes importing the package fail, as on a machine that never installed it."""
+def check_folder(folder: Path, pixels: torch.Tensor, logits: torch.Tensor) -> float:
+    """Loads `folder` in a clean process and compares.
 
-    def find_spec(self, name: str, path=None, target=None):
-        if name.partition(".")[0] in ("modeling_hsvlt", "training"):
-            raise ModuleNotFoundError(f"{name} is blocked here on purpose: the folder must bring its own code.")
+    Returns:
+        The largest difference of a logit.
 
-
-def main(folder: str, picture: str, output: str) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForImageClassification, AutoProcessor
-
-    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
-    pixels = AutoProcessor.from_pretrained(folder, trust_remote_code=True)(images=picture, return_tensors="pt")
-    with torch.no_grad():
-        logits = model(pixel_values=pixels["pixel_values"].to(model.dtype)).logits
-    save_file({"pixel_values": pixels["pixel_values"], "logits": logits.float()}, output)
-
-
-if __name__ == "__main__":
-    sys.meta_path.insert(0, PackageBlocker())
-    main(*sys.argv[1:])
+    Raises:
+        ValueError: it does not load there, or pixels or logits are others.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        picture, output = Path(scratch) / "picture.png", Path(scratch) / "output.safetensors"
+        noise_picture().save(picture)
+        script = Path(__file__).with_name("clean_reload.py")
+        environment = {**os.environ, "HF_MODULES_CACHE": scratch}
+        if not (folder / ADAPTER_FILES[0]).exists():  # an adapter's base comes from the Hub
+            environment["HF_HUB_OFFLINE"] = "1"
+        result = subprocess.run(
+            [sys.executable, "-I", script, folder, picture, output], env=environment, capture_output=True, text=True
+        )
+        if result.returncode:
+            reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"The folder does not load where this package is not installed: {reason}")
+        found = load_file(output)
+    if not torch.equal(found["pixel_values"], pixels):
+        raise ValueError("The processor in the folder makes other pixels than the run's; nothing was pushed.")
+    difference = (found["logits"] - logits).abs().max().item()
+    if not torch.allclose(found["logits"], logits, rtol=1e-4, atol=1e-4):
+        raise ValueError(f"The folder gives other logits than the run, by up to {difference:.2e}; nothing was pushed.")
+    return difference

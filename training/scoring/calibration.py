@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
-from ..metrics.functional import check_inputs, iterate_blocks
+from ..metrics.ranking import check_inputs, iterate_blocks
 from .reliability import check_range
 
 METHODS = ("platt", "temperature")

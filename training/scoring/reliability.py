@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..metrics.functional import check_inputs, iterate_blocks
+from ..metrics.ranking import check_inputs, iterate_blocks
 
 NUM_BINS = 15  # Guo et al.
 

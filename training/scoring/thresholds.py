@@ -11,12 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..metrics.functional import (
-    RankedPositives,
-    check_inputs,
-    rank_pooled_positives,
-    ranked_label_positives,
-)
+from ..metrics.ranking import RankedPositives, check_inputs, rank_pooled_positives, ranked_label_positives
 
 OBJECTIVES = ("f1", "precision", "recall", "cost")
 MIN_POSITIVES = 10

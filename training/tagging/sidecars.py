@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import sys
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 
-from .results import write_file
+import torch
+from accelerate import Accelerator
+
+from .results import Results, write_file
+from .sources import DatasetSource, FileSource
 
 logger = logging.getLogger(__name__)
 
@@ -77,3 +84,39 @@ def write_xmp(picture: Path, labels: Sequence[str], overwrite: bool = False) -> 
 
 WRITERS = {"txt": write_text, "xmp": write_xmp}
 PATHS = {"txt": text_path, "xmp": xmp_path}
+
+
+def write_sidecars(source: FileSource, results: Results, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Writes this process's share of the sidecars, and says how many there were."""
+    counts = Counter()
+    for part in results.parts()[accelerator.process_index :: accelerator.num_processes]:
+        for record in results.read(part):
+            if not record["labels"]:
+                continue
+            picture = source.path(record["file_name"])
+            for kind in args.sidecars:
+                try:
+                    done = WRITERS[kind](picture, record["labels"], args.overwrite_sidecars)
+                except OSError as error:  # a folder that cannot be written to, or was moved away
+                    print(f"No sidecar of {picture}: {error}", file=sys.stderr)
+                    done = False
+                counts["written" if done else "kept"] += 1
+    totals = torch.tensor([counts["written"], counts["kept"]], device=accelerator.device)
+    written, kept = accelerator.reduce(totals, "sum").tolist()
+    accelerator.print(f"Sidecars written: {written:,}; left as they were or not to be written: {kept:,}.")
+
+
+def check_sidecars(source: FileSource | DatasetSource, kinds: list[str]) -> None:
+    """
+    Raises:
+        ValueError: the pictures are no files, or two would share a sidecar.
+    """
+    if isinstance(source, DatasetSource):
+        raise ValueError("The pictures of a data set have no folder for sidecars; leave --sidecars out.")
+    for kind in kinds:
+        owners: dict[Path, str] = {}
+        for name in source.keys:
+            path = PATHS[kind](source.path(name))
+            if path in owners:
+                raise ValueError(f"{owners[path]} and {name} would share the sidecar {path.name}; rename one of them.")
+            owners[path] = name

@@ -123,6 +123,7 @@ def test_a_stranger_scores_a_saved_run(head, dataset, tiny, tmp_path):
     assert 0 < json.loads((tmp_path / "s" / "results.json").read_text())["metrics"]["mAP"] <= 1
 
 
+@pytest.mark.one_machine
 def test_a_run_repeats(dataset, tiny, tmp_path):
     tables = []
     for _ in range(2):

@@ -91,7 +91,7 @@ def test_zero_shot_is_clip_s_own_score(tmp_path):
     split = long_tail.Split(pixels, labels)
     model, trained = benchmark.train((), split, 0, {})
     assert trained == 0
-    scores = benchmark.score(model, split) - model.logit_bias.item()
+    scores = benchmark.score(model, split) - model.scale.logit_bias.item()
     np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)
 
 

@@ -22,6 +22,7 @@ from ..tiny_run import free_port, reset_accelerate, write_recipe
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = ["--ema_decay", "0.9", "--gradient_accumulation_steps", "2", "--fresh_scenes", "false"]
+OPTIONS += ["--partial_labels", "{known_fraction: 0.3}"]
 OPTIONS += ["--augmentation", "null", "--save_every_steps", "4", "--keep_checkpoints", "9", "--warmup_epochs", "0"]
 # accelerate 1.15 gives a CPU under DeepSpeed no backend unless told.
 COMMAND = """

@@ -48,6 +48,7 @@ def train(run, steps):
 
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
 @pytest.mark.parametrize("with_ema", [True, False])
+@pytest.mark.one_machine
 def test_training_continues_bit_for_bit(tmp_path, schedule, with_ema):
     whole = parts(schedule, with_ema)
     train(whole, range(5))

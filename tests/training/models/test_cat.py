@@ -1,4 +1,4 @@
-"""`training.convert_mltr` against a naive forward of CAT under CAT's own names, and against what resizing must keep."""
+"""CAT's conversion against a naive forward of CAT under CAT's own names, and against what resizing must keep."""
 
 import pytest
 import torch
@@ -11,8 +11,10 @@ from modeling_hsvlt import HSVLTForImageClassification, MlTrConfig, MlTrForImage
 from modeling_hsvlt.modeling_mltr import MlTrCrossWindowAttention
 from tests.test_modeling_mltr import naive_cross_attention, naive_linear, naive_norm, naive_pixel_attention
 from training.config import TrainingConfig
+from training.convert import main
 from training.models.build import build_model
-from training.models.cat import cat_names, cat_to_mltr, main, resize_windows
+from training.models.cat import cat_names, cat_to_mltr
+from training.models.resolution import resize_windows
 
 WIDTH, DEPTHS, HEADS, WINDOW, GRID, PATCH, NUM_LABELS = 8, [1, 1, 2, 1], [1, 2, 2, 4], 2, 16, 2, 5
 
@@ -236,7 +238,8 @@ def test_command_converts_and_transfers(tmp_path, capsys):
     save_file(state, tmp_path / "cat.safetensors")
     (tmp_path / "labels.txt").write_text("".join(f"name {i}\n" for i in range(NUM_LABELS)))
     folder = tmp_path / "converted"
-    assert main([str(tmp_path / "cat.safetensors"), str(folder), "--labels", str(tmp_path / "labels.txt")]) == 0
+    to = ["--to", "mltr"]
+    assert main([str(tmp_path / "cat.safetensors"), str(folder), "--labels", str(tmp_path / "labels.txt"), *to]) == 0
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     assert model.config.id2label[4] == "name 4"
     pixel_values = processor(images=Image.new("RGB", (60, 40), (200, 10, 90)), return_tensors="pt")["pixel_values"]
@@ -246,7 +249,7 @@ def test_command_converts_and_transfers(tmp_path, capsys):
         torch.testing.assert_close(model(pixel_values).logits[0], expected, atol=1e-4, rtol=1e-4)
 
     larger = tmp_path / "larger"
-    assert main([str(folder), str(larger), "--image_size", "48", "--window_size", "3"]) == 0
+    assert main([str(folder), str(larger), "--image_size", "48", "--window_size", "3", *to]) == 0
     again, processor = AutoModel.from_pretrained(larger), AutoProcessor.from_pretrained(larger)
     assert again.config.window_sizes == [3, 3, 3, 3] and again.config.id2label[4] == "name 4"
     pixel_values = processor(images=Image.new("RGB", (60, 40)), return_tensors="pt")["pixel_values"]
@@ -258,11 +261,11 @@ def test_command_converts_and_transfers(tmp_path, capsys):
         assert name.startswith("layernorm") or torch.equal(ours[name], tensor), name
 
     capsys.readouterr()
-    assert main([str(folder), str(larger)]) == 1
+    assert main([str(folder), str(larger), *to]) == 1
     assert "exists: choose another TARGET, or replace it with --overwrite" in capsys.readouterr().err
-    assert main([str(tmp_path / "absent.pth"), str(tmp_path / "new")]) == 1
+    assert main([str(tmp_path / "absent.pth"), str(tmp_path / "new"), *to]) == 1
     assert "is not a file" in capsys.readouterr().err
-    assert main([str(tmp_path / "labels.txt"), str(tmp_path / "new")]) == 1
+    assert main([str(tmp_path / "labels.txt"), str(tmp_path / "new"), *to]) == 1
     assert not (tmp_path / "new").exists()
 
 

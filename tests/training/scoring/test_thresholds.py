@@ -8,7 +8,7 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 
 from modeling_hsvlt import HSVLTConfig
-from training.metrics import functional
+from training.metrics import ranking
 from training.metrics.functional import multilabel_report
 from training.scoring import thresholds as thresholds_module
 from training.scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
@@ -53,7 +53,7 @@ def brute_force(scores, labels, objective, target):
 @pytest.mark.parametrize("block_entries", [1 << 22, 200])
 @pytest.mark.parametrize("steps", [25, 10**6], ids=["ties", "no ties"])
 def test_thresholds_are_the_best_of_all_cuts(objective, target, block_entries, steps, monkeypatch):
-    monkeypatch.setattr(functional, "BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr(ranking, "BLOCK_ENTRIES", block_entries)
     scores, labels = make(steps=steps)
     fitted = fit_thresholds(scores, labels, objective, target, min_positives=0)
     assert fitted.dtype == np.float32 and fitted.shape == (7,)

@@ -4,8 +4,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from training.tag import check_sidecars, main
-from training.tagging.sidecars import write_text, write_xmp
+from training.tag import main
+from training.tagging.sidecars import check_sidecars, write_text, write_xmp
 from training.tagging.sources import FileSource
 
 from ..test_tag import checkpoint, draw, read  # noqa: F401  (a fixture)

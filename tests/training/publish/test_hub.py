@@ -8,12 +8,15 @@ import yaml
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 
-import training.push
+import training.publish.build
+import training.publish.hub
 from modeling_hsvlt import HSVLTForImageClassification
-from training.push import PushError, build_folder, main, push_folder, push_run
+from training.publish.build import build_folder
+from training.publish.hub import PushError, push_folder, push_run
+from training.push import main
 
-from ..loopback_hub import TOKEN, Fault, LoopbackHub
-from .tiny_checkpoint import NAMES, save_checkpoint
+from ...loopback_hub import TOKEN, Fault, LoopbackHub
+from ..tiny_checkpoint import NAMES, save_checkpoint
 
 REPO = "me/tagger"
 
@@ -24,7 +27,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the waits between attempts
     with LoopbackHub(lfs_bytes=1000) as hub:
-        monkeypatch.setattr(training.push, "HfApi", lambda: HfApi(endpoint=hub.endpoint, token=TOKEN))
+        monkeypatch.setattr(training.publish.hub, "HfApi", lambda: HfApi(endpoint=hub.endpoint, token=TOKEN))
         yield hub
 
 
@@ -40,7 +43,7 @@ def folder(tmp_path):
 
 
 def push(folder, hub, tag="v1", repo=REPO):
-    return push_folder(folder, repo, private=True, tag=tag, api=training.push.HfApi())
+    return push_folder(folder, repo, private=True, tag=tag, api=training.publish.hub.HfApi())
 
 
 def sent(folder):
@@ -61,7 +64,7 @@ def test_one_private_commit_with_a_tag(hub, folder):
 
 def test_a_second_version_replaces_what_would_be_mistaken_for_part_of_it(hub, folder):
     first = push(folder, hub)
-    api = training.push.HfApi()
+    api = training.publish.hub.HfApi()
     for path in ("adapter_config.json", "old.py", "model-00001-of-00002.safetensors", "onnx/model.onnx", "notes.md"):
         api.upload_file(path_or_fileobj=b"x", path_in_repo=path, repo_id=REPO)
     (folder / "modeling.py").write_text("# better code\n")
@@ -96,7 +99,7 @@ def test_what_passes_is_tried_again(hub, folder, fault):
 def test_a_push_that_fails_half_way_leaves_the_remote_as_it_was(hub, folder, method, pattern, exists):
     if exists:
         push(folder, hub)
-        training.push.HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="old.py", repo_id=REPO)
+        training.publish.hub.HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="old.py", repo_id=REPO)
         (folder / "model.safetensors").write_bytes(b"other weights")
         (folder / "modeling.py").write_text("# other code\n")
         (folder / "new.txt").write_text("new")
@@ -110,14 +113,14 @@ def test_a_push_that_fails_half_way_leaves_the_remote_as_it_was(hub, folder, met
 
 def test_somebody_else_s_commit_is_not_overwritten(hub, folder, monkeypatch):
     push(folder, hub)
-    api, commit = training.push.HfApi(), training.push._commit
+    api, commit = training.publish.hub.HfApi(), training.publish.hub._commit
 
     def late(*args):
         if not hub.repositories["model", REPO].titles[-1].startswith("Theirs"):
             api.upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id=REPO, commit_message="Theirs")
         return commit(*args)
 
-    monkeypatch.setattr(training.push, "_commit", late)
+    monkeypatch.setattr(training.publish.hub, "_commit", late)
     (folder / "modeling.py").write_text("# other code\n")
     with pytest.raises(PushError, match="somebody else has committed meanwhile"):
         push(folder, hub, "v2")
@@ -162,7 +165,7 @@ def test_the_folder_holds_what_is_needed_and_nothing_else(run_folder, tmp_path):
 
 
 def test_a_dry_run_shows_the_tree_and_sends_nothing(run_folder, hub, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(training.push, "check_folder", lambda *args: 0.0)
+    monkeypatch.setattr(training.publish.hub, "check_folder", lambda *args: 0.0)
     built = tmp_path / "built"
     assert main([str(run_folder), REPO, "--dry_run", "--folder", str(built)]) == 0
     said = capsys.readouterr().out
@@ -173,7 +176,7 @@ def test_a_dry_run_shows_the_tree_and_sends_nothing(run_folder, hub, capsys, mon
 
 
 def test_the_command_pushes_and_prints_the_revision(run_folder, hub, capsys, monkeypatch):
-    monkeypatch.setattr(training.push, "check_folder", lambda *args: 0.0)
+    monkeypatch.setattr(training.publish.hub, "check_folder", lambda *args: 0.0)
     assert main([str(run_folder), REPO]) == 0 and main([str(run_folder), REPO, "--public"]) == 0
     repository = hub.repositories["model", REPO]
     assert repository.private and set(repository.tags) == {"v1", "v2"}
@@ -187,13 +190,13 @@ def test_the_command_pushes_and_prints_the_revision(run_folder, hub, capsys, mon
 
 def test_a_folder_that_gives_other_logits_is_not_pushed(run_folder, hub, monkeypatch):
     """Loaded for real in a clean process; what the run says is falsified."""
-    built = training.push.build_folder
+    built = training.publish.hub.build_folder
 
     def falsified(*args, **kwargs):
         pixels, logits = built(*args, **kwargs)
         return pixels, logits + 0.01
 
-    monkeypatch.setattr(training.push, "build_folder", falsified)
+    monkeypatch.setattr(training.publish.hub, "build_folder", falsified)
     with pytest.raises(ValueError, match=r"other logits than the run, by up to 1\.00e-02; nothing was pushed"):
         push_run(run_folder, REPO)
     assert hub.state(REPO) is None
@@ -207,10 +210,10 @@ def test_a_folder_that_gives_other_logits_is_not_pushed(run_folder, hub, monkeyp
     ],
 )
 def test_what_cannot_be_pushed_is_said(run_folder, hub, change, message, monkeypatch):
-    monkeypatch.setattr(training.push, "_check_base", lambda *args: None)
+    monkeypatch.setattr(training.publish.build, "_check_base", lambda *args: None)
     change(run_folder)
     with pytest.raises((ValueError, OSError), match=message):
         push_run(run_folder, REPO, adapter_of="me/base")
     with pytest.raises(ValueError, match="which nobody else has; give its Hub id"):
         monkeypatch.undo()
-        training.push._check_base(str(run_folder), None, None)
+        training.publish.build._check_base(str(run_folder), None, None)

@@ -19,10 +19,11 @@ from modeling_hsvlt import (
     MlTrForImageClassification,
     MultiLabelImageProcessor,
 )
-from training.export import compare, export_onnx, main, picture_size
+from training.export import main
+from training.publish.to_onnx import compare, export_onnx, picture_size
 
-from ..tiny_clip import tiny_clip, tiny_clip_tokenizer
-from .tiny_checkpoint import NAMES, save_checkpoint, save_pictures, tiny_model
+from ...tiny_clip import tiny_clip, tiny_clip_tokenizer
+from ..tiny_checkpoint import NAMES, save_checkpoint, save_pictures, tiny_model
 
 STAGES = [f"stage{number}" for number in range(1, 5)]
 SIZE = 32

@@ -1,0 +1,136 @@
+"""HP-DVAL's prompts: token ids, text embeddings as a checkpoint holds them, and contexts as peft's token layers.
+
+Shapes: N labels, M context tokens, L tokens of a prompt, E width of the shared space.
+"""
+
+import importlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import CLIPTextModelWithProjection
+
+from .configuration_hp_dval import HPDVALConfig
+
+# Rows of `prompt_ids` and `text_embeddings`.
+HANDWRITTEN, GLOBAL, LOCAL = range(3)
+PROMPT_BATCH = 512  # prompts that go through the text tower at a time
+
+
+class HPDVALPrompts(nn.Module):
+    """Prompts `(3, N, L)` and their text embeddings `(3, N, E)`, which a checkpoint without text tower reads.
+
+    A module of its own, to be called and not read: tools that spread a model over devices give every leaf a device and
+    move what a leaf holds when it is called.
+    """
+
+    def __init__(self, config: HPDVALConfig):
+        super().__init__()
+        self.register_buffer("prompt_ids", placeholder_prompts(config).to(torch.get_default_device()))
+        self.register_buffer("text_embeddings", torch.zeros(3, config.num_labels, config.projection_dim))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.prompt_ids, self.text_embeddings
+
+
+def build_prompts(config: HPDVALConfig, template: list[int], names: list[list[int]]) -> torch.Tensor:
+    """Token ids (3, N, L) of `[start] template name [end]`, and of the same with each view's context for the template.
+
+    Contexts take the place of words, so positions are those of a normal sentence (CoOp). Ends fill what is left: the
+    text tower reads a prompt at its first end.
+    """
+    contexts = torch.tensor(config.context_token_ids, device="cpu").view(2, -1, config.num_context_tokens)
+    contexts = contexts.expand(-1, len(names), -1).tolist()  # (2, N, M)
+    shape = (3, len(names), config.prompt_length)
+    prompts = torch.full(shape, config.text_config.eos_token_id, device="cpu")
+    for label, name in enumerate(names):
+        for view, words in enumerate((template, contexts[0][label], contexts[1][label])):
+            tokens = [config.text_config.bos_token_id, *words, *name]
+            prompts[view, label, : len(tokens)] = torch.tensor(tokens, device="cpu")
+    return prompts
+
+
+def placeholder_prompts(config: HPDVALConfig) -> torch.Tensor:
+    """Prompts (3, N, L) of random words that a model holds until [`set_labels`]."""
+    generator = torch.Generator().manual_seed(0)
+    words = min(2, config.prompt_length - config.num_context_tokens - 2)
+    size = (config.num_labels + 1, max(words, config.num_context_tokens))
+    tokens = torch.randint(config.context_token_ids[0], size, generator=generator, device="cpu")
+    tokens[tokens == config.text_config.eos_token_id] = config.text_config.bos_token_id
+    template, *names = tokens.tolist()
+    return build_prompts(config, template[: config.num_context_tokens], [name[:words] for name in names])
+
+
+def choose_prompts(prompt_ids: torch.Tensor, context_rows: torch.Tensor) -> torch.Tensor:
+    """Prompts (2, N, L) of the global and the local view: with their contexts, or as long as these are zeros, which
+    stage 2 has not started, the hand-written ones. Without a look at values in Python: a graph holds the choice."""
+    learned = (context_rows != 0).any().to(prompt_ids.device)
+    return torch.where(learned, prompt_ids[GLOBAL:], prompt_ids[HANDWRITTEN])
+
+
+def encode_in_parts(text: nn.Module, prompt_ids: torch.Tensor) -> torch.Tensor:
+    """Text embeddings `(..., E)` of prompts `(..., L)`, not normalised."""
+    parts = prompt_ids.flatten(0, -2).split(PROMPT_BATCH)
+    return torch.cat([text(part).text_embeds for part in parts]).unflatten(0, prompt_ids.shape[:-1])
+
+
+@torch.no_grad()
+def encode_prompts_of(state_dict: dict[str, torch.Tensor], config: HPDVALConfig) -> None:
+    """Replaces the text embeddings in `state_dict` by those of the text tower in it.
+
+    Raises:
+        ValueError: it holds a text tower that is no plain CLIP's.
+    """
+    prefix = next(key for key in state_dict if key.endswith("prompts.text_embeddings"))
+    prefix = prefix.removesuffix("prompts.text_embeddings")
+    weights = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}text.")}
+    weights = {key.removeprefix(f"{prefix}text."): value for key, value in weights.items()}
+    with torch.device("meta"):  # draws no random numbers
+        tower = CLIPTextModelWithProjection._from_config(config.text_config)
+    if weights.keys() != tower.state_dict().keys():
+        other = min(weights.keys() ^ tower.state_dict().keys())
+        raise ValueError(
+            f"the text embeddings of these weights cannot be made: their text tower is no plain CLIP's ({other}); "
+            "merge its adapters first, or save without state_dict."
+        )
+    tower.load_state_dict(weights, assign=True)
+    places = torch.arange(config.text_config.max_position_embeddings, device=tower.text_projection.weight.device)
+    tower.text_model.embeddings.position_ids = places[None]
+    prompts = state_dict[f"{prefix}prompts.prompt_ids"]
+    contexts = tower.text_model.embeddings.token_embedding.weight[config.context_token_ids]
+    prompts = torch.cat((prompts[:1], choose_prompts(prompts, contexts)))
+    embeddings = encode_in_parts(tower.eval(), prompts)
+    key = f"{prefix}prompts.text_embeddings"
+    state_dict[key] = embeddings.to(state_dict[key])
+
+
+def fold_token_adapter(state_dict: dict[str, torch.Tensor], name: str, layer: nn.Module) -> None:
+    """Replaces the entries of peft's token layer `name` by those of the embedding that it amounts to."""
+    weight = state_dict[f"{name}.base_layer.weight"].clone()
+    for adapter in layer.active_adapters if not (layer.disable_adapters or layer.merged) else ():
+        weight[layer.token_indices[adapter]] = state_dict[f"{name}.trainable_tokens_delta.{adapter}"].to(weight)
+    for key in [key for key in state_dict if key.startswith(f"{name}.")]:
+        del state_dict[key]
+    state_dict[f"{name}.weight"] = weight
+
+
+def adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of peft's active adapters within `module`."""
+    for layer in module.modules():
+        for name in getattr(layer, "adapter_layer_names", ()):
+            entries = getattr(layer, name) if "." not in name else {}  # a dotted one is of a layer within this layer
+            for adapter in layer.active_adapters:
+                if adapter in entries:
+                    entry = entries[adapter]
+                    yield from [entry] if isinstance(entry, nn.Parameter) else entry.parameters()
+
+
+def load_peft():
+    """peft, which only training needs: if this file imported it, transformers would demand it for loading."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise ImportError("contexts are trained by peft, which is not installed: pip install peft.") from error
+
+
+__all__ = ["GLOBAL", "HANDWRITTEN", "LOCAL", "HPDVALPrompts"]
