@@ -3,25 +3,36 @@ PYTHON ?= python3
 BIN := .venv/bin
 # accelerate gives a CPU process one thread unless told otherwise.
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# Tests run side by side; a worker takes a gigabyte.
+WORKERS ?= $(shell test $(THREADS) -lt 8 && echo $(THREADS) || echo 8)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast crash-test fuzz hub-test lint format clean
+.PHONY: quickstart test test-fast test-cpus crash-test fuzz hub-test peer-test lint format clean
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
-	$(BIN)/python -m training.scenes $(RUN)/scenes --split test --num_scenes 12 --seed 7 --overwrite \
+	$(BIN)/python -m training.data.scenes $(RUN)/scenes --split test --num_scenes 12 --seed 7 --overwrite \
 		--scenes '{"clutter": 0, "contrast": [0.5, 0.9]}'
-	$(BIN)/python training/try_checkpoint.py $(RUN)/best $(RUN)/scenes --output $(RUN)/predictions.png
+	$(BIN)/python training/publish/try_checkpoint.py $(RUN)/best $(RUN)/scenes --output $(RUN)/predictions.png
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+# The numerical tests as on other CPUs: a line for each setting.
+test-cpus: .venv/installed
+	$(BIN)/python -m tests.cpus
 
 hub-test: .venv/installed
 	@$(BIN)/python -m tests.hub_table
+
+# transformers' own tests on our models; five minutes on two free cores. Downloads its source distribution once.
+peer-test: .venv/installed
+	$(BIN)/python -m tests.peer
 
 # Kills training and fills its disk; about ten minutes on two free cores. Pictures as no program writes them; a minute.
 crash-test: .venv/installed

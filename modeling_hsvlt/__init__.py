@@ -13,6 +13,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .configuration_hp_dval import HPDVALConfig
 from .configuration_hsvlt import HSVLTConfig
 from .configuration_mltr import MlTrConfig
+from .configuration_multilabel import MultiLabelConfig
 from .losses_multilabel import (
     UNKNOWN_LABEL,
     asymmetric_loss,
@@ -48,6 +49,20 @@ for config, model in (
 AutoBackbone.register(MlTrConfig, MlTrBackbone)
 for base in (HSVLTModel, MlTrModel, HPDVALModel):
     base.register_for_auto_class("AutoModel")
+
+
+class RegisteredPipelines(dict):
+    """`custom_pipelines` of a configuration, for whoever has this package.
+
+    `transformers.pipeline` takes the code for a task that is in there from the checkpoint, and asks for
+    `trust_remote_code`, though the task is registered. So none is in there: it takes the code registered here.
+    """
+
+    def __contains__(self, task) -> bool:
+        return False
+
+
+MultiLabelConfig.custom_pipelines_class = RegisteredPipelines
 PIPELINE_REGISTRY.register_pipeline(
     "multi-label-image-classification",
     pipeline_class=MultiLabelImageClassificationPipeline,

@@ -41,6 +41,8 @@ class MultiLabelConfig(PreTrainedConfig):
 
     # File and class of the model in this package, for `auto_map`; subclasses set it.
     auto_classes = {}
+    # What `custom_pipelines` becomes; the package, where it is imported, has a reason for another kind of dict.
+    custom_pipelines_class = dict
     # Fields that were fitted for, or made from, these very labels.
     label_fields = ("thresholds", "threshold_info", "calibration_info")
 
@@ -60,6 +62,8 @@ class MultiLabelConfig(PreTrainedConfig):
             self.forget_labels(f"there are {len(self.thresholds)} thresholds for {self.num_labels} labels")
 
     def __setattr__(self, key, value):
+        if key == "custom_pipelines" and isinstance(value, dict):
+            value = self.custom_pipelines_class(value)
         if key == "id2label" and "id2label" in self.__dict__:
             before, after = _names(self.__dict__["id2label"]), _names(value)
             super().__setattr__(key, value)

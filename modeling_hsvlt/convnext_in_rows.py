@@ -4,13 +4,15 @@ import torch
 from torch import nn
 from transformers.models.convnext.modeling_convnext import ConvNextLayer
 
+from .modeling_multilabel import is_plain
+
 # Numbers in the widest intermediate of a piece, 4 C a pixel: 6 MB in fp32, which stays in the cache of common CPUs.
 PIECE_NUMEL = 1536 * 1024
 
 
 def runs_in_rows(layer: nn.Module, hidden_state: torch.Tensor) -> bool:
     """Whether [`convnext_layer_in_rows`] may stand in for `layer(hidden_state)`: on a CPU, at inference, and for
-    transformers' own layer as it is, since hooks and offloading sit on the call that is left out.
+    transformers' own layer with nothing on it or on its parts, whose calls it leaves out or does piece by piece.
     """
     return (
         type(layer) is ConvNextLayer  # ConvNeXtV2's response normalisation needs all pixels of a picture at once
@@ -18,7 +20,7 @@ def runs_in_rows(layer: nn.Module, hidden_state: torch.Tensor) -> bool:
         and layer.layer_scale_parameter is not None
         and not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         and not torch.is_autocast_enabled("cpu")
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+        and is_plain(*layer.modules())
     )
 
 
@@ -39,9 +41,9 @@ def convnext_layer_in_rows(layer: ConvNextLayer, hidden_state: torch.Tensor) -> 
     shape, channels = tokens.shape, tokens.shape[-1]
     tokens = tokens.reshape(-1, channels)
     residual = hidden_state.permute(0, 2, 3, 1).reshape(-1, channels)
-    output = torch.empty_like(residual)
     rows = max(PIECE_NUMEL // (4 * channels), 1)
-    for piece, residual_piece, output_piece in zip(*(t.split(rows) for t in (tokens, residual, output)), strict=True):
+    pieces = []
+    for piece, residual_piece in zip(tokens.split(rows), residual.split(rows), strict=True):
         features = layer.pwconv2(layer.act(layer.pwconv1(layer.layernorm(piece))))
-        torch.addcmul(residual_piece, layer.layer_scale_parameter, features, out=output_piece)
-    return output.view(shape).permute(0, 3, 1, 2)
+        pieces.append(torch.addcmul(residual_piece, layer.layer_scale_parameter, features))
+    return torch.cat(pieces).view(shape).permute(0, 3, 1, 2)

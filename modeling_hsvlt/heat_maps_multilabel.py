@@ -22,7 +22,7 @@ from torch import nn
 def label_heat_maps(
     model: nn.Module,
     pixel_values: torch.Tensor,
-    label_ids: torch.Tensor | None = None,
+    class_ids: torch.Tensor | None = None,
     stages: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and a heat map for each label.
@@ -30,7 +30,7 @@ def label_heat_maps(
     Args:
         model: `HSVLTForImageClassification`, `MlTrForImageClassification` or `HPDVALForImageClassification`.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures.
-        label_ids (`torch.LongTensor` of shape `(N,)`, *optional*): only these labels, in this order. Without them all,
+        class_ids (`torch.LongTensor` of shape `(N,)`, *optional*): only these labels, in this order. Without them all,
             also those that HSVLT's `candidate_labels` would leave out.
         stages (sequence of `int`, *optional*): HSVLT's stages to read, 0 to 3; None: all four.
 
@@ -40,23 +40,40 @@ def label_heat_maps(
     Raises:
         ValueError: a model without such maps.
     """
+    if class_ids is None and model.config.model_type == "hsvlt":
+        class_ids = torch.arange(model.config.num_labels, device=pixel_values.device)
+    return scored_heat_maps(model, pixel_values, class_ids, stages)[:2]
+
+
+def scored_heat_maps(
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    class_ids: torch.Tensor | None = None,
+    stages: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As [`label_heat_maps`], but of those labels alone that HSVLT's `candidate_labels` chooses for each picture.
+
+    Returns:
+        Logits `(B, N)`, maps `(B, m, h, w)`, and the labels `(B, m)` that the maps are of.
+    """
     read = {"hsvlt": _attention_maps, "mltr": _activation_maps, "hp_dval": _patch_maps}.get(model.config.model_type)
     if read is None:
         raise ValueError(
             f"A model of type {model.config.model_type!r} has no heat maps; HSVLT, MlTr and HP-DVAL have some."
         )
-    logits, maps = read(model, pixel_values, label_ids, stages)
+    logits, maps, scored = read(model, pixel_values, class_ids, stages)
     least, most = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return logits, (maps - least) / (most - least).clamp(min=torch.finfo(maps.dtype).tiny)
+    if scored is None:
+        scored = torch.arange(maps.shape[1], device=maps.device) if class_ids is None else class_ids
+    maps = (maps - least) / (most - least).clamp(min=torch.finfo(maps.dtype).tiny)
+    return logits, maps, scored.expand(maps.shape[:2])
 
 
-def _attention_maps(model, pixel_values, label_ids, stages):
-    if label_ids is None:
-        label_ids = torch.arange(model.config.num_labels, device=pixel_values.device)
+def _attention_maps(model, pixel_values, class_ids, stages):
     mixed = model.residual_attention is not None and stages is None
     output = model(
         pixel_values=pixel_values,
-        label_ids=label_ids,
+        class_ids=class_ids,
         output_attentions=True,
         output_hidden_states=mixed,
         return_dict=True,
@@ -67,10 +84,12 @@ def _attention_maps(model, pixel_values, label_ids, stages):
     maps = sum(_shares(each, size) for each in attentions) / len(attentions)
     if mixed:
         last = output.hidden_states[-1]
-        scores = model.residual_attention.pixel_scores(last, label_ids).softmax(1)
+        scores = model.residual_attention.pixel_scores(last, class_ids).softmax(1)
+        if output.class_ids is not None:
+            scores = scores.gather(2, output.class_ids[:, None].expand(-1, scores.shape[1], -1))
         residual = _shares(scores.transpose(1, 2).unflatten(-1, last.shape[-2:]), size)
         maps = torch.lerp(maps, residual, model.config.residual_attention_weight)
-    return output.logits, maps
+    return output.logits, maps, output.class_ids
 
 
 def _shares(attention, size):
@@ -79,14 +98,14 @@ def _shares(attention, size):
     return resized / resized.sum((-2, -1), keepdim=True)
 
 
-def _activation_maps(model, pixel_values, label_ids, stages):
+def _activation_maps(model, pixel_values, class_ids, stages):
     output = model(pixel_values=pixel_values, output_hidden_states=True, return_dict=True)
     last = model.mltr.layernorm(output.reshaped_hidden_states[-1].permute(0, 2, 3, 1))  # (B, h, w, C)
     maps = model.classifier(last).permute(0, 3, 1, 2).float()
-    return _select(output.logits, maps, label_ids)
+    return _select(output.logits, maps, class_ids)
 
 
-def _patch_maps(model, pixel_values, label_ids, stages):
+def _patch_maps(model, pixel_values, class_ids, stages):
     if model.config.alpha == 1:
         raise ValueError("This HP-DVAL scores the whole picture alone (alpha=1): it has no patch scores to show.")
     output = model(pixel_values=pixel_values, return_dict=True)
@@ -95,11 +114,11 @@ def _patch_maps(model, pixel_values, label_ids, stages):
     if model.config.score_normalization == "cosine":
         text, patches = F.normalize(text, dim=-1), F.normalize(patches, dim=-1)
     size = [side // model.config.vision_config.patch_size for side in pixel_values.shape[-2:]]
-    return _select(output.logits, (text @ patches.transpose(1, 2)).unflatten(-1, size), label_ids)
+    return _select(output.logits, (text @ patches.transpose(1, 2)).unflatten(-1, size), class_ids)
 
 
-def _select(logits, maps, label_ids):
-    return (logits, maps) if label_ids is None else (logits[:, label_ids], maps[:, label_ids])
+def _select(logits, maps, class_ids):
+    return (logits, maps, None) if class_ids is None else (logits[:, class_ids], maps[:, class_ids], None)
 
 
 def picture_box(image_processor, width: int, height: int) -> tuple[float, float, float, float]:

@@ -12,6 +12,7 @@ Shapes: N labels, M context tokens of a prompt, D width of the text encoder.
 import copy
 import importlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -138,7 +139,7 @@ class LabelContext(nn.Module):
         [`KeptEmbeddings`] proves that the encoder would give them again."""
 
         def encode():
-            return _mean_states(self.encoder, self._tokens, None, batch_size=256)
+            return _mean_states(self.encoder, self._tokens, batch_size=256)
 
         if torch.is_grad_enabled():
             with maybe_autocast(self.context_ids.device.type, enabled=False):
@@ -157,6 +158,18 @@ class LabelContext(nn.Module):
         return twin.to(next(iter(state_dict.values())).device)
 
 
+def num_context_tokens(template: str) -> int:
+    """Context tokens in one of `LabelContext.templates`, as a checkpoint's `config.label_template` keeps it; 0 in a
+    template of words.
+
+    Raises:
+        ValueError: contexts of their own for each label, which other labels have none of.
+    """
+    if re.match(r"<context_\d+_\d+>", template):
+        raise ValueError("This checkpoint learned a context for each of its labels: other labels need a new model.")
+    return len(re.findall(r"<context_\d+>", template.partition("{}")[0]))
+
+
 def _peft():
     try:
         return importlib.import_module("peft")
@@ -164,4 +177,4 @@ def _peft():
         raise ImportError("contexts are trained by peft, which is not installed: pip install peft.") from error
 
 
-__all__ = ["LabelContext"]
+__all__ = ["LabelContext", "num_context_tokens"]

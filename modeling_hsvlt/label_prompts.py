@@ -42,9 +42,9 @@ def encode_labels(
         reading (`str`, defaults to `"mean"`):
             `"mean"`: the name in `template`, and the mean of the last hidden states of the name's own tokens; the
             template's tokens and special tokens give context but are left out of the mean. Better for a new label set.
-            `"official"`: as the released HSVLT, for its checkpoints and for parity (BERT only): `[CLS]` and the name's
-            word pieces, no `[SEP]`, every token type 1, last hidden layer; a name of one piece is read at that piece,
-            any other at `[CLS]`. The template is not used.
+            `"official"`: as the released HSVLT, for its checkpoints and for parity (it takes `bert-base-uncased`):
+            `[CLS]` and the name's word pieces, no `[SEP]`, every token type 0, last hidden layer; a name of one piece
+            is read at that piece, any other at `[CLS]`. The template is not used.
         template (`str`, defaults to `"a photo of a {}"`): text with one `{}` for the name.
         batch_size (`int`, defaults to 64): texts that go through the encoder at a time.
         label_text (`Mapping[str, str]`, *optional*): what to write in place of a name, for example `VOC_LABEL_TEXT`.
@@ -54,23 +54,22 @@ def encode_labels(
 
     Raises:
         ValueError: no names, an empty or repeated name, a name that the tokenizer has no token for or that is too long
-            for it, a template without exactly one `{}`, an unknown reading, or the official reading of an encoder that
-            is not like BERT.
+            for it, a template without exactly one `{}`, an unknown reading, or the official reading with a tokenizer
+            that has no `[CLS]` token.
     """
     texts = _label_texts(names, label_text or {})
     if reading == "mean":
         if template.count("{}") != 1:
             raise ValueError(f'template must hold {{}} once, where the name goes, but it is "{template}".')
         tokens = [_template_tokens(text, template, tokenizer) for text in texts]
-        token_type = None
     elif reading == "official":
-        if tokenizer.cls_token_id is None or (getattr(text_encoder.config, "type_vocab_size", None) or 0) < 2:
+        if tokenizer.cls_token_id is None:
             raise ValueError(
-                f"reading='official' needs a BERT with a [CLS] token and two token types, but the encoder is a "
-                f"{type(text_encoder).__name__}; use reading='mean'."
+                f"reading='official' reads names of several pieces at a [CLS] token, as BERT has one, but the "
+                f"{type(tokenizer).__name__} of this {type(text_encoder).__name__} has none; use reading='mean'."
             )
+        # The released script gives its vector of ones as the attention mask, so token types are 0, BERT's own default.
         tokens = [_official_tokens(text, tokenizer) for text in texts]
-        token_type = 1
     else:
         raise ValueError(f"reading must be 'mean' or 'official', but it is {reading!r}.")
 
@@ -79,7 +78,7 @@ def encode_labels(
     was_training = text_encoder.training
     text_encoder.eval()
     try:
-        return _mean_states(text_encoder, tokens, token_type, batch_size).cpu()
+        return _mean_states(text_encoder, tokens, batch_size).cpu()
     finally:
         text_encoder.train(was_training)
 
@@ -220,10 +219,7 @@ def _check_tokens(text: str, name_ids: list[int], length: int, tokenizer) -> Non
 
 
 def _mean_states(
-    text_encoder: PreTrainedModel,
-    tokens: list[tuple[list[int], list[int]]],
-    token_type: int | None,
-    batch_size: int,
+    text_encoder: PreTrainedModel, tokens: list[tuple[list[int], list[int]]], batch_size: int
 ) -> torch.Tensor:
     """Mean of the last hidden states at each text's positions, (N, D)."""
     embeddings: list[torch.Tensor | None] = [None] * len(tokens)
@@ -235,10 +231,8 @@ def _mean_states(
         for begin in range(0, len(rows), batch_size):
             batch = rows[begin : begin + batch_size]
             input_ids = torch.tensor([tokens[row][0] for row in batch], device=text_encoder.device)  # (b, T)
-            inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-            if token_type is not None:
-                inputs["token_type_ids"] = torch.full_like(input_ids, token_type)
-            states = text_encoder(**inputs).last_hidden_state.float()  # (b, T, D)
+            output = text_encoder(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+            states = output.last_hidden_state.float()  # (b, T, D)
             for row, state in zip(batch, states, strict=True):
                 embeddings[row] = state[tokens[row][1]].mean(dim=0)
     return torch.stack(embeddings)

@@ -12,6 +12,9 @@ optimizer step sees several batches, [`multilabel_loss`] divides by the known en
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,17 +23,21 @@ UNKNOWN_LABEL = -100
 NOT_EVALUATED = -65504.0
 
 
-def validate_labels(labels: torch.Tensor, num_labels: int) -> None:
+def validate_labels(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     """Checks `labels` against the label contract; reads values, so it synchronises the device.
 
     Args:
-        labels (`torch.Tensor` of shape `(batch, num_labels)`): any dtype.
+        labels (`torch.Tensor` of shape `(batch, num_labels)`): any dtype; an array or nested lists as well.
         num_labels (`int`): labels of the model.
+
+    Returns:
+        `torch.Tensor`: the labels, fp32.
 
     Raises:
         ValueError: a shape other than `(batch, num_labels)`, or a value that is neither in [0, 1] nor -100; the
             message names the first such row and label index.
     """
+    labels = _as_tensor(labels)
     if labels.ndim != 2 or labels.shape[1] != num_labels:
         raise ValueError(
             f"labels must be multi-hot with shape (batch, {num_labels}), but their shape is {tuple(labels.shape)}; "
@@ -44,6 +51,35 @@ def validate_labels(labels: torch.Tensor, num_labels: int) -> None:
             f"labels[{row}, {column}] is {labels[row, column].item()}, which is neither in [0, 1] nor -100; "
             "use 1 for present, 0 for absent and -100 for unknown."
         )
+    return labels
+
+
+def _as_tensor(labels) -> torch.Tensor:
+    """Labels as fp32, in which -100 is -100 whatever they were: as uint8 it would equal 156."""
+    if isinstance(labels, torch.Tensor):
+        return labels.float()
+    with suppress(TypeError, ValueError):  # lists of different lengths
+        array = np.asarray(labels)
+        if array.dtype.kind in "buif":
+            return torch.from_numpy(array.astype(np.float32))
+    raise ValueError(
+        f"labels must be multi-hot with shape (batch, num_labels), tensor, array or lists of as many numbers each, "
+        f"but they are none of these ({type(labels).__name__}); lists of names or of label numbers have to be encoded."
+    )
+
+
+def _like(logits: torch.Tensor, labels) -> torch.Tensor:
+    """Labels as fp32 beside their logits.
+
+    Raises:
+        ValueError: another shape, which would be broadcast.
+    """
+    labels = _as_tensor(labels).to(logits.device)
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, but logits {tuple(logits.shape)}: give one for each logit."
+        )
+    return labels
 
 
 def _known_entries(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,9 +88,10 @@ def _known_entries(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     Logits of unknown entries are replaced by 0 before any arithmetic: multiplying by a mask afterwards would let a
     NaN or an infinity of an unknown entry through, in the loss or in its gradient.
     """
+    labels = _like(logits, labels)
     known = labels != UNKNOWN_LABEL
     zero = torch.zeros((), dtype=torch.float32, device=logits.device)
-    return torch.where(known, logits.float(), zero), torch.where(known, labels.to(torch.float32), zero), known
+    return torch.where(known, logits.float(), zero), torch.where(known, labels, zero), known
 
 
 def _reduce(loss: torch.Tensor, known: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -79,7 +116,8 @@ def binary_cross_entropy_loss(
 
     Args:
         logits (`torch.Tensor` of shape `(batch, num_labels)`): raw scores.
-        labels (`torch.Tensor` of shape `(batch, num_labels)`): see the module's label contract.
+        labels (`torch.Tensor` of shape `(batch, num_labels)`): see the module's label contract; an array or nested
+            lists as well.
         pos_weight (`float`, list or tensor of shape `(num_labels,)`, *optional*): weight `w` of the positive term.
         reduction (`str`, defaults to `"mean"`): `"mean"` over known entries, or `"sum"`.
 
@@ -348,6 +386,7 @@ def weak_assume_negative_loss(
 
     Others as in [`binary_cross_entropy_loss`].
     """
+    labels = _like(logits, labels)
     known = labels != UNKNOWN_LABEL
     used = known.any(1, keepdim=True).expand_as(known)
     if unknown_weight is None:
@@ -398,6 +437,7 @@ def multilabel_loss(
     function, arguments = MULTILABEL_LOSSES[loss_type], dict(loss_kwargs or {})
     if num_items_in_batch is None or arguments.get("reduction") == "sum":
         return function(logits, labels, **arguments)
+    labels = _like(logits, labels)
     known = labels != UNKNOWN_LABEL
     if loss_type == "two_way":
         loss = function(logits, labels, **arguments) * known.sum()

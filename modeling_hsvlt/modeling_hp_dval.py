@@ -170,6 +170,11 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self):
+        # CLIP draws the weights of its layers from the modules around them, which transformers passes over when the
+        # outermost class is not its own: each tower first, by itself.
+        for module in self.modules():
+            if module is not self and isinstance(module, PreTrainedModel):
+                module.initialize_weights()
         super().initialize_weights()
         table = getattr(self, self.base_model_prefix, self).get_input_embeddings()
         if table is not None and not getattr(table.weight, "_is_hf_initialized", False):

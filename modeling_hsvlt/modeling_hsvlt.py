@@ -8,7 +8,6 @@ h attention heads, d = C / h.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,20 +16,33 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, AutoModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextEncoder
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2Embeddings, ConvNextV2Encoder
-from transformers.utils import ModelOutput, logging
-from transformers.utils.generic import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_hsvlt import BLOCK_TRUNKS, HSVLTConfig
 from .convnext_in_rows import convnext_layer_in_rows, runs_in_rows
-from .losses_multilabel import UNKNOWN_LABEL, multilabel_loss, validate_labels
+from .hsvlt_additions import HSVLTCandidateScorer, HSVLTResidualAttention, spread_candidates
+from .losses_multilabel import multilabel_loss, validate_labels
+from .modeling_multilabel import (
+    MultiLabelPreTrainedModel,
+    as_dtype_of,
+    autocasts_to_fp16,
+    chosen_states,
+    is_plain,
+    no_fp16_autocast,
+    output_flags,
+    require_images,
+    wants_states,
+    warn_of_unknown_arguments,
+    widened,
+)
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
-
-logger = logging.get_logger(__name__)
 
 # Widest head of the flash kernels behind scaled_dot_product_attention.
 MAX_FUSED_HEAD_DIM = 256
@@ -44,7 +56,7 @@ class HSVLTModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(B, N, aggregated width)`): the features of each label after
             cross-scale aggregation.
         hidden_states (`tuple` of four tensors of shape `(B, C_i, H_i, W_i)`): visual map of each stage; with
-            `output_hidden_states=True`.
+            `output_hidden_states=True`, or a list of stages, which leaves None in the place of the others.
         label_hidden_states (`tuple` of four tensors of shape `(B, N, C_i)`): label tokens after each stage; likewise.
         multimodal_states (`tuple` of four tensors of shape `(B, N, C_i)`): multi-modal states of each stage's last
             interaction, what is aggregated; likewise.
@@ -66,14 +78,15 @@ class HSVLTImageClassifierOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, fp32): with `labels`.
         logits (`torch.FloatTensor` of shape `(B, N)`): one score a label; its sigmoid is the label's probability.
-            NaN for labels that `candidate_labels` left out.
-        evaluated (`torch.BoolTensor` of shape `(B, N)`): False for labels that were left out; with `candidate_labels`.
+            `NOT_EVALUATED`, whose sigmoid is 0, for labels that `candidate_labels` left out.
+        class_ids (`torch.LongTensor` of shape `(B, m)`): the labels that were scored, ascending, where
+            `candidate_labels` chose them; states and attentions are of these labels, in this order.
         hidden_states, label_hidden_states, multimodal_states, attentions: see [`HSVLTModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
-    evaluated: torch.BoolTensor | None = None
+    class_ids: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     label_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     multimodal_states: tuple[torch.FloatTensor, ...] | None = None
@@ -105,7 +118,21 @@ class HSVLTBlockTrunk(nn.Module):
         """Yields a (B, C_i, H_i, W_i) map, channels last in memory, for each interaction in order."""
         # In this layout the permutes inside a ConvNeXt block are views, and so are the label stream's pixel tokens.
         hidden_state = self.embeddings(pixel_values.contiguous(memory_format=torch.channels_last))
+        blocks = self._blocks(hidden_state)
         for stage, depth in zip(self.encoder.stages, self.interaction_depths, strict=True):
+            for _ in stage.layers:
+                hidden_state = next(blocks)
+                if self.every_block:
+                    yield hidden_state
+            if not self.every_block:
+                yield from [hidden_state] * depth
+
+    def _blocks(self, hidden_state: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The output of each block."""
+        if not is_plain(self.encoder, *self.encoder.stages):
+            yield from self._blocks_of_call(hidden_state)
+            return
+        for stage in self.encoder.stages:
             for layer in stage.downsampling_layer:
                 hidden_state = layer(hidden_state)
             for layer in stage.layers:
@@ -115,10 +142,22 @@ class HSVLTBlockTrunk(nn.Module):
                     hidden_state = convnext_layer_in_rows(layer, hidden_state)
                 else:
                     hidden_state = layer(hidden_state)
-                if self.every_block:
-                    yield hidden_state
-            if not self.every_block:
-                yield from [hidden_state] * depth
+                yield hidden_state
+
+    def _blocks_of_call(self, hidden_state: torch.Tensor) -> list[torch.Tensor]:
+        """The same, where something hangs on the encoder or a stage (a hook, a shard), so that it has to be called."""
+        outputs = []
+        handles = [
+            layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
+            for stage in self.encoder.stages
+            for layer in stage.layers
+        ]
+        try:
+            self.encoder(hidden_state)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
 
 
 class HSVLTStageTrunk(nn.Module):
@@ -153,11 +192,15 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    attention_shape: tuple[int, ...] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = torch.matmul(query * scaling, key.transpose(2, 3))  # scaling the few labels, not the scores of all pixels
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights, value).transpose(1, 2), weights
+    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    shape = weights.shape
+    if attention_shape is not None:
+        weights = weights.view(attention_shape)  # what is returned is what is used: a gradient can be read at it
+    return torch.matmul(weights.view(shape), value).transpose(1, 2), weights
 
 
 class HSVLTAttention(nn.Module):
@@ -166,9 +209,9 @@ class HSVLTAttention(nn.Module):
 
     Keys and values are one linear map of the pixels each, so the maps can be moved to the label side, which has far
     fewer tokens: `(L Wq Wk^T) X^T` and `(A X) Wv Wo`. Exact for every head; with several heads it pays only while
-    `(h - 1) N P + N C < P C`, so it is chosen by the shapes. At inference with one head the two products `Wq Wk^T` and
-    `Wv Wo` are formed once and kept until a weight changes; in training they are applied in order, so gradients are
-    those of the plain form while the keys and values of all pixels are neither computed nor kept for backward.
+    `(h - 1) N P + N C < P C`, so it is chosen by the shapes, and taken only where the layers are nothing but their
+    weights. Applied in order, gradients are those of the plain form, while the keys and values of all pixels are
+    neither computed nor kept for backward.
     """
 
     is_causal = False
@@ -187,86 +230,59 @@ class HSVLTAttention(nn.Module):
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
-        self._folded = None
 
     def forward(
-        self, label_states: torch.Tensor, pixels: torch.Tensor, output_attentions: bool = False
+        self, label_states: torch.Tensor, pixels: torch.Tensor, map_size: tuple[int, int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             label_states (`torch.Tensor` of shape `(B or 1, N, C)`): label tokens.
             pixels (`torch.Tensor` of shape `(B, P, C)`): pixel tokens.
+            map_size (`tuple` of two `int`, *optional*): height and width of the map, where its attention is asked for.
 
         Returns:
-            `(B, N, C)` and, where asked for, the attention `(B, h, N, P)`.
+            `(B, N, C)` and, where asked for, the attention `(B, h, N, H, W)`.
         """
         absorb = self._absorbs(label_states.shape[1], *pixels.shape[1:])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         # Fused kernels return no weights. They end at a width of 256 on GPUs, and with the few scores of labels they
         # are no faster on CPUs: there, two matrix products and a softmax it is.
         unfused = pixels.device.type == "cpu" or pixels.shape[-1] > MAX_FUSED_HEAD_DIM
-        if output_attentions or (absorb and unfused):
+        if map_size is not None or (absorb and unfused):
             attend = eager_attention_forward
-        if absorb:
-            return self._absorbed(attend, label_states, pixels)
-        return self._projected(attend, label_states, pixels)
+        options = {"scaling": self.scaling}
+        if map_size is not None:
+            options["attention_shape"] = (pixels.shape[0], self.num_heads, label_states.shape[1], *map_size)
+        context, weights = (self._absorbed if absorb else self._projected)(attend, label_states, pixels, options)
+        return self.out_proj(context), None if map_size is None else weights
 
     def _absorbs(self, num_labels: int, num_pixels: int, channels: int) -> bool:
-        # Adapters and quantised layers replace the linear layers: then a layer is more than its weight.
-        plain = all(type(linear) is nn.Linear for linear in (self.query, self.key, self.value, self.out_proj))
         pays = (self.num_heads - 1) * num_labels * num_pixels + num_labels * channels < num_pixels * channels
-        return self.config.absorb_projections and plain and pays
+        linears = (self.query, self.key, self.value, self.out_proj)
+        return self.config.absorb_projections and pays and is_plain(*linears)
 
-    def _projected(self, attend, label_states, pixels):
+    def _projected(self, attend, label_states, pixels, options):
         heads = (self.num_heads, self.head_dim)
         query = self.query(label_states).unflatten(-1, heads).transpose(1, 2)
         query = query.expand(pixels.shape[0], -1, -1, -1)  # (B, h, N, d)
         key = self.key(pixels).unflatten(-1, heads).transpose(1, 2)  # (B, h, P, d)
         value = self.value(pixels).unflatten(-1, heads).transpose(1, 2)
-        context, weights = attend(self, query, key, value, None, scaling=self.scaling)  # (B, N, h, d)
-        return self.out_proj(context.flatten(2)), weights
+        context, weights = attend(self, query, key, value, None, **options)  # (B, N, h, d)
+        return context.flatten(2), weights
 
-    def _absorbed(self, attend, label_states, pixels):
-        batch, num_pixels, channels = pixels.shape
-        num_labels = label_states.shape[1]
-        folded = self._fold(label_states.dtype)
-        if folded is not None:
-            query = F.linear(label_states, folded[0]).unsqueeze(1)  # (B or 1, 1, N, C)
-        else:
-            query = self.query(label_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            key_weight = self.key.weight.to(query.dtype).view(self.num_heads, self.head_dim, channels)
-            query = _times_head_weights(query, key_weight)  # (B or 1, h, N, C)
+    def _absorbed(self, attend, label_states, pixels, options):
+        batch, channels, num_labels = pixels.shape[0], pixels.shape[2], label_states.shape[1]
+        heads = (self.num_heads, self.head_dim)
+        query = self.query(label_states).unflatten(-1, heads).transpose(1, 2)
+        query = _times_head_weights(query, self.key.weight.to(query.dtype).view(*heads, channels))  # (B or 1, h, N, C)
         # All heads read the same pixels, so they are more rows of one attention: (B, 1, h * N, C).
         query = query.flatten(1, 2).unsqueeze(1).expand(batch, -1, -1, -1)
         pixels = pixels.unsqueeze(1)
-        context, weights = attend(self, query, pixels, pixels, None, scaling=self.scaling)  # (B, h * N, 1, C)
-        if weights is not None:
-            weights = weights.view(batch, self.num_heads, num_labels, num_pixels)
-        if folded is not None:
-            return F.linear(context.squeeze(2), folded[1], self.out_proj.bias.to(context.dtype)), weights
+        context, weights = attend(self, query, pixels, pixels, None, **options)  # (B, h * N, 1, C)
         context = context.reshape(batch, self.num_heads, num_labels, channels)
-        value_weight = self.value.weight.to(context.dtype).view(self.num_heads, self.head_dim, channels)
+        value_weight = self.value.weight.to(context.dtype).view(*heads, channels)
         context = _times_head_weights(context, value_weight.transpose(1, 2))  # (B, h, N, d)
-        return self.out_proj(context.transpose(1, 2).flatten(2)), weights
-
-    def train(self, mode: bool = True):
-        self._folded = None  # torch's fused optimizers change a weight without raising its version
-        return super().train(mode)
-
-    def _fold(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """`(Wq Wk^T, Wv Wo)` as weights of linear layers, or None where they are not worth forming or not allowed."""
-        if self.num_heads > 1 or torch.compiler.is_compiling():
-            return None
-        if self.training or torch.is_grad_enabled():
-            self._folded = None  # an optimizer may step next, see `train`
-            return None
-        weights = [linear.weight for linear in (self.query, self.key, self.value, self.out_proj)]
-        # A change in place raises the version, a replacement changes the address.
-        state = (dtype, *((weight.data_ptr(), _version(weight), weight.dtype, weight.device) for weight in weights))
-        if self._folded is None or self._folded[0] != state:
-            query, key, value, out = (weight.float() for weight in weights)
-            self._folded = (state, (key.T @ query).to(dtype), (out @ value).to(dtype))
-        return self._folded[1:]
+        return context.transpose(1, 2).flatten(2), weights
 
 
 def _times_head_weights(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -279,10 +295,6 @@ def _times_head_weights(states: torch.Tensor, weights: torch.Tensor) -> torch.Te
     return product.view(heads, batch, num_labels, -1).transpose(0, 1)
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors keep no version
-
-
 class HSVLTLabelGate(nn.Module):
     """Gated update of a label token (HSVLT, linguistic update): `L + tanh(U2 ReLU(U1 L)) * L`, no bias."""
 
@@ -292,7 +304,7 @@ class HSVLTLabelGate(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, label_states: torch.Tensor) -> torch.Tensor:
-        gate = torch.tanh(self.out_proj(F.relu(self.in_proj(_as(label_states, self.in_proj)))))
+        gate = torch.tanh(self.out_proj(F.relu(self.in_proj(as_dtype_of(self.in_proj, label_states)))))
         return label_states + gate * label_states
 
 
@@ -321,7 +333,7 @@ class HSVLTInteractionLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            label_states (`torch.Tensor` of shape `(B or 1, N, C)`): label tokens, fp32.
+            label_states (`torch.Tensor` of shape `(B or 1, N, C)`): label tokens, fp32 (fp64 in a model of fp64).
             feature_map (`torch.Tensor` of shape `(B, C, H, W)`): visual map of the block.
             update_labels (`bool`, defaults to `True`): False leaves the label tokens, where nothing reads them after.
 
@@ -329,31 +341,17 @@ class HSVLTInteractionLayer(GradientCheckpointingLayer):
             Label tokens and multi-modal state, `(B, N, C)` each, and the attention `(B, h, N, H, W)` or None.
         """
         pixels = feature_map.flatten(2).transpose(1, 2)  # (B, P, C), a view of a channels-last map
-        pixels = _as(self.visual_norm(_as(pixels, self.visual_norm)), self.gate)
-        queries = _as(self.label_norm(_as(label_states, self.label_norm)), self.gate)
-        attended, attention = self.attention(queries, pixels, output_attentions)
+        pixels = as_dtype_of(self.gate, self.visual_norm(as_dtype_of(self.visual_norm, pixels)))
+        queries = as_dtype_of(self.gate, self.label_norm(as_dtype_of(self.label_norm, label_states)))
+        attended, attention = self.attention(queries, pixels, feature_map.shape[-2:] if output_attentions else None)
         gated = F.gelu(self.gate(queries)) * attended
-        multimodal = F.gelu(self.multimodal(_as(gated, self.multimodal)))
-        if attention is not None:
-            attention = attention.unflatten(-1, feature_map.shape[-2:])
+        multimodal = F.gelu(self.multimodal(as_dtype_of(self.multimodal, gated)))
         if not update_labels:
             return label_states, multimodal, attention
         label_states = label_states + multimodal
         if self.label_gate is not None:
             label_states = self.label_gate(label_states)
         return label_states, multimodal, attention
-
-
-def _as(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """`tensor` in the dtype that `module` computes in: autocast's if it is on, else that of its weight.
-
-    Casting once here also spares autocast from casting the pixels twice, as key and as value.
-    """
-    device_type = tensor.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return tensor.to(torch.get_autocast_dtype(device_type))
-    weight = getattr(module, "weight", None)
-    return tensor if weight is None or not weight.is_floating_point() else tensor.to(weight.dtype)
 
 
 class HSVLTLabelStage(nn.Module):
@@ -386,42 +384,40 @@ class HSVLTLabelStream(nn.Module):
         self,
         label_embeddings: torch.Tensor,
         feature_maps: Iterable[torch.Tensor],
-        output_hidden_states: bool = False,
+        update_all: bool = False,
         output_attentions: bool = False,
-    ) -> HSVLTModelOutput:
+    ) -> tuple[list[torch.Tensor], ...]:
         """
         Args:
             label_embeddings (`torch.Tensor` of shape `(N, D)`, or `(B, N, D)` for labels of each picture's own).
             feature_maps: an iterable of `(B, C_i, H_i, W_i)` maps, one an interaction, in order.
+            update_all (`bool`, defaults to `False`): whether the label tokens are wanted after the last interaction.
+            output_attentions (`bool`, defaults to `False`): whether attentions are kept.
 
         Returns:
-            [`HSVLTModelOutput`] without `last_hidden_state`; `multimodal_states` is always there.
+            After each stage: visual maps, label tokens, multi-modal states and attentions (or None), see
+            [`HSVLTModelOutput`].
         """
         feature_maps = iter(feature_maps)
         # (1, N, D) until the labels meet the picture: no copy a picture before that.
         label_states = label_embeddings if label_embeddings.ndim == 3 else label_embeddings.unsqueeze(0)
         visual, label, multimodal, attentions = [], [], [], []
         for stage in self.stages:
-            label_states = stage.projection(_as(label_states, stage.projection)).float()
+            label_states = widened(stage.projection(as_dtype_of(stage.projection, label_states)))
             for index, layer in enumerate(stage.layers):
                 ends_stage = index == len(stage.layers) - 1
                 feature_map = next(feature_maps)
                 label_states, state, attention = layer(
                     label_states,
                     feature_map,
-                    update_labels=output_hidden_states or not (ends_stage and stage is self.stages[-1]),
+                    update_labels=update_all or not (ends_stage and stage is self.stages[-1]),
                     output_attentions=output_attentions and ends_stage,
                 )
             visual.append(feature_map)
             label.append(label_states)
             multimodal.append(state)
             attentions.append(attention)
-        return HSVLTModelOutput(
-            hidden_states=tuple(visual) if output_hidden_states else None,
-            label_hidden_states=tuple(label) if output_hidden_states else None,
-            multimodal_states=tuple(multimodal),
-            attentions=tuple(attentions) if output_attentions else None,
-        )
+        return visual, label, multimodal, attentions
 
 
 class HSVLTConcatAggregation(nn.Module):
@@ -483,76 +479,29 @@ class HSVLTPerLabelClassifier(nn.Module):
         return (features.unsqueeze(-2) @ weight.unsqueeze(-1)).flatten(-3) + bias
 
 
-class HSVLTSharedClassifier(nn.Linear):
-    """One weight vector for all labels, so that the label set can be exchanged by exchanging the embeddings."""
+class HSVLTLabelEmbeddings(nn.Module):
+    """The text embedding of each label, `(N, D)`: random by seed until [`set_label_embeddings`]. A module of its own,
+    called and not read, so that whatever places modules on devices places it too."""
 
-    def __init__(self, hidden_size: int):
-        super().__init__(hidden_size, 1)
-
-    def forward(self, features: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
-        return super().forward(features).squeeze(-1)
-
-
-class HSVLTCandidateScorer(nn.Module):
-    """Scores every label from the pooled last feature map, cheaply, to choose the labels worth a closer look."""
-
-    def __init__(self, hidden_size: int, num_labels: int):
+    def __init__(self, config: HSVLTConfig):
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, num_labels)
+        self.config = config
+        self.register_buffer("weight", self.create().to(torch.empty(())))  # on the meta device while loading
 
-    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.norm(_as(feature_map.mean((-2, -1)), self.linear)))  # (B, num_labels)
+    def create(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.config.label_seed)
+        size = (self.config.num_labels, self.config.label_embedding_dim)
+        return torch.randn(size, generator=generator, device="cpu", dtype=torch.float32)
 
-
-class HSVLTResidualAttention(nn.Module):
-    """Class-specific residual attention (Zhu & Wu, ICCV 2021) on the last map.
-
-    One linear classifier scores every pixel for every label, `s = LN(X) (W + W_text)^T + beta`. A label's logit is half
-    the mean of its scores over the pixels and half their mean weighted by their own softmax: what is small in the
-    picture counts, and no query has to be learned. `W_text` is not trained, and zero until
-    `HSVLTForImageClassification.set_text_classifier` sets it; weight decay then pulls towards it.
-    """
-
-    def __init__(self, hidden_size: int, num_labels: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.weight = nn.Parameter(torch.empty(num_labels, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_labels))
-        self.register_buffer("text_weight", torch.empty(num_labels, hidden_size))
-
-    def forward(self, feature_map: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Args:
-            feature_map (`torch.Tensor` of shape `(B, C, H, W)`).
-            label_ids (`torch.LongTensor` of shape `(N,)` or `(B, N)`, *optional*): labels to score; None: all.
-
-        Returns:
-            `torch.Tensor` of shape `(B, N)`: logits.
-        """
-        one_set = label_ids is None or label_ids.ndim == 1  # for all pictures
-        scores = self.pixel_scores(feature_map, label_ids if one_set else None)
-        logits = (scores.mean(1) + (scores.softmax(1) * scores).sum(1)) / 2
-        return logits if one_set else logits.gather(1, label_ids)
-
-    def pixel_scores(self, feature_map: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, C, H, W) -> scores `(B, H * W, N)`, fp32, of all labels or of those of `label_ids` `(N,)`."""
-        weight, bias = self.weight + self.text_weight, self.bias
-        if label_ids is not None:
-            weight, bias = weight[label_ids], bias[label_ids]
-        pixels = feature_map.flatten(2).transpose(1, 2)
-        return F.linear(self.norm(_as(pixels, self.norm)), weight, bias).float()
+    def forward(self) -> torch.Tensor:
+        return self.weight
 
 
-class HSVLTPreTrainedModel(PreTrainedModel):
+class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
     """What HSVLT's models share: initialisation, attention choice, what stays in fp32."""
 
     config: HSVLTConfig
     base_model_prefix = "hsvlt"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
     _no_split_modules = ["HSVLTInteractionLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -588,10 +537,8 @@ class HSVLTPreTrainedModel(PreTrainedModel):
             # 1 x 1 convolutions in the released code, which its initialisation passes over.
             _init_linear_as_torch(module.gate)
             _init_linear_as_torch(module.multimodal)
-        elif isinstance(module, HSVLTModel):
-            generator = torch.Generator().manual_seed(self.config.label_seed)
-            embeddings = torch.randn(self.config.num_labels, self.config.label_embedding_dim, generator=generator)
-            init.copy_(module.label_embeddings, embeddings.to(module.label_embeddings))
+        elif isinstance(module, HSVLTLabelEmbeddings):
+            init.copy_(module.weight, module.create().to(module.weight))
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """As in transformers, except that a trunk without that attention (a ConvNeXt has none) keeps its own."""
@@ -600,16 +547,6 @@ class HSVLTPreTrainedModel(PreTrainedModel):
         if attn_implementation == "sdpa" and not trunk._supports_sdpa:
             attn_implementation = {"": "sdpa", "backbone_config": "eager"}
         super().set_attn_implementation(attn_implementation, **kwargs)
-
-    def half(self, *args):
-        """fp16, except for the label stream, which overflows it."""
-        keep = {
-            id(tensor)
-            for name, module in self.named_modules()
-            if name.rpartition(".")[2] in self._keep_in_fp32_modules
-            for tensor in module.parameters()
-        }
-        return self._apply(lambda t: t.half() if t.is_floating_point() and id(t) not in keep else t)
 
 
 def _init_linear_as_torch(linear: nn.Linear) -> None:
@@ -634,7 +571,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self.multimodal_norms = None
         if config.normalize_multimodal_states:
             self.multimodal_norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.trunk.channels)
-        self.register_buffer("label_embeddings", torch.empty(config.num_labels, config.label_embedding_dim))
+        self.label_embeddings = HSVLTLabelEmbeddings(config)
         self.post_init()
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
         # ConvNeXt the blocks are called one by one here, never a stage.
@@ -643,75 +580,65 @@ class HSVLTModel(HSVLTPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The trunk's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
+        return getattr(self._trunk_embeddings(), "patch_embeddings", None)
+
+    def set_input_embeddings(self, value: nn.Module):
+        if self.get_input_embeddings() is None:
+            raise ValueError("this trunk has no module patch_embeddings to set.")
+        self._trunk_embeddings().patch_embeddings = value
+
+    def _trunk_embeddings(self) -> nn.Module | None:
         trunk = self.trunk if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone.base_model
-        return getattr(getattr(trunk, "embeddings", None), "patch_embeddings", None)
+        return getattr(trunk, "embeddings", None)
 
     @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        label_embeddings: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        text_embeddings: torch.Tensor | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         feature_maps: Iterable[torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> HSVLTModelOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures.
-            label_embeddings (`torch.Tensor` of shape `(N, D)` or `(B, N, D)`, *optional*): label embeddings in place
+            text_embeddings (`torch.Tensor` of shape `(N, D)` or `(B, N, D)`, *optional*): label embeddings in place
                 of the checkpoint's.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`HSVLTModelOutput`].
             feature_maps (*optional*): the trunk's maps, in place of `pixel_values`, so that several label sets can
                 share one visual pass: `list(model.trunk(pixel_values))`.
         """
-        output_hidden_states, output_attentions = _resolve_outputs(self.config, output_hidden_states, output_attentions)
+        warn_of_unknown_arguments(self, kwargs)
+        output_hidden_states, output_attentions = output_flags(self.config, output_hidden_states, output_attentions)
         if feature_maps is None:
-            if pixel_values is None:
-                raise ValueError(
-                    "pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width)."
-                )
-            feature_maps = self.trunk(pixel_values)
-        if label_embeddings is None:
-            label_embeddings = self.label_embeddings
-        if label_embeddings.shape[-1] != self.config.label_embedding_dim:
+            feature_maps = self.trunk(require_images(pixel_values))
+        if text_embeddings is None:
+            text_embeddings = self.label_embeddings()
+        if text_embeddings.shape[-1] != self.config.label_embedding_dim:
             raise ValueError(
-                f"label_embeddings are {label_embeddings.shape[-1]} wide, but this model was made for "
+                f"text_embeddings are {text_embeddings.shape[-1]} wide, but this model was made for "
                 f"label_embedding_dim={self.config.label_embedding_dim}; use the text encoder it was trained with"
                 + (f" ({self.config.label_text_encoder})." if self.config.label_text_encoder else ".")
             )
-        if _autocasts_to_fp16(label_embeddings):
+        if autocasts_to_fp16(text_embeddings):
             feature_maps = list(feature_maps)  # runs the trunk, still under autocast
-        with _no_fp16_autocast(label_embeddings):
-            output = self.label_stream(label_embeddings, feature_maps, output_hidden_states, output_attentions)
+        with no_fp16_autocast(text_embeddings):
+            visual, label, multimodal, attentions = self.label_stream(
+                text_embeddings, feature_maps, wants_states(output_hidden_states), output_attentions
+            )
             if self.multimodal_norms is not None:
-                states = zip(self.multimodal_norms, output.multimodal_states, strict=True)
-                output.multimodal_states = tuple(norm(_as(state, norm)) for norm, state in states)
-            output.last_hidden_state = self.aggregation(output.multimodal_states)
-        if not output_hidden_states:
-            output.multimodal_states = None
-        return output
-
-
-def _autocasts_to_fp16(tensor: torch.Tensor) -> bool:
-    device_type = tensor.device.type
-    return (
-        device_type != "meta"
-        and torch.is_autocast_enabled(device_type)
-        and torch.get_autocast_dtype(device_type) == torch.float16
-    )
-
-
-def _no_fp16_autocast(tensor: torch.Tensor):
-    """Context in which what overflows fp16 is computed in fp32; bf16 autocast has the range and stays."""
-    return torch.autocast(tensor.device.type, enabled=False) if _autocasts_to_fp16(tensor) else nullcontext()
-
-
-def _resolve_outputs(config, output_hidden_states: bool | None, output_attentions: bool | None) -> tuple[bool, bool]:
-    if output_hidden_states is None:
-        output_hidden_states = config.output_hidden_states
-    if output_attentions is None:
-        output_attentions = config.output_attentions
-    return output_hidden_states, output_attentions
+                states = zip(self.multimodal_norms, multimodal, strict=True)
+                multimodal = [norm(as_dtype_of(norm, state)) for norm, state in states]
+            last_hidden_state = self.aggregation(tuple(multimodal))
+        return HSVLTModelOutput(
+            last_hidden_state=last_hidden_state,
+            hidden_states=chosen_states(visual, output_hidden_states),
+            label_hidden_states=chosen_states(label, output_hidden_states),
+            multimodal_states=chosen_states(multimodal, output_hidden_states),
+            attentions=tuple(attentions) if output_attentions else None,
+        )
 
 
 class HSVLTForImageClassification(HSVLTPreTrainedModel):
@@ -732,18 +659,12 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
     def __init__(self, config: HSVLTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        if config.thresholds is not None and len(config.thresholds) != config.num_labels:
-            logger.warning(
-                f"The checkpoint's {len(config.thresholds)} thresholds were dropped: the model now has "
-                f"{config.num_labels} labels. Fit them again on validation data."
-            )
-            config.thresholds = config.threshold_info = config.calibration_info = None
         self.hsvlt = HSVLTModel(config)
         hidden_size = self.hsvlt.aggregation.hidden_size
         if config.classifier == "per_label":
             self.classifier = HSVLTPerLabelClassifier(config.num_labels, hidden_size)
         else:
-            self.classifier = HSVLTSharedClassifier(hidden_size)
+            self.classifier = nn.Linear(hidden_size, 1)  # one for all labels, which can then be exchanged
         self.label_context = None  # a `label_context.LabelContext` while one is learned
         self.candidate_scorer = None
         if config.candidate_labels is not None:
@@ -804,23 +725,36 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
     ) -> None:
         """Sets the text embedding of each label, and notes in the configuration where it came from.
 
+        With a shared classifier, another label set has other names first: `model.config.set_label_names(names)`.
+
         Args:
             label_embeddings (`torch.Tensor` of shape `(num_labels, label_embedding_dim)`): in the order of `id2label`;
                 see `label_prompts.encode_labels`.
             encoder, reading, template (`str`, *optional*): text encoder, its reading and the template.
 
         Raises:
-            ValueError: another shape, or values that are not finite.
+            ValueError: another shape, values that are not finite, or a learned label context that gives the embeddings.
         """
-        buffer = self.hsvlt.label_embeddings
-        if label_embeddings.shape != buffer.shape:
+        if self.label_context is not None:
             raise ValueError(
-                f"label_embeddings have shape {tuple(label_embeddings.shape)}, but this model needs "
-                f"{tuple(buffer.shape)}: one row a label, label_embedding_dim={self.config.label_embedding_dim} wide."
+                "a learned label context gives this model its label embeddings, so others would have no effect; detach "
+                "it first: model.label_context = None."
+            )
+        table = self.hsvlt.label_embeddings
+        num_labels = self.config.num_labels if self.config.classifier == "shared" else len(table.weight)
+        shape = (num_labels, self.config.label_embedding_dim)
+        if label_embeddings.shape != shape:
+            raise ValueError(
+                f"label_embeddings have shape {tuple(label_embeddings.shape)}, but this model needs {shape}: one row a "
+                f"label, label_embedding_dim={self.config.label_embedding_dim} wide."
             )
         if not bool(torch.isfinite(label_embeddings).all()):
             raise ValueError("label_embeddings hold values that are not finite; encode the label names again.")
-        buffer.copy_(label_embeddings)
+        if label_embeddings.shape == table.weight.shape:
+            table.weight.copy_(label_embeddings)
+        else:
+            table.weight = label_embeddings.to(table.weight)
+        self.num_labels = num_labels
         self.config.label_text_encoder = encoder
         self.config.label_reading = reading
         self.config.label_template = template
@@ -846,131 +780,144 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         buffer.copy_(weight)
 
     @torch.no_grad()
-    def save_pretrained(self, save_directory, *, state_dict: dict[str, torch.Tensor] | None = None, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
         """As in transformers. A learned label context leaves a plain checkpoint, with the label embeddings that its
         weights (or those of `state_dict`) give, and its adapter in the folder `label_context`."""
+        context = None
         if self.label_context is not None:
             state_dict = self.state_dict() if state_dict is None else state_dict
             prefix = "label_context."
             learned = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
             context = self.label_context.with_weights(learned)
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
-            state_dict["hsvlt.label_embeddings"] = context()
+            state_dict["hsvlt.label_embeddings.weight"] = context()
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        if context is not None and is_main_process:
             context.save_adapter(f"{save_directory}/label_context")
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        label_embeddings: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        text_embeddings: torch.Tensor | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        label_ids: torch.Tensor | None = None,
+        class_ids: torch.Tensor | None = None,
         feature_maps: Iterable[torch.Tensor] | None = None,
-    ) -> HSVLTImageClassifierOutput | tuple:
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HSVLTImageClassifierOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures.
             labels (`torch.Tensor` of shape `(B, N)`, *optional*): multi-hot; 1 present, 0 absent, in between soft,
                 -100 unknown (no loss, no gradient).
-            label_embeddings (`torch.Tensor` of shape `(N, D)`, *optional*): embeddings in place of the checkpoint's;
+            text_embeddings (`torch.Tensor` of shape `(N, D)`, *optional*): embeddings in place of the checkpoint's;
                 with the shared classifier of any number of labels.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
-            label_ids (`torch.LongTensor` of shape `(N,)`, *optional*): score only these labels, in this order; `logits`
+            class_ids (`torch.LongTensor` of shape `(N,)`, *optional*): score only these labels, in this order; `logits`
                 and `labels` then have their columns. A label's logit is the same whichever others are asked for.
             feature_maps (*optional*): the trunk's maps, in place of `pixel_values`: `list(model.hsvlt.trunk(pixels))`.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): see `losses_multilabel.multilabel_loss`.
 
         Raises:
             ValueError: labels outside the contract (values are checked only outside `torch.compile`), or embeddings
                 of another number of labels than a per-label classifier has.
         """
-        output_hidden_states, output_attentions = _resolve_outputs(self.config, output_hidden_states, output_attentions)
-        if pixel_values is None and feature_maps is None:
-            raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
-        if label_embeddings is None:
-            label_embeddings = self.hsvlt.label_embeddings if self.label_context is None else self.label_context()
-        elif self.config.classifier == "per_label" and label_embeddings.shape[0] != self.num_labels:
-            raise ValueError(
-                f"label_embeddings of {label_embeddings.shape[0]} labels do not fit a classifier with a weight for "
-                f"each of {self.num_labels} labels; choose labels with label_ids, or train with classifier='shared'."
-            )
-        num_labels = label_embeddings.shape[0] if label_ids is None else label_ids.shape[0]
-
+        warn_of_unknown_arguments(self, kwargs)
+        flags = output_flags(self.config, output_hidden_states, output_attentions)
+        text_embeddings = self._text_embeddings(text_embeddings)
+        num_labels = len(text_embeddings if class_ids is None else class_ids)
+        if labels is not None and not torch.compiler.is_compiling():
+            labels = validate_labels(labels, num_labels)
         if feature_maps is None:
-            feature_maps = self.hsvlt.trunk(pixel_values)
-        if self.residual_attention is not None:
+            feature_maps = self.hsvlt.trunk(require_images(pixel_values))
+        if self.residual_attention is not None or self.candidate_scorer is not None:
             feature_maps = list(feature_maps)
-        candidate_logits = evaluated = None
-        if self.candidate_scorer is not None and label_ids is None and num_labels == self.num_labels:
-            feature_maps = list(feature_maps)
+
+        candidate_logits = candidates = None
+        if self.candidate_scorer is not None and class_ids is None and num_labels == self.num_labels:
             candidate_logits = self.candidate_scorer(feature_maps[-1])
             if not self.training and self.config.candidate_labels < num_labels:
-                label_ids = candidate_logits.topk(self.config.candidate_labels, dim=-1).indices  # (B, m)
-
-        chunk = num_labels if label_ids is None else label_ids.shape[-1]
-        if self.config.label_chunk_size is not None and not self.training:
-            chunk = min(chunk, self.config.label_chunk_size)
-        outputs = []
-        if chunk == num_labels and label_ids is None:
-            outputs.append(
-                self._read_labels(feature_maps, label_embeddings, None, output_hidden_states, output_attentions)
-            )
-        else:
-            feature_maps = list(feature_maps)
-            if label_ids is None:
-                label_ids = torch.arange(num_labels, device=label_embeddings.device)
-            for ids in label_ids.split(chunk, dim=-1):
-                outputs.append(
-                    self._read_labels(feature_maps, label_embeddings, ids, output_hidden_states, output_attentions)
-                )
-        output = outputs[0] if len(outputs) == 1 else _concatenate(outputs)
-
-        logits = output.logits
-        paths = [logits]
+                candidates = class_ids = self.candidate_scorer.choose(candidate_logits, self.config.candidate_labels)
+        output = self._read_labels(feature_maps, text_embeddings, class_ids, *flags)
+        logits, paths = output.logits, [output.logits]
         if self.residual_attention is not None:
-            with _no_fp16_autocast(logits):
-                paths.append(self.residual_attention(feature_maps[-1], label_ids))
-            logits = torch.lerp(*paths, self.config.residual_attention_weight)
-        if label_ids is not None and label_ids.ndim == 2:
-            evaluated = torch.zeros_like(candidate_logits, dtype=torch.bool).scatter(1, label_ids, True)
-            logits = logits.new_full(evaluated.shape, float("nan")).scatter(1, label_ids, logits)
+            with no_fp16_autocast(logits):
+                paths.append(self.residual_attention(feature_maps[-1], class_ids))
+            logits = self.residual_attention.join(*paths, self.config.residual_attention_weight)
 
         loss = None
         if labels is not None:
-            if not torch.compiler.is_compiling():
-                validate_labels(labels, num_labels)
-            known = labels if evaluated is None else labels.masked_fill(~evaluated, UNKNOWN_LABEL)
-            loss_type, loss_kwargs = self.config.loss_type, self.config.loss_kwargs
-            if self.training and self.residual_attention is not None:
-                # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it
-                # has seen so fast that the pixel scores learn little.
-                loss = sum(multilabel_loss(path, labels, loss_type, loss_kwargs) for path in paths) / len(paths)
-            else:
-                loss = multilabel_loss(logits, known, loss_type, loss_kwargs)
+            # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has
+            # seen so fast that the pixel scores learn little.
+            paths = paths if self.training else [logits]
+            known = labels if candidates is None else labels.gather(1, candidates)
+            items = num_items_in_batch if candidates is None else None  # of the candidates alone: a mean of their own
+            loss = sum(self._loss(path, known, items) for path in paths) / len(paths)
             if candidate_logits is not None and self.training:
-                scorer_loss = multilabel_loss(candidate_logits, labels, loss_type, loss_kwargs)
-                loss = loss + self.config.candidate_loss_weight * scorer_loss
+                loss = loss + self.config.candidate_loss_weight * self._loss(candidate_logits, labels, items)
+        if candidates is not None:
+            logits = spread_candidates(logits, candidates, num_labels)
+        return HSVLTImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            class_ids=candidates,
+            hidden_states=output.hidden_states,
+            label_hidden_states=output.label_hidden_states,
+            multimodal_states=output.multimodal_states,
+            attentions=output.attentions,
+        )
 
-        output = HSVLTImageClassifierOutput(**{**output, "loss": loss, "logits": logits, "evaluated": evaluated})
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
+    def _loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
+        return multilabel_loss(logits, labels, self.config.loss_type, self.config.loss_kwargs, num_items_in_batch)
+
+    def _text_embeddings(self, text_embeddings: torch.Tensor | None) -> torch.Tensor:
+        """Those given, those of a learned context, or the checkpoint's."""
+        if text_embeddings is None:
+            return self.hsvlt.label_embeddings() if self.label_context is None else self.label_context()
+        if self.config.classifier == "per_label" and text_embeddings.shape[0] != self.num_labels:
+            raise ValueError(
+                f"text_embeddings of {text_embeddings.shape[0]} labels do not fit a classifier with a weight for each "
+                f"of {self.num_labels} labels; choose labels with class_ids, or train with classifier='shared'."
+            )
+        return text_embeddings
 
     def _read_labels(
-        self, feature_maps, label_embeddings, label_ids, output_hidden_states, output_attentions
+        self, feature_maps, text_embeddings, class_ids, output_hidden_states, output_attentions
     ) -> HSVLTImageClassifierOutput:
-        """Logits (and, where asked for, states) of all labels, or of those of `label_ids`."""
+        """Logits (and, where asked for, states) of all labels or of those of `class_ids`, some at a time where
+        `label_chunk_size` says so."""
+        chunk = self.config.label_chunk_size
+        num_labels = text_embeddings.shape[0] if class_ids is None else class_ids.shape[-1]
+        if chunk is None or self.training or num_labels <= chunk:
+            return self._read_chunk(feature_maps, text_embeddings, class_ids, output_hidden_states, output_attentions)
+        if class_ids is None:
+            class_ids = torch.arange(num_labels, device=text_embeddings.device)
+        feature_maps = list(feature_maps)
+        chunks = class_ids.split(chunk, dim=-1)
+        return _concatenate(
+            [
+                self._read_chunk(feature_maps, text_embeddings, ids, output_hidden_states, output_attentions)
+                for ids in chunks
+            ]
+        )
+
+    def _read_chunk(self, feature_maps, text_embeddings, class_ids, output_hidden_states, output_attentions):
         output = self.hsvlt(
-            label_embeddings=label_embeddings if label_ids is None else label_embeddings[label_ids],
+            text_embeddings=text_embeddings if class_ids is None else text_embeddings[class_ids],
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             feature_maps=feature_maps,
             return_dict=True,
         )
-        with _no_fp16_autocast(output.last_hidden_state):
-            logits = self.classifier(output.last_hidden_state, label_ids)
+        features = output.last_hidden_state
+        with no_fp16_autocast(features):
+            if self.config.classifier == "per_label":
+                logits = self.classifier(features, class_ids)
+            else:
+                logits = self.classifier(as_dtype_of(self.classifier, features)).squeeze(-1)
         return HSVLTImageClassifierOutput(
             logits=logits,
             hidden_states=output.hidden_states,
@@ -986,7 +933,8 @@ def _concatenate(outputs: list[HSVLTImageClassifierOutput]) -> HSVLTImageClassif
     def join(field: str, dim: int):
         if getattr(outputs[0], field) is None:
             return None
-        return tuple(torch.cat(stage, dim=dim) for stage in zip(*(getattr(o, field) for o in outputs), strict=True))
+        stages = zip(*(getattr(output, field) for output in outputs), strict=True)
+        return tuple(None if stage[0] is None else torch.cat(stage, dim=dim) for stage in stages)
 
     return HSVLTImageClassifierOutput(
         logits=torch.cat([output.logits for output in outputs], dim=1),

@@ -19,17 +19,25 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput, logging
-from transformers.utils.generic import can_return_tuple
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_mltr import MlTrConfig
 from .losses_multilabel import multilabel_loss, validate_labels
+from .modeling_multilabel import (
+    MultiLabelPreTrainedModel,
+    as_dtype_of,
+    chosen_states,
+    is_plain,
+    output_flags,
+    require_images,
+    warn_of_unknown_arguments,
+)
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
-
-logger = logging.get_logger(__name__)
 
 # CUDA attention kernels take at most this many in the batch slot (pytorch issue 142228).
 MAX_ATTENTION_BATCH = 65535
@@ -130,7 +138,7 @@ class MlTrPatchEmbeddings(nn.Module):
         if bottom or right:
             pixel_values = F.pad(pixel_values, (0, right, 0, bottom))
         # In this layout the permute below is a view.
-        pixel_values = pixel_values.to(self.projection.weight.dtype).contiguous(memory_format=torch.channels_last)
+        pixel_values = as_dtype_of(self.projection, pixel_values).contiguous(memory_format=torch.channels_last)
         return self.projection(pixel_values).permute(0, 2, 3, 1)
 
 
@@ -237,11 +245,12 @@ class MlTrRelativePositionBias(nn.Module):
         super().__init__()
         self.window_size = window_size
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
-        self.register_buffer("relative_position_index", self.create_index(), persistent=False)
+        index = self.create_index().to(torch.empty(()).device)  # the meta device's, while loading
+        self.register_buffer("relative_position_index", index, persistent=False)
 
     def create_index(self) -> torch.Tensor:
         """Row of the table for each pair of pixels, (P * P,)."""
-        side = torch.arange(self.window_size)
+        side = torch.arange(self.window_size, device="cpu")
         rows, columns = (grid.flatten() for grid in torch.meshgrid(side, side, indexing="ij"))
         rows, columns = (axis[:, None] - axis[None, :] + self.window_size - 1 for axis in (rows, columns))
         return (rows * (2 * self.window_size - 1) + columns).flatten()
@@ -286,14 +295,17 @@ class MlTrPixelAttention(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B * n, h, P, d)
         bias = None if self.relative_position_bias is None else self.relative_position_bias().to(qkv.dtype)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if output_attentions:  # other kernels do not return their weights
+        # Other kernels do not return their weights, and an exporter may not know them (torch's ONNX one, sdpa's views).
+        if output_attentions or _is_exporting():
             attend = eager_attention_forward
         dropout = self.attention_dropout if self.training else 0.0
         # An exported graph would be tied to one number of chunks, so to few pictures.
         chunks = [qkv] if _is_exporting() else qkv.split(MAX_ATTENTION_BATCH, dim=1)
         outputs = [attend(self, *chunk.unbind(0), bias, scaling=self.scaling, dropout=dropout) for chunk in chunks]
         context = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs])
-        weights = torch.cat([weights for _, weights in outputs]) if output_attentions else None
+        weights = None
+        if output_attentions:
+            weights = outputs[0][1] if len(outputs) == 1 else torch.cat([weights for _, weights in outputs])
         return self.proj(context.reshape(batch, num_windows, num_pixels, channels)), weights
 
 
@@ -355,10 +367,8 @@ class MlTrCrossWindowAttention(nn.Module):
         return F.linear(context, value_weight, value_bias).permute(0, 2, 3, 1), weights
 
     def _folds(self) -> bool:
-        # Adapters and quantised layers replace the linear layers, offloading puts a hook on them: then a layer is more
-        # than its weight. Dropped probabilities do not sum to 1, so the value's bias could not be moved past them.
-        plain = all(type(linear) is nn.Linear and not hasattr(linear, "_hf_hook") for linear in (self.qkv, self.proj))
-        return plain and not (self.training and self.attention_dropout > 0)
+        # Dropped probabilities do not sum to 1, so the value's bias could not be moved past them.
+        return is_plain(self.qkv, self.proj) and not (self.training and self.attention_dropout > 0)
 
     def _projected(self, hidden_states, output_attentions):
         query, key, value = self.qkv(hidden_states.permute(0, 3, 1, 2)).chunk(3, dim=-1)  # (B, C, n, P) each
@@ -485,15 +495,11 @@ class MlTrStage(nn.Module):
         return hidden_states[:, :height, :width], attentions, cross_attentions
 
 
-class MlTrPreTrainedModel(PreTrainedModel):
+class MlTrPreTrainedModel(MultiLabelPreTrainedModel):
     """What MlTr's models share: initialisation and what transformers asks of a model."""
 
     config: MlTrConfig
     base_model_prefix = "mltr"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
     _no_split_modules = ["MlTrLayer"]
     _input_embed_layer = "patch_embeddings"
     _supports_sdpa = True
@@ -536,28 +542,21 @@ class MlTrEncoder(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool = False
-    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """The embeddings (B, H, W, C) to five maps (B, H_i, W_i, C_i), themselves first, and all attention weights."""
-        maps, attentions, cross_attentions = [hidden_states], (), ()
-        for stage in self.stages:
-            hidden_states, pixel, cross = stage(maps[-1], output_attentions)
-            maps.append(hidden_states)
-            attentions, cross_attentions = attentions + pixel, cross_attentions + cross
-        return maps, attentions, cross_attentions
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """The embeddings (B, H, W, C) to five maps as pixels (B, H_i * W_i, C_i), themselves first, and as maps
+        (B, H_i, W_i, C_i), and all attention weights.
 
-
-def _resolve_outputs(config, output_hidden_states: bool | None, output_attentions: bool | None) -> tuple[bool, bool]:
-    if output_hidden_states is None:
-        output_hidden_states = config.output_hidden_states
-    if output_attentions is None:
-        output_attentions = config.output_attentions
-    return output_hidden_states, output_attentions
-
-
-def _require_pixels(pixel_values: torch.Tensor | None) -> torch.Tensor:
-    if pixel_values is None:
-        raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
-    return pixel_values
+        What a stage gives goes on as pixels: what is returned is what is used, so that a gradient can be read at it.
+        """
+        states, maps, attentions, cross_attentions = [], [], (), ()
+        for stage in (None, *self.stages):
+            if stage is not None:
+                hidden_states, pixel, cross = stage(maps[-1], output_attentions)
+                attentions, cross_attentions = attentions + pixel, cross_attentions + cross
+            size = hidden_states.shape[1:3]
+            states.append(hidden_states.flatten(1, 2))
+            maps.append(states[-1].unflatten(1, size))
+        return states, maps, attentions, cross_attentions
 
 
 class MlTrModel(MlTrPreTrainedModel):
@@ -574,8 +573,9 @@ class MlTrModel(MlTrPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MlTrModelOutput:
         """
         Args:
@@ -583,16 +583,17 @@ class MlTrModel(MlTrPreTrainedModel):
                 not fill whole patches and windows are padded with zeros at the right and the bottom.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`MlTrModelOutput`].
         """
-        output_hidden_states, output_attentions = _resolve_outputs(self.config, output_hidden_states, output_attentions)
-        maps, attentions, cross_attentions = self.encoder(
-            self.embeddings(_require_pixels(pixel_values)), output_attentions
-        )
-        last_hidden_state = self.layernorm(maps[-1]).flatten(1, 2)
+        warn_of_unknown_arguments(self, kwargs)
+        output_hidden_states, output_attentions = output_flags(self.config, output_hidden_states, output_attentions)
+        embeddings = self.embeddings(require_images(pixel_values))
+        states, maps, attentions, cross_attentions = self.encoder(embeddings, output_attentions)
+        last_hidden_state = self.layernorm(states[-1])
+        maps = [each.permute(0, 3, 1, 2) for each in maps]
         return MlTrModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=last_hidden_state.mean(1),
-            hidden_states=tuple(each.flatten(1, 2) for each in maps) if output_hidden_states else None,
-            reshaped_hidden_states=tuple(each.permute(0, 3, 1, 2) for each in maps) if output_hidden_states else None,
+            hidden_states=chosen_states(states, output_hidden_states),
+            reshaped_hidden_states=chosen_states(maps, output_hidden_states),
             attentions=attentions if output_attentions else None,
             cross_attentions=cross_attentions if output_attentions else None,
         )
@@ -616,12 +617,6 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
     def __init__(self, config: MlTrConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        if config.thresholds is not None and len(config.thresholds) != config.num_labels:
-            logger.warning(
-                f"The checkpoint's {len(config.thresholds)} thresholds were dropped: the model now has "
-                f"{config.num_labels} labels. Fit them again on validation data."
-            )
-            config.thresholds = config.threshold_info = config.calibration_info = None
         self.mltr = MlTrModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -631,8 +626,10 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MlTrImageClassifierOutput:
         """
         Args:
@@ -640,12 +637,14 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
             labels (`torch.Tensor` of shape `(B, num_labels)`, *optional*): multi-hot; 1 present, 0 absent, in between
                 soft, -100 unknown (no loss, no gradient).
             output_hidden_states, output_attentions (`bool`, *optional*): see [`MlTrModelOutput`].
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): see `losses_multilabel.multilabel_loss`.
 
         Raises:
             ValueError: labels outside the contract (values are checked only outside `torch.compile`).
         """
+        warn_of_unknown_arguments(self, kwargs)
         if labels is not None and not torch.compiler.is_compiling():
-            validate_labels(labels, self.num_labels)
+            labels = validate_labels(labels, self.num_labels)
         output = self.mltr(
             pixel_values,
             output_hidden_states=output_hidden_states,
@@ -655,7 +654,8 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
         logits = self.classifier(output.pooler_output)
         loss = None
         if labels is not None:
-            loss = multilabel_loss(logits, labels, self.config.loss_type, self.config.loss_kwargs)
+            loss_type, loss_kwargs = self.config.loss_type, self.config.loss_kwargs
+            loss = multilabel_loss(logits, labels, loss_type, loss_kwargs, num_items_in_batch)
         return MlTrImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -688,8 +688,9 @@ class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
         """
         Args:
@@ -701,8 +702,10 @@ class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):
             `hidden_states`, the embeddings and the output of each stage as maps, not normalised; `attentions` of the
             pixel attention as in [`MlTrModelOutput`].
         """
-        output_hidden_states, output_attentions = _resolve_outputs(self.config, output_hidden_states, output_attentions)
-        maps, attentions, _ = self.encoder(self.embeddings(_require_pixels(pixel_values)), output_attentions)
+        warn_of_unknown_arguments(self, kwargs)
+        output_hidden_states, output_attentions = output_flags(self.config, output_hidden_states, output_attentions)
+        embeddings = self.embeddings(require_images(pixel_values))
+        _, maps, attentions, _ = self.encoder(embeddings, output_attentions)
         feature_maps = tuple(
             self.hidden_states_norms[stage](each).permute(0, 3, 1, 2)
             for stage, each in zip(self.stage_names, maps, strict=True)
@@ -710,7 +713,7 @@ class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):
         )
         return BackboneOutput(
             feature_maps=feature_maps,
-            hidden_states=tuple(each.permute(0, 3, 1, 2) for each in maps) if output_hidden_states else None,
+            hidden_states=chosen_states([each.permute(0, 3, 1, 2) for each in maps], output_hidden_states),
             attentions=attentions if output_attentions else None,
         )
 

@@ -1,11 +1,16 @@
 """What HSVLT, MlTr and HP-DVAL share: the guard of their fast paths, output flags, and what stays in fp32."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import TransformersKwargs
+
+logger = logging.get_logger(__name__)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Where the classes live that are just their weights. Adapters, quantised layers, shards and parametrisations are, or
@@ -68,6 +73,51 @@ def chosen_states(states: Sequence, output_hidden_states: bool | int | Sequence[
     return tuple(state if index in wanted else None for index, state in enumerate(states))
 
 
+def as_dtype_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the dtype that `module` computes in: autocast's if it is on, else that of its weight, if that is one
+    of floating point (a quantised layer takes what comes).
+
+    Casting once here also spares autocast from casting the pixels twice, as key and as value.
+    """
+    device_type = tensor.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return tensor.to(torch.get_autocast_dtype(device_type))
+    weight = getattr(module, "weight", None)
+    return tensor.to(weight.dtype) if isinstance(weight, torch.Tensor) and weight.is_floating_point() else tensor
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in at least fp32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def autocasts_to_fp16(tensor: torch.Tensor) -> bool:
+    device_type = tensor.device.type
+    return (
+        device_type != "meta"
+        and torch.is_autocast_enabled(device_type)
+        and torch.get_autocast_dtype(device_type) == torch.float16
+    )
+
+
+def no_fp16_autocast(tensor: torch.Tensor):
+    """Context in which what overflows fp16 is computed in fp32; bf16 autocast has the range and stays."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocasts_to_fp16(tensor) else nullcontext()
+
+
+def require_images(pixel_values: torch.Tensor | None) -> torch.Tensor:
+    if pixel_values is None:
+        raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
+    return pixel_values
+
+
+def warn_of_unknown_arguments(model: nn.Module, arguments: Mapping) -> None:
+    """Models of transformers take any argument; here one that none of them knows is not passed over in silence."""
+    unknown = sorted(arguments.keys() - TransformersKwargs.__annotations__.keys()) if arguments else []
+    if unknown:
+        logger.warning_once(f"{type(model).__name__} makes no use of {', '.join(unknown)}.")
+
+
 class MultiLabelPreTrainedModel(PreTrainedModel):
     """Base of the three models' own bases."""
 
@@ -76,6 +126,12 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # Trainer gives `num_items_in_batch`, the known labels of a whole optimizer step, and the loss is divided by that.
     accepts_loss_kwargs = True
+
+    def post_init(self):
+        super().post_init()
+        # Of the parts that stay in fp32, those that this model has.
+        parts = {part for name, _ in self.named_modules() for part in name.split(".")}
+        self._keep_in_fp32_modules = set(self._keep_in_fp32_modules) & parts
 
     def _apply(self, fn, recurse=True):
         # `half()`, `to(torch.float16)`, `type(...)`: what `from_pretrained` keeps in fp32 stays in fp32 here as well.
@@ -95,4 +151,16 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
         return super()._apply(apply if kept else fn, recurse)
 
 
-__all__ = ["MultiLabelPreTrainedModel", "chosen_states", "is_plain", "output_flags", "wants_states"]
+__all__ = [
+    "MultiLabelPreTrainedModel",
+    "as_dtype_of",
+    "autocasts_to_fp16",
+    "chosen_states",
+    "is_plain",
+    "no_fp16_autocast",
+    "output_flags",
+    "require_images",
+    "wants_states",
+    "warn_of_unknown_arguments",
+    "widened",
+]

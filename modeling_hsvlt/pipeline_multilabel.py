@@ -2,20 +2,26 @@
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import GeneratorType
 
 import torch
+from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
-from .heat_maps_multilabel import label_heat_maps, picture_box, resize_to_picture
+from .heat_maps_multilabel import picture_box, resize_to_picture, scored_heat_maps
+from .label_context import LabelContext, num_context_tokens
 from .label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder
 from .processing_multilabel import (
     MultiLabelProcessor,
+    is_many,
     load_image,
     post_process_multi_label_classification,
     resolve_threshold,
+    resolve_top_k,
+    undecoded,
 )
 
 logger = logging.get_logger(__name__)
@@ -31,9 +37,10 @@ class MultiLabelImageClassificationPipeline(Pipeline):
     reads pictures with [`load_image`]. Its parameters may be given to `pipeline(...)`, to a call, or to both.
 
     Args:
-        threshold (`float` or `"auto"`, *optional*):
+        threshold (`float`, `"auto"`, `list[float]` or `dict[str, float]`, *optional*):
             None gives every label, a number those that score at least that, `"auto"` those that score at least their
-            own threshold, fitted on validation and stored in the checkpoint.
+            own threshold, fitted on validation and stored in the checkpoint. A list has a number for each label (of
+            `labels`, where that is given), a dict one by name.
         top_k (`int`, *optional*):
             At most so many labels a picture; None gives all of them.
         labels (`list[str]`, *optional*):
@@ -63,6 +70,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.tokenizer = None  # given a processor alone, transformers takes its stand-in for one
         if self.model.config.problem_type not in (None, "multi_label_classification"):
             raise ValueError(
                 f"This model is for {self.model.config.problem_type}, whose scores are no sigmoids; use "
@@ -73,32 +81,25 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         """Labels pictures.
 
         Args:
-            inputs: Whatever [`load_image`] reads, a list of it, a generator or torch `Dataset` of it, or a
-                `datasets.Dataset`, whose pictures are decoded here and not by datasets.
+            inputs: Whatever [`load_image`] reads, a list or batch of it, a generator or torch `Dataset` of it, or a
+                `datasets.Dataset` or a column of one, whose pictures are decoded here and not by datasets.
             image_column: The picture column of a `datasets.Dataset`.
             kwargs: The pipeline's parameters, `batch_size`, and `num_workers` for a dataset.
 
         Returns:
             For one picture, `{"label": ..., "score": ...}` from the highest score to the lowest; with `explain=True`
             also `"heat_map"`, a float32 array of the decoded picture's height and width from 0 to 1, where 1 is the
-            place that spoke most for this label. For a list a list of these; for a generator or dataset an iterator
-            over them, which runs as it is asked.
+            place that spoke most for this label. For a list a list of these; for a generator, dataset or column an
+            iterator over them, which runs as it is asked.
 
         Raises:
             ValueError: a picture cannot be read (the message names it), or a parameter is wrong.
         """
-        if isinstance(inputs, (list, tuple)):
-            return super().__call__(list(inputs), **kwargs) if len(inputs) else []
-        if hasattr(inputs, "cast_column"):  # A datasets.Dataset or IterableDataset
-            if image_column not in (inputs.column_names or [image_column]):
-                raise ValueError(
-                    f"The dataset has no column {image_column!r}, only {', '.join(inputs.column_names)}; name the "
-                    "picture column with image_column."
-                )
-            feature = (inputs.features or {}).get(image_column)
-            if hasattr(feature, "decode"):
-                inputs = inputs.cast_column(image_column, type(feature)(decode=False))
-            inputs = KeyDataset(inputs, image_column) if hasattr(inputs, "__len__") else _column(inputs, image_column)
+        inputs = _stream(inputs, image_column)
+        if is_many(inputs) and not isinstance(inputs, (Dataset, GeneratorType)):
+            inputs = list(inputs)
+        if isinstance(inputs, (Dataset, list)) and hasattr(inputs, "__len__") and not len(inputs):
+            return [] if isinstance(inputs, list) else iter(())  # transformers would look at the first
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, **parameters):
@@ -107,7 +108,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         postprocess = {key: parameters.pop(key) for key in ("threshold", "top_k") if key in parameters}
         forward = {}
         if "labels" in parameters:
-            forward["label_ids"] = postprocess["label_ids"] = self._label_ids(parameters.pop("labels"))
+            forward["class_ids"] = postprocess["class_ids"] = self._class_ids(parameters.pop("labels"))
         if "explain" in parameters:
             preprocess["explain"] = forward["explain"] = bool(parameters.pop("explain"))
         if parameters:
@@ -116,17 +117,15 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 f"batch_size, num_workers, image_column, {', '.join(LOAD_PARAMETERS[:-1])} and {LOAD_PARAMETERS[-1]}."
             )
         # Told before the first picture and not after the last.
-        config = self.model.config
-        resolve_threshold(postprocess.get("threshold"), getattr(config, "thresholds", None), config.num_labels)
-        top_k = postprocess.get("top_k")
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k must be None or a whole number from 1, but it is {top_k!r}.")
+        given = {**getattr(self, "_postprocess_params", {}), **postprocess}
+        self._cuts(given.get("threshold"), given.get("class_ids"))
+        resolve_top_k(given.get("top_k"))
         return preprocess, forward, postprocess
 
-    def _label_ids(self, names: Sequence[str] | None) -> list[int] | None:
+    def _class_ids(self, names: Sequence[str] | None) -> list[int] | None:
         if names is None:
             return None
-        if isinstance(names, str) or not len(names):
+        if isinstance(names, str) or not isinstance(names, Iterable) or not (names := list(map(str, names))):
             raise ValueError(f"labels must be a list of label names, but it is {names!r}.")
         index = {name: label for label, name in self.model.config.id2label.items()}
         unknown = [name for name in names if name not in index]
@@ -138,6 +137,19 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             raise ValueError("labels names one label twice; leave one out.")
         return [index[name] for name in names]
 
+    def _cuts(self, threshold, class_ids: list[int] | None):
+        """The thresholds of these labels, in their order."""
+        config = self.model.config
+        class_ids = range(config.num_labels) if class_ids is None else class_ids
+        if isinstance(threshold, str):
+            cuts = resolve_threshold(threshold, getattr(config, "thresholds", None), config.num_labels)
+            return [cuts[label] for label in class_ids]
+        names = [config.id2label[label] for label in class_ids]
+        if isinstance(threshold, Mapping):  # It may name labels that are not asked for.
+            others = set(config.id2label.values()).difference(names)
+            threshold = {name: number for name, number in threshold.items() if name not in others}
+        return resolve_threshold(threshold, None, len(names), names)
+
     def preprocess(self, image, explain: bool = False, **load_kwargs):
         image = load_image(image, **load_kwargs)
         inputs = self.image_processor(images=image, return_tensors="pt")
@@ -147,26 +159,25 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             inputs["picture"] = torch.tensor([[*image.size, *box]], dtype=torch.float32)
         return inputs
 
-    def _forward(self, inputs, label_ids: list[int] | None = None, explain: bool = False):
-        chosen = None if label_ids is None else torch.tensor(label_ids, device=self.device)
+    def _forward(self, inputs, class_ids: list[int] | None = None, explain: bool = False):
+        chosen = None if class_ids is None else torch.tensor(class_ids, device=self.device)
         if explain:
-            logits, maps = label_heat_maps(self.model, inputs["pixel_values"], chosen)
-            return {"logits": logits, "maps": maps, "picture": inputs["picture"]}
+            logits, maps, scored = scored_heat_maps(self.model, inputs["pixel_values"], chosen)
+            return {"logits": logits, "maps": maps, "maps_of": scored, "picture": inputs["picture"]}
         # The logits alone: feature maps would be copied to the CPU for nothing.
-        if chosen is not None and "label_ids" in inspect.signature(self.model.forward).parameters:
-            return {"logits": self.model(**inputs, label_ids=chosen).logits}
+        if chosen is not None and "class_ids" in inspect.signature(self.model.forward).parameters:
+            return {"logits": self.model(**inputs, class_ids=chosen).logits}
         logits = self.model(**inputs).logits
         return {"logits": logits if chosen is None else logits[:, chosen]}
 
-    def postprocess(self, outputs, threshold=None, top_k=None, label_ids: list[int] | None = None):
+    def postprocess(self, outputs, threshold=None, top_k=None, class_ids: list[int] | None = None):
         config = self.model.config
-        label_ids = list(range(config.num_labels)) if label_ids is None else label_ids
-        thresholds = getattr(config, "thresholds", None)
-        thresholds = None if thresholds is None else [thresholds[label] for label in label_ids]
-        names = {place: config.id2label[label] for place, label in enumerate(label_ids)}
-        results = post_process_multi_label_classification(outputs["logits"], names, thresholds, threshold, top_k)[0]
+        cuts = self._cuts(threshold, class_ids)
+        class_ids = range(config.num_labels) if class_ids is None else class_ids
+        names = {place: config.id2label[label] for place, label in enumerate(class_ids)}
+        results = post_process_multi_label_classification(outputs["logits"], names, None, cuts, top_k)[0]
         if "maps" in outputs:
-            place = {name: index for index, name in names.items()}
+            place = {config.id2label[label]: index for index, label in enumerate(outputs["maps_of"][0].tolist())}
             maps = outputs["maps"][0, [place[result["label"]] for result in results]]
             width, height, *box = outputs["picture"][0].tolist()
             maps = resize_to_picture(maps, int(width), int(height), box).numpy() if len(results) else []
@@ -181,12 +192,13 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         *,
         revision: str | None = None,
         label_text: Mapping[str, str] | None = None,
+        label_context: str | os.PathLike | None = None,
     ) -> None:
         """Exchanges the label set by names, without training.
 
         What to expect: the model scores a name it was not trained on by how its text embedding lies among those it was
         trained on. That helps near them (another word for a known thing) and is a guess far from them; scores of new
-        labels are not calibrated, and the fitted thresholds are dropped, for they belong to the old labels. Measure on
+        labels are not calibrated, and the fitted thresholds are dropped, for they belong to the old names. Measure on
         labelled pictures before relying on it.
 
         Args:
@@ -196,28 +208,31 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 what is downloaded next. For HP-DVAL, which carries its text tower, the CLIP whose tokenizer it uses.
             revision: Commit of a Hub id, which it must be pinned to.
             label_text: What to write in place of a name, for example `{"tvmonitor": "tv monitor"}`.
+            label_context: For a checkpoint that learned a context for its names, the folder of that adapter,
+                `label_context` in the checkpoint's own folder. It needs peft.
 
         Raises:
             ValueError: a model whose classifier has weights for each label, one without label text, another text
-                encoder's width, or names that cannot be encoded.
+                encoder's width, names that cannot be encoded, or a learned context without its adapter.
         """
         model, config, names = self.model, self.model.config, list(label_names)
         if config.model_type == "hp_dval":
+            if label_context is not None:
+                raise ValueError("HP-DVAL has its contexts in its own text tower; leave out label_context.")
             tokenizer = text_encoder[1] if isinstance(text_encoder, tuple) else None
             if tokenizer is None:
                 if revision is None and not os.path.isdir(text_encoder):
                     raise ValueError(f"{text_encoder!r} is no folder, and as a Hub id it needs revision, a commit.")
                 tokenizer = AutoTokenizer.from_pretrained(text_encoder, revision=revision)
             model.set_labels(names, tokenizer, label_text=label_text)
-            config.thresholds = config.threshold_info = config.calibration_info = None
         else:
-            self._set_label_embeddings(names, text_encoder, revision, label_text)
+            self._set_label_embeddings(names, text_encoder, revision, label_text, label_context)
         logger.warning(
-            "The label set was exchanged by name: labels that the model was not trained on get uncalibrated scores, "
-            "and the thresholds were dropped. Measure on labelled pictures before relying on them."
+            "The label set was exchanged by name: labels that the model was not trained on get uncalibrated scores. "
+            "Measure on labelled pictures before relying on them."
         )
 
-    def _set_label_embeddings(self, names, text_encoder, revision, label_text) -> None:
+    def _set_label_embeddings(self, names, text_encoder, revision, label_text, label_context) -> None:
         model, config = self.model, self.model.config
         if getattr(config, "classifier", None) != "shared":
             raise ValueError(
@@ -231,27 +246,57 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 "The label embeddings of this checkpoint come from no known text encoder, so names say nothing to it; "
                 "train with label_encoder."
             )
+        if model.label_context is not None:
+            raise ValueError(
+                "This model is learning its label context; save it, and exchange the labels of what is saved."
+            )
+        provenance = {
+            "encoder": config.label_text_encoder,
+            "reading": config.label_reading,
+            "template": config.label_template,
+        }
+        template = config.label_template or DEFAULT_TEMPLATE
+        learned = num_context_tokens(template)
+        if learned and label_context is None:
+            raise ValueError(
+                "This checkpoint learned a context for its label names, of which its text encoder knows nothing; give "
+                "label_context, the folder of that name in the checkpoint's own."
+            )
+        if label_context is not None and not learned:
+            raise ValueError("This checkpoint learned no context for its label names; leave out label_context.")
+        if learned and not os.path.isdir(label_context):
+            raise ValueError(f"label_context {str(label_context)!r} is no folder; check the path.")
         encoder, tokenizer = (
             text_encoder if isinstance(text_encoder, tuple) else load_text_encoder(text_encoder, revision)
         )
-        embeddings = encode_labels(
-            names,
-            encoder,
-            tokenizer,
-            reading=config.label_reading or "mean",
-            template=config.label_template or DEFAULT_TEMPLATE,
-            label_text=label_text,
-        )
+        if learned:
+            after = template.partition("{}")[2]
+            with torch.no_grad():
+                embeddings = LabelContext(
+                    encoder,
+                    tokenizer,
+                    names,
+                    num_tokens=learned,
+                    template="{}" + after,
+                    label_text=label_text,
+                    adapter=label_context,
+                )()
+        else:
+            embeddings = encode_labels(
+                names,
+                encoder,
+                tokenizer,
+                reading=config.label_reading or "mean",
+                template=template,
+                label_text=label_text,
+            )
         if embeddings.shape[1] != config.label_embedding_dim:
             raise ValueError(
                 f"The text encoder gives {embeddings.shape[1]} numbers a label, but the model reads "
                 f"{config.label_embedding_dim}; use the one it was trained with, {config.label_text_encoder}."
             )
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: index for index, name in enumerate(names)}
-        config.thresholds = config.threshold_info = config.calibration_info = None
-        model.num_labels = len(names)
-        model.hsvlt.label_embeddings = embeddings.to(model.hsvlt.label_embeddings)
+        config.set_label_names(names)
+        model.set_label_embeddings(embeddings, **provenance)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves the model, its code and a [`MultiLabelProcessor`], so that every `Auto` class loads from the folder."""
@@ -261,9 +306,24 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         processor.save_pretrained(save_directory)
 
 
-def _column(rows, name: str):
-    for row in rows:
-        yield row[name]
+def _stream(inputs, column: str):
+    """Iterators and the datasets of `datasets` as what `Pipeline` takes for a stream; other inputs as they are."""
+    if hasattr(inputs, "column_name") and hasattr(inputs, "source"):  # a Column of such a dataset
+        inputs, column = inputs.source, inputs.column_name
+    elif hasattr(inputs, "cast_column"):
+        if isinstance(inputs, Mapping):
+            raise ValueError(f"This dataset has the splits {', '.join(inputs)}; give one of them.")
+        if column not in (inputs.column_names or [column]):
+            raise ValueError(
+                f"The dataset has no column {column!r}, only {', '.join(inputs.column_names)}; name the picture column "
+                "with image_column."
+            )
+    elif hasattr(inputs, "__next__") and not hasattr(inputs, "read"):
+        return (image for image in inputs)
+    else:
+        return inputs
+    rows = undecoded(inputs, column)
+    return KeyDataset(rows, column) if hasattr(rows, "__len__") else (row[column] for row in rows)
 
 
 __all__ = ["MultiLabelImageClassificationPipeline"]

@@ -1,14 +1,16 @@
 """Pictures to `pixel_values`, and logits to labels.
 
-A checkpoint carries this file and picture_urls.py: transformers, torch, NumPy and Pillow are enough for both.
+A checkpoint carries this file and those that it imports: transformers, torch, NumPy and Pillow are enough for them.
 """
 
 import base64
 import binascii
+import operator
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from io import BytesIO
+from numbers import Real
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 
+from .losses_multilabel import NOT_EVALUATED
 from .picture_urls import fetch_picture
 
 # Where Pillow itself begins to warn of a decompression bomb: a quarter of a gibibyte of RGB. Pillow refuses only twice
@@ -88,7 +91,7 @@ def load_image(
 def _describe(source) -> str:
     """How messages call a picture."""
     if isinstance(source, Mapping):
-        return _describe(source.get("path") or source.get("bytes"))
+        return _describe(source.get("path") or source.get("bytes") or f"a dict of {', '.join(map(str, source))}")
     if isinstance(source, Image.Image) or hasattr(source, "read"):
         source = getattr(source, "filename", None) or getattr(source, "name", None) or f"a {type(source).__name__}"
     if isinstance(source, (bytes, bytearray)):
@@ -108,7 +111,7 @@ def _open_source(source, name: str, max_bytes: int | None, timeout: float | None
             raise ValueError(f"{name} has {size} bytes, more than the limit of {max_bytes}; raise max_bytes.")
 
     if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path")
+        source = source.get("bytes") or source.get("path") or source
     if isinstance(source, (bytes, bytearray)):
         within_limit(len(source))
         return BytesIO(source)
@@ -194,22 +197,42 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _from_array(array, name: str, data_format: str | ChannelDimension | None = None) -> Image.Image:
+    array = _channels_last(array, name, data_format)
+    if array.dtype != bool and array.min() < 0:
+        raise ValueError(f"{name} has negative pixels, so it seems normalised; give pixels in [0, 255] or [0, 1].")
+    with _naming_failures(name):
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))), name, None, None)
+
+
+def _channels_last(array, name: str, data_format: str | ChannelDimension | None) -> np.ndarray:
+    """(height, width) or (height, width, 3 or 4) of what `load_image` takes for a picture."""
     if torch.is_tensor(array):
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
     if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "buif":
         raise ValueError(f"{name} is no picture; it needs numbers of shape (height, width) or 1, 3 or 4 channels.")
     if array.ndim == 3:
-        try:
+        with suppress(ValueError):  # no such number of channels
             data_format = data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
-        except ValueError as error:
-            raise ValueError(f"{name} is no picture; it needs 1, 3 or 4 channels, first or last.") from error
         array = np.moveaxis(array, 0, -1) if data_format == ChannelDimension.FIRST else array
+        if array.shape[-1] not in (1, 3, 4):
+            raise ValueError(f"{name} is no picture; it needs 1, 3 or 4 channels, first or last.")
         array = array[..., 0] if array.shape[-1] == 1 else array
-    if array.dtype != bool and array.min() < 0:
-        raise ValueError(f"{name} has negative pixels, so it seems normalised; give pixels in [0, 255] or [0, 1].")
-    with _naming_failures(name):
-        return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))), name, None, None)
+    return array
+
+
+def _float_planes(array: np.ndarray, name: str) -> list[Image.Image]:
+    """Red, green and blue of floats that stay as they are: 8 bits would round them and bring them to [0, 255]."""
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has pixels that are NaN or infinite; leave it out.")
+    if array.ndim == 3 and array.shape[-1] == 4:
+        if array.min() < 0 or array.max() > 1:
+            raise ValueError(f"{name} has an alpha channel, so without rescaling its values must lie in [0, 1].")
+        array = array[..., :3] * array[..., 3:] + (1 - array[..., 3:])
+    planes = [array] * 3 if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]
 
 
 def _to_uint8(pixels: np.ndarray, bits: int | None = None) -> np.ndarray:
@@ -230,6 +253,36 @@ def _to_uint8(pixels: np.ndarray, bits: int | None = None) -> np.ndarray:
     else:
         high = next(2.0**depth - 1 for depth in (8, 10, 12, 14, 16) if high < 2**depth)
     return np.rint((pixels.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def _flat(images) -> Iterator:
+    """Each picture of what may be one or many."""
+    if hasattr(images, "column_name") and hasattr(images, "source"):
+        images = undecoded(images.source, images.column_name)[images.column_name]
+    if not is_many(images):
+        yield images
+        return
+    for image in images:
+        yield from _flat(image)
+
+
+def is_many(images) -> bool:
+    """Whether these are several pictures: a batch, or anything to iterate over that is not itself a picture."""
+    if isinstance(images, np.ndarray) or torch.is_tensor(images):
+        # (batch, height, width, channels), or an array of paths or pictures
+        return images.ndim == 4 or (images.ndim == 1 and isinstance(images, np.ndarray) and images.dtype.kind in "OUS")
+    if isinstance(images, (str, bytes, bytearray, os.PathLike, Mapping, Image.Image)) or hasattr(images, "read"):
+        return False
+    return isinstance(images, Iterable)
+
+
+def undecoded(dataset, column: str):
+    """A `datasets` dataset in which the pictures of a column are left for [`load_image`] to decode, with its care."""
+    feature = (getattr(dataset, "features", None) or {}).get(column)
+    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"  # a user's own, of decoded pictures
+    if hasattr(feature, "decode") and hasattr(dataset, "cast_column") and not transformed:
+        dataset = dataset.cast_column(column, type(feature)(decode=False))
+    return dataset
 
 
 class MultiLabelImageProcessorKwargs(ImagesKwargs, total=False):
@@ -260,7 +313,8 @@ class MultiLabelImageProcessor(PilBackend):
             Pillow's filter.
         kwargs:
             The rest of `ImagesKwargs`: `do_resize`, `do_center_crop`, `crop_size`, `do_rescale`, `rescale_factor`,
-            `do_normalize`, `image_mean`, `image_std`. Without rescaling and normalising the pixels stay uint8.
+            `do_normalize`, `image_mean`, `image_std`. Without rescaling and normalising the pixels stay uint8. With
+            `do_rescale=False` arrays and tensors of floats keep their values, whatever their range.
     """
 
     valid_kwargs = MultiLabelImageProcessorKwargs
@@ -272,17 +326,29 @@ class MultiLabelImageProcessor(PilBackend):
     do_convert_rgb = do_resize = do_rescale = do_normalize = True
 
     def fetch_images(self, images):
-        """Decodes what is not an array yet with [`load_image`], keeping lists as they are."""
-        if isinstance(images, (list, tuple)):
-            return [self.fetch_images(image) for image in images]
-        return images if isinstance(images, np.ndarray) or torch.is_tensor(images) else load_image(images)
+        """A flat list of pictures, from one or from any nesting of lists, iterators, batches and `datasets` columns;
+        what is not an array yet is decoded with [`load_image`]."""
+        return [
+            image if isinstance(image, np.ndarray) or torch.is_tensor(image) else load_image(image)
+            for image in _flat(images)
+        ]
 
-    def process_image(self, image, input_data_format: str | ChannelDimension | None = None, **kwargs) -> Image.Image:
-        """One picture as RGB; `input_data_format` says where an array has its channels."""
-        return image if isinstance(image, Image.Image) else _from_array(image, _describe(image), input_data_format)
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
+        return self.fetch_images(images)
+
+    def process_image(
+        self, image, input_data_format: str | ChannelDimension | None = None, do_rescale: bool = True, **kwargs
+    ) -> Image.Image | list[Image.Image]:
+        """One picture as RGB, or as three planes of floats that are not to be rescaled; `input_data_format` says where
+        an array has its channels."""
+        if isinstance(image, Image.Image):
+            return image
+        if not do_rescale and (image.is_floating_point() if torch.is_tensor(image) else image.dtype.kind == "f"):
+            return _float_planes(_channels_last(image, _describe(image), input_data_format), _describe(image))
+        return _from_array(image, _describe(image), input_data_format)
 
     def resize(
-        self, image: Image.Image, size, resample=None, resize_mode: str = "squash", fill: tuple[int, ...] = (0, 0, 0)
+        self, image: Image.Image, size, resample=None, resize_mode: str = "squash", fill: tuple[int, ...] | float = 0
     ) -> Image.Image:
         """Resizes to `size`, by `resize_mode` where that gives both sides; `fill` is the padding's colour."""
         if size.height and size.width:
@@ -291,7 +357,7 @@ class MultiLabelImageProcessor(PilBackend):
             # Not ImageOps.pad, which loses a picture so long that it becomes less than half a pixel wide.
             scale = min(size.height / image.height, size.width / image.width)
             inner = image.resize([max(round(side * scale), 1) for side in image.size], resample)
-            canvas = Image.new("RGB", (size.width, size.height), fill)
+            canvas = Image.new(image.mode, (size.width, size.height), fill)
             canvas.paste(inner, ((size.width - inner.width) // 2, (size.height - inner.height) // 2))
             return canvas
         if not size.shortest_edge:
@@ -307,6 +373,8 @@ class MultiLabelImageProcessor(PilBackend):
             raise ValueError('resize_mode="pad" needs a size with height and width.')
         if kwargs.get("do_pad"):
             raise ValueError('do_pad is not supported; resize_mode="pad" pads to size.')
+        if kwargs.get("do_convert_rgb") is False:
+            raise ValueError("do_convert_rgb=False is not supported: every picture becomes RGB, which the models read.")
         return kwargs | {"resize_mode": resize_mode}
 
     def _preprocess(
@@ -328,16 +396,21 @@ class MultiLabelImageProcessor(PilBackend):
     ) -> BatchFeature:
         mean, std = (np.broadcast_to(np.float32(statistic), 3) for statistic in (image_mean, image_std))
         # The mean colour, so that padding is 0 once normalised.
-        fill = tuple(np.rint(mean / rescale_factor).clip(0, 255).astype(int).tolist())
+        fills = {"RGB": [tuple(np.rint(mean / rescale_factor).clip(0, 255).astype(int).tolist())], "F": mean.tolist()}
         mean, std = (torch.tensor(statistic).view(3, 1, 1) for statistic in (mean, std))
         pixel_values = []
-        for image in images:
+        for image in images or [Image.new("RGB", (1, 1))]:  # a batch of none has the shape of one
+            planes = image if isinstance(image, list) else [image]
             if do_resize:
-                image = self.resize(image, size, resample, resize_mode, fill)
+                pairs = zip(planes, fills[planes[0].mode], strict=True)
+                planes = [self.resize(plane, size, resample, resize_mode, fill) for plane, fill in pairs]
             if do_center_crop:
-                left, top = (image.width - crop_size.width) // 2, (image.height - crop_size.height) // 2
-                image = image.crop((left, top, left + crop_size.width, top + crop_size.height))
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, height, width) uint8
+                width, height = planes[0].size
+                left, top = (width - crop_size.width) // 2, (height - crop_size.height) // 2
+                box = (left, top, left + crop_size.width, top + crop_size.height)
+                planes = [plane.crop(box) for plane in planes]
+            # (3, height, width), uint8 or float32
+            pixels = torch.from_numpy(np.dstack([np.asarray(plane) for plane in planes])).permute(2, 0, 1).contiguous()
             if do_rescale or do_normalize:
                 pixels = pixels.float()
             if do_rescale:
@@ -345,11 +418,24 @@ class MultiLabelImageProcessor(PilBackend):
             if do_normalize:
                 pixels.sub_(mean).div_(std)
             pixel_values.append(pixels)
-        if return_tensors == "pt":
-            if len({pixels.shape for pixels in pixel_values}) > 1:
-                raise ValueError("Pictures of different sizes make no batch: give size a height and width, or crop.")
-            return BatchFeature({"pixel_values": torch.stack(pixel_values)})
-        return BatchFeature({"pixel_values": [pixels.numpy() for pixels in pixel_values]}, tensor_type=return_tensors)
+        if return_tensors is None:
+            return BatchFeature({"pixel_values": [pixels.numpy() for pixels in pixel_values[: len(images)]]})
+        if len({pixels.shape for pixels in pixel_values}) > 1:
+            raise ValueError("Pictures of different sizes make no batch: give size a height and width, or crop.")
+        batch = torch.stack(pixel_values)[: len(images)]
+        return BatchFeature({"pixel_values": batch if return_tensors == "pt" else batch.numpy()}, return_tensors)
+
+
+class _NoTokenizer:
+    """transformers' Trainer reads the special tokens of every processor's tokenizer; here it finds none."""
+
+    init_kwargs: Mapping = {}  # what `ProcessorMixin` reads
+    eos_token_id = bos_token_id = pad_token_id = None
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError("MultiLabelProcessor reads pictures and no text: give images alone.")
+
+    decode = batch_decode = __call__
 
 
 class MultiLabelProcessor(ProcessorMixin):
@@ -368,6 +454,8 @@ class MultiLabelProcessor(ProcessorMixin):
     `from_pretrained` takes the label names and thresholds from the folder's `config.json` if that has label names, so
     that the two files cannot disagree.
     """
+
+    tokenizer = _NoTokenizer()
 
     def __init__(
         self,
@@ -392,30 +480,35 @@ class MultiLabelProcessor(ProcessorMixin):
         return processor_dict, kwargs
 
     def post_process_multi_label_classification(
-        self, outputs, threshold: float | str | None = None, top_k: int | None = None
+        self,
+        outputs,
+        threshold: float | str | Sequence[float] | Mapping[str, float] | None = None,
+        top_k: int | None = None,
     ) -> list[list[dict]]:
         """The labels of each picture.
 
         Args:
             outputs: The model's output, or its logits of shape (batch, num_labels).
             threshold: None gives every label, a number those that score at least that, `"auto"` those that score at
-                least their own fitted threshold.
+                least their own fitted threshold; a list (or array) with a number for each label, or a dict with one for
+                each name, those that score at least theirs.
             top_k: At most so many labels a picture; None gives all of them.
 
         Returns:
             For each picture, `{"label": name, "score": sigmoid of the logit}` from the highest score to the lowest.
-            Labels whose logit is NaN were not evaluated and are left out.
+            Labels that were not evaluated are left out: those whose logit is NaN, -inf or `NOT_EVALUATED`.
 
         Raises:
             ValueError: no label names, or a number of labels other than the logits'; `"auto"` without fitted
-                thresholds; a threshold outside [0, 1].
+                thresholds; a threshold outside [0, 1]; a list or dict of thresholds that are not one for each label;
+                `top_k` below 1.
         """
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
         return post_process_multi_label_classification(logits, self.id2label, self.thresholds, threshold, top_k)
 
 
 def post_process_multi_label_classification(
-    logits, id2label: Mapping[int, str] | None, thresholds=None, threshold: float | str | None = None, top_k=None
+    logits, id2label: Mapping[int, str] | None, thresholds=None, threshold=None, top_k: int | None = None
 ) -> list[list[dict]]:
     """[`MultiLabelProcessor.post_process_multi_label_classification`] for label names and thresholds kept elsewhere."""
     logits = torch.as_tensor(logits).float()  # (batch, num_labels)
@@ -423,9 +516,11 @@ def post_process_multi_label_classification(
         raise ValueError("The processor has no label names: give id2label, or load it from a folder with config.json.")
     if logits.ndim != 2 or logits.shape[1] != len(id2label):
         raise ValueError(f"logits must be of shape (batch, {len(id2label)}), but they are {tuple(logits.shape)}.")
-    cuts = resolve_threshold(threshold, thresholds, len(id2label))
+    names = [id2label[index] for index in range(len(id2label))]
+    cuts = resolve_threshold(threshold, thresholds, len(names), names)
+    top_k = resolve_top_k(top_k)
     scores = logits.sigmoid()
-    chosen = ~scores.isnan()
+    chosen = logits > NOT_EVALUATED  # and no NaN
     if cuts is not None:
         chosen &= scores >= torch.tensor(cuts, device=scores.device)
     order = scores.argsort(dim=1, descending=True, stable=True)
@@ -434,22 +529,28 @@ def post_process_multi_label_classification(
         labels = row_order[row_chosen[row_order]][:top_k]
         results.append(
             [
-                {"label": id2label[index], "score": score}
+                {"label": names[index], "score": score}
                 for index, score in zip(labels.tolist(), row_scores[labels].tolist(), strict=True)
             ]
         )
     return results
 
 
-def resolve_threshold(threshold: float | str | None, thresholds, num_labels: int):
+def resolve_threshold(threshold, thresholds, num_labels: int, names: Sequence[str] | None = None):
     """What scores are compared with: None (nothing), one number, or one number per label.
+
+    Args:
+        threshold: As in `post_process_multi_label_classification`.
+        thresholds: The fitted ones, for `"auto"`.
+        num_labels: Labels that are asked for.
+        names: Their names, for a dict.
 
     Raises:
         ValueError: as `post_process_multi_label_classification`.
     """
     if threshold is None:
         return None
-    if threshold == "auto":
+    if isinstance(threshold, str) and threshold == "auto":
         if thresholds is None:
             raise ValueError(
                 'threshold="auto" needs fitted thresholds and this checkpoint has none; fit them on a validation '
@@ -458,9 +559,50 @@ def resolve_threshold(threshold: float | str | None, thresholds, num_labels: int
         if len(thresholds) != num_labels:
             raise ValueError(f"There are {len(thresholds)} thresholds for {num_labels} labels; fit them again.")
         return list(thresholds)
-    if isinstance(threshold, (str, bool)) or not 0 <= threshold <= 1:
-        raise ValueError(f'threshold must be None, a number in [0, 1] or "auto", but it is {threshold!r}.')
-    return float(threshold)
+    if isinstance(threshold, Mapping):
+        names = list(names or ())
+        missing = [name for name in names if name not in threshold]
+        unknown = [name for name in threshold if name not in names]
+        if missing or unknown:
+            which = f"no number for {missing[0]!r}" if missing else f"a number for {unknown[0]!r}, which is no label"
+            raise ValueError(f"threshold has {which}; as a dict it has a number for each label, by name.")
+        threshold = [threshold[name] for name in names]
+    if hasattr(threshold, "tolist"):  # NumPy's and torch's
+        threshold = threshold.tolist()
+    if not isinstance(threshold, (list, tuple)):
+        return _threshold(threshold)
+    if len(threshold) != num_labels:
+        raise ValueError(
+            f"threshold has {len(threshold)} numbers for {num_labels} labels; as a list it has one for each, in order."
+        )
+    return [_threshold(number) for number in threshold]
+
+
+def _threshold(number) -> float:
+    value = number.tolist() if hasattr(number, "tolist") else number
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(
+            f'threshold must be None, a number in [0, 1], "auto", or a list or dict of a number for each label, but '
+            f"{number!r} is none of these."
+        )
+    return float(value)
+
+
+def resolve_top_k(top_k: int | None) -> int | None:
+    """`top_k` as a plain number.
+
+    Raises:
+        ValueError: it is neither None nor a whole number from 1.
+    """
+    if top_k is None:
+        return None
+    try:
+        number = 0 if isinstance(top_k, bool) else operator.index(top_k)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"top_k must be None or a whole number from 1, but it is {top_k!r}.")
+    return number
 
 
 # Registered here and not by the package, so that a class that only a checkpoint's code reached saves its code as well.

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from training.scenes import SceneDataset  # noqa: E402
+from training.data.scenes import SceneDataset  # noqa: E402
 
 # Four times the size of the quickstart's scenes, of handwriting that its model has not seen.
 scenes = SceneDataset(

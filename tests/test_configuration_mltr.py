@@ -7,9 +7,9 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers import AutoConfig
 
 from modeling_hsvlt import MlTrConfig
-from training.augment import build_augmentation
 from training.config import parse_config
-from training.models import build_model
+from training.data.augment import build_augmentation
+from training.models.build import build_model
 
 RECIPES = Path(__file__).parent.parent / "training" / "configs"
 

@@ -1,6 +1,6 @@
 """Files from strangers, each with an attack in it: code that would run, addresses that would be fetched, sizes that
 would fill the memory. Pictures have tests/fuzz, URLs test_picture_urls.py, pickles of others' checkpoints
-training/test_convert.py."""
+training/models/test_official_hsvlt.py."""
 
 import json
 import os
@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoModelForImageClassification, ConvNextCo
 
 from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
 from modeling_hsvlt.processing_multilabel import load_image
-from training.checkpoint import checkpoints, newest_good, write_marker
+from training.checkpoint.folder import write_marker
+from training.checkpoint.loading import load_checkpoint
+from training.checkpoint.series import checkpoints, newest_good
 from training.config import TrainingConfig
-from training.evaluate import load_checkpoint
-from training.image_folder import MAX_LABEL_FILE, MAX_LABEL_NAME, read_image_folders, read_label_names
-from training.models import build_model
+from training.data.image_folder import read_image_folders
+from training.data.label_names import MAX_LABEL_FILE, MAX_LABEL_NAME, read_label_names
+from training.models.build import build_model
 
 from .training.tiny_checkpoint import NAMES, save_checkpoint, save_pictures
 

@@ -31,6 +31,7 @@ from modeling_hsvlt import (
 from modeling_hsvlt.hp_dval_prompts import GLOBAL, HANDWRITTEN, LOCAL, encode_in_parts
 
 from .tiny_clip import tiny_clip, tiny_clip_tokenizer
+from .tolerance import assert_close_outputs, close_outputs
 
 NAMES = ["cat", "dog", "potted_plant"]
 TOKENIZER = tiny_clip_tokenizer()
@@ -124,11 +125,11 @@ def test_a_new_model_is_its_clip_in_two_views():
     model = make_model()
     text = text_features(["a photo of a cat.", "a photo of a dog.", "a photo of a potted plant."])
     for view in (HANDWRITTEN, GLOBAL, LOCAL):
-        torch.testing.assert_close(model.hp_dval.prompts.text_embeddings[view], text)
-    torch.testing.assert_close(model(pictures()).logits, reference_logits(CLIP, text, text))
+        assert_close_outputs(model.hp_dval.prompts.text_embeddings[view], text)
+    assert_close_outputs(model(pictures()).logits, reference_logits(CLIP, text, text))
     # With the global view alone it is CLIP's own zero-shot score.
     zero_shot = F.normalize(CLIP.get_image_features(pictures()).pooler_output, dim=-1) @ F.normalize(text, dim=-1).T
-    torch.testing.assert_close(make_model(alpha=1.0)(pictures()).logits, zero_shot)
+    assert_close_outputs(make_model(alpha=1.0)(pictures()).logits, zero_shot)
 
 
 def test_view_weights_and_top_k():
@@ -139,12 +140,12 @@ def test_view_weights_and_top_k():
     cosines = F.normalize(patches, dim=-1) @ F.normalize(text[1], dim=-1).T  # (2, 16, 3)
 
     model = make_model(alpha=1.0)
-    assert torch.equal(model.scores(image, None, text), model.scores(image, 3 * patches, text))
+    assert_close_outputs(model.scores(image, None, text), model.scores(image, 3 * patches, text))
     model = make_model(alpha=0.0, local_top_k=16)
-    assert torch.equal(model.scores(image, patches, text), model.scores(image + 1, patches, text))
-    torch.testing.assert_close(model.scores(image, patches, text), cosines.mean(1))
+    assert_close_outputs(model.scores(image, patches, text), model.scores(image + 1, patches, text))
+    assert_close_outputs(model.scores(image, patches, text), cosines.mean(1))
     model = make_model(alpha=0.0, local_top_k=1)
-    torch.testing.assert_close(model.scores(image, patches, text), cosines.amax(1))
+    assert_close_outputs(model.scores(image, patches, text), cosines.amax(1))
     with pytest.raises(ValueError, match="fewer than local_top_k=1"):
         model.scores(image, patches[:, :0], text)
 
@@ -155,18 +156,16 @@ def test_score_normalizations():
     image, patches = torch.randn(2, 12, generator=generator), torch.randn(2, 16, 12, generator=generator)
     text = torch.randn(2, 3, 12, generator=generator)
     cosine = make_model()
-    torch.testing.assert_close(
-        cosine.scores(3 * image, 5 * patches, 2 * text), cosine.scores(image, patches, text), atol=1e-6, rtol=1e-5
-    )
+    assert_close_outputs(cosine.scores(3 * image, 5 * patches, 2 * text), cosine.scores(image, patches, text))
     by_class = make_model(score_normalization="class_l2")
     scaled = make_model(score_normalization="class_l2", logit_scale=20.0)
     expected = by_class.scores(image, patches, text)
-    torch.testing.assert_close(scaled.scores(image, patches, text), expected)
-    torch.testing.assert_close(
+    assert_close_outputs(scaled.scores(image, patches, text), expected)
+    assert_close_outputs(
         make_model(logit_scale=20.0).scores(image, patches, text), 20 * cosine.scores(image, patches, text)
     )
     local = (patches @ text[1].T).topk(4, dim=1).values.mean(1)
-    torch.testing.assert_close(expected, 0.4 * F.normalize(image @ text[0].T) + 0.6 * F.normalize(local))
+    assert_close_outputs(expected, 0.4 * F.normalize(image @ text[0].T) + 0.6 * F.normalize(local))
 
 
 def test_other_picture_sizes_interpolate_positions():
@@ -203,7 +202,7 @@ def test_outputs_are_in_declared_order_and_hold_what_was_asked_for(student):
     assert list(base) == [*always[1:], "hidden_states", "attentions"]
     assert torch.equal(base[0], base.image_embeds)
     loss, logits, *_ = model(pictures(), labels=targets(), return_dict=False)
-    assert loss == output.loss
+    assert_close_outputs(loss, output.loss)
     torch.testing.assert_close(logits, output.logits)
     assert len(model.hp_dval(pictures(), return_dict=False, **asked)) == 5
 
@@ -283,9 +282,11 @@ def test_stage_1_distils_from_a_real_copy_and_trains_the_student_alone():
     before = copy.deepcopy(model.state_dict())
     model.train()
     first = model(pictures(), labels=targets())
-    assert first.distillation_loss < 1e-6
+    assert first.distillation_loss < 1e-5
     assert first.semantic_consistency_loss is None
-    assert first.loss == first.distillation_loss + F.binary_cross_entropy_with_logits(first.logits, targets())
+    assert_close_outputs(
+        first.loss, first.distillation_loss + F.binary_cross_entropy_with_logits(first.logits, targets())
+    )
     train(model, steps=1)
     assert model(pictures(), labels=targets()).distillation_loss > 1e-4
     assert changed_keys(model, before) == student_keys(before)
@@ -303,7 +304,7 @@ def test_distillation_follows_the_paper_and_can_be_left_out():
     model.train()
     output = model(pictures(), labels=targets())
     teacher = CLIP.get_image_features(pictures()).pooler_output
-    torch.testing.assert_close(output.distillation_loss, (output.image_embeds - teacher).abs().mean())
+    assert_close_outputs(output.distillation_loss, (output.image_embeds - teacher).abs().mean())
     model.config.distillation_weight = 0
     with count_calls(model.hp_dval.teacher) as teacher:
         assert model(pictures(), labels=targets()).distillation_loss is None
@@ -372,16 +373,16 @@ def test_stage_2_starts_at_the_hand_written_prompts_and_trains_their_contexts_al
     model.set_stage("stage2")
     model.train()
     output = model(pictures(), labels=targets())
-    assert output.semantic_consistency_loss < 1e-6
+    assert output.semantic_consistency_loss < 1e-5
     assert output.distillation_loss is None
-    torch.testing.assert_close(output.logits, make_model()(pictures()).logits)
+    assert_close_outputs(output.logits, make_model()(pictures()).logits)
     before = copy.deepcopy(model.state_dict())
     train(model)
     assert changed_keys(model, before) == {f"{TABLE}.trainable_tokens_delta.prompts"}
     rows = model.state_dict()[f"{TABLE}.trainable_tokens_delta.prompts"]
     assert rows.shape == (2 * 4, 16)
     assert (rows != before[f"{TABLE}.trainable_tokens_delta.prompts"]).all()
-    assert model(pictures(), labels=targets()).semantic_consistency_loss > 1e-5
+    assert model(pictures(), labels=targets()).semantic_consistency_loss > 1e-4
     frozen = (model.hp_dval.student, model.hp_dval.text, model.hp_dval.teacher)
     assert not any(module.training for tower in frozen for module in tower.modules())
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if "delta" not in name)
@@ -449,7 +450,7 @@ def test_training_in_another_state_than_the_stage_s_is_refused():
 
 def test_the_logit_scale_trains_where_asked():
     model = make_model(learn_logit_scale=True, logit_scale=5.0, logit_bias=-2.0)
-    torch.testing.assert_close(model(pictures()).logits, 5 * make_model()(pictures()).logits - 2)
+    assert_close_outputs(model(pictures()).logits, 5 * make_model()(pictures()).logits - 2)
     model.set_stage("stage2")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         "scale.logit_scale",
@@ -486,15 +487,20 @@ def test_random_contexts_start_at_the_published_spread():
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):
-        model = make_model()
+        model = make_model(context_init="random")
         model.set_stage("joint")
+        with torch.no_grad():  # at a distance of 0 to the teacher, rounding would decide on the sign of its gradient
+            for parameter in model.hp_dval.student.parameters():
+                parameter.mul_(1.1)
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
         model(pictures(), labels=targets()).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "k_proj.bias" not in name}
+        )
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+        assert_close_outputs(gradients[1][name], gradient)
 
 
 # ---- prompts
@@ -554,7 +560,7 @@ def test_class_specific_contexts():
     model = make_model(class_specific_context=True)
     model.set_stage("stage2")
     assert len(model.config.context_token_ids) == 2 * 3 * 4
-    torch.testing.assert_close(model(pictures()).logits, make_model()(pictures()).logits)
+    assert_close_outputs(model(pictures()).logits, make_model()(pictures()).logits)
     train(model)
     rows = model.hp_dval.context_rows().view(2, 3, 4, -1)
     assert not torch.equal(rows[:, 0], rows[:, 1])
@@ -572,9 +578,9 @@ def test_labels_can_be_exchanged_under_learned_contexts():
     model.set_labels(["bird", "cat"], TOKENIZER)
     assert model.config.id2label == {0: "bird", 1: "cat"}
     assert model.config.thresholds is None
-    torch.testing.assert_close(model(pictures()).logits[:, 1], before[:, 0])
+    assert_close_outputs(model(pictures()).logits[:, 1], before[:, 0])
     model.set_labels(["pottedplant"], TOKENIZER, label_text={"pottedplant": "potted plant"})
-    torch.testing.assert_close(model(pictures()).logits[:, 0], before[:, 2])
+    assert_close_outputs(model(pictures()).logits[:, 0], before[:, 2])
 
 
 @pytest.mark.parametrize(
@@ -607,7 +613,7 @@ def test_the_template_of_the_time_is_read():
     model.config.prompt_template = "photo of dog a {} plant"
     model.set_labels(["cat", "bird"], TOKENIZER)
     text = text_features(["photo of dog a cat plant", "photo of dog a bird plant"])
-    torch.testing.assert_close(model(pictures()).logits, reference_logits(CLIP, text, text))
+    assert_close_outputs(model(pictures()).logits, reference_logits(CLIP, text, text))
 
 
 def test_the_token_table_keeps_its_size():
@@ -677,31 +683,31 @@ def test_embeddings_follow_every_change_of_the_text_side(tmp_path):
     model.set_stage("stage2")
     train(model)
     model.eval()
-    torch.testing.assert_close(model(pictures()).logits, fresh_logits(model))
-    assert not torch.allclose(model(pictures()).logits, start, atol=1e-5)
+    assert_close_outputs(model(pictures()).logits, fresh_logits(model))
+    assert not close_outputs(model(pictures()).logits, start)
 
     # In place, by an optimizer that writes through `.data`, from a state dict, and by a new tensor.
     delta = model.get_parameter(f"{TABLE}.trainable_tokens_delta.prompts")
     noise = 0.3 * torch.randn(delta.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         delta.add_(noise)
-    torch.testing.assert_close(model(pictures()).logits, fresh_logits(model))
+    assert_close_outputs(model(pictures()).logits, fresh_logits(model))
     model.train()
     delta.data.add_(noise)
     model.eval()
-    torch.testing.assert_close(model(pictures()).logits, fresh_logits(model))
+    assert_close_outputs(model(pictures()).logits, fresh_logits(model))
     state = {key: value + noise if "delta" in key else value for key, value in model.state_dict().items()}
     model.load_state_dict(state)
-    torch.testing.assert_close(model(pictures()).logits, fresh_logits(model))
+    assert_close_outputs(model(pictures()).logits, fresh_logits(model))
     model.hp_dval.text.text_projection.weight = torch.nn.Parameter(0.5 + model.hp_dval.text.text_projection.weight)
-    torch.testing.assert_close(model(pictures()).logits, fresh_logits(model))
+    assert_close_outputs(model(pictures()).logits, fresh_logits(model))
 
     # Saving encodes anew where no forward pass has.
     with torch.no_grad():
         delta.add_(noise)
     model.save_pretrained(tmp_path)
     loaded = HPDVALForImageClassification.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded(pictures()).logits, fresh_logits(model))
+    assert_close_outputs(loaded(pictures()).logits, fresh_logits(model))
 
 
 def adamw_step(model, fused=True):
@@ -727,7 +733,7 @@ def test_embeddings_follow_fused_optimizers(mode, grad_after, tmp_path):
         base.eval()
         with torch.set_grad_enabled(grad_after):
             logits = model(pictures()).logits
-        torch.testing.assert_close(logits.detach(), fresh_logits(base).detach())
+        assert_close_outputs(logits.detach(), fresh_logits(base).detach())
         base.train(mode == "train")
         return logits.detach()
 
@@ -749,7 +755,7 @@ def test_embeddings_follow_fused_optimizers(mode, grad_after, tmp_path):
         before = looks_fresh()
         change()
         seen.append((before, looks_fresh()))
-    moved = [not torch.equal(before, after) for before, after in seen]
+    moved = [not close_outputs(before, after) for before, after in seen]
     assert moved[2] and moved[3] and moved[4] and moved[6] and moved[9]
 
     model.set_stage("stage2")
@@ -757,9 +763,9 @@ def test_embeddings_follow_fused_optimizers(mode, grad_after, tmp_path):
     base.save_pretrained(tmp_path / "plain")
     merged = model.merge_and_unload().eval()
     saved = HPDVALForImageClassification.from_pretrained(tmp_path / "plain")
-    assert not torch.equal(merged(pictures()).logits, seen[-1][1])
-    torch.testing.assert_close(merged(pictures()).logits, fresh_logits(merged))
-    torch.testing.assert_close(saved(pictures()).logits, fresh_logits(merged))
+    assert not close_outputs(merged(pictures()).logits, seen[-1][1])
+    assert_close_outputs(merged(pictures()).logits, fresh_logits(merged))
+    assert_close_outputs(saved(pictures()).logits, fresh_logits(merged))
 
 
 def test_a_fused_step_in_the_middle_of_evaluation_is_seen(text_calls):
@@ -792,8 +798,8 @@ def test_other_weights_are_saved_with_their_own_embeddings(tmp_path):
     model.save_pretrained(tmp_path / "copy", state_dict=copied)
     assert not changed_keys(model, before)
     saved = HPDVALForImageClassification.from_pretrained(tmp_path / "copy")
-    torch.testing.assert_close(saved(pictures()).logits, expected)
-    torch.testing.assert_close(fresh_logits(saved), expected)
+    assert_close_outputs(saved(pictures()).logits, expected)
+    assert_close_outputs(fresh_logits(saved), expected)
 
     delta = f"{TABLE}.trainable_tokens_delta.prompts"
     middle = {key: value.lerp(before[key], 0.5) if key == delta else value for key, value in copied.items()}
@@ -808,20 +814,20 @@ def test_embeddings_reach_a_compiled_model():
     model = make_model()
     model.set_stage("stage2")
     compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(compiled(pictures()).logits, model(pictures()).logits)
+    assert_close_outputs(compiled(pictures()).logits, model(pictures()).logits)
     train(model)
     model.eval()
-    torch.testing.assert_close(compiled(pictures()).logits, fresh_logits(model))
+    assert_close_outputs(compiled(pictures()).logits, fresh_logits(model))
 
 
 def test_export_and_a_whole_graph_without_text_tower():
     model = make_model()
     expected = model(pictures()).logits
     exported = torch.export.export(model, (pictures(),)).module()
-    torch.testing.assert_close(exported(pictures()).logits, expected)
+    assert_close_outputs(exported(pictures()).logits, expected)
     model.drop_text_model()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(pictures()).logits, expected)
+    assert_close_outputs(compiled(pictures()).logits, expected)
 
 
 # ---- adapters of peft
@@ -845,27 +851,27 @@ def test_prompt_adapter_trains_saves_switches_and_merges(tmp_path):
         train(tuned)
         logits.append(tuned.eval()(pictures()).logits)
         tuned.save_pretrained(tmp_path / f"adapter{run}")
-    assert not torch.allclose(logits[0], logits[1], atol=1e-4)
+    assert not close_outputs(logits[0], logits[1])
 
     weights = (tmp_path / "adapter0" / "adapter_model.safetensors").stat().st_size
     assert weights < 2 * 4 * 16 * 4 + 500
     tuned = PeftModel.from_pretrained(base(), tmp_path / "adapter0").eval()
-    torch.testing.assert_close(tuned(pictures()).logits, logits[0])
+    assert_close_outputs(tuned(pictures()).logits, logits[0])
     tuned.load_adapter(tmp_path / "adapter1", adapter_name="second")
     tuned.set_adapter("second")
-    torch.testing.assert_close(tuned(pictures()).logits, logits[1])
+    assert_close_outputs(tuned(pictures()).logits, logits[1])
     with tuned.disable_adapter():
-        torch.testing.assert_close(tuned(pictures()).logits, zero_shot)
-    torch.testing.assert_close(tuned(pictures()).logits, logits[1])
+        assert_close_outputs(tuned(pictures()).logits, zero_shot)
+    assert_close_outputs(tuned(pictures()).logits, logits[1])
     tuned.merge_adapter()
-    torch.testing.assert_close(tuned(pictures()).logits, logits[1])
+    assert_close_outputs(tuned(pictures()).logits, logits[1])
     tuned.unmerge_adapter()
     tuned.set_adapter("default")
-    torch.testing.assert_close(tuned(pictures()).logits, logits[0])
+    assert_close_outputs(tuned(pictures()).logits, logits[0])
 
     # Merged, it is a plain checkpoint that needs no text tower.
     merged = tuned.merge_and_unload()
-    torch.testing.assert_close(merged(pictures()).logits, logits[0])
+    assert_close_outputs(merged(pictures()).logits, logits[0])
     merged.save_pretrained(tmp_path / "merged")
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
     plain.drop_text_model()
@@ -880,16 +886,16 @@ def test_transformers_loads_the_adapter_by_itself(tmp_path):
     expected = model.eval()(pictures()).logits
     model.save_prompt_adapter(tmp_path / "adapter")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(loaded(pictures()).logits, expected)
+    assert_close_outputs(loaded(pictures()).logits, expected)
     tuned = PeftModel.from_pretrained(
         HPDVALForImageClassification.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
     )
-    torch.testing.assert_close(tuned.eval()(pictures()).logits, expected)
+    assert_close_outputs(tuned.eval()(pictures()).logits, expected)
     model = HPDVALForImageClassification.from_pretrained(tmp_path / "base")
     model.load_adapter(tmp_path / "adapter")
-    torch.testing.assert_close(model.eval()(pictures()).logits, expected)
+    assert_close_outputs(model.eval()(pictures()).logits, expected)
     model.disable_adapters()
-    torch.testing.assert_close(model(pictures()).logits, make_model()(pictures()).logits)
+    assert_close_outputs(model(pictures()).logits, make_model()(pictures()).logits)
 
 
 def test_lora_on_the_student_trains_in_its_place(tmp_path):
@@ -905,8 +911,8 @@ def test_lora_on_the_student_trains_in_its_place(tmp_path):
     lora.save_pretrained(tmp_path / "lora")
     base = HPDVALForImageClassification.from_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload()
-    torch.testing.assert_close(loaded(pictures()).logits, expected)
-    assert not torch.allclose(expected, make_model()(pictures()).logits, atol=1e-5)
+    assert_close_outputs(loaded(pictures()).logits, expected)
+    assert not close_outputs(expected, make_model()(pictures()).logits)
 
 
 def test_lora_and_contexts_in_one_adapter(tmp_path):
@@ -929,7 +935,7 @@ def test_lora_and_contexts_in_one_adapter(tmp_path):
     both.save_pretrained(tmp_path / "both")
     base = HPDVALForImageClassification.from_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(base, tmp_path / "both").merge_and_unload()
-    torch.testing.assert_close(loaded(pictures()).logits, expected)
+    assert_close_outputs(loaded(pictures()).logits, expected)
 
 
 def test_an_adapter_of_part_of_the_contexts():
@@ -944,7 +950,7 @@ def test_an_adapter_of_part_of_the_contexts():
     tuned.base_model.set_adapter(["global", "local"])
     tuned.set_stage("stage2")
     assert sum(p.requires_grad for p in tuned.parameters()) == 2
-    torch.testing.assert_close(tuned(pictures()).logits, make_model()(pictures()).logits)
+    assert_close_outputs(tuned(pictures()).logits, make_model()(pictures()).logits)
 
 
 # ---- checkpoints
@@ -957,7 +963,7 @@ def test_save_and_load(tmp_path):
     for load in (HPDVALForImageClassification, AutoModel, AutoModelForImageClassification):
         loaded, info = load.from_pretrained(tmp_path, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert torch.equal(loaded(pictures()).logits, expected)
+        assert_close_outputs(loaded(pictures()).logits, expected)
         # What trains is as the stage says, after loading too.
         assert {name.split(".")[1] for name, p in loaded.named_parameters() if p.requires_grad} == {"student"}
     base = HPDVALModel.from_pretrained(tmp_path)
@@ -1043,9 +1049,9 @@ def test_another_number_of_labels_on_loading(tmp_path):
     make_model(thresholds=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
     loaded = HPDVALForImageClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert loaded.config.thresholds is None
-    torch.testing.assert_close(loaded(pictures()).logits, fresh_logits(loaded))
+    assert_close_outputs(loaded(pictures()).logits, fresh_logits(loaded))
     loaded.set_labels(NAMES, TOKENIZER)
-    assert torch.equal(loaded(pictures()).logits, make_model()(pictures()).logits)
+    assert_close_outputs(loaded(pictures()).logits, make_model()(pictures()).logits)
 
 
 def test_a_model_from_its_configuration_alone_trains():
@@ -1061,7 +1067,7 @@ def test_an_imagenet_student():
     model = make_model(student=vit)
     assert model.config.embedding_head == "mlp"
     states = vit(pictures()).last_hidden_state
-    torch.testing.assert_close(model(pictures()).image_embeds, model.hp_dval.student.projection(states[:, 0]))
+    assert_close_outputs(model(pictures()).image_embeds, model.hp_dval.student.projection(states[:, 0]))
     assert train(model).distillation_loss > 0
 
 
@@ -1069,7 +1075,7 @@ def test_attention_implementations_agree():
     expected = make_model()(pictures()).logits
     eager = make_model()
     eager.set_attn_implementation("eager")
-    torch.testing.assert_close(eager(pictures()).logits, expected)
+    assert_close_outputs(eager(pictures()).logits, expected)
 
 
 CLEAN_PROCESS = """

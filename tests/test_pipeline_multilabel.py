@@ -1,3 +1,5 @@
+import copy
+import json
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,11 +31,15 @@ from modeling_hsvlt.heat_maps_multilabel import (
     picture_box,
     resize_to_picture,
 )
+from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels
 from modeling_hsvlt.pipeline_multilabel import LOAD_PARAMETERS
 from modeling_hsvlt.processing_multilabel import load_image
 
+from .test_label_context import ENCODER as BERT
+from .test_label_context import TOKENIZER as BERT_TOKENIZER
 from .tiny_clip import tiny_clip, tiny_clip_tokenizer
+from .tolerance import assert_close_outputs
 
 TASK = "multi-label-image-classification"
 NAMES = {0: "cat", 1: "dog", 2: "bird", 3: "boat", 4: "tree"}
@@ -85,10 +91,9 @@ def by_hand(model, image_processor, source, keep=lambda index, score: True):
     return [{"label": NAMES[index], "score": scores[index]} for index in order if keep(index, scores[index])]
 
 
-def assert_same(result, expected, atol=1e-5):
+def assert_same(result, expected):
     assert [label["label"] for label in result] == [label["label"] for label in expected]
-    for ours, theirs in zip(result, expected, strict=True):
-        assert ours["score"] == pytest.approx(theirs["score"], abs=atol)
+    assert_close_outputs([label["score"] for label in result], [label["score"] for label in expected])
 
 
 def test_the_task_is_registered_and_gives_every_label(tagger, model, image_processor):
@@ -111,6 +116,30 @@ def test_thresholds_and_top_k_at_the_call_and_at_the_start(model, image_processo
     assert_same(tagger(picture(0)), expected[:1])
 
 
+def test_thresholds_and_labels_of_every_kind(tagger, model, image_processor):
+    everything = by_hand(model, image_processor, picture(0))
+    scores = {label["label"]: label["score"] for label in everything}
+    cuts = dict(zip(scores, [0.0, 1.0, 0.0, 0.0, 1.0], strict=True))
+    own = [cuts[name] for name in NAMES.values()]
+    expected = [label for label in everything if cuts[label["label"]] == 0]
+    for threshold in (own, tuple(own), np.array(own), torch.tensor(own), cuts):
+        assert_same(tagger(picture(0), threshold=threshold), expected)
+        assert_same(tagger(picture(0), threshold=threshold, top_k=np.int64(2)), expected[:2])
+    assert_same(tagger(picture(0), threshold=np.float32(0)), everything)
+    # With some labels alone: a number for each of them, or by name, which may name more.
+    names = [expected[1]["label"], everything[1]["label"], expected[0]["label"]]
+    for labels in (names, tuple(names), np.array(names), iter(names), dict.fromkeys(names)):
+        assert_same(tagger(picture(0), labels=labels, threshold=[0, 1, 0]), expected[:2])
+    assert_same(tagger(picture(0), labels=names, threshold=cuts), expected[:2])
+    assert_same(tagger(picture(0), labels=names, threshold={name: cuts[name] for name in names}), expected[:2])
+    some = pipeline(TASK, model=model, image_processor=image_processor, device="cpu", labels=names)
+    assert_same(some(picture(0), threshold=[0, 1, 0]), expected[:2])
+    with pytest.raises(ValueError, match="5 numbers for 3 labels"):
+        some(picture(0), threshold=own)
+    with pytest.raises(ValueError, match="no number for 'tree'"):
+        tagger(picture(0), threshold={"cat": 0.5, "dog": 0.5, "bird": 0.5, "boat": 0.5})
+
+
 class Pictures(Dataset):
     def __len__(self):
         return 5
@@ -130,6 +159,7 @@ def test_batches_lists_generators_and_datasets(tagger, model, image_processor, t
         paths.append(str(tmp_path / f"{seed}.png"))
         picture(seed).save(paths[-1])
     renamed = rows.remove_columns("photo").rename_column("image", "photo")
+    decoded = rows.with_transform(lambda batch: {"image": [image.copy() for image in batch["image"]]})
     sources = {
         "list": lambda: [picture(seed) for seed in range(5)],
         "tuple": lambda: tuple(paths),
@@ -140,16 +170,39 @@ def test_batches_lists_generators_and_datasets(tagger, model, image_processor, t
         "datasets": lambda: rows,
         "key": lambda: KeyDataset(rows, "image"),
         "streaming": rows.to_iterable_dataset,
+        "column": lambda: rows["image"],
+        "streamed column": lambda: rows.to_iterable_dataset()["image"],
+        "column of a transformed dataset": lambda: decoded["image"],
+        "transformed": lambda: decoded,
+        "iterator": lambda: iter(paths),
+        "map": lambda: map(picture, range(5)),
+        "list of Path": lambda: [tmp_path / f"{seed}.png" for seed in range(5)],
+        "list of rows": lambda: [{"bytes": encoded(picture(seed))} for seed in range(5)],
+        "array of paths": lambda: np.array(paths),
+        "batch": lambda: np.stack([np.asarray(picture(seed)) for seed in range(5)]),
+        "batch of tensors": lambda: torch.stack([torch.from_numpy(np.array(picture(seed))) for seed in range(5)]),
     }
+    lists = ("list", "list of Path", "list of rows", "tuple", "arrays", "array of paths", "bytes", "batch")
     for batch_size in (1, 2, 8):
         for kind, source in sources.items():
             results = tagger(source(), batch_size=batch_size)
-            assert isinstance(results, list) == (kind in ("list", "tuple", "arrays", "bytes")), kind
+            assert isinstance(results, list) == (kind in (*lists, "batch of tensors")), kind
             for result, right in zip(results, expected, strict=True):
                 assert_same(result, right)
         for result, right in zip(tagger(renamed, image_column="photo", batch_size=batch_size), expected, strict=True):
             assert_same(result, right)
-    assert tagger([]) == [] and tagger((), batch_size=2) == []
+    none = rows.select([])
+    for batch_size in (1, 2):
+        for nothing in ([], (), iter([]), np.zeros((0, 4, 5, 3)), none, none["image"], KeyDataset(none, "image")):
+            assert list(tagger(nothing, batch_size=batch_size)) == []
+    for one in (tmp_path / "0.png", {"path": paths[0]}, rows["image"][0], np.asarray(picture(0))):
+        assert_same(tagger(one), expected[0])
+    with open(paths[0], "rb") as file:
+        assert_same(tagger(file), expected[0])
+    with pytest.raises(ValueError, match="has the splits train, test; give one of them"):
+        tagger(datasets.DatasetDict({"train": rows, "test": rows}))
+    with pytest.raises(ValueError, match=r"\(list\) is no picture; give a path"):
+        tagger([paths[:2], paths[2:]])
     with pytest.raises(ValueError, match="no column 'picture', only image, photo; name the picture column"):
         tagger(rows, image_column="picture")
 
@@ -179,11 +232,11 @@ def test_pictures_are_read_by_load_image(tagger, tmp_path):
     }
     for name, (image, options) in sources.items():
         image.save(tmp_path / name, **options)
-        assert tagger(str(tmp_path / name)) == tagger(np.asarray(load_image(tmp_path / name))), name
+        assert_same(tagger(str(tmp_path / name)), tagger(np.asarray(load_image(tmp_path / name))))
     with pytest.raises(ValueError, match="more than the limit of 100; shrink it or raise max_pixels"):
         tagger(str(tmp_path / "deep.png"), max_pixels=100)
     big = encoded(picture(0, 400, 640), "JPEG")
-    assert_same(tagger(big, size_hint=32), tagger(load_image(big, size_hint=32)), atol=0)
+    assert_same(tagger(big, size_hint=32), tagger(load_image(big, size_hint=32)))
     with pytest.raises(ValueError, match=r"gone\.jpg does not exist"):
         tagger([picture(0), "gone.jpg"])
 
@@ -222,6 +275,15 @@ def test_on_a_gpu(dtype, image_processor):
         ({"labels": "cat"}, "labels must be a list of label names, but it is 'cat'"),
         ({"labels": []}, "labels must be a list"),
         ({"labels": ["cat", "cat"]}, "names one label twice"),
+        ({"labels": ()}, r"labels must be a list of label names, but it is \[\]"),
+        ({"labels": 3}, "labels must be a list of label names, but it is 3"),
+        ({"labels": np.array(["cow"])}, "no label 'cow'; model"),
+        ({"labels": [0]}, "no label '0'; model"),
+        ({"threshold": [0.5]}, "threshold has 1 numbers for 5 labels"),
+        ({"threshold": [0.5], "labels": ["cat", "dog"]}, "threshold has 1 numbers for 2 labels"),
+        ({"threshold": {"cow": 0.5}}, "threshold has no number for 'cat'"),
+        ({"threshold": {"cow": 0.5, "cat": 0.5}, "labels": ["cat"]}, "a number for 'cow', which is no label"),
+        ({"threshold": float("nan")}, "threshold must be"),
     ],
 )
 def test_parameters_that_cannot_work_are_refused_before_the_first_picture(kwargs, message, image_processor):
@@ -252,10 +314,24 @@ def test_a_saved_pipeline_loads_with_every_auto_class(tagger, tmp_path, model):
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert type(processor) is MultiLabelProcessor and processor.thresholds == model.config.thresholds
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is MultiLabelImageProcessor
-    # Who has the package needs to trust no code: the class is named.
-    kwargs = {"model": str(tmp_path), "pipeline_class": MultiLabelImageClassificationPipeline, "device": "cpu"}
-    again = pipeline(TASK, **kwargs)
-    assert again(picture(0), threshold="auto") == tagger(picture(0), threshold="auto")
+    # Who has the package needs to trust no code, and need not name the task.
+    for task, trust in ((TASK, None), (None, None), (TASK, False), (None, True)):
+        again = pipeline(task, model=str(tmp_path), device="cpu", trust_remote_code=trust)
+        assert type(again) is MultiLabelImageClassificationPipeline
+        assert_same(again(picture(0), threshold="auto"), tagger(picture(0), threshold="auto"))
+    again.save_pretrained(tmp_path / "again")
+    saved = [
+        json.loads((tmp_path / folder / "config.json").read_text())["custom_pipelines"] for folder in (".", "again")
+    ]
+    assert list(saved[0]) == [TASK] and saved[0] == saved[1], "those without the package find it"
+
+
+def test_a_processor_alone_is_enough(model, image_processor, tagger):
+    processor = MultiLabelProcessor(image_processor, NAMES)
+    alone = MultiLabelImageClassificationPipeline(model=model, processor=processor, device="cpu")
+    pictures = [picture(seed) for seed in range(3)]
+    for one, other in zip(alone(pictures, batch_size=2), tagger(pictures, batch_size=2), strict=True):
+        assert_same(one, other)
 
 
 def test_labels_restrict_and_only_they_are_computed(image_processor):
@@ -263,14 +339,14 @@ def test_labels_restrict_and_only_they_are_computed(image_processor):
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
     everything = {label["label"]: label["score"] for label in tagger(picture(0))}
     asked = []
-    model.hsvlt.register_forward_pre_hook(lambda *args: asked.append(args[2]["label_embeddings"]), with_kwargs=True)
+    model.hsvlt.register_forward_pre_hook(lambda *args: asked.append(args[2]["text_embeddings"]), with_kwargs=True)
     names = ["tree", "cat", "boat"]
     for result in tagger([picture(0), picture(0)], labels=names, batch_size=2):
         assert {label["label"] for label in result} == set(names)
         assert [label["score"] for label in result] == sorted((label["score"] for label in result), reverse=True)
         for label in result:
             assert label["score"] == pytest.approx(everything[label["label"]], abs=1e-6)
-    assert torch.equal(asked[0], model.hsvlt.label_embeddings[[4, 0, 3]]) and len(asked) == 1
+    assert torch.equal(asked[0], model.hsvlt.label_embeddings.weight[[4, 0, 3]]) and len(asked) == 1
 
 
 def test_thresholds_belong_to_their_labels_when_restricted(tagger, model):
@@ -281,7 +357,51 @@ def test_thresholds_belong_to_their_labels_when_restricted(tagger, model):
     assert len(tagger(picture(0), labels=names, top_k=2)) == 2
 
 
-def test_labels_of_a_model_without_label_ids(image_processor):
+@pytest.mark.parametrize("residual_attention", [False, True])
+def test_candidates_alone_are_given_and_explained_unless_others_are_asked_for(residual_attention, image_processor):
+    model = tiny_model(candidate_labels=2, residual_attention=residual_attention, thresholds=[0.0] * 5)
+    with torch.no_grad():  # Pictures whose candidates differ, and attention that differs between labels.
+        model.candidate_scorer.linear.weight.normal_(std=9)
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        if residual_attention:
+            model.residual_attention.weight.normal_()
+    whole = HSVLTForImageClassification(copy.deepcopy(model.config)).eval()
+    whole.config.candidate_labels = whole.candidate_scorer = None
+    whole.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("candidate_scorer")})
+    tagger, full = (pipeline(TASK, model=m, image_processor=image_processor, device="cpu") for m in (model, whole))
+    pictures = [picture(seed) for seed in range(8)]
+    every = [{label["label"]: label for label in result} for result in full(pictures, explain=True, batch_size=4)]
+    chosen = set()
+    for threshold in (None, 0.0, "auto", [0.0] * 5):
+        for explain in (False, True):
+            for result, right in zip(
+                tagger(pictures, threshold=threshold, explain=explain, batch_size=4), every, strict=True
+            ):
+                assert len(result) == 2, "what was not scored is no result, whatever the threshold"
+                chosen.add(frozenset(label["label"] for label in result))
+                assert result[0]["score"] >= result[1]["score"]
+                for label in result:
+                    assert label["score"] == pytest.approx(right[label["label"]]["score"], abs=1e-5)
+                    if explain:
+                        np.testing.assert_allclose(label["heat_map"], right[label["label"]]["heat_map"], atol=1e-4)
+    assert len(chosen) > 1
+    names = ["tree", "cat", "boat"]
+    for explain in (False, True):
+        for result, right in zip(tagger(pictures, labels=names, explain=explain), every, strict=True):
+            assert {label["label"] for label in result} == set(names)
+            for label in result:
+                assert label["score"] == pytest.approx(right[label["label"]]["score"], abs=1e-5)
+                if explain:
+                    np.testing.assert_allclose(label["heat_map"], right[label["label"]]["heat_map"], atol=1e-4)
+    pixels = image_processor(images=pictures[:2], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        for ours, theirs in zip(label_heat_maps(model, pixels), label_heat_maps(whole, pixels), strict=True):
+            assert ours.shape[:2] == (2, 5), "all labels, also those that are no candidates"
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_labels_of_a_model_without_class_ids(image_processor):
     torch.manual_seed(0)
     model = MlTrForImageClassification(MlTrConfig.preset("nano", num_labels=5, id2label=NAMES, image_size=32)).eval()
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
@@ -308,7 +428,7 @@ def test_pictures_by_url(tagger):
         url = f"http://127.0.0.1:{server.server_port}/picture.png"
         # This very computer is refused unless allowed: a stranger's URL must not lead into a network.
         local = {"allow_private_addresses": True} if "allow_private_addresses" in LOAD_PARAMETERS else {}
-        assert tagger([url, picture(3)], batch_size=2, **local)[0] == tagger(picture(3))
+        assert_same(tagger([url, picture(3)], batch_size=2, **local)[0], tagger(picture(3)))
         server.shutdown()
 
 
@@ -373,7 +493,7 @@ def hp_dval(**kwargs):
 def test_hp_dval_s_maps_are_the_scores_that_its_local_view_averages():
     model = hp_dval(alpha=0.0)[0]
     with torch.no_grad():
-        logits, raw = _patch_maps(model, torch.rand(2, 3, 32, 32), None, None)
+        logits, raw, _ = _patch_maps(model, torch.rand(2, 3, 32, 32), None, None)
     assert raw.shape == (2, 3, 4, 4)
     local = raw.flatten(2).topk(4).values.mean(-1)
     torch.testing.assert_close(local * model.scale.logit_scale.exp() + model.scale.logit_bias, logits)
@@ -445,13 +565,20 @@ def test_explain_through_the_pipeline(tagger, model, image_processor):
 # Other label sets
 
 
-def with_shared_head(**kwargs):
+def with_shared_head(template=None, **kwargs):
     tokenizer = tiny_clip_tokenizer()
     encoder = tiny_clip(tokenizer).text_model
     model = tiny_model(classifier="shared", thresholds=[0.5] * 5, **kwargs)
-    names = list(NAMES.values())
-    model.set_label_embeddings(encode_labels(names, encoder, tokenizer), encoder="tiny", reading="mean")
+    embeddings = encode_labels(NAMES.values(), encoder, tokenizer, template=template or "a photo of a {}")
+    model.set_label_embeddings(embeddings, encoder="tiny", reading="mean", template=template)
     return model, encoder, tokenizer
+
+
+def states(encoder, tokenizer, words, **kwargs):
+    """The last hidden states of a sentence, one at a time and by hand."""
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(words)])
+    with torch.no_grad():
+        return encoder(input_ids=ids, **kwargs).last_hidden_state[0]
 
 
 def test_a_shared_head_scores_new_names(image_processor, tmp_path):
@@ -465,8 +592,99 @@ def test_a_shared_head_scores_new_names(image_processor, tmp_path):
     assert len({round(score, 6) for score in after.values()}) == 3
     assert model.config.thresholds is None and model.config.num_labels == model.num_labels == 3
     tagger.save_pretrained(tmp_path)
-    again = pipeline(TASK, model=str(tmp_path), pipeline_class=MultiLabelImageClassificationPipeline, device="cpu")
-    assert again(picture(0)) == tagger(picture(0))
+    again = pipeline(TASK, model=str(tmp_path), device="cpu")
+    assert_same(again(picture(0)), tagger(picture(0)))
+
+
+def test_new_names_are_encoded_as_the_checkpoint_s_were(image_processor):
+    for template, before, after in (
+        (None, "a photo of a", ""),
+        ("photo of {} a cat", "photo of", "a cat"),
+        ("{}", "", ""),
+    ):
+        model, encoder, tokenizer = with_shared_head(template)
+        tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+        tagger.set_labels(["dog", "potted_plant", "x"], (encoder, tokenizer), label_text={"x": "bird"})
+        start, end = tokenizer.bos_token, tokenizer.eos_token
+        for row, name in enumerate(("dog", "potted plant", "bird")):
+            texts = [before.split(), name.split(), after.split()]
+            words = [start, *(f"{word}</w>" for text in texts for word in text), end]
+            first = 1 + len(texts[0])
+            expected = states(encoder, tokenizer, words)[first : first + len(texts[1])].mean(0)
+            assert_close_outputs(model.hsvlt.label_embeddings.weight[row], expected)
+        config = model.config
+        assert (config.label_text_encoder, config.label_reading, config.label_template) == ("tiny", "mean", template)
+    # Read as the released HSVLT reads BERT: [CLS] and the name, at the name if it is one piece.
+    model = tiny_model(classifier="shared")
+    model.set_label_embeddings(torch.randn(5, 16), encoder="tiny", reading="official")
+    tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+    tagger.set_labels(["dog", "red bird"], (BERT, BERT_TOKENIZER))
+    one, two = (states(BERT, BERT_TOKENIZER, ["[CLS]", *words]) for words in (["dog"], ["red", "bird"]))
+    assert_close_outputs(model.hsvlt.label_embeddings.weight, torch.stack((one[1], two[0])))
+
+
+def test_names_with_a_learned_context(image_processor, tmp_path):
+    model = tiny_model(classifier="shared", thresholds=[0.5] * 5)
+    known = ["cat", "dog", "bird", "fish", "photo"]
+    model.config.set_label_names(known)
+    model.label_context = LabelContext(BERT, BERT_TOKENIZER, known, num_tokens=2, template="a {} .")
+    with torch.no_grad():
+        next(p for p in model.label_context.parameters() if p.requires_grad).normal_()
+    rows = model.label_context.rows().detach()
+    model.config.label_text_encoder, model.config.label_reading = "tiny", "mean"
+    (model.config.label_template,) = model.label_context.templates
+    text = (BERT, BERT_TOKENIZER)
+    learning = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+    with pytest.raises(ValueError, match="is learning its label context; save it"):
+        learning.set_labels(["fish"], text)
+    learning.save_pretrained(tmp_path)
+    tagger = pipeline(TASK, model=str(tmp_path), device="cpu")
+    embeddings = tagger.model.hsvlt.label_embeddings
+    cat = embeddings.weight[0].clone()
+    assert_close_outputs(cat, model.label_context()[0].detach())
+    scores = {label["label"]: label["score"] for label in tagger(picture(0))}
+
+    with pytest.raises(ValueError, match=r"learned a context for its label names, .*; give label_context, the folder"):
+        tagger.set_labels(["red bird", "cat"], text)
+    with pytest.raises(ValueError, match="gone' is no folder; check the path"):
+        tagger.set_labels(["red bird", "cat"], text, label_context=tmp_path / "gone")
+    assert tagger.model.config.num_labels == 5 and torch.equal(embeddings.weight[0], cat), "nothing changed"
+    tagger.set_labels(["red bird", "cat"], text, label_context=tmp_path / "label_context")
+    # The learned rows in the sentence, put together by hand.
+    table = BERT.get_input_embeddings().weight.detach()
+    start, red, bird, dot, end = (
+        table[[BERT_TOKENIZER.convert_tokens_to_ids(w)]] for w in ["[CLS]", "red", "bird", ".", "[SEP]"]
+    )
+    with torch.no_grad():
+        sentence = torch.cat((start, rows, red, bird, dot, end))[None]
+        expected = BERT(inputs_embeds=sentence).last_hidden_state[0, 3:5].mean(0)
+    assert_close_outputs(embeddings.weight, torch.stack((expected, cat)))
+    after = {label["label"]: label["score"] for label in tagger(picture(0))}
+    assert set(after) == {"red bird", "cat"} and after["cat"] == pytest.approx(scores["cat"], abs=1e-5)
+
+    tagger.model.config.label_template = "<context_0_0><context_0_1> {}, and so on for each label"
+    with pytest.raises(ValueError, match="a context for each of its labels: other labels need a new model"):
+        tagger.set_labels(["fish"], text, label_context=tmp_path / "label_context")
+    tagger.model.config.label_template = "a {}"
+    with pytest.raises(ValueError, match="learned no context for its label names; leave out"):
+        tagger.set_labels(["fish"], text, label_context=tmp_path / "label_context")
+
+
+@pytest.mark.parametrize("names", [list(NAMES.values()), ["plant", "dog", "bird", "a", "of"], ["plant", "dog"]])
+def test_what_belongs_to_names_goes_with_them(names, image_processor, tmp_path):
+    model, encoder, tokenizer = with_shared_head()
+    model.config.calibration_info = {"method": "platt"}
+    tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
+    tagger.set_labels(np.array(names), (encoder, tokenizer))
+    assert list(model.config.id2label.values()) == names and model.config.label2id[names[1]] == 1
+    if names == list(NAMES.values()):
+        assert model.config.thresholds == [0.5] * 5 and model.config.calibration_info is not None
+    else:
+        assert model.config.thresholds is None and model.config.calibration_info is None
+        with pytest.raises(ValueError, match="this checkpoint has none"):
+            tagger(picture(0), threshold="auto")
+    tagger.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).id2label == dict(enumerate(names))
 
 
 def test_labels_are_only_exchanged_where_names_mean_something(model, image_processor):
@@ -500,3 +718,5 @@ def test_hp_dval_s_labels_are_exchanged_by_its_own_text_tower(tmp_path):
     assert set(after) == {"potted plant", "dog"} and after["dog"] == pytest.approx(before["dog"], abs=1e-5)
     with pytest.raises(ValueError, match="needs revision"):
         tagger.set_labels(["dog"], "org/clip")
+    with pytest.raises(ValueError, match="contexts in its own text tower; leave out label_context"):
+        tagger.set_labels(["dog"], str(tmp_path), label_context=tmp_path)

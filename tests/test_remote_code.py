@@ -5,6 +5,7 @@ import filecmp
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,14 +188,47 @@ def test_code_is_not_run_unless_it_is_trusted(tmp_path, picture):
     processor.save_pretrained(tmp_path / "hsvlt")
     script = """
 refused = []
-for load in (AutoModel.from_pretrained, AutoProcessor.from_pretrained, partial(pipeline, None)):
+tasks = (partial(pipeline, None), partial(pipeline, "multi-label-image-classification"))
+for load in (AutoModel.from_pretrained, AutoProcessor.from_pretrained, *tasks):
     try:
         load("hsvlt", trust_remote_code=False)
     except ValueError as error:
         refused.append("trust_remote_code=True" in str(error))
 print(json.dumps(refused))
 """
-    assert run(script, tmp_path) == [True, True, True]
+    assert run(script, tmp_path) == [True] * 4
+
+
+def test_with_the_package_its_own_code_runs_and_none_of_the_checkpoint_s(tmp_path, picture):
+    model, processor = checkpoint("hsvlt")
+    model.save_pretrained(tmp_path / "hsvlt")
+    processor.save_pretrained(tmp_path / "hsvlt")
+    for path in (tmp_path / "hsvlt").glob("*.py"):
+        path.write_text("raise SystemExit('code of a checkpoint was run')\n")
+    evil = json.loads((tmp_path / "hsvlt/config.json").read_text())
+    names = ("image-classification", "object-detection")
+    pipelines = {name: {**next(iter(evil["custom_pipelines"].values())), "impl": "evil.Evil"} for name in names}
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/config.json").write_text(json.dumps({**evil, "custom_pipelines": pipelines}))
+    for name in ("model.safetensors", "processor_config.json"):
+        shutil.copy(tmp_path / "hsvlt" / name, tmp_path / "evil" / name)
+    (tmp_path / "evil/evil.py").write_text("raise SystemExit('code of a checkpoint was run')\n")
+    script = """
+import modeling_hsvlt
+results = []
+for kwargs in ({}, {"trust_remote_code": False}, {"task": None}, {"task": None, "trust_remote_code": True}):
+    tagger = pipeline(**{"task": "multi-label-image-classification", "model": "hsvlt", "device": "cpu"} | kwargs)
+    assert type(tagger) is modeling_hsvlt.MultiLabelImageClassificationPipeline
+    results.append(tagger("picture.png"))
+pipeline("image-classification", model="evil", device="cpu")("picture.png")
+assert not any(name.startswith("transformers_modules") for name in sys.modules)
+print(json.dumps(results))
+"""
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = processor.post_process_multi_label_classification(model(pixel_values=pixels))[0]
+    for result in run("import sys\n" + script, tmp_path, package=True, PYTHONPATH=str(PACKAGE.parent)):
+        assert [label["label"] for label in result] == [label["label"] for label in expected]
 
 
 def test_pushed_checkpoints_load_from_the_hub_without_the_package(tmp_path, picture):
@@ -235,8 +269,8 @@ print(json.dumps(results))
         reader = hub.environment(tmp_path / "reader")
         seen = run('print(json.dumps(use("me/tagger", revision="v1")))', tmp_path, **reader)
     offline = reader | {"HF_HUB_OFFLINE": "1"}
-    assert run('print(json.dumps(use("me/tagger", revision="v1")))', tmp_path, **offline) == seen
-    for used in (results["tag"], results["copy"], results["piped"], seen):
+    cached = run('print(json.dumps(use("me/tagger", revision="v1")))', tmp_path, **offline)
+    for used in (results["tag"], results["copy"], results["piped"], seen, cached):
         check(used, model, processor, picture)
     assert results["main"] == [0.5] * 7
     assert "me/nothing is not a local folder and is not a valid model identifier" in results["me/nothing@None"]

@@ -3,7 +3,7 @@
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from benchmarks.scene_clip import word_tokenizer
+from benchmarks.peers.scene_clip import word_tokenizer
 
 
 def tiny_clip_tokenizer(words=("a", "photo", "of", "cat", "dog", "bird", "potted", "plant")) -> CLIPTokenizer:

@@ -25,12 +25,13 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
 from modeling_hsvlt.processing_multilabel import MAX_PIXELS
 
-from .dataset_arguments import add_dataset_arguments, load_from_arguments
-from .duplicates import MAX_DISTANCE
-from .exclude import write_exclusions
-from .findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_pictures
-from .imbalance import long_tail_groups, plot_imbalance
-from .sparse_labels import SparseLabels
+from .check.duplicates import MAX_DISTANCE
+from .check.findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_pictures
+from .check.imbalance import long_tail_groups, plot_imbalance
+from .data.leave_out import write_exclusions
+from .data.load import load_from_arguments
+from .data.sparse_labels import SparseLabels
+from .options import add_dataset_arguments
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
 
@@ -67,7 +68,7 @@ def unlisted_pictures(folder: Path, splits: dict[str, Dataset]) -> list[str]:
 def check(args: argparse.Namespace) -> dict:
     """Loads, looks and says what report.json holds; findings that name rows get their file names."""
     left_out = LeftOut()
-    loader = logging.getLogger("training.image_folder")
+    loader = logging.getLogger("training.data.rows")
     loader.addHandler(left_out)
     try:
         splits, label_names = load_from_arguments(args, unlisted_pictures="skip", missing_pictures="skip")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import yaml
 
-from .augment import check_augmentation_names
+from .data.augment import check_augmentation_names
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,7 @@ class TrainingConfig:
     trackers: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, wandb, trackio, mlflow, ...
     project_name: str = "hsvlt"  # what those trackers call the project
 
-    # --- data, see training/data.py
+    # --- data, see training/data/
     dataset: str = "scenes"  # Hub id, folder, or "scenes": the built-in data needs no download
     dataset_revision: str | None = None  # commit or tag of a Hub dataset; pin it, data sets change
     dataset_config: str | None = None  # the configuration of a Hub dataset that has several
@@ -42,12 +42,12 @@ class TrainingConfig:
     label_format: Literal["auto", "names", "ids", "multi_hot"] = "auto"
     label_separator: str = ","  # between the labels of a text
     picture_folder: str | None = None  # where the file names of a CSV start; null: where the CSV is
-    scenes: dict = field(default_factory=dict)  # knobs of training.scenes.build_scenes, for dataset "scenes"
+    scenes: dict = field(default_factory=dict)  # knobs of training.data.scenes.build_scenes, for dataset "scenes"
     fresh_scenes: bool = True  # new training scenes every epoch: drawing is free, memorising 6,000 scenes is easy
     check_pictures: bool = True  # decode every picture before the first step: one bad file ends an epoch otherwise
     on_unreadable: Literal["error", "skip"] = "error"  # skip: train without the pictures that cannot be decoded
     partial_labels: dict | None = None  # hide labels of train for experiments: {known_fraction: 0.1, seed: 0} or
-    # {single_positive: true, seed: 0}, see training/sparse_labels.py; null: train on all labels there are
+    # {single_positive: true, seed: 0}, see training/data/sparse_labels.py; null: train on all labels there are
     missing_pictures: Literal["error", "skip"] = "error"  # metadata rows whose file does not exist
     unlisted_pictures: Literal["error", "skip"] = "error"  # files that no metadata row names
     exclude: str | None = None  # list of rows to leave out: exclude.txt of training.check_data
@@ -63,11 +63,11 @@ class TrainingConfig:
     resample: Literal["bilinear", "bicubic"] = "bicubic"  # what pretrained trunks saw; the official run: bilinear
     augmentation: dict | None = field(
         default_factory=dict
-    )  # options of training.augment.build_augmentation; null: none
+    )  # options of training.data.augment.build_augmentation; null: none
     crop_margin: float = 0.125  # pictures reach the random crop this much larger, so that it need not enlarge them
 
     # --- model
-    model_type: str = "hsvlt"  # a key of training.models.MODELS
+    model_type: str = "hsvlt"  # hsvlt, mltr or hp_dval
     preset: str | None = "small"  # the published size with a published number
     model: dict = field(default_factory=dict)  # any field of the model's configuration
     backbone: str | None = None  # pretrained trunk: folder or Hub id in transformers' format; null: random weights
@@ -77,7 +77,7 @@ class TrainingConfig:
     label_reading: Literal["mean", "official"] = "mean"  # "official" is the released embedding script's, for parity
     label_template: str = "a photo of a {}"  # CLIP's prompt; unused by the official reading
     label_text: dict = field(default_factory=dict)  # what to encode in place of a name: {tvmonitor: tv monitor}
-    label_context: dict | None = None  # context to learn in front of the names: training.models.add_label_context
+    label_context: dict | None = None  # context to learn in front of the names: training.models.build.add_label_context
     text_classifier: bool = False  # with model.residual_attention: start from the classifier of the backbone, whose
     # classes are matched to the labels by text
     init_from: str | None = None  # start from all weights of this checkpoint of ours: folder or Hub id
@@ -87,7 +87,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False  # recompute activations backwards: less memory, about a third more time
     compile: bool = False  # torch.compile: faster after a minute or more of compiling
 
-    # --- optimisation, see training/optim.py
+    # --- optimisation, see training/loop/optim.py
     epochs: int = 20  # fine-tuning converges within these (the official COCO curve is flat from epoch 10 on)
     max_steps: int | None = None  # stop after this many optimizer steps, for a quick try
     batch_size: int = 16  # pictures a process and step

@@ -22,194 +22,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections import Counter, deque
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from modeling_hsvlt.processing_multilabel import post_process_multi_label_classification, resolve_threshold
+from modeling_hsvlt.processing_multilabel import resolve_threshold
 
-from .data import PictureResizer, normalize_pixels
-from .evaluate import load_checkpoint, number_or_auto
-from .sidecars import PATHS, WRITERS
-from .tag_results import FORMATS, UNREADABLE_FILE, FolderLock, PartWriter, Results, fingerprint, summarise
-from .tag_sources import DatasetSource, FileSource, open_source
-
-
-class Batch(NamedTuple):
-    """Pictures as a worker gives them."""
-
-    keys: list
-    pixels: torch.Tensor | None  # (readable pictures, 3, height, width) uint8
-    problems: list[str | None]  # of every picture; None: readable
-    seconds: float  # of decoding and resizing
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Decodes and resizes pictures; what cannot be read is told, not raised."""
-
-    def __init__(self, source: FileSource | DatasetSource, keys: list, processor: BaseImageProcessor):
-        self.source, self.keys, self._resize = source, keys, PictureResizer(processor)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> tuple:
-        key, begin, pixels, problem = self.keys[index], time.perf_counter(), None, None
-        try:
-            pixels = self._resize.stored(self.source.picture(key))
-        except ValueError as error:
-            problem = str(error)
-        return key, pixels, problem, time.perf_counter() - begin
-
-
-def collate(samples: list[tuple]) -> Batch:
-    """
-    Raises:
-        ValueError: pictures of different sizes.
-    """
-    keys, pixels, problems, seconds = zip(*samples, strict=True)
-    readable = [picture for picture in pixels if picture is not None]
-    if len({picture.shape for picture in readable}) > 1:
-        raise ValueError("The processor gives pictures of different sizes; give its size a height and width.")
-    return Batch(list(keys), torch.stack(readable) if readable else None, list(problems), sum(seconds))
-
-
-class Clock:
-    """Where the time of a loop goes: each moment belongs to the part that was last named."""
-
-    def __init__(self):
-        self.seconds, self._part, self._since = Counter(), None, time.perf_counter()
-
-    def enter(self, part: str | None) -> None:
-        now = time.perf_counter()
-        self.seconds[self._part] += now - self._since
-        self._part, self._since = part, now
-
-
-def tag(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    loader: torch.utils.data.DataLoader,
-    accelerator: Accelerator,
-    threshold: float | str | None,
-    top_k: int | None,
-    clock: Clock,
-) -> Iterator[list[dict]]:
-    """Yields the records of each batch, in order, without their keys' name: `key`, `labels`, `scores` and `error`.
-
-    While a GPU computes one batch the next is fetched and sent. Every batch has the same size, padded if need be, so
-    that a picture's scores do not depend on who else was left to be tagged.
-    """
-    config, dtype = model.config, next(model.parameters()).dtype
-    thresholds = getattr(config, "thresholds", None)
-    under_way: deque[tuple[Batch, torch.Tensor | None]] = deque()
-
-    def records() -> list[dict]:
-        batch, logits = under_way.popleft()
-        clock.enter("model")  # waits for the device
-        logits = None if logits is None else logits.cpu()
-        clock.enter("writing")
-        found = iter(
-            []
-            if logits is None
-            else post_process_multi_label_classification(logits, config.id2label, thresholds, threshold, top_k)
-        )
-        rows = []
-        for key, problem in zip(batch.keys, batch.problems, strict=True):
-            row = {"key": key, "labels": None, "scores": None, "error": problem}
-            if problem is None:
-                labels = next(found)
-                row["labels"] = [label["label"] for label in labels]
-                row["scores"] = [round(label["score"], 6) for label in labels]
-            rows.append(row)
-        return rows
-
-    clock.enter("pictures")
-    for batch in loader:
-        clock.enter("model")
-        clock.seconds["decoding"] += batch.seconds
-        logits = None
-        if batch.pixels is not None:
-            count = len(batch.pixels)
-            padding = batch.pixels[-1:].expand(loader.batch_size - count, *batch.pixels.shape[1:])
-            pixels = torch.cat([batch.pixels, padding]).to(accelerator.device, non_blocking=True)
-            with torch.inference_mode(), accelerator.autocast():
-                logits = model(pixel_values=normalize_pixels(pixels, processor).to(dtype)).logits[:count]
-        under_way.append((batch, logits))
-        if len(under_way) > 1:
-            yield records()
-        clock.enter("pictures")
-    while under_way:
-        yield records()
-    clock.enter(None)
-
-
-def write_sidecars(source: FileSource, results: Results, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Writes this process's share of the sidecars, and says how many there were."""
-    counts = Counter()
-    for part in results.parts()[accelerator.process_index :: accelerator.num_processes]:
-        for record in results.read(part):
-            if not record["labels"]:
-                continue
-            picture = source.path(record["file_name"])
-            for kind in args.sidecars:
-                try:
-                    done = WRITERS[kind](picture, record["labels"], args.overwrite_sidecars)
-                except OSError as error:  # a folder that cannot be written to, or was moved away
-                    print(f"No sidecar of {picture}: {error}", file=sys.stderr)
-                    done = False
-                counts["written" if done else "kept"] += 1
-    totals = torch.tensor([counts["written"], counts["kept"]], device=accelerator.device)
-    written, kept = accelerator.reduce(totals, "sum").tolist()
-    accelerator.print(f"Sidecars written: {written:,}; left as they were or not to be written: {kept:,}.")
-
-
-def check_sidecars(source: FileSource | DatasetSource, kinds: list[str]) -> None:
-    """
-    Raises:
-        ValueError: the pictures are no files, or two would share a sidecar.
-    """
-    if isinstance(source, DatasetSource):
-        raise ValueError("The pictures of a data set have no folder for sidecars; leave --sidecars out.")
-    for kind in kinds:
-        owners: dict[Path, str] = {}
-        for name in source.keys:
-            path = PATHS[kind](source.path(name))
-            if path in owners:
-                raise ValueError(f"{owners[path]} and {name} would share the sidecar {path.name}; rename one of them.")
-            owners[path] = name
-
-
-def report(clock: Clock, count: int, workers: int, accelerator: Accelerator) -> None:
-    """Prints the speed, and whether the model or the decoding was what took the time."""
-    parts = ("model", "pictures", "writing", "decoding")
-    values = torch.tensor([*(clock.seconds[part] for part in parts), count], device=accelerator.device)
-    *seconds, count = accelerator.reduce(values, "sum").tolist()
-    seconds = dict(zip(parts, seconds, strict=True))
-    total = seconds["model"] + seconds["pictures"] + seconds["writing"]
-    if not count:
-        return
-    shares = {part: seconds[part] / total for part in parts[:3]}
-    elapsed = total / accelerator.num_processes
-    accelerator.print(
-        f"{count:,.0f} pictures in {elapsed:.1f} s, {count / elapsed:.1f} a second on {accelerator.num_processes} "
-        f"process{'es' if accelerator.num_processes > 1 else ''}. Time: model {shares['model']:.0%}, waiting for "
-        f"pictures {shares['pictures']:.0%}, labels and files {shares['writing']:.0%}. Decoding one takes "
-        f"{1000 * seconds['decoding'] / count:.1f} ms; workers a process: {workers}."
-    )
-    if shares["model"] >= shares["pictures"]:
-        accelerator.print("The model is the bottleneck, not decoding.")
-    else:
-        accelerator.print("Decoding is the bottleneck: raise --num_workers, or store smaller pictures.")
+from .checkpoint.loading import load_checkpoint
+from .options import number_or_auto
+from .tagging.loop import report, tag_share
+from .tagging.results import FORMATS, UNREADABLE_FILE, FolderLock, Results, fingerprint, summarise
+from .tagging.sidecars import WRITERS, check_sidecars, write_sidecars
+from .tagging.sources import DatasetSource, open_source
 
 
 def run(args: argparse.Namespace) -> None:
@@ -246,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         lock.take(alone=False)
         accelerator.wait_for_everyone()
         share = todo[accelerator.process_index :: accelerator.num_processes]
-        clock = _tag_share(args, model, processor, source, results, share, run_number, accelerator)
+        clock = tag_share(args, model, processor, source, results, share, run_number, accelerator)
         accelerator.wait_for_everyone()
         report(clock, len(share), args.num_workers, accelerator)
         if accelerator.is_main_process:
@@ -285,31 +112,6 @@ def _plan(args, model: PreTrainedModel, source, results: Results, lock: FolderLo
     todo = [key for key in source.keys if key not in done]
     print(f"{args.source}: {len(source.keys):,} pictures, {len(todo):,} of them to be tagged.")
     return [todo, results.next_run()]
-
-
-def _tag_share(args, model, processor, source, results, share, run_number, accelerator: Accelerator) -> Clock:
-    """Tags one process's pictures."""
-    loader = torch.utils.data.DataLoader(
-        Pictures(source, share, processor),
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if args.num_workers else None,
-    )
-    writer = PartWriter(results, run_number, accelerator.process_index, args.part_size)
-    clock = Clock()
-    words = "Tagging" if accelerator.num_processes == 1 else f"Tagging, process 1 of {accelerator.num_processes}"
-    bar = tqdm(total=len(share), desc=words, unit="img", disable=not accelerator.is_main_process or not share)
-    try:
-        for records in tag(model, processor, loader, accelerator, args.threshold, args.top_k, clock):
-            for record in records:
-                writer.add({source.key_name: record.pop("key"), **record})
-            bar.update(len(records))
-    finally:
-        bar.close()
-        writer.flush()  # after Ctrl-C as well
-    return clock
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,8 +31,9 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.training.tiny_run import TINY
-from training.checkpoint import CheckpointError, checkpoints, verify
-from training.scenes import main as write_scenes
+from training.checkpoint.folder import CheckpointError, verify
+from training.checkpoint.series import checkpoints
+from training.data.scenes import main as write_scenes
 
 from .processes import Training
 

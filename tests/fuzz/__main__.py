@@ -26,7 +26,7 @@ def unreadable_in_training(folder: Path) -> dict[str, str]:
     """What `find_unreadable` says, by file name."""
     from datasets import Dataset, Features, Image
 
-    from training.data import find_unreadable
+    from training.data.leave_out import find_unreadable
 
     paths = [str(path) for path in sorted(folder.iterdir())]
     dataset = Dataset.from_dict({"image": paths}, features=Features({"image": Image(decode=False)}))

@@ -8,11 +8,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import training.train
+import training.loop.fit
 from modeling_hsvlt import HPDVALForImageClassification
-from training.checkpoint import checkpoints
+from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
-from training.models import build_model
+from training.models.build import build_model
 from training.train import main
 
 from ..tiny_clip import tiny_clip, tiny_clip_tokenizer
@@ -105,10 +105,11 @@ def test_both_stages_train_what_they_say(tmp_path, clip):
 
 
 @pytest.mark.slow
+@pytest.mark.one_machine
 def test_joint_training_resumes_exactly(tmp_path, clip, monkeypatch):
     options = {"backbone": clip, "model.local_top_k": 4, "epochs": 2}
     run("hp_dval_joint.yaml", tmp_path / "whole", **options)
-    validate, calls = training.train.validate, []
+    validate, calls = training.loop.fit.validate, []
 
     def interrupted(run):
         calls.append(run)
@@ -117,7 +118,7 @@ def test_joint_training_resumes_exactly(tmp_path, clip, monkeypatch):
         return validate(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.train, "validate", interrupted)
+        patch.setattr(training.loop.fit, "validate", interrupted)
         assert command("hp_dval_joint.yaml", tmp_path / "halves", **options) == 130
     reset_accelerate()
     assert main([str(tmp_path / "halves" / "config.yaml"), "--resume"]) == 0

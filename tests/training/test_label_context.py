@@ -13,8 +13,8 @@ from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import load_text_encoder
 from training.config import TrainingConfig
-from training.models import build_model
-from training.scenes import SCENE_LABELS
+from training.data.scenes import SCENE_LABELS
+from training.models.build import build_model
 from training.train import main
 
 from .tiny_run import SCENES, reset_accelerate
@@ -75,12 +75,12 @@ def test_the_recipe_learns_contexts_alone_and_leaves_a_plain_checkpoint(tmp_path
     before = load_file(tmp_path / "base" / "model.safetensors")
     after = load_file(tmp_path / "run" / "best" / "model.safetensors")
     assert before.keys() == after.keys()
-    assert {key for key in before if not torch.equal(before[key], after[key])} == {"hsvlt.label_embeddings"}
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {"hsvlt.label_embeddings.weight"}
     # The embeddings are those of the adapter beside them, and no longer the hand-written ones.
     towers = load_text_encoder(encoder)
     learned = LabelContext(*towers, SCENE_LABELS, adapter=tmp_path / "run" / "best" / "label_context")
-    torch.testing.assert_close(after["hsvlt.label_embeddings"], learned())
-    assert not torch.allclose(after["hsvlt.label_embeddings"], LabelContext(*towers, SCENE_LABELS)(), atol=1e-4)
+    torch.testing.assert_close(after["hsvlt.label_embeddings.weight"], learned())
+    assert not torch.allclose(after["hsvlt.label_embeddings.weight"], LabelContext(*towers, SCENE_LABELS)(), atol=1e-4)
     loaded = HSVLTForImageClassification.from_pretrained(tmp_path / "run" / "best")
     assert loaded.label_context is None
     assert loaded.config.label_template == "<context_0><context_1><context_2><context_3> {}"

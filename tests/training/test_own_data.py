@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import training.calibration
+import training.calibrate
 import training.evaluate
-import training.thresholds
+import training.fit_thresholds
 import training.train
 
 from .tiny_run import reset_accelerate, write_recipe
@@ -79,8 +79,8 @@ def test_a_table_of_ones_own_is_trained_on_scored_and_fitted_to(shelves, tmp_pat
 
     excluded = tmp_path / "exclude.txt"
     excluded.write_text("validation\t3\tphotos/val3.png\tcopy\ntrain\t0\tphotos/train0.png\tcopy\n")
-    for command in (training.evaluate, training.thresholds, training.calibration):
-        options = ["--shared"] if command is training.calibration else []
+    for command in (training.evaluate, training.fit_thresholds, training.calibrate):
+        options = ["--shared"] if command is training.calibrate else []
         assert command.main([*scoring, "--exclude", str(excluded), *options]) == 0, capsys.readouterr()
         reset_accelerate()
     config = json.loads((run / "best" / "config.json").read_text())

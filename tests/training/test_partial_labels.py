@@ -45,6 +45,7 @@ def train(folder, recipe, *options):
     return json.loads((folder / "run" / "results.json").read_text()), load_file(folder / "run/best/model.safetensors")
 
 
+@pytest.mark.one_machine
 def test_unknown_labels_of_a_table_reach_no_weight_metric_or_threshold(tmp_path):
     runs = []
     for spelling, cell in (("empty", ""), ("number", "-100"), ("nan", "NaN")):
@@ -62,6 +63,7 @@ def test_unknown_labels_of_a_table_reach_no_weight_metric_or_threshold(tmp_path)
 @pytest.mark.parametrize(
     ("hide", "loss"), [("{known_fraction: 0.5}", "partial_bce"), ("{single_positive: true}", "weak_assume_negative")]
 )
+@pytest.mark.one_machine
 def test_labels_can_be_hidden_for_an_experiment(tmp_path, hide, loss):
     recipe = write_recipe(tmp_path)
     options = ["--dataset", "scenes", "--fresh_scenes", "false", "--loss_type", loss]

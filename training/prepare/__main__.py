@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..sparse_labels import SparseLabels
+from ..data.sparse_labels import SparseLabels
 from . import coco, nuswide, tables, voc
 from .reading import Reading
 from .write import write_dataset

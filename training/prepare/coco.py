@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
-from ..image_folder import SPLIT_ALIASES
+from ..data.rows import SPLIT_ALIASES
 from .reading import Reading, Rows, checked, first_folder
 
 HELP = {"coco": "COCO json, instances"}

@@ -23,9 +23,10 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ..dataset_arguments import add_dataset_arguments, load_from_arguments
-from ..imbalance import long_tail_groups
-from ..sparse_labels import SparseLabels
+from ..check.imbalance import long_tail_groups
+from ..data.load import load_from_arguments
+from ..data.sparse_labels import SparseLabels
+from ..options import add_dataset_arguments
 from .reading import Rows, checked, text_lines
 from .write import write_dataset
 

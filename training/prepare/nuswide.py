@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from ..image_folder import read_label_names
+from ..data.label_names import read_label_names
 from .reading import Reading, Rows, checked, first_folder, text_lines
 
 HELP = {"nuswide": "NUS-WIDE's own lists"}

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Image
 
-from ..image_folder import refuse_or_skip
-from ..load import load_multilabel_dataset
+from ..data.load import load_multilabel_dataset
+from ..data.rows import refuse_or_skip
 
 
 @dataclass(kw_only=True)

@@ -1,14 +1,14 @@
-"""Whatever `training.data.load_multilabel_dataset` reads: image folders, CSV tables, parquet, data sets of the Hub;
-with labels as lists of names or ids, multi-hot lists, text, or one column a label."""
+"""Whatever `training.data.load.load_multilabel_dataset` reads: image folders, CSV tables, parquet, data sets of the
+Hub; with labels as lists of names or ids, multi-hot lists, text, or one column a label."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ..csv_table import find_csv_tables
-from ..image_folder import read_label_names
-from ..load import load_multilabel_dataset
+from ..data.csv_table import find_csv_tables
+from ..data.label_names import read_label_names
+from ..data.load import load_multilabel_dataset
 from .reading import Reading
 
 HELP = {

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
-from ..image_folder import SPLIT_ALIASES, read_label_names
+from ..data.label_names import read_label_names
+from ..data.rows import SPLIT_ALIASES
 from .reading import Reading, Rows, checked, text_lines
 
 HELP = {"voc": "PASCAL VOC, xml or lists of ImageSets/Main"}

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Image
 from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
 
-from ..checkpoint import atomic_folder
+from ..checkpoint.atomic import atomic_folder
 
 # Rows of a parquet row group: what a reader of one row must read; the Hub's viewer asks for no more.
 _GROUP = 100

@@ -6,7 +6,7 @@ from scipy import sparse
 from sklearn import metrics as sk
 
 from modeling_hsvlt import losses_multilabel
-from training.metrics import functional
+from training.metrics import ranking
 from training.metrics.functional import average_precision, multilabel_report, per_label_report
 
 TOLERANCE = 1e-9
@@ -26,7 +26,7 @@ def make(seed=0, n=200, num_labels=9, ties=True, unknown=0.0, dtype=np.float64):
 @pytest.fixture(params=[None, 40], ids=["one block", "many blocks"])
 def block_entries(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(functional, "BLOCK_ENTRIES", request.param)
+        monkeypatch.setattr(ranking, "BLOCK_ENTRIES", request.param)
 
 
 def known_columns(scores, labels):
@@ -221,7 +221,7 @@ def test_a_float32_threshold_decides_as_it_was_stored():
 
 
 def test_sparse_labels_and_memory_mapped_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr(functional, "BLOCK_ENTRIES", 500)
+    monkeypatch.setattr(ranking, "BLOCK_ENTRIES", 500)
     scores, labels = make(9, unknown=0.1, dtype=np.float32)
     on_disk = np.memmap(tmp_path / "scores", dtype=np.float32, mode="w+", shape=scores.shape, order="F")
     on_disk[:] = scores
@@ -243,8 +243,8 @@ class Computed:
 def test_threads_and_blocks_change_nothing(num_threads, monkeypatch):
     scores, labels = make(16, unknown=0.1)
     expected = multilabel_report(scores, labels)
-    monkeypatch.setattr(functional, "BLOCK_ENTRIES", 100)
-    monkeypatch.setattr(functional, "POOLED_ENTRIES", 77)
+    monkeypatch.setattr(ranking, "BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(ranking, "POOLED_ENTRIES", 77)
     found = multilabel_report(Computed(scores), sparse.csr_matrix(labels), num_threads=num_threads)
     assert found == pytest.approx(expected, abs=1e-12)
     with pytest.raises(ValueError, match="Row 150, label 4: the score nan"):
@@ -317,4 +317,4 @@ def test_an_unknown_method_is_refused():
 
 
 def test_unknown_is_marked_as_in_the_label_contract():
-    assert functional.UNKNOWN_LABEL == losses_multilabel.UNKNOWN_LABEL
+    assert ranking.UNKNOWN_LABEL == losses_multilabel.UNKNOWN_LABEL

@@ -5,8 +5,8 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from training.imbalance import long_tail_groups
-from training.load import load_multilabel_dataset
+from training.check.imbalance import long_tail_groups
+from training.data.load import load_multilabel_dataset
 from training.prepare.long_tail import (
     PUBLISHED,
     co_occurrence_order,

@@ -1,0 +1,65 @@
+"""How many of the labels that are there a candidate scorer lets through, by the number of candidates.
+
+    accelerate launch --num_cpu_threads_per_process 2 -m training.train training/configs/quickstart.yaml \
+        --model '{"candidate_labels": 5}' --output_dir runs/candidates
+    python -m benchmarks.accuracy.candidate_recall runs/candidates/best scenes --split test --candidates 1 2 3 5 7 \
+        --scenes '{"clutter": 0, "contrast": [0.5, 0.9]}'
+
+A label that is left out scores 0, so recall at m bounds what the label stream can still find; the mAP beside it
+says what that costs in the ranking.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from training.checkpoint.loading import load_checkpoint
+from training.metrics.functional import average_precision
+from training.options import add_scoring_arguments
+from training.scoring.predict import score_split
+
+
+def candidate_recall(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the present labels that were candidates.
+
+    Args:
+        scores: (n, num_labels) of `training.scoring.predict`: 0 where a label was left out.
+        labels: (n, num_labels), 1 present, anything else absent or unknown.
+    """
+    return float((scores[labels == 1] > 0).mean())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_scoring_arguments(parser)
+    parser.add_argument("--candidates", type=int, nargs="+", required=True, metavar="M")
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    args = parser.parse_args(argv)
+
+    model, processor = load_checkpoint(args)
+    if getattr(model, "candidate_scorer", None) is None:
+        parser.error(f"{args.checkpoint} has no candidate scorer; train with --model '{{\"candidate_labels\": M}}'.")
+    if not all(0 < m <= model.num_labels for m in args.candidates):
+        parser.error(f"--candidates must lie between 1 and the {model.num_labels} labels of this checkpoint.")
+
+    accelerator, rows = Accelerator(), {}
+    print("| candidates | recall | mAP |\n|---|---|---|")
+    for m in args.candidates:
+        model.config.candidate_labels = m
+        scored = score_split(model, processor, args, accelerator)
+        rows[m] = {
+            "recall": candidate_recall(scored.scores, scored.labels),
+            "mAP": float(np.nanmean(average_precision(scored.scores, scored.labels))),
+        }
+        print(f"| {m} of {model.num_labels} | {rows[m]['recall']:.4f} | {rows[m]['mAP']:.4f} |")
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

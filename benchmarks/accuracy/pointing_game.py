@@ -1,0 +1,121 @@
+"""The pointing game on the built-in scenes: does the peak of a label's heat map lie inside that label's object?
+
+    python -m benchmarks.accuracy.pointing_game runs/quickstart/best [--split validation] [--num_scenes 1000] \
+        [--json FILE]
+
+(Zhang et al., "Top-down Neural Attention by Excitation Backprop", IJCV 2018.) Every label that is present is asked for
+once; its peak is a hit inside any box of that label. "centre" guesses the middle of the picture, "area" is the share
+of the picture that the boxes cover, what a random pixel would hit. Scenes are drawn as the checkpoint's own were: the
+knobs are those of training/configs/quickstart.yaml unless --scenes says otherwise. Maps of HSVLT are shown for each
+stage and for all four, which is what the pipeline's `explain=True` gives.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from datasets import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import modeling_hsvlt  # noqa: F401  (registers the model types)
+from modeling_hsvlt.heat_maps_multilabel import label_heat_maps, picture_box, resize_to_picture
+from modeling_hsvlt.processing_multilabel import load_image
+from training.data.scenes import build_scenes
+
+RECIPE = Path(__file__).parents[2] / "training" / "configs" / "quickstart.yaml"
+HSVLT_MAPS = {"stage 1": [0], "stage 2": [1], "stage 3": [2], "stage 4": [3], "mean of 2 to 4": [1, 2, 3]}
+DEFAULT = "as explained"  # what explain=True gives
+
+
+def hits(maps: torch.Tensor, boxes: list[dict], labels: list[int]) -> list[bool]:
+    """Whether the peak of each map (labels, height, width) lies in a box of its label."""
+    found = []
+    for each, label in zip(maps, labels, strict=True):
+        y, x = divmod(int(each.argmax()), each.shape[1])
+        found.append(contains(boxes, label, x + 0.5, y + 0.5))
+    return found
+
+
+def contains(boxes: list[dict], label: int, x: float, y: float) -> bool:
+    """Whether a point, in px, lies in one of the boxes of `label`."""
+    return any(
+        box["x"] <= x < box["x"] + box["w"] and box["y"] <= y < box["y"] + box["h"]
+        for box in boxes
+        if box["label"] == label
+    )
+
+
+@torch.inference_mode()
+def play(model, image_processor, scenes, batch_size: int = 50) -> dict[str, list[bool | float]]:
+    """One entry a present label and map; besides "centre" and "area"."""
+    kinds = {DEFAULT: None}
+    if model.config.model_type == "hsvlt":
+        kinds |= HSVLT_MAPS
+    outcome: dict[str, list] = {name: [] for name in ("centre", "area", *kinds)}
+    scenes = scenes.cast_column("image", Image(decode=False))
+    for start in range(0, len(scenes), batch_size):
+        rows = scenes[start : start + batch_size]
+        pictures = [load_image(image) for image in rows["image"]]
+        pixels = image_processor(images=pictures, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        maps = {name: label_heat_maps(model, pixels, stages=stages)[1].cpu() for name, stages in kinds.items()}
+        for index, (picture, boxes) in enumerate(zip(pictures, rows["boxes"], strict=True)):
+            labels = sorted({box["label"] for box in boxes})
+            box_in_input = picture_box(image_processor, *picture.size)
+            for label in labels:
+                outcome["centre"].append(contains(boxes, label, picture.width / 2, picture.height / 2))
+                covered = np.zeros((picture.height, picture.width), dtype=bool)
+                for box in boxes:
+                    if box["label"] == label:
+                        covered[box["y"] : box["y"] + box["h"], box["x"] : box["x"] + box["w"]] = True
+                outcome["area"].append(float(covered.mean()))
+            for name, each in maps.items():
+                resized = resize_to_picture(each[index, labels], *picture.size, box_in_input)
+                outcome[name] += hits(resized, boxes, labels)
+    return outcome
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", help="folder or Hub id of a model trained on the built-in scenes")
+    parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+    parser.add_argument("--num_scenes", type=int, default=1000)
+    parser.add_argument("--scenes", type=json.loads, default={}, help="knobs of the scenes, as JSON")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    args = parser.parse_args(argv)
+    knobs = {**yaml.safe_load(RECIPE.read_text())["scenes"], **args.scenes}
+    del knobs["num_scenes"]
+    model = AutoModelForImageClassification.from_pretrained(args.checkpoint, use_safetensors=True).eval()
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    scenes = build_scenes(args.num_scenes, split=args.split, **knobs)
+    if names != scenes.features["boxes"].feature["label"].names:
+        print(
+            f"error: {args.checkpoint} was not trained on the built-in scenes: its labels are others.", file=sys.stderr
+        )
+        return 2
+    outcome = play(model, AutoImageProcessor.from_pretrained(args.checkpoint), scenes)
+    count = len(outcome["centre"])
+    means = {name: float(np.mean(values)) for name, values in outcome.items()}
+    print(f"{model.config.model_type}, {args.split}, {len(scenes)} scenes, {count} labels; hits, 95% interval\n")
+    print("| map | hits | +- |\n|---|---|---|")
+    for name, mean in means.items():
+        print(f"| {name} | {mean:.3f} | {1.96 * np.std(outcome[name]) / count**0.5:.3f} |")
+    if args.json is not None:
+        setting = {
+            "checkpoint": Path(args.checkpoint).name,
+            "split": args.split,
+            "scenes": len(scenes),
+            "labels": count,
+        }
+        args.json.write_text(json.dumps({**setting, "hits": means}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

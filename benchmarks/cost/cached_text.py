@@ -1,0 +1,131 @@
+"""What cached label texts save: HP-DVAL beside its bare image tower and beside transformers' zero-shot pipeline.
+
+    python -m benchmarks.cost.cached_text --num_labels 80 --batch_size 1 8 --json FILE
+
+Random weights of CLIP's ViT-B/16 size, noise pictures, one process, interleaved: every round times each of them once,
+in turn, and a ratio is the median of the ratios round by round. "tower" is `CLIPVisionModelWithProjection`, "hp_dval"
+the classifier with its two views, and "zero_shot" what the pipeline `zero-shot-image-classification` runs for each
+picture: `CLIPModel` on it and on all label texts. With --pipelines both pipelines themselves, on a photograph that they
+resize.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection
+from transformers.pipelines import ZeroShotImageClassificationPipeline
+
+from benchmarks.peers.scene_clip import word_tokenizer
+from benchmarks.timing import device_name, timed
+from modeling_hsvlt import (
+    HPDVALForImageClassification,
+    MultiLabelImageClassificationPipeline,
+    MultiLabelImageProcessor,
+    MultiLabelProcessor,
+)
+
+SIDE = 224
+
+
+def build(num_labels: int, device: torch.device):
+    """CLIP of the published size with a tokenizer whose label names are one token each, and the models made of it."""
+    names = [f"label{index}" for index in range(num_labels)]
+    tokenizer = word_tokenizer(("a", "photo", "of", *names))
+    config = CLIPConfig(
+        text_config={"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id},
+        vision_config={"patch_size": 16},
+    )
+    torch.manual_seed(0)
+    clip = CLIPModel(config).eval()
+    model = HPDVALForImageClassification.from_clip(clip, tokenizer, names, context_init="template").eval()
+    tower = CLIPVisionModelWithProjection(config.vision_config).eval()
+    return clip.to(device), model.to(device), tower.to(device), tokenizer, names
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cost.cached_text",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--num_labels", type=int, default=80)
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
+    parser.add_argument(
+        "--max_length", action="store_true", help="pad texts to CLIP's 77 tokens, as some processors do"
+    )
+    parser.add_argument("--pipelines", action="store_true", help="time the two pipelines on a photograph as well")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    clip, model, tower, tokenizer, names = build(args.num_labels, device)
+    prompts = [f"a photo of a {name}." for name in names]
+    padding = {"padding": "max_length", "max_length": 77} if args.max_length else {"padding": True}
+    texts = tokenizer(prompts, return_tensors="pt", **padding).to(device)
+
+    rows = []
+    with torch.inference_mode():
+        for batch_size in args.batch_size:
+            pixels = torch.randn(batch_size, 3, SIDE, SIDE, device=device)
+            steps = {
+                "tower": lambda pixels=pixels: tower(pixels),
+                "hp_dval": lambda pixels=pixels: model(pixels),
+                # The pipeline hands over one picture at a time, each with all texts.
+                "zero_shot": lambda pixels=pixels: [clip(pixel_values=one[None], **texts) for one in pixels],
+            }
+            if args.pipelines and batch_size == 1:
+                steps |= pipelines(clip, model, tokenizer, names, device)
+            for step in steps.values():
+                step()
+            seconds = {name: [] for name in steps}
+            for _ in tqdm(range(args.rounds), desc=f"batch {batch_size}", leave=False):
+                for name, step in steps.items():
+                    seconds[name].append(timed(step, device))
+            for name, reference in (("hp_dval", "tower"), ("zero_shot", "hp_dval"), ("pipeline_zero_shot", "pipeline")):
+                if name in seconds:
+                    ratios = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
+                    row = {"batch_size": batch_size, "model": name, "over": reference}
+                    row |= {"ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
+                    rows.append({**row, "ms": 1000 * statistics.median(seconds[name])})
+
+    print(f"{device_name(device)}, {args.num_labels} labels of {texts['input_ids'].shape[1]} tokens")
+    print("| pictures | what | over | ratio | least to most | ms |\n|---|---|---|---|---|---|")
+    for row in rows:
+        low, high = row["ratio_spread"]
+        print(
+            f"| {row['batch_size']} | {row['model']} | {row['over']} | {row['ratio']:.3f} | {low:.3f} to {high:.3f} | "
+            f"{row['ms']:.1f} |"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"device": device_name(device), "rows": rows}, indent=1))
+    return 0
+
+
+def pipelines(clip, model, tokenizer, names, device) -> dict:
+    """Both pipelines on one photograph of common size."""
+    photograph = Image.effect_noise((640, 480), 60).convert("RGB")
+    side = {"height": SIDE, "width": SIDE}
+    zero_shot = ZeroShotImageClassificationPipeline(
+        model=clip, tokenizer=tokenizer, image_processor=CLIPImageProcessor(), device=device
+    )
+    processor = MultiLabelProcessor(MultiLabelImageProcessor(size=side), id2label=model.config.id2label)
+    ours = MultiLabelImageClassificationPipeline(model=model, processor=processor, device=device)
+    return {
+        "pipeline": lambda: ours(photograph),
+        "pipeline_zero_shot": lambda: zero_shot(
+            photograph, candidate_labels=names, hypothesis_template="a photo of a {}."
+        ),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

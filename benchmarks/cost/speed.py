@@ -1,0 +1,250 @@
+"""Pictures a second of HSVLT beside its bare backbone and the heads people would pick instead.
+
+    python -m benchmarks.cost.speed --preset small --image_size 448 --num_labels 80 --batch_size 8 --json FILE
+
+All models run in one process on random weights and noise pictures, interleaved: every round times each of them once,
+in turn, and a ratio is the median of the ratios round by round, so that a machine whose speed drifts drifts for all.
+"bare" is transformers' ConvNextModel as anybody would call it; in training it is ConvNextForImageClassification, since
+a bare backbone has no loss. Memory is the peak beyond the weights (of the device; on a CPU of the process, in one of
+its own).
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModel, ConvNextForImageClassification, SwinConfig
+
+from benchmarks.peers.heads import HEADS
+from benchmarks.timing import device_name, multiply_adds, synchronise, timed
+from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MlTrConfig, MlTrForImageClassification
+
+
+class BackboneWithHead(nn.Module):
+    """transformers' own backbone under one of the peers' heads."""
+
+    def __init__(self, backbone_config, head: str, num_labels: int):
+        super().__init__()
+        self.backbone = AutoModel.from_config(backbone_config)
+        self.head = HEADS[head](backbone_config.hidden_sizes[-1], num_labels)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(pixel_values).last_hidden_state)
+
+
+def build(name: str, preset: str, image_size: int, num_labels: int, candidate_labels: int, chunk: int | None):
+    """The model that a row of the table stands for."""
+    config = HSVLTConfig.preset(preset, num_labels=num_labels, label_chunk_size=chunk)
+    if name.startswith("bare"):
+        return AutoModel.from_config(config.backbone_config)
+    if name == "linear":
+        config.backbone_config.num_labels = num_labels
+        return ConvNextForImageClassification(config.backbone_config)
+    if name == "hsvlt_projected":
+        config.absorb_projections = False
+    elif name == "hsvlt_candidates":
+        config = HSVLTConfig.preset(
+            preset, num_labels=num_labels, label_chunk_size=chunk, candidate_labels=candidate_labels
+        )
+    if name.startswith("hsvlt"):
+        return HSVLTForImageClassification(config)
+    if name == "swin_t":
+        return AutoModel.from_config(SwinConfig(image_size=image_size))
+    if name.startswith("mltr_"):
+        return MlTrForImageClassification(
+            MlTrConfig.preset(name.removeprefix("mltr_"), num_labels=num_labels, image_size=image_size)
+        )
+    return BackboneWithHead(config.backbone_config, name, num_labels)
+
+
+MODELS = (
+    *("bare", "bare_eager", "bare_channels_last", "linear"),
+    *("hsvlt", "hsvlt_projected", "hsvlt_candidates"),
+    *("query2label", "ml_decoder", "swin_t", "mltr_s", "mltr_m", "mltr_l"),
+)
+DEFAULT_MODELS = ("bare", "bare_channels_last", "linear", "hsvlt", "hsvlt_projected", "query2label", "ml_decoder")
+
+
+def logits_of(output) -> torch.Tensor:
+    if isinstance(output, torch.Tensor):
+        return output
+    return output.logits if "logits" in output else output.pooler_output
+
+
+def make_step(model: nn.Module, name: str, batch: torch.Tensor, num_labels: int, dtype, train: bool, compiled: bool):
+    """One forward pass, or one training step, to be timed."""
+    if name == "bare_channels_last":
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
+    device = batch.device.type
+    run = torch.compile(model, dynamic=False) if compiled and name != "bare_eager" else model
+    autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+    if not train:
+        model.eval()
+
+        def infer():
+            with torch.inference_mode(), autocast:
+                logits_of(run(batch))
+
+        return infer
+
+    model.train()
+    labels = (torch.rand(len(batch), num_labels, device=batch.device) < 0.05).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step():
+        with autocast:
+            logits = logits_of(run(batch))
+        nn.functional.binary_cross_entropy_with_logits(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peak_memory_cuda(step: Callable[[], None], device: torch.device) -> float:
+    synchronise(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    synchronise(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _peak_memory_worker(queue, name, build_args, batch_size, num_labels, dtype, train, threads):
+    torch.set_num_threads(threads)
+    image_size = build_args[1]
+    model = build(name, *build_args)
+    step = make_step(model, name, torch.randn(batch_size, 3, image_size, image_size), num_labels, dtype, train, False)
+    step()  # allocates what stays: gradients and optimizer state, folded weights
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _resident_mb("VmRSS")
+    step()
+    queue.put(_resident_mb("VmHWM") - before)
+
+
+def _resident_mb(field: str) -> float:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def peak_memory_cpu(*args) -> float:
+    """In a new process, whose memory holds nothing else; NaN where there is no /proc."""
+    context = get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_peak_memory_worker, args=(queue, *args))
+    process.start()
+    process.join()
+    return queue.get() if process.exitcode == 0 else float("nan")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="small", help="nano, tiny, small or base")
+    parser.add_argument("--image_size", type=int, default=448)
+    parser.add_argument("--num_labels", type=int, nargs="+", default=[80])
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[8])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(DEFAULT_MODELS))
+    parser.add_argument("--candidate_labels", type=int, default=128, help="for the model hsvlt_candidates")
+    parser.add_argument("--label_chunk_size", type=int, help="labels at a time, bounds memory")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model but bare_eager")
+    parser.add_argument("--train", action="store_true", help="time training steps in place of inference")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no_memory", action="store_true", help="skip the measurement of memory")
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    args = parser.parse_args(argv)
+
+    torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    names = [name for name in args.models if not (args.train and name.startswith("bare"))]
+    reference = next(name for name in [*(("linear",) if args.train else ("bare",)), names[0]] if name in names)
+
+    rows = []
+    for batch_size in args.batch_size:
+        batch = torch.randn(batch_size, 3, args.image_size, args.image_size, device=device)
+        for num_labels in args.num_labels:
+            for name in names:
+                if (name.startswith("bare") or name == "swin_t") and num_labels != args.num_labels[0]:
+                    continue
+                build_args = (args.preset, args.image_size, num_labels, args.candidate_labels, args.label_chunk_size)
+                torch.manual_seed(0)
+                model = build(name, *build_args).to(device)
+                step = make_step(model, name, batch, num_labels, dtype, args.train, args.compile)
+                row = {"model": name, "num_labels": num_labels, "batch_size": batch_size}
+                row["parameters"] = sum(p.numel() for p in model.parameters())
+                row["gmacs"] = multiply_adds(lambda n=name, a=build_args: build(n, *a), args.image_size) / 1e9
+                worker = (name, build_args, batch_size, num_labels, dtype, args.train, args.threads)
+                row["memory_args"], row["step"], row["seconds"] = worker, step, []
+                rows.append(row)
+    for row in tqdm(rows, desc="warm-up"):
+        for _ in range(3 if args.compile or device.type == "cuda" else 1):
+            row["step"]()
+    for _ in tqdm(range(args.rounds), desc="rounds"):
+        for row in rows:
+            row["seconds"].append(timed(row["step"], device))
+
+    for row in rows:
+        step, worker = row.pop("step"), row.pop("memory_args")
+        row["peak_memory_mb"] = None
+        if not args.no_memory:
+            row["peak_memory_mb"] = (
+                peak_memory_cuda(step, device) if device.type == "cuda" else peak_memory_cpu(*worker)
+            )
+    for row in rows:
+        base = next(
+            r
+            for r in rows
+            if r["model"] == reference
+            and r["batch_size"] == row["batch_size"]
+            and r["num_labels"] in (row["num_labels"], args.num_labels[0])
+        )
+        ratios = [a / b for a, b in zip(row["seconds"], base["seconds"], strict=True)]
+        row["ratio"] = statistics.median(ratios)
+        row["ratio_spread"] = [min(ratios), max(ratios)]
+        row["arithmetic_ratio"] = row["gmacs"] / base["gmacs"]
+        row["median_seconds"] = statistics.median(row["seconds"])
+        row["pictures_per_second"] = row["batch_size"] / row["median_seconds"]
+        row["ms_per_gmac"] = 1000 * row["median_seconds"] / row["batch_size"] / row["gmacs"]
+
+    what = "training step" if args.train else "inference"
+    how = f"{what}, {args.preset}, {args.image_size} px, {args.dtype}, {'compiled' if args.compile else 'eager'}"
+    print(f"\n{how}, {device_name(device)}, torch {torch.__version__}; ratios to {reference!r}, {args.rounds} rounds\n")
+    columns = ["model", "labels", "batch", "pictures/s", "ratio (min-max)", "arithmetic ratio"]
+    columns += ["ms/GMAC", "peak MB", "GMAC", "parameters"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for r in rows:
+        memory = "-" if r["peak_memory_mb"] is None else f"{r['peak_memory_mb']:,.0f}"
+        low, high = r["ratio_spread"]
+        print(
+            f"| {r['model']} | {r['num_labels']:,} | {r['batch_size']} | {r['pictures_per_second']:,.2f} "
+            f"| {r['ratio']:.3f} ({low:.3f}-{high:.3f}) | {r['arithmetic_ratio']:.3f} | {r['ms_per_gmac']:.2f} "
+            f"| {memory} | {r['gmacs']:.2f} | {r['parameters'] / 1e6:.1f} M |"
+        )
+    if args.json is not None:
+        result = {
+            "setting": {**vars(args), "json": None},
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "reference": reference,
+            "rows": rows,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What the benchmarks measure with: a step timed, multiply-adds counted, the device named."""
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class CountMultiplyAdds(TorchDispatchMode):
+    """Adds up multiply-adds in `total`.
+
+    torch's `FlopCounterMode` follows modules with hooks, and a module with a hook takes no fast path here: it would
+    count what is not computed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in flop_registry:
+            self.total += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=result) // 2
+        return result
+
+
+def multiply_adds(build_model: Callable[[], nn.Module], image_size: int) -> int:
+    """Multiply-adds of one picture in matrix products and convolutions, counted on the meta device."""
+    with torch.device("meta"):
+        model = build_model().eval().requires_grad_(False)
+        picture = torch.empty(1, 3, image_size, image_size)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, which a counter cannot look into
+    with torch.no_grad(), CountMultiplyAdds() as counter:
+        model(picture)
+    torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.total
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    step()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads"

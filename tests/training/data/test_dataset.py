@@ -1,0 +1,558 @@
+"""From any source to uniform batches: same rows from every format, the processor's very pixels, clear refusals."""
+
+import io
+import json
+import logging
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image as PILImage
+
+import training.data.dataset as data
+import training.data.load as load
+from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
+from training.data.batches import MultiLabelCollator, SparseBatch, build_dataloader, normalize_pixels
+from training.data.dataset import MultiLabelDataset, class_counts
+from training.data.leave_out import find_unreadable, without_unreadable
+from training.data.load import load_multilabel_dataset
+from training.data.scenes import SCENE_LABELS, SceneDataset
+
+NAMES = ["dog", "cat", "tv monitor"]
+LABELS = [["cat"], [], ["dog", "tv monitor"], ["cat", "dog"], ["tv monitor"]]
+MULTI_HOT = np.array([[name in labels for name in NAMES] for labels in LABELS], dtype=np.float32)
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the photographs of ../shared/data are not on this machine"
+)
+
+
+def metadata_rows(folder):
+    """What lies outside the project may change, so its tests count against the list that is there."""
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().split("\n") if line.strip()]
+
+
+def picture(number, size=(50, 40)):
+    return PILImage.fromarray(np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def encoded(number):
+    file = io.BytesIO()
+    picture(number).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": f"{number}.png"}
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """labels.txt, train/ with five pictures, validation/ with three of them."""
+    root = tmp_path / "photos"
+    for split, count in (("train", 5), ("validation", 3)):
+        (root / split).mkdir(parents=True)
+        for number in range(count):
+            picture(number).save(root / split / f"{number}.png")
+        rows = [json.dumps({"file_name": f"{number}.png", "labels": LABELS[number]}) for number in range(count)]
+        (root / split / "metadata.jsonl").write_text(" \n".join(rows))
+    (root / "labels.txt").write_text("\n".join(NAMES) + "  ")
+    return root
+
+
+def embedded(labels, feature, count=5):
+    columns = {"image": [encoded(number) for number in range(count)], "labels": labels[:count]}
+    return Dataset.from_dict(columns, features=Features({"image": Image(), "labels": feature}))
+
+
+def dense(split, names=NAMES):
+    return np.stack([sample["labels"].to_dense().numpy() for sample in MultiLabelDataset(split, names, squash(8))])
+
+
+def squash(size, **kwargs):
+    return MultiLabelImageProcessor(size={"height": size, "width": size}, **kwargs)
+
+
+def test_an_image_folder_gives_names_in_class_order_and_checked_labels(image_folder):
+    splits, names = load_multilabel_dataset(image_folder)
+    assert names == NAMES and set(splits) == {"train", "validation"}
+    assert splits["train"].features["labels"] == List(ClassLabel(names=NAMES))
+    assert splits["train"][3] == {
+        "image": {"bytes": None, "path": str(image_folder / "train/3.png")},
+        "labels": [0, 1],
+    }
+    assert np.array_equal(dense(splits["train"]), MULTI_HOT)
+    assert np.array_equal(dense(splits["validation"]), MULTI_HOT[:3])
+    assert load_multilabel_dataset(image_folder, label_names=NAMES[::-1])[1] == NAMES[::-1]
+    (image_folder / "labels.txt").unlink()
+    assert load_multilabel_dataset(image_folder)[1] == ["cat", "dog", "tv monitor"]
+
+
+IDS = [[NAMES.index(name) for name in labels] for labels in LABELS]
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "given"),
+    [
+        (LABELS, List(Value("string")), NAMES),
+        (IDS, List(ClassLabel(names=NAMES)), None),
+        (IDS, List(Value("int64")), NAMES),
+        (MULTI_HOT.astype(int).tolist(), List(Value("int8")), NAMES),
+        (MULTI_HOT.tolist(), List(Value("float64"), length=3), NAMES),
+        (MULTI_HOT.astype(bool).tolist(), List(Value("bool")), NAMES),
+    ],
+    ids=["names", "class_labels", "ids", "multi_hot_int", "multi_hot_float", "multi_hot_bool"],
+)
+@pytest.mark.parametrize("container", ["memory", "parquet", "saved_split", "saved_dict"])
+def test_every_label_format_and_container_gives_the_same(tmp_path, labels, feature, given, container):
+    source = embedded(labels, feature)
+    folder = tmp_path / container
+    if container == "memory":
+        loaded = source
+    elif container == "parquet":
+        folder.mkdir()
+        source.to_parquet(folder / "train.parquet")
+        loaded = str(folder)
+    else:
+        (source if container == "saved_split" else DatasetDict(train=source)).save_to_disk(folder)
+        loaded = folder
+    splits, names = load_multilabel_dataset(loaded, label_names=given, cache_dir=str(tmp_path / "cache"))
+    assert names == NAMES
+    dataset = MultiLabelDataset(splits["train"], names, MultiLabelImageProcessor(size={"height": 40, "width": 50}))
+    for number in range(5):
+        assert np.array_equal(dataset[number]["labels"].to_dense(), MULTI_HOT[number])
+        assert np.array_equal(dataset[number]["pixel_values"].permute(1, 2, 0), np.asarray(picture(number)))
+        assert dataset[number]["index"] == number
+    assert class_counts(dataset, 3).tolist() == class_counts(splits["train"], 3).tolist() == [2, 2, 2]
+
+
+def test_text_and_label_columns_give_the_same_rows(tmp_path):
+    text = embedded([" , ".join(labels) for labels in LABELS], Value("string"))
+    columns = {"image": [encoded(number) for number in range(5)]}
+    columns |= {name: MULTI_HOT[:, index].astype(int) for index, name in enumerate(NAMES)}
+    columns = Dataset.from_dict(columns).cast_column("image", Image())
+    for source, options in (
+        (text, {"label_names": NAMES}),
+        (columns, {"label_columns": NAMES}),
+        (columns, {"label_columns": sorted(NAMES), "label_names": NAMES}),
+    ):
+        splits, names = load_multilabel_dataset(source, **options)
+        assert names == NAMES and np.array_equal(dense(splits["train"]), MULTI_HOT)
+        assert splits["train"].features["labels"] == List(ClassLabel(names=NAMES))
+    assert load_multilabel_dataset(text)[1] == sorted(NAMES)
+    with pytest.raises(ValueError, match="'tv monitor' is not among both the label columns and the label names"):
+        load_multilabel_dataset(columns, label_columns=["dog", "cat"], label_names=NAMES)
+    with pytest.raises(ValueError, match="no column 'cow', only image, dog, cat, tv monitor"):
+        load_multilabel_dataset(columns, label_columns=["dog", "cow"])
+
+
+@pytest.mark.parametrize("layout", ["text", "columns", "one_table"])
+def test_csv_tables_are_read_where_they_are(image_folder, layout):
+    for split in ("train", "validation"):
+        count = len(list((image_folder / split).glob("*.png")))
+        (image_folder / split / "metadata.jsonl").unlink()
+        if layout == "columns":
+            rows = [["file_name", *NAMES], *([f"{n}.png", *map(int, MULTI_HOT[n])] for n in range(count))]
+        else:
+            rows = [["file_name", "labels"], *([f"{n}.png", f'"{",".join(LABELS[n])}"'] for n in range(count))]
+        (image_folder / split / "metadata.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
+    if layout == "one_table":
+        rows = [
+            f'{split}/{n}.png,{split},"{",".join(LABELS[n])}"' for split in ("train", "validation") for n in range(3)
+        ]
+        for path in image_folder.glob("*/metadata.csv"):
+            path.unlink()
+        (image_folder / "all.csv").write_text("\n".join(["file_name,split,labels", *rows]))
+        with pytest.raises(ValueError, match=r"holds 2 pictures \(train/3.png, train/4.png\) without a row in a table"):
+            load_multilabel_dataset(image_folder / "all.csv")
+        splits, names = load_multilabel_dataset(image_folder / "all.csv", unlisted_pictures="skip")
+    else:
+        splits, names = load_multilabel_dataset(image_folder)
+    assert names == NAMES
+    assert np.array_equal(dense(splits["train"]), MULTI_HOT[: len(splits["train"])])
+    assert np.array_equal(dense(splits["validation"]), MULTI_HOT[:3])
+
+
+def test_unknown_labels_in_columns_arrive(caplog):
+    columns = {"image": [encoded(number) for number in range(5)]}
+    columns |= {
+        "dog": [1, 0, None, -100, 1],
+        "cat": [0.0, float("nan"), None, 1.0, 0.0],
+        "tv monitor": ["1", "", "?", "0", "0"],
+    }
+    splits, _ = load_multilabel_dataset(Dataset.from_dict(columns).cast_column("image", Image()), label_columns=NAMES)
+    assert splits["train"].features["labels"] == List(Value("float32"))
+    expected = [[1, 0, 1], [0, -100, -100], [-100] * 3, [-100, 1, 0], [1, 0, 0]]
+    assert np.array_equal(dense(splits["train"]), expected)
+
+
+def test_names_of_multi_hot_lists_come_from_the_repository(tmp_path, monkeypatch):
+    def load_dataset(path, **kwargs):
+        return DatasetDict(train=embedded(MULTI_HOT.tolist(), List(Value("float32"))))
+
+    def hf_hub_download(repo_id, filename, *, repo_type, revision):
+        if repo_id == "user/without":
+            raise EntryNotFoundError("no such file")
+        assert (repo_id, filename, repo_type, revision) == ("user/photos", "labels.txt", "dataset", "0123abc")
+        (tmp_path / "labels.txt").write_text("\n".join(NAMES))
+        return str(tmp_path / "labels.txt")
+
+    monkeypatch.setattr(load, "load_dataset", load_dataset)
+    monkeypatch.setattr(load, "hf_hub_download", hf_hub_download)
+    splits, names = load_multilabel_dataset("user/photos", revision="0123abc")
+    assert names == NAMES and np.array_equal(dense(splits["train"]), MULTI_HOT)
+    with pytest.raises(ValueError, match=r"The labels of user/without .* carry no names"):
+        load_multilabel_dataset("user/without")
+
+
+def test_splits_have_one_form():
+    known, unknown = MULTI_HOT.tolist(), [[1, None, 0], *MULTI_HOT[1:].tolist()]
+    source = DatasetDict(train=embedded(unknown, List(Value("float32"))), test=embedded(known, List(Value("float32"))))
+    splits, _ = load_multilabel_dataset(source, label_names=NAMES)
+    assert splits["train"].features == splits["test"].features and np.array_equal(dense(splits["test"]), MULTI_HOT)
+    assert dense(splits["train"])[0].tolist() == [1, -100, 0]
+
+
+def test_ten_thousand_labels_stay_sparse_until_the_device():
+    names = [f"label {number}" for number in range(10_000)]
+    splits, _ = load_multilabel_dataset(embedded([[9_999, 3], [], None, [5], [5]], List(ClassLabel(names=names))))
+    dataset = MultiLabelDataset(splits["train"], names, squash(8))
+    samples = [dataset[row] for row in range(4)]
+    assert [sample["labels"].is_sparse for sample in samples] == [True, True, False, True]
+    assert samples[0]["labels"].values().numel() == 2
+    labels = MultiLabelCollator(10_000)(samples)["labels"]
+    assert labels.shape == (4, 10_000) and not labels.is_sparse
+    assert MultiLabelCollator(10_000, sparse_labels=True)(samples)["labels"].equal(labels)  # one is dense
+    del samples[2]
+    batch = send_to_device(MultiLabelCollator(10_000, sparse_labels=True)(samples), "cpu")["labels"]
+    assert isinstance(batch, SparseBatch) and len(batch) == 3 and len(pickle.dumps(batch)) < 2000
+    assert batch.to_dense().equal(labels[[0, 1, 3]])
+    assert send_to_device(batch, "meta").to_dense().is_meta  # made dense where it was sent
+    with pytest.raises(ValueError, match="10000 labels for the 9999 of the model"):
+        MultiLabelCollator(9_999, sparse_labels=True)(samples)
+    assert labels[0].nonzero().flatten().tolist() == [3, 9_999] and (labels[2] == -100).all()
+
+
+def test_labels_are_hidden_in_the_dataset_alone(image_folder):
+    splits, names = load_multilabel_dataset(image_folder)
+    hidden = MultiLabelDataset(splits["train"], names, squash(8), partial_labels={"single_positive": True, "seed": 3})
+    labels = MultiLabelCollator(3)([hidden[row] for row in range(5)])["labels"].numpy()
+    assert np.isin(labels, (1, -100)).all() and (MULTI_HOT[labels == 1] == 1).all()
+    assert ((labels == 1).sum(1) == MULTI_HOT.any(1)).all()
+    assert np.array_equal(dense(splits["train"]), MULTI_HOT)
+    assert class_counts(hidden, 3).sum() == 4
+    with pytest.raises(ValueError, match="set fresh_scenes to false"):
+        MultiLabelDataset(SceneDataset(3), SCENE_LABELS, squash(64), partial_labels={"known_fraction": 0.5})
+
+
+def test_unknown_and_soft_labels_arrive(caplog):
+    labels = [[0.5, None, float("nan")], [-100, 0, 1], None, [1, 1, 1], [0, 0, 0]]
+    with caplog.at_level(logging.WARNING):
+        splits, _ = load_multilabel_dataset(embedded(labels, List(Value("float32"))), label_names=NAMES)
+    assert "1 of 5 rows have null for labels" in caplog.text and "row 2 (2.png)" in caplog.text
+    expected = [[0.5, -100, -100], [-100, 0, 1], [-100] * 3, [1, 1, 1], [0, 0, 0]]
+    assert np.array_equal(dense(splits["train"]), expected)
+    assert class_counts(splits["train"], 3).tolist() == [2, 1, 2]
+    names_with_null = embedded([["cat"], None, [], ["dog"], []], List(Value("string")))
+    assert np.array_equal(dense(load_multilabel_dataset(names_with_null, label_names=NAMES)[0]["train"])[1], [-100] * 3)
+
+
+def test_a_checkpoints_class_order_wins():
+    order = ["tv monitor", "unseen", "cat", "dog"]
+    splits, names = load_multilabel_dataset(embedded(IDS, List(ClassLabel(names=NAMES))), label_names=order)
+    assert names == order
+    assert np.array_equal(dense(splits["train"], order)[:, [3, 2, 0, 1]], np.pad(MULTI_HOT, ((0, 0), (0, 1))))
+
+
+def test_hub_ids_are_loaded_at_their_revision(monkeypatch):
+    asked = {}
+
+    def load_dataset(path, **kwargs):
+        asked.update(path=path, **kwargs)
+        return DatasetDict(
+            train=embedded(LABELS, List(Value("string"))).rename_columns({"image": "img", "labels": "tags"})
+        )
+
+    monkeypatch.setattr(load, "load_dataset", load_dataset)
+    splits, names = load_multilabel_dataset(
+        "user/photos", revision="0123abc", config_name="small", image_column="img", label_column="tags"
+    )
+    assert asked == {"path": "user/photos", "revision": "0123abc", "name": "small", "cache_dir": None}
+    assert names == sorted(NAMES) and splits["train"].column_names == ["image", "labels"]
+
+
+def test_scenes_are_a_dataset_like_any_other():
+    options = {"num_scenes": {"train": 6, "validation": 4}, "image_size": 32, "seed": 3}
+    splits, names = load_multilabel_dataset("scenes", scenes=options)
+    assert names == list(SCENE_LABELS) and {name: len(split) for name, split in splits.items()} == options["num_scenes"]
+    drawn = MultiLabelDataset(SceneDataset(6, image_size=32, seed=3), names, squash(32))
+    built = MultiLabelDataset(splits["train"], names, squash(32))
+    for index in range(6):
+        assert torch.equal(drawn[index]["pixel_values"], built[index]["pixel_values"])
+        labels = drawn[index]["labels"].to_dense()
+        assert torch.equal(labels, built[index]["labels"].to_dense()) and labels.sum() >= 1
+    drawn.set_epoch(1)
+    assert not torch.equal(drawn[0]["pixel_values"], built[0]["pixel_values"])
+
+
+def test_wrong_sources_and_splits_are_refused(image_folder, tmp_path):
+    for source in ("./nowhere", tmp_path / "nowhere", image_folder / "labels.txt"):
+        with pytest.raises(FileNotFoundError, match="is no folder"):
+            load_multilabel_dataset(source)
+    with pytest.raises(ValueError, match=r"photos has no split 'test', only train, validation"):
+        load_multilabel_dataset(image_folder, splits=["train", "test"])
+    assert list(load_multilabel_dataset(image_folder, splits=["validation"])[0]) == ["validation"]
+    for path in (image_folder / "validation").iterdir():
+        path.unlink()
+    (image_folder / "validation/metadata.jsonl").touch()
+    with pytest.raises(ValueError, match=r"The split 'validation' of .*photos has no rows"):
+        load_multilabel_dataset(image_folder)
+    with pytest.raises(ValueError, match=r"no column 'tags', only image, labels; name the right one"):
+        load_multilabel_dataset(embedded(LABELS, List(Value("string"))), label_column="tags")
+    with pytest.raises(ValueError, match="carry no names; give label_names"):
+        load_multilabel_dataset(embedded(IDS, List(Value("int64"))))
+    with pytest.raises(ValueError, match="list 'dog' twice"):
+        load_multilabel_dataset(embedded(LABELS, List(Value("string"))), label_names=["dog", "cat", "dog"])
+
+
+def test_bad_labels_are_refused_with_file_and_row(image_folder):
+    rows = (image_folder / "train/metadata.jsonl").read_text()
+    (image_folder / "train/metadata.jsonl").write_text(rows.replace('["cat", "dog"]', '["cat", "dgo"]'))
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 4 \(3.png\): label 'dgo' .*did you mean 'dog'"):
+        load_multilabel_dataset(image_folder)
+    with pytest.raises(ValueError, match=r"split 'train', row 2 \(2.png\): label id 7 is out of range; use 0 to 2"):
+        load_multilabel_dataset(embedded([[0], [], [1, 7], [], []], List(Value("int64"))), label_names=NAMES)
+    bad = [[0, 1, 0], [0, 0, 0.5], [0, 1.1, 0], [1, 1, 1], [0, 0, 0]]
+    with pytest.raises(ValueError, match=r"split 'train', row 2 \(2.png\): label 'cat' is 1.1, which is neither"):
+        load_multilabel_dataset(embedded(bad, List(Value("float64"))), label_names=NAMES)
+    with pytest.raises(ValueError, match=r"row 1 \(1.png\): label 'cow'"):
+        MultiLabelDataset(embedded([["cat"], ["cow"], [], [], []], List(Value("string"))), NAMES, squash(8))
+
+
+def test_unlisted_pictures_are_refused_or_told(image_folder, caplog):
+    picture(9).save(image_folder / "train" / "extra.png")
+    with pytest.raises(ValueError, match=r"holds 1 picture \(extra.png\) without a row"):
+        load_multilabel_dataset(image_folder)
+    with caplog.at_level(logging.WARNING):
+        splits, _ = load_multilabel_dataset(image_folder, unlisted_pictures="skip")
+    assert len(splits["train"]) == 5 and "extra.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        squash(32),
+        MultiLabelImageProcessor(
+            size={"shortest_edge": 36}, do_center_crop=True, crop_size={"height": 32, "width": 32},
+            image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4],
+        ),
+        squash(32, do_normalize=False),
+        squash(32, do_rescale=False, do_normalize=False),
+    ],
+    ids=["squash", "center_crop", "unit_range", "bytes"],
+)  # fmt: skip
+def test_evaluation_pixels_are_the_processors_own(image_folder, processor):
+    splits, names = load_multilabel_dataset(image_folder)
+    batch = MultiLabelCollator(3)([MultiLabelDataset(splits["train"], names, processor)[index] for index in range(5)])
+    assert batch["pixel_values"].dtype == torch.uint8
+    expected = processor(images=[picture(number) for number in range(5)], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(normalize_pixels(batch["pixel_values"], processor), expected.float(), rtol=0, atol=1e-6)
+    normalized = MultiLabelCollator(3, processor)([MultiLabelDataset(splits["train"], names, processor)[2]])
+    torch.testing.assert_close(normalized["pixel_values"], expected[2:3].float(), rtol=0, atol=1e-6)
+
+
+def test_a_margin_leaves_room_for_a_crop_and_loses_nothing(image_folder):
+    splits, names = load_multilabel_dataset(image_folder)
+    sample = MultiLabelDataset(splits["train"], names, squash(32), margin=0.125)[1]
+    expected = np.asarray(picture(1).resize((36, 36), squash(32).resample)).transpose(2, 0, 1)
+    assert np.array_equal(sample["pixel_values"], expected)
+    cropping = MultiLabelImageProcessor(
+        size={"shortest_edge": 36}, do_center_crop=True, crop_size={"height": 32, "width": 48}
+    )
+    assert MultiLabelDataset(splits["train"], names, cropping, margin=0.25)[0]["pixel_values"].shape == (3, 40, 60)
+
+
+def test_large_jpegs_are_decoded_at_reduced_size_in_training_alone(tmp_path):
+    x, y = np.meshgrid(np.linspace(0, 255, 1600), np.linspace(0, 255, 1200))
+    photo = PILImage.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+    photo.save(tmp_path / "photo.jpg", quality=95)
+    rows = Dataset.from_dict(
+        {"image": [str(tmp_path / "photo.jpg")], "labels": [["cat"]]},
+        features=Features({"image": Image(decode=False), "labels": List(Value("string"))}),
+    )
+    sizes = []
+    exact = MultiLabelDataset(rows, NAMES, squash(64))[0]["pixel_values"].float()
+    quick = MultiLabelDataset(rows, NAMES, squash(64), margin=0.125)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PILImage.Image, "resize", _noting(PILImage.Image.resize, sizes))
+        drafted = quick[0]["pixel_values"].float()
+    assert sizes == [(200, 150)]
+    full = torch.from_numpy(np.array(photo.resize((72, 72), squash(64).resample))).permute(2, 0, 1).float()
+    assert (drafted - full).abs().mean() < 2
+    assert (
+        exact - torch.from_numpy(np.array(photo.resize((64, 64), squash(64).resample))).permute(2, 0, 1)
+    ).abs().mean() < 2
+
+
+def _noting(resize, sizes):
+    def noted(image, *args, **kwargs):
+        sizes.append(image.size)
+        return resize(image, *args, **kwargs)
+
+    return noted
+
+
+def test_the_memory_cache_changes_no_pixel_and_decodes_once(image_folder, monkeypatch):
+    splits, names = load_multilabel_dataset(image_folder)
+    plain = MultiLabelDataset(splits["train"], names, squash(24), margin=0.25)
+    cached = MultiLabelDataset(splits["train"], names, squash(24), margin=0.25, cache_images="memory", num_workers=2)
+    expected = [plain[index]["pixel_values"] for index in range(5)]
+    monkeypatch.setattr(data, "load_image", None)  # Nothing may be decoded any more.
+    for index in range(5):
+        assert torch.equal(cached[index]["pixel_values"], expected[index])
+    with pytest.raises(ValueError, match="cannot be cached"):
+        MultiLabelDataset(SceneDataset(3), SCENE_LABELS, squash(64), cache_images="memory")
+    with pytest.raises(ValueError, match="cache_images='disk'"):
+        MultiLabelDataset(splits["train"], names, squash(24), cache_images="disk")
+
+
+@pytest.fixture
+def damaged(image_folder):
+    """Row 1 truncated, row 2 no picture at all, row 4 gone after loading."""
+    splits, names = load_multilabel_dataset(image_folder)
+    first = image_folder / "train/1.png"
+    first.write_bytes(first.read_bytes()[:2000])
+    (image_folder / "train/2.png").write_bytes(b"not a picture")
+    (image_folder / "train/4.png").unlink()
+    return splits["train"], names
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_unreadable_pictures_are_found_before_the_first_step(damaged, num_workers):
+    split = damaged[0]
+    found = find_unreadable(split, num_workers)
+    assert [(row, os.path.basename(name)) for row, name, _ in found] == [(1, "1.png"), (2, "2.png"), (4, "4.png")]
+    assert all(reason for *_, reason in found)
+    with pytest.raises(ValueError, match=r"3 of 5 pictures cannot be read \(.*1.png.*2.png.*4.png") as refusal:
+        without_unreadable(split, found)
+    assert "on_unreadable='skip'" in str(refusal.value)
+
+
+def test_unreadable_rows_are_numbered_in_the_whole_split():
+    pictures = [encoded(0)] * 300
+    pictures[270], pictures[290] = {"bytes": b"not a picture", "path": None}, None
+    split = Dataset.from_dict({"image": pictures}, features=Features({"image": Image(decode=False)}))
+    found = find_unreadable(split, num_workers=2)
+    assert [(row, name) for row, name, _ in found] == [(270, "row 270"), (290, "row 290")]
+    assert all(reason for *_, reason in found)
+
+
+def test_unreadable_pictures_can_be_skipped_and_are_told(damaged, caplog):
+    split = damaged[0]
+    with caplog.at_level(logging.WARNING):
+        kept = without_unreadable(split, find_unreadable(split), on_unreadable="skip")
+    assert all(name in caplog.text for name in ("1.png", "2.png", "4.png"))
+    assert np.array_equal(dense(kept), MULTI_HOT[[0, 3]]) and find_unreadable(kept) == []
+    assert without_unreadable(kept, []) is kept
+    with pytest.raises(ValueError, match="on_unreadable='ignore'"):
+        without_unreadable(kept, [], on_unreadable="ignore")
+
+
+@pytest.mark.parametrize("index", [1, 2, 4])
+def test_a_picture_that_breaks_later_is_named(damaged, index):
+    with pytest.raises(ValueError, match=rf"row {index} \(.*{index}.png\) cannot be read: "):
+        MultiLabelDataset(*damaged, squash(8))[index]
+
+
+def test_the_collator_holds_the_label_contract():
+    sample = {"pixel_values": torch.zeros(3, 4, 4, dtype=torch.uint8), "labels": torch.tensor([0.0, 1.0]), "index": 7}
+    batch = MultiLabelCollator(2)([sample, sample])
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "pixel_values": (2, 3, 4, 4), "labels": (2, 2), "index": (2,)
+    }  # fmt: skip
+    del sample["index"]  # as transformers' Trainer does
+    assert set(MultiLabelCollator(2)([sample])) == {"pixel_values", "labels"}
+    with pytest.raises(ValueError, match=r"\(batch, 3\)"):
+        MultiLabelCollator(3)([sample])
+    with pytest.raises(ValueError, match=r"labels\[1, 0\] is 2"):
+        MultiLabelCollator(2)([sample, {**sample, "labels": torch.tensor([2.0, 1.0])}])
+
+
+def order(loader):
+    return torch.cat([batch["index"] for batch in loader]).tolist()
+
+
+def test_the_order_of_pictures_depends_on_the_seed_alone():
+    dataset = MultiLabelDataset(SceneDataset(20, image_size=16, max_size=16), SCENE_LABELS, squash(16))
+
+    def build(seed, **kwargs):
+        return build_dataloader(dataset, batch_size=6, shuffle=True, seed=seed, **kwargs)
+
+    assert order(build(1)) == order(build(1)) == order(build(1, num_workers=2))
+    assert sorted(order(build(1))) == list(range(20)) != order(build(1))
+    assert order(build(1)) != order(build(2))
+    loader = build(1)
+    assert order(loader) != order(loader)  # Another order every epoch.
+    assert len(build(1)) == 4 and len(build(1, drop_last=True)) == 3
+    assert order(build_dataloader(dataset, batch_size=6)) == list(range(20))
+
+
+def test_accelerate_controls_order_and_epoch():
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    accelerator = Accelerator(
+        cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=3)
+    )
+
+    def epochs(first, count, num_workers=0):
+        dataset = MultiLabelDataset(SceneDataset(12, image_size=16, max_size=16), SCENE_LABELS, squash(16))
+        loader = accelerator.prepare(build_dataloader(dataset, batch_size=4, shuffle=True, num_workers=num_workers))
+        seen = []
+        for epoch in range(first, first + count):
+            loader.set_epoch(epoch)
+            dataset.set_epoch(epoch)
+            seen.append([(batch["index"].tolist(), batch["pixel_values"].sum().item()) for batch in loader])
+        return seen
+
+    three = epochs(0, 3)
+    assert three == epochs(0, 3) == epochs(0, 3, num_workers=2)
+    assert len({str(epoch) for epoch in three}) == 3
+    assert three[2:] == epochs(2, 1)  # A run that resumes at epoch 2 sees what it would have seen.
+
+
+@pytest.mark.slow
+def test_workers_may_be_spawned(image_folder):
+    """Where processes do not fork (macOS, Windows, Python from 3.14 on) the dataset travels by pickling."""
+    splits, names = load_multilabel_dataset(image_folder)
+    cached = MultiLabelDataset(splits["train"], names, squash(16), cache_images="memory")
+    scenes = MultiLabelDataset(SceneDataset(4, image_size=16, max_size=16), SCENE_LABELS, squash(16))
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.ConcatDataset([cached, scenes]),
+        batch_size=None,
+        num_workers=1,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
+    for epoch in (0, 1):
+        scenes.set_epoch(epoch)
+        expected = [dataset[index]["pixel_values"] for dataset in (cached, scenes) for index in range(len(dataset))]
+        assert torch.equal(torch.stack([sample["pixel_values"] for sample in loader]), torch.stack(expected))
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["voc", "coco"])
+def test_photographs_load_with_their_exact_counts(name):
+    splits, names = load_multilabel_dataset(SHARED / name)
+    assert names == (SHARED / name / "labels.txt").read_text().split("\n")[: len(names)]
+    for split in ("train", "validation"):
+        rows = metadata_rows(SHARED / name / split)
+        positives = Counter(label for row in rows for label in set(row["labels"]))
+        assert len(splits[split]) == len(rows) > 0
+        assert class_counts(splits[split], len(names)).tolist() == [positives[label] for label in names]
+        assert set(positives) <= set(names)
+    batch = next(iter(build_dataloader(MultiLabelDataset(splits["validation"], names, squash(64)), batch_size=8)))
+    assert batch["pixel_values"].shape == (8, 3, 64, 64) and batch["labels"].shape == (8, len(names))

@@ -1,0 +1,178 @@
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextModel,
+    ResNetConfig,
+    ResNetModel,
+)
+
+from modeling_hsvlt.label_prompts import encode_labels, transfer_classifier
+from training.config import TrainingConfig
+from training.models.build import build_model
+
+from ...tolerance import assert_close_outputs
+
+TRUNK = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+TINY = {"preset": "nano", "image_size": 32}
+NAMES = ["cat", "dog", "tv monitor", "person"]
+
+
+def build(names=NAMES, *, model=None, **options):
+    model = {"backbone_config": TRUNK, "label_embedding_dim": 8} if model is None else model
+    return build_model(TrainingConfig(**TINY, model=model, **options), names)
+
+
+def logits(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model.eval()(torch.rand(2, 3, 32, 32)).logits
+
+
+def test_a_new_model_knows_its_labels_and_loss():
+    model = build(loss_type="asl", loss_kwargs={"gamma_neg": 2.0})
+    assert model.config.id2label == dict(enumerate(NAMES))
+    assert model.config.label2id == {name: index for index, name in enumerate(NAMES)}
+    assert (model.config.loss_type, model.config.loss_kwargs) == ("asl", {"gamma_neg": 2.0})
+    assert model.config.image_size == 32 and model.config.problem_type == "multi_label_classification"
+
+
+@pytest.mark.parametrize("kind", ["convnext", "resnet"])
+def test_a_pretrained_trunk_from_a_folder(tmp_path, kind):
+    torch.manual_seed(0)
+    if kind == "convnext":
+        trunk = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 2, 1]))
+    else:
+        trunk = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]))
+    trunk.save_pretrained(tmp_path)
+    model = build(model={"label_embedding_dim": 8}, backbone=str(tmp_path))
+    pictures = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        maps = list(model.eval().hsvlt.trunk(pictures))
+        expected = trunk.eval()(pictures, output_hidden_states=True).hidden_states[-1]
+    assert_close_outputs(maps[-1], expected)
+
+
+def checkpoint(folder, model):
+    model.config.thresholds = [0.1, 0.2, 0.3, 0.4]
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_init_from_the_same_labels_gives_the_same_scores(tmp_path):
+    source = build()
+    folder = checkpoint(tmp_path, source)
+    model = build_model(TrainingConfig(image_size=32, init_from=folder, loss_type="focal"), NAMES)
+    assert_close_outputs(logits(model), logits(source))
+    assert model.config.loss_type == "focal" and model.config.thresholds is None
+
+
+@pytest.mark.parametrize("names", [["person", "bicycle", "cat"], ["dog", "cat", "bicycle", "person"], ["bicycle"]])
+@pytest.mark.parametrize("classifier", ["per_label", "shared"])
+def test_init_from_carries_labels_over_by_name(tmp_path, names, classifier):
+    torch.manual_seed(0)
+    source = build(model={"backbone_config": TRUNK, "label_embedding_dim": 8, "classifier": classifier})
+    folder = checkpoint(tmp_path, source)
+    model = build_model(TrainingConfig(image_size=32, init_from=folder), names)
+    assert list(model.config.id2label.values()) == names and model.config.thresholds is None
+    old, new = logits(source), logits(model)
+    assert new.shape == (2, len(names))
+    for column, name in enumerate(names):
+        if name in NAMES:
+            assert_close_outputs(new[:, column], old[:, NAMES.index(name)])
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", "tv", "monitor", "person"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(words)})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertModel(BertConfig(vocab_size=len(words), **sizes)).eval()
+    bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, bert, tokenizer
+
+
+@pytest.mark.parametrize("reading", ["mean", "official"])
+def test_label_embeddings_come_from_the_encoder(encoder, reading):
+    folder, bert, tokenizer = encoder
+    names = ["cat", "dog", "tvmonitor", "person"]
+    text = {"tvmonitor": "tv monitor"}
+    model = build(
+        names, model={"backbone_config": TRUNK}, label_encoder=str(folder), label_reading=reading, label_text=text
+    )
+    expected = encode_labels(names, bert, tokenizer, reading=reading, label_text=text)
+    assert_close_outputs(model.hsvlt.label_embeddings.weight, expected)
+    assert model.config.label_embedding_dim == 12 and model.config.label_reading == reading
+    assert model.config.label_template == (None if reading == "official" else "a photo of a {}")
+
+
+def save_classifier(folder, names, hidden_sizes=(8, 8, 16, 24)):
+    torch.manual_seed(0)
+    labels = {"num_labels": 5} if names is None else {"id2label": dict(enumerate(names))}
+    source = ConvNextForImageClassification(
+        ConvNextConfig(hidden_sizes=list(hidden_sizes), depths=[1, 1, 1, 1], initializer_range=0.5, **labels)
+    )
+    source.save_pretrained(folder)
+    return source
+
+
+def build_with_text_classifier(encoder, folder, **options):
+    model = {"residual_attention": True}
+    return build(model=model, backbone=str(folder), label_encoder=str(encoder[0]), text_classifier=True, **options)
+
+
+def test_a_text_classifier_comes_from_the_backbone(encoder, tmp_path):
+    _, bert, tokenizer = encoder
+    source = save_classifier(tmp_path, ["dog, hound", "tv", "monitor, screen", "dog, toy"])  # two of one name
+    model = build_with_text_classifier(encoder, tmp_path)
+    classes = encode_labels(["dog", "tv", "monitor"], bert, tokenizer)[[0, 1, 2, 0]]
+    expected = transfer_classifier(source.classifier.weight, classes, encode_labels(NAMES, bert, tokenizer))
+    assert_close_outputs(model.residual_attention.text_weight, expected)
+    assert expected.abs().sum() > 0 and not model.residual_attention.weight.any()
+
+
+def test_a_text_classifier_that_cannot_be_is_refused(encoder, tmp_path):
+    save_classifier(tmp_path / "nameless", None)
+    with pytest.raises(ValueError, match="does not name its classes"):
+        build_with_text_classifier(encoder, tmp_path / "nameless")
+    ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1])).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="no linear classifier"):
+        build_with_text_classifier(encoder, tmp_path / "bare")
+    with pytest.raises(ValueError, match="residual_attention"):
+        build(backbone=str(tmp_path / "bare"), label_encoder=str(encoder[0]), text_classifier=True, model={})
+    with pytest.raises(ValueError, match="needs a backbone"):
+        build(label_encoder=str(encoder[0]), text_classifier=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "vit"}, "choose one of .*hsvlt"),
+        ({"model": {"num_head": 2}}, "no field 'num_head'"),
+        ({"backbone": "facebook/convnext-small-224"}, "needs --backbone_revision"),
+        ({"label_encoder": "google-bert/bert-base-uncased"}, "needs --label_encoder_revision"),
+        ({"init_from": "me/model"}, "needs --init_from_revision"),
+        ({"loss_type": "bse"}, "bse"),
+        ({"loss_kwargs": {"gama": 1}}, "do not fit loss_type 'bce'.*gama"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_a_checkpoint_of_another_house_is_refused(tmp_path):
+    from transformers import ResNetForImageClassification
+
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="give it as backbone"):
+        build_model(TrainingConfig(init_from=str(tmp_path)), NAMES)

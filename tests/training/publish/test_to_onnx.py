@@ -1,0 +1,179 @@
+"""ONNX files against PyTorch, and against whoever reads nothing but the file."""
+
+import csv
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from transformers import ResNetConfig, SwinConfig
+
+from modeling_hsvlt import (
+    HPDVALForImageClassification,
+    HSVLTConfig,
+    HSVLTForImageClassification,
+    MlTrConfig,
+    MlTrForImageClassification,
+    MultiLabelImageProcessor,
+)
+from training.export import main
+from training.publish.to_onnx import compare, export_onnx, picture_size
+
+from ...tiny_clip import tiny_clip, tiny_clip_tokenizer
+from ..tiny_checkpoint import NAMES, save_checkpoint, save_pictures, tiny_model
+
+STAGES = [f"stage{number}" for number in range(1, 5)]
+SIZE = 32
+
+
+def processor(**overrides):
+    fields = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    return MultiLabelImageProcessor(**{**fields, **overrides})
+
+
+def hsvlt(backbone, **fields):
+    return HSVLTForImageClassification(
+        HSVLTConfig(num_labels=5, label_embedding_dim=8, backbone_config=backbone.to_dict(), **fields)
+    )
+
+
+def resnet_trunk():
+    widths = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    return hsvlt(ResNetConfig(**widths, out_features=STAGES), num_attention_heads=2)
+
+
+def swin_trunk():
+    sizes = {"image_size": SIZE, "patch_size": 2, "window_size": 2}
+    return hsvlt(SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], **sizes, out_features=STAGES))
+
+
+def mltr():
+    fields = {"image_size": SIZE, "patch_size": 2, "embed_dim": 8, "depths": [1] * 4, "window_size": 3}
+    return MlTrForImageClassification(MlTrConfig(num_labels=5, num_heads=[1, 2, 2, 4], **fields))
+
+
+def hp_dval():
+    tokenizer = tiny_clip_tokenizer()
+    names = ["cat", "dog", "potted plant"]
+    return HPDVALForImageClassification.from_clip(tiny_clip(tokenizer), tokenizer, names, local_top_k=4)
+
+
+FAMILIES = {
+    "block_trunk": lambda: tiny_model(candidate_labels=2),  # which ONNX leaves out: it scores all labels
+    "resnet_trunk": resnet_trunk,
+    "swin_trunk": swin_trunk,
+    "mltr": mltr,
+    "hp_dval": hp_dval,
+}
+
+
+def constant_nodes(graph):
+    """Operators whose inputs are all known before any picture is."""
+    known = {tensor.name for tensor in graph.initializer}
+    found = []
+    for node in graph.node:
+        if all(name in known for name in node.input if name):
+            known.update(node.output)
+            found.append(node.op_type)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnxruntime_equals_torch(family, tmp_path):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert export_onnx(model, processor(), tmp_path / "model.onnx") < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [value.shape for value in session.get_inputs()] == [["batch", 3, SIZE, SIZE]]
+    assert [(value.name, value.shape) for value in session.get_outputs()] == [
+        ("logits", ["batch", model.config.num_labels])
+    ]
+    for batch in (1, 3, 8):
+        pixels = torch.randn(batch, 3, SIZE, SIZE)
+        with torch.no_grad():
+            expected = model(pixel_values=pixels).logits.numpy()
+        found = session.run(None, {"pixel_values": pixels.numpy()})[0]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        assert np.ptp(expected, axis=1).min() > 1e-3  # logits that differ, or every order would pass
+    proto = onnx.load(tmp_path / "model.onnx")
+    assert constant_nodes(proto.graph) == []
+    assert {node.domain for node in proto.graph.node} == {""}
+    # Another model's file is told apart, and nothing is said to be equal that is NaN.
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    for change in (1.5, float("nan")):
+        with torch.no_grad():
+            list(model.parameters())[-1].add_(change)
+        with pytest.raises(RuntimeError, match="onnxruntime and PyTorch differ"):
+            compare(model, tmp_path / "model.onnx", torch.randn(8, 3, SIZE, SIZE))
+
+
+def scores_by_the_file_alone(path, picture):
+    """Scores of a picture as a program has them that knows the file's metadata and nothing else."""
+    session = onnxruntime.InferenceSession(path)
+    facts = session.get_modelmeta().custom_metadata_map
+    size = int(facts["image_width"]), int(facts["image_height"])
+    pixels = picture.resize(size, Image.Resampling[facts["resample"].upper()])
+    pixels = np.asarray(pixels, np.float32) * float(facts["rescale_factor"])
+    pixels = (pixels - np.array(json.loads(facts["image_mean"]))) / np.array(json.loads(facts["image_std"]))
+    logits = session.run(["logits"], {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)})[0][0]
+    return dict(zip(json.loads(facts["labels"]), 1 / (1 + np.exp(-logits)), strict=True)), facts
+
+
+@pytest.mark.slow
+def test_files_that_other_programs_read(tmp_path, capsys):
+    model = save_checkpoint(tmp_path / "checkpoint")
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    config["thresholds"] = [0.25, 0.5, 0.75]
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    save_pictures(tmp_path / "data")
+    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "target")]
+    quantize = ["--quantize", "int8", "--dataset", str(tmp_path / "data"), "--batch_size", "3"]
+    assert main([*arguments, *quantize]) == 0
+    printed = capsys.readouterr().out
+    assert "int8 loses" in printed and "thresholds fitted again: macro F1" in printed
+
+    picture = Image.open(tmp_path / "data" / "validation" / "0.png")
+    image_processor = MultiLabelImageProcessor(size={"height": 16, "width": 16})
+    with torch.no_grad():
+        expected = model(**image_processor(images=picture, return_tensors="pt")).logits[0].sigmoid().tolist()
+    scores, facts = scores_by_the_file_alone(tmp_path / "target" / "model.onnx", picture)
+    assert scores == pytest.approx(dict(zip(NAMES, expected, strict=True)), abs=1e-4)
+    assert json.loads(facts["thresholds"]) == [0.25, 0.5, 0.75]
+    scores, facts = scores_by_the_file_alone(tmp_path / "target" / "model_int8.onnx", picture)
+    assert scores == pytest.approx(dict(zip(NAMES, expected, strict=True)), abs=0.3)
+    assert json.loads(facts["thresholds"]) != [0.25, 0.5, 0.75]
+    assert json.loads(facts["threshold_info"])["split"] == "validation"
+    operators = {node.op_type for node in onnx.load(tmp_path / "target" / "model_int8.onnx").graph.node}
+    assert "MatMulInteger" in operators
+    with (tmp_path / "target" / "selected_tags.csv").open(newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == NAMES
+
+    # What is there is not replaced unasked, and a wish that cannot be met is told before anything is computed.
+    assert main(arguments) == 2
+    assert "model.onnx exists" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--quantize", "int8"]) == 2
+    assert "needs --dataset" in capsys.readouterr().err
+
+    assert main([*arguments, "--overwrite", "--layout", "wd_tagger"]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "target" / "model.onnx")
+    (wanted,) = session.get_inputs()
+    assert wanted.shape == ["batch", 16, 16, 3]
+    # As the taggers' own programs do: BGR from 0 to 255, channels last, and what comes out are scores.
+    pixels = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC), np.float32)[None, :, :, ::-1]
+    found = session.run(None, {wanted.name: np.ascontiguousarray(np.repeat(pixels, 2, axis=0))})[0]
+    np.testing.assert_allclose(found, [expected, expected], atol=1e-4)
+    assert not list((tmp_path / "target").glob(".export-*"))
+
+
+def test_a_processor_without_one_size_is_refused():
+    assert picture_size(processor(size={"height": 24, "width": 40})) == (24, 40)
+    with pytest.raises(ValueError, match="pictures of different sizes"):
+        picture_size(processor(size={"shortest_edge": 20}))

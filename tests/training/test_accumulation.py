@@ -1,0 +1,106 @@
+"""Every known label counts once in a step, over processes, batches and accumulation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modeling_hsvlt import HSVLTForImageClassification
+from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+from training.train import main
+
+from .tiny_run import reset_accelerate, write_recipe
+
+ROOT = Path(__file__).parents[2]
+PARTLY_KNOWN = ["--fresh_scenes", "false", "--partial_labels", "{known_fraction: 0.2}", "--warmup_epochs", "0"]
+PLAIN = [*PARTLY_KNOWN, "--augmentation", "null"]
+
+
+@pytest.fixture(autouse=True)
+def own_process():
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def divided(batch_size, accumulated):
+    return ["--batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulated)]
+
+
+def curve_of(folder):
+    """(loss, gradient norm) of each step."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return np.array([(line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line])
+
+
+def train(recipe, folder, *options):
+    assert main([recipe, "--output_dir", str(folder), *options]) == 0
+    reset_accelerate()
+    return curve_of(folder)
+
+
+def test_a_step_is_the_same_however_its_pictures_are_divided(recipe, tmp_path):
+    curves = [
+        train(recipe, tmp_path / f"{batch_size}", *PLAIN, *divided(batch_size, 16 // batch_size), "--max_steps", "1")
+        for batch_size in (16, 8, 4)
+    ]
+    assert curves[0].shape == (1, 2) and (curves[0] > 0).all()
+    for curve in curves[1:]:
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-5)
+
+
+def test_the_last_step_of_an_epoch_has_what_is_left(recipe, tmp_path):
+    """45 pictures, 32 a step: the second step has 13, as 8 and 5, or as one batch that is not full."""
+    options = [*PLAIN, "--scenes.num_scenes.train", "45", "--epochs", "1"]
+    curves = [train(recipe, tmp_path / f"{size}", *options, *divided(size, 32 // size)) for size in (8, 16, 32)]
+    assert len(curves[0]) == 2
+    for curve in curves[1:]:
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-4)
+
+
+def test_the_count_is_that_of_the_labels_the_model_gets(recipe, tmp_path, monkeypatch):
+    """With mixup, what is mixed with an unknown label is unknown as well."""
+    seen, plain = [], HSVLTForImageClassification.forward
+
+    def forward(self, *arguments, num_items_in_batch=None, **options):
+        if num_items_in_batch is not None:
+            seen.append((int(num_items_in_batch), int((options["labels"] != UNKNOWN_LABEL).sum())))
+        return plain(self, *arguments, num_items_in_batch=num_items_in_batch, **options)
+
+    monkeypatch.setattr(HSVLTForImageClassification, "forward", forward)
+    options = [*PARTLY_KNOWN, *divided(8, 4), "--epochs", "1", "--augmentation", "{mixup: 0.4}"]
+    assert main([recipe, "--output_dir", str(tmp_path / "run"), *options]) == 0
+    assert len(seen) == 6  # of the 48 pictures, 32 in the first step
+    for step in (seen[:4], seen[4:]):
+        counted, known = zip(*step, strict=True)
+        assert len(set(counted)) == 1 and counted[0] == sum(known)
+        assert sum(known) < 0.1 * 10 * 8 * len(step), "mixing two pictures leaves 4 % known"
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_step(recipe, tmp_path):
+    options = [*PLAIN, "--scenes.num_scenes.train", "45", "--epochs", "1"]
+    single = train(recipe, tmp_path / "one", *options, *divided(16, 1))
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml")]
+    result = subprocess.run(
+        [*command, "-m", "training.train", recipe, "--output_dir", str(tmp_path / "two"), *options, *divided(4, 2)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    double = curve_of(tmp_path / "two")
+    assert len(single) == 3, "of 16, 16 and 13 pictures"
+    np.testing.assert_allclose(double[0], single[0], rtol=1e-5)
+    np.testing.assert_allclose(double, single, rtol=2e-4)

@@ -1,0 +1,62 @@
+"""Loading a checkpoint, with the code of this checkout, and what is refused before."""
+
+import argparse
+import json
+from pathlib import Path
+
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
+
+import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
+
+
+def refuse_leads_elsewhere(source: str | Path) -> None:
+    """Refuse a checkpoint folder whose own files send the loader to another place; Hub ids pass.
+
+    Raises:
+        ValueError: a list of shards that names a file outside the folder, or an adapter whose base is no folder here.
+    """
+    folder = Path(source)
+    index, adapter = folder / "model.safetensors.index.json", folder / "adapter_config.json"
+    if index.is_file():
+        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            if Path(shard).name != shard:
+                raise ValueError(f"{index} names the file {shard!r}, which is not in its folder: do not load this.")
+    if adapter.is_file() and not (folder / "config.json").is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        if not Path(str(base)).is_dir():
+            raise ValueError(
+                f"{folder} is an adapter of {base!r}, and a downloaded file does not choose what is downloaded next: "
+                "put the folder of its base there, or merge it first."
+            )
+
+
+def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model and image processor of `args.checkpoint`, with the code of this checkout and never with a pickle.
+
+    Raises:
+        ValueError, OSError: there is none, or not of a known type.
+    """
+    if not Path(args.checkpoint).is_dir() and (args.checkpoint[:1] in "./~" or args.checkpoint.count("/") > 1):
+        raise FileNotFoundError(f"{args.checkpoint} is no folder; give the folder of a checkpoint or a Hub id.")
+    refuse_leads_elsewhere(args.checkpoint)
+    revision = args.revision or "main"
+    model = AutoModelForImageClassification.from_pretrained(args.checkpoint, revision=revision, use_safetensors=True)
+    return model, AutoImageProcessor.from_pretrained(args.checkpoint, revision=revision)
+
+
+def check_pinned(option: str, source: str, revision: str | None) -> None:
+    """Refuse a Hub id without a revision: a branch moves, and a run must be repeatable."""
+    if revision is None and not Path(source).is_dir():
+        raise ValueError(
+            f"{option} {source!r} is no folder, and as a Hub id it needs --{option}_revision: the commit that the "
+            "repository's page shows under 'Files and versions'."
+        )
+
+
+def commit_of(loaded_config) -> str | None:
+    return getattr(loaded_config, "_commit_hash", None)  # set by transformers where it came from the Hub

@@ -1,0 +1,63 @@
+"""Which checkpoints a run has, which of them are good, and which may go."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from .atomic import recover
+from .folder import CheckpointError, verify
+
+
+def recover_run(folder: Path) -> None:
+    """Undo whatever a killed run left half done in its folder: best/ is brought back, unfinished folders go."""
+    recover(folder / "best")
+    for unfinished in folder.glob(".*.new"):
+        shutil.rmtree(unfinished)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoint-STEP folders, newest first."""
+    found = {int(match[1]): path for path in run.glob("*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def newest_good(run: Path) -> Path:
+    """The newest checkpoint whose hashes agree; damaged newer ones are renamed `damaged-...`, with a message.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: there are some, and none is good.
+    """
+    problems = []
+    for folder in checkpoints(run):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            problems.append((folder, str(error)))
+            continue
+        for damaged, problem in problems:
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+            print(f"{problem}: kept as {aside.name}, going back to {folder.name}.", file=sys.stderr)
+        return folder
+    if problems:
+        raise CheckpointError(
+            f"{problems[0][1]}; no checkpoint of {run} can be resumed. Start a new run, from weights that still load "
+            "with --init_from."
+        )
+    old = f"; its last/ is of format version 1: start from those weights with --init_from {run / 'last'}"
+    raise FileNotFoundError(
+        f"{run} holds no training state to resume from{old if (run / 'last').is_dir() else ': start without --resume'}."
+    )
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints."""
+    for folder in checkpoints(run)[keep:]:
+        # Renamed first: a kill in the middle of the removal must not leave a folder that looks like a checkpoint.
+        gone = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)

@@ -1,0 +1,137 @@
+"""Samples become batches: uint8 pixels, and labels that stay sparse until the device."""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+
+from modeling_hsvlt.losses_multilabel import validate_labels
+
+from .dataset import MultiLabelDataset
+
+
+def normalize_pixels(pixel_values: torch.Tensor, processor) -> torch.Tensor:
+    """uint8 (batch, 3, height, width) to the float32 that `processor(images)` gives, on the tensor's device."""
+    image_processor = getattr(processor, "image_processor", processor)
+    pixels = pixel_values.float()
+    if image_processor.do_rescale:
+        pixels = pixels * image_processor.rescale_factor
+    if image_processor.do_normalize:
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(image_processor.image_mean, device=pixels.device).view(shape)
+        pixels = (pixels - mean) / torch.tensor(image_processor.image_std, device=pixels.device).view(shape)
+    return pixels
+
+
+class SparseBatch:
+    """Labels of a batch of which nearly all are 0, on their way to the device: a few hundred bytes a picture, whatever
+    the number of labels. `DataLoader` pins it and accelerate moves it as they do with a tensor.
+
+    Args:
+        positions: (entries,) int64 places in the flattened dense batch, each once.
+        values: (entries,) float32.
+        shape: (batch, num_labels).
+    """
+
+    def __init__(self, positions: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]):
+        self.positions, self.values, self.shape = positions, values, shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def pin_memory(self) -> SparseBatch:
+        return SparseBatch(self.positions.pin_memory(), self.values.pin_memory(), self.shape)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseBatch:
+        moved = (part.to(device, non_blocking=non_blocking) for part in (self.positions, self.values))
+        return SparseBatch(*moved, self.shape)
+
+    def to_dense(self) -> torch.Tensor:
+        """(batch, num_labels) float32 on the device where this is."""
+        dense = self.values.new_zeros(self.shape[0] * self.shape[1])
+        return dense.index_copy_(0, self.positions, self.values).view(self.shape)
+
+
+class MultiLabelCollator:
+    """Puts samples together: `pixel_values` (batch, 3, height, width), `labels` (batch, num_labels) float32, and
+    `index`.
+
+    Args:
+        num_labels: Labels of the model; checked, like the label contract, on every batch.
+        processor: If given, pixels are normalised here, for loops that feed the model straight from the loader
+            (transformers' `Trainer`); else they stay uint8.
+        sparse_labels: Whether `labels` is a `SparseBatch` where every sample's labels are sparse, for loops that call
+            `batch["labels"].to_dense()` on the device, which a tensor has as well.
+    """
+
+    def __init__(self, num_labels: int, processor=None, sparse_labels: bool = False):
+        self.num_labels, self.processor, self.sparse_labels = num_labels, processor, sparse_labels
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor | SparseBatch]:
+        labels = [sample["labels"] for sample in samples]
+        if self.sparse_labels and all(of_sample.is_sparse for of_sample in labels):
+            labels = self._sparse(labels)
+        else:
+            labels = torch.stack([of_sample.to_dense() for of_sample in labels])
+            validate_labels(labels, self.num_labels)
+        pixels = torch.stack([sample["pixel_values"] for sample in samples])
+        batch = {
+            "pixel_values": pixels if self.processor is None else normalize_pixels(pixels, self.processor),
+            "labels": labels,
+        }
+        if "index" in samples[0]:  # transformers' Trainer drops what the model's forward does not take
+            batch["index"] = torch.tensor([sample["index"] for sample in samples])
+        return batch
+
+    def _sparse(self, labels: list[torch.Tensor]) -> SparseBatch:
+        for of_sample in labels:
+            if of_sample.shape != (self.num_labels,):
+                raise ValueError(f"A sample has {len(of_sample)} labels for the {self.num_labels} of the model.")
+        positions = [of_sample.indices()[0] + row * self.num_labels for row, of_sample in enumerate(labels)]
+        values = torch.cat([of_sample.values() for of_sample in labels])
+        validate_labels(values[None], len(values))  # what is not listed is 0, which the contract allows
+        return SparseBatch(torch.cat(positions), values, (len(labels), self.num_labels))
+
+
+def build_dataloader(
+    dataset: MultiLabelDataset,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    processor=None,
+    sparse_labels: bool = False,
+) -> torch.utils.data.DataLoader:
+    """A `DataLoader` whose order depends on `seed` alone, to be given to `Accelerator.prepare`.
+
+    With `DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)` accelerate replaces the shuffling sampler
+    by one that `set_epoch` controls. No worker draws random numbers: augmentation happens on the device. Before every
+    epoch call `set_epoch` of the dataset as well: accelerate passes it on in one process, but not in several.
+
+    Args:
+        processor, sparse_labels: See `MultiLabelCollator`.
+    """
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        collate_fn=MultiLabelCollator(len(dataset.label_names), processor, sparse_labels),
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def leave_signals_to_parent(worker_id: int) -> None:
+    """`worker_init_fn` of a DataLoader: a signal to the whole process group must not take the workers away from a
+    training process that is about to save; it ends them itself, and they end where it is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

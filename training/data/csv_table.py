@@ -1,0 +1,172 @@
+"""Reads CSV tables of file names and labels, each row by its line; labels stay what they are, text or columns."""
+
+from __future__ import annotations
+
+import csv
+import os
+import posixpath
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+
+from .rows import SPLIT_ALIASES, check_policies, pictures_below, refuse_or_skip
+
+# What the column of file names is called where it is not what the caller said; the first is imagefolder's.
+_FILE_COLUMNS = ("file_name", "filename", "image", "path")
+_SPLIT_COLUMN = "split"
+
+
+def find_csv_tables(source: Path) -> dict[str, Path]:
+    """The CSV of each split: `source` itself (""), or `<split>/metadata.csv`, `metadata.csv` or `<split>.csv` in it.
+
+    A folder with a `selected_tags.csv` alone, with parquet, `metadata.jsonl` or `save_to_disk`'s files has none.
+    """
+    if source.suffix.lower() in (".csv", ".tsv") and source.is_file():
+        return {"": source}
+    # Stray tables (statistics, say) lie beside data of other formats as well.
+    others = ("metadata.jsonl", "*/metadata.jsonl", "*.parquet", "*/*.parquet", "dataset_dict.json", "state.json")
+    if not source.is_dir() or any(any(source.glob(pattern)) for pattern in others):
+        return {}
+    tables = {path.parent.name: path for path in sorted(source.glob("*/metadata.csv"))}
+    for path in sorted(source.glob("*.csv")):
+        if path.name != "selected_tags.csv":
+            tables["" if path.stem == "metadata" else path.stem] = path
+    return tables
+
+
+def read_csv_tables(
+    tables: dict[str, Path],
+    *,
+    image_column: str = "image",
+    label_column: str = "labels",
+    label_columns: Sequence[str] | None = None,
+    picture_folder: str | Path | None = None,
+    unlisted_pictures: str = "error",
+    missing_pictures: str = "error",
+) -> tuple[DatasetDict, dict[str, Callable[[int], str]], str, list[str] | None]:
+    """Reads CSV files (UTF-8, comma; `.tsv`: tab) with a header, one row a picture.
+
+    Args:
+        tables: By split; a table of the split "" may name the split of each row in a column `split`, else it is train.
+        image_column: The column of file names; where it is missing `file_name`, `filename`, `image` or `path`.
+        label_column: The column of texts, labels divided by a separator.
+        label_columns: One column a label; where neither they nor `label_column` exist, all columns but file and split.
+        picture_folder: Where file names start; None: the folder of each table.
+        unlisted_pictures, missing_pictures: As in `image_folder.read_image_folders`.
+
+    Returns:
+        The splits as text columns, per split a function from a row to the words that name it in an error, the column
+        of pictures (whole paths), and the label columns (None for texts).
+
+    Raises:
+        ValueError: no such column, a line with more or fewer cells than the header, a picture named twice, a picture
+            that does not exist; with file and line.
+    """
+    check_policies(unlisted_pictures, missing_pictures)
+    columns: dict[str, dict[str, list[str]]] = {}  # of each split
+    lines: dict[str, list[tuple[Path, int, str]]] = {}
+    listed: dict[Path, set[Path]] = {}  # of each folder of pictures
+    kept = first_header = file_column = None
+    aliases = [SPLIT_ALIASES.get(table, table) for table in tables]
+    for table, alias in zip(tables, aliases, strict=True):
+        if aliases.count(alias) > 1 or (len(aliases) > 1 and not table):
+            raise ValueError(f"{tables[table]} is not the only table for its split; keep one table a split.")
+    for table, path in tables.items():
+        root = Path(picture_folder) if picture_folder is not None else path.parent
+        header, rows = _read_rows(path)
+        if kept is None:
+            first_header = header
+            file_column = next((name for name in (image_column, *_FILE_COLUMNS) if name in header), None)
+            if file_column is None:
+                raise ValueError(
+                    f"{path}, line 1 has no column {image_column!r} or file_name, only {', '.join(header)}; name the "
+                    "column of file names with image_column."
+                )
+            if label_columns is None and label_column not in header:
+                label_columns = [name for name in header if name not in (file_column, _SPLIT_COLUMN)]
+            kept = list(label_columns or [label_column])
+        for name in (file_column, *kept):
+            if name not in header:
+                raise ValueError(f"{path}, line 1 has no column {name!r}, only {', '.join(header)}; add it.")
+        if set(header) != set(first_header):
+            odd = sorted(set(header) ^ set(first_header))[0]
+            raise ValueError(f"{path}, line 1: the column {odd!r} is not in every table; give all the same columns.")
+        of_file, of_kept = header.index(file_column), [header.index(name) for name in kept]
+        of_split = header.index(_SPLIT_COLUMN) if not table and _SPLIT_COLUMN in header else None
+        line_of: dict[str, int] = {}
+        missing = []
+        for line, row in rows:
+            file_name = posixpath.normpath(row[of_file].strip().replace("\\", "/")) if row[of_file].strip() else ""
+            if not file_name:
+                raise ValueError(f"{path}, line {line} names no picture in {file_column!r}; add it or delete the line.")
+            if file_name in line_of:
+                raise ValueError(
+                    f"{path}, line {line}: {file_name!r} has a row already on line {line_of[file_name]}; keep one of "
+                    "them."
+                )
+            line_of[file_name] = line
+            split = table or "train"
+            if of_split is not None and not (split := row[of_split].strip()):
+                raise ValueError(f"{path}, line {line} ({file_name}) names no split; write train, validation or test.")
+            split = SPLIT_ALIASES.get(split, split)
+            picture = Path(os.path.normpath(root / file_name))
+            if not (picture.is_relative_to(os.path.normpath(root)) and picture.is_file()):
+                missing.append(f"line {line}: {file_name}")
+                continue
+            listed.setdefault(root, set()).add(picture)
+            of_this = columns.setdefault(split, {name: [] for name in (file_column, *kept)})
+            of_this[file_column].append(str(picture))
+            for name, index in zip(kept, of_kept, strict=True):
+                of_this[name].append(row[index])
+            lines.setdefault(split, []).append((path, line, file_name))
+        refuse_or_skip(
+            missing,
+            missing_pictures,
+            f"{path} names",
+            f"that {root} does not hold; add the pictures, take the rows out, or pass missing_pictures='skip'.",
+        )
+    for root, pictures in listed.items():
+        refuse_or_skip(
+            sorted(name for name in pictures_below(root) if root / name not in pictures),
+            unlisted_pictures,
+            f"{root} holds",
+            "without a row in a table; add rows, take the pictures out, or pass unlisted_pictures='skip'.",
+        )
+    if not columns:
+        raise ValueError(f"{', '.join(map(str, tables.values()))} holds no row with a picture; add some.")
+    words = {name: _row_words(of_split) for name, of_split in lines.items()}
+    splits = DatasetDict({name: Dataset.from_dict(of_split) for name, of_split in columns.items()})
+    return splits, words, file_column, list(label_columns) if label_columns else None
+
+
+def _row_words(lines: list[tuple[Path, int, str]]) -> Callable[[int], str]:
+    return lambda row: "{}, line {} ({})".format(*lines[row])
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header and the rows with their lines; blank lines are none."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                if any(cell.strip() for cell in row):
+                    rows.append((reader.line_num, row))
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} is not valid CSV ({error}); correct it.") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+    if not rows:
+        raise ValueError(f"{path} is empty; write a header and one line a picture.")
+    header = [name.strip() for name in rows[0][1]]
+    for name in header:
+        if not name or header.count(name) > 1:
+            raise ValueError(f"{path}, line 1: the header has {name!r} twice or empty; name each column once.")
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, line {line} has {len(row)} cells for {len(header)} columns; quote cells that hold a comma."
+            )
+    return header, rows[1:]

@@ -1,0 +1,138 @@
+"""Rows to leave out: those that a list names, and pictures that cannot be read.
+
+Lists are written by `training.check_data` and obeyed by `--exclude FILE` of `training.train`, `training.evaluate`,
+`training.fit_thresholds` and `training.calibrate`. One row a line: split, row, file, reason, with tabs between. What
+stands behind # is not read, so that a line can be taken back without losing it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from datasets import Dataset, Image
+from tqdm.auto import tqdm
+
+from modeling_hsvlt.processing_multilabel import load_image
+
+logger = logging.getLogger(__name__)
+
+
+def write_exclusions(path: Path, entries: Iterable[tuple[str, int, str, str]]) -> None:
+    """Writes (split, row, file, reason) lines; the rows are those of `load_multilabel_dataset`, from 0."""
+    lines = ["# split, row, file, reason; put a # before the lines of pictures that are to stay"]
+    lines += ["\t".join((split, str(row), file, " ".join(reason.split()))) for split, row, file, reason in entries]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def without_excluded(splits: dict[str, Dataset], path: str | Path) -> dict[str, Dataset]:
+    """`splits` without the rows that a list names; says how many it left out of each.
+
+    Lines about splits that are not among `splits` (a test split that is not used) do not matter here.
+
+    Raises:
+        ValueError: a malformed line, or a row that is not the picture that the list says, with the line.
+        FileNotFoundError: no such list.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; python -m training.check_data DATASET --output DIR writes one."
+        )
+    rows: dict[str, set[int]] = {name: set() for name in splits}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        parts = line.split("\t")
+        if len(parts) < 3 or not parts[1].isdecimal():
+            raise ValueError(f"{path}, line {number}: {line!r} is not split, row, file and reason with tabs between.")
+        name, row, file = parts[0], int(parts[1]), parts[2]
+        if name not in splits:
+            continue
+        if not same_picture(splits[name], row, file):
+            raise ValueError(
+                f"{path}, line {number}: row {row} of {name} is not {file!r} (any more); run training.check_data again."
+            )
+        rows[name].add(row)
+    left = dict(splits)
+    for name, out in rows.items():
+        if out:
+            logger.warning("Left out %d of %d pictures of %s, as %s says.", len(out), len(splits[name]), name, path)
+            left[name] = splits[name].select([row for row in range(len(splits[name])) if row not in out])
+    return left
+
+
+def picture_name(image: dict | None) -> str:
+    """The file of a row as lists and reports call it: its last two parts, which do not change when a data set is moved;
+    empty for a picture without one."""
+    path = (image or {}).get("path") or ""
+    return "/".join(Path(path).parts[-2:]).replace("\t", " ")
+
+
+def same_picture(split: Dataset, row: int, file: str) -> bool:
+    """Whether a row of `split` exists and is the picture that `picture_name` called `file`."""
+    return row < len(split) and picture_name(split[row]["image"]) == file
+
+
+def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
+    """Decodes every picture in full, with a progress bar.
+
+    Args:
+        dataset: A split of `load_multilabel_dataset`.
+        num_workers: Threads (decoding releases Python's lock).
+
+    Returns:
+        (row, file name, reason) of each picture that cannot be decoded: corrupt, truncated, too large, missing.
+    """
+
+    def reason(image: dict | None) -> str | None:
+        try:
+            load_image(image)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    images = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
+    unreadable = []
+    with (
+        ThreadPoolExecutor(max(num_workers, 1)) as pool,
+        tqdm(total=len(images), desc="Checking pictures", unit="img") as progress,
+    ):
+        # In slices, for `pool.map` would queue the bytes of a whole data set.
+        for start in range(0, len(images), 256):
+            pictures = images[start : start + 256]["image"]
+            for offset, problem in enumerate(pool.map(reason, pictures)):
+                progress.update()
+                if problem is not None:
+                    name = (pictures[offset] or {}).get("path") or f"row {start + offset}"
+                    unreadable.append((start + offset, name, problem))
+    return unreadable
+
+
+def without_unreadable(
+    dataset: Dataset, unreadable: Sequence[tuple[int, str, str]], on_unreadable: str = "error"
+) -> Dataset:
+    """`dataset` without the pictures that `find_unreadable` found.
+
+    Args:
+        on_unreadable: "skip" logs each and leaves it out; "error" raises.
+
+    Raises:
+        ValueError: there are some and the policy is "error"; names each (up to 20).
+    """
+    if on_unreadable not in ("error", "skip"):
+        raise ValueError(f"on_unreadable={on_unreadable!r} must be 'error' or 'skip'.")
+    if not unreadable:
+        return dataset
+    listing = "; ".join(f"{name}: {reason}" for _, name, reason in unreadable[:20])
+    listing += f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
+    if on_unreadable == "error":
+        raise ValueError(
+            f"{len(unreadable)} of {len(dataset)} pictures cannot be read ({listing}); repair or remove them, or pass "
+            "on_unreadable='skip' to train without them."
+        )
+    logger.warning("Left out %d of %d pictures that cannot be read (%s).", len(unreadable), len(dataset), listing)
+    bad = {row for row, _, _ in unreadable}
+    return dataset.select([row for row in range(len(dataset)) if row not in bad])

@@ -1,0 +1,352 @@
+"""A label column of any supported format as sparse rows, checked against the label contract.
+
+Ten thousand labels a picture are mostly zeros: rows keep only what is not zero until a batch is put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
+
+from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+
+LABEL_FORMATS = ("auto", "names", "ids", "multi_hot")
+
+
+@dataclass
+class SparseLabels:
+    """Labels of `rows` pictures in compressed sparse rows.
+
+    Attributes:
+        starts: (rows + 1,) int64; the entries of row `i` are `starts[i]` to `starts[i + 1]`.
+        ids: (entries,) int64 label indices, rising within a row.
+        values: (entries,) float32 in [0, 1], or -100 for unknown.
+        default: (rows,) float32, the value of every label that has no entry: 0, or -100 for a row that is `null`.
+        num_labels: Length of a dense row.
+        label_format: The format that was read: "names", "ids" or "multi_hot".
+    """
+
+    starts: np.ndarray
+    ids: np.ndarray
+    values: np.ndarray
+    default: np.ndarray
+    num_labels: int
+    label_format: str
+
+    def __len__(self) -> int:
+        return len(self.default)
+
+    def dense(self, row: int) -> np.ndarray:
+        """(num_labels,) float32 labels of one picture: 1 present, 0 absent, between them soft, -100 unknown."""
+        labels = np.full(self.num_labels, self.default[row], dtype=np.float32)
+        ids, values = self.entries(row)
+        labels[ids] = values
+        return labels
+
+    def entries(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Label indices (int64) and values (float32) of one picture's entries; every other label is its `default`."""
+        entries = slice(self.starts[row], self.starts[row + 1])
+        return self.ids[entries], self.values[entries]
+
+    def partially_known(
+        self, *, known_fraction: float | None = None, single_positive: bool = False, seed: int = 0
+    ) -> SparseLabels:
+        """The same pictures with some known labels made unknown, drawn by `seed`: for experiments with partial labels.
+
+        Args:
+            known_fraction: Every label of every picture stays known with this probability, present or absent.
+            single_positive: Of each picture one present label stays known, nothing else (Cole et al., CVPR 2021). A
+                picture that shows none is then unknown throughout.
+
+        Raises:
+            ValueError: neither or both of the two, or a fraction outside (0, 1].
+        """
+        if (known_fraction is None) == (not single_positive):
+            raise ValueError("Give one of known_fraction and single_positive, which say what labels stay known.")
+        if known_fraction is not None and not 0 < known_fraction <= 1:
+            raise ValueError(f"known_fraction={known_fraction!r} must be above 0 and at most 1.")
+        random = np.random.default_rng(seed)
+        rows = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        if single_positive:
+            present = np.flatnonzero(self.values >= 0.5)
+            present = present[random.permutation(len(present))]
+            _, first = np.unique(rows[present], return_index=True)  # the first of each picture in a random order
+            kept = present[first]
+            rows, ids, values = rows[kept], self.ids[kept], self.values[kept]
+        else:
+            parts = []
+            for start in range(0, len(self), 256):  # dense in blocks: 256 rows of 10,000 labels are 10 MB
+                block = np.stack([self.dense(row) for row in range(start, min(start + 256, len(self)))])
+                known = (random.random(block.shape, dtype=np.float32) < known_fraction) & (block != UNKNOWN_LABEL)
+                at = np.nonzero(known)
+                parts.append((at[0] + start, at[1], block[at]))
+            rows, ids, values = map(np.concatenate, zip(*parts, strict=True))
+        starts = np.searchsorted(rows, np.arange(len(self) + 1))
+        unknown = np.full(len(self), UNKNOWN_LABEL, dtype=np.float32)
+        return SparseLabels(starts, ids, values, unknown, self.num_labels, "multi_hot")
+
+    def positives(self) -> np.ndarray:
+        """(num_labels,) int64: how many pictures show each label (a soft label from 0.5 on counts)."""
+        return np.bincount(self.ids[self.values >= 0.5], minlength=self.num_labels)
+
+    @classmethod
+    def from_dataset(
+        cls, split: Dataset, label_names: Sequence[str], *, label_column: str = "labels", **reading
+    ) -> SparseLabels:
+        """Reads the label column of a split; `reading` and errors as in `from_arrow`."""
+        column = arrow_column(split, label_column)
+        return cls.from_arrow(column, label_names, class_names=class_names(split, label_column), **reading)
+
+    @classmethod
+    def from_arrow(
+        cls,
+        column: pa.ChunkedArray,
+        label_names: Sequence[str],
+        *,
+        class_names: Sequence[str] | None = None,
+        label_format: str = "auto",
+        where: Callable[[int], str] = "row {}".format,
+    ) -> SparseLabels:
+        """Reads a column of lists: of names, of ids, or one number a label (multi-hot).
+
+        Args:
+            column: Lists of strings (names), of integers (ids, or multi-hot of 0, 1, -100), of floats or booleans
+                (multi-hot). In a multi-hot list `null` and NaN are unknown. A `null` row is unknown throughout.
+            label_names: The vocabulary; its order numbers the labels.
+            class_names: The names that the column's own ids stand for (a `ClassLabel` feature); `label_names` if None.
+            label_format: "names", "ids", "multi_hot", or "auto": by the type, and for integers multi-hot when most
+                lists are as long as the vocabulary.
+            where: Gives the words that name a row in an error.
+
+        Raises:
+            ValueError: a column that is no list, an unknown label, an id out of range, a multi-hot list of another
+                length, a number neither in [0, 1] nor -100; one sentence with the row, the label and what to do.
+        """
+        num_labels = len(label_names)
+        lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if pa.types.is_null(lists.type):  # every row is null
+            lists = lists.cast(pa.large_list(pa.null()))
+        if not pa.types.is_nested(lists.type) or not hasattr(lists.type, "value_type"):
+            raise ValueError(
+                f"{where(0)}: the labels are of type {lists.type}, but must be a list per picture: of names, of ids, "
+                "or one number per label (multi-hot)."
+            )
+        lists = lists.cast(pa.large_list(lists.type.value_type))
+        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        null_row = _nulls(lists)
+        flat = pc.list_flatten(lists)
+        guessed = label_format == "auto" and class_names is None
+        label_format = _choose_format(flat.type, lengths[~null_row], num_labels, class_names, label_format)
+
+        def refuse(wrong: np.ndarray, problem: Callable[[int], str]) -> None:
+            """Names the first entry where `wrong` holds, and how many more there are."""
+            if wrong.any():
+                entry, more = int(np.argmax(wrong)), int(wrong.sum()) - 1
+                row = int(np.searchsorted(starts, entry, side="right")) - 1
+                raise ValueError(f"{where(row)}: {problem(entry)}" + (f" ({more} more like it)." if more else "."))
+
+        if label_format == "multi_hot":
+            wrong = (lengths != num_labels) & ~null_row
+            if wrong.any():
+                row = int(np.argmax(wrong))
+                raise ValueError(
+                    f"{where(row)}: its list has {lengths[row]} numbers for {num_labels} labels; give one number per "
+                    "label (multi-hot), or integer ids."
+                )
+            values = _multi_hot_values(flat, label_names, refuse)
+            # A null row has no entries, so that an entry's label is its place modulo the vocabulary.
+            kept = np.flatnonzero(values)
+            starts, ids, values = np.searchsorted(kept, starts), kept % num_labels, values[kept]
+        else:
+            if guessed and _looks_multi_hot(flat, lengths[~null_row]):
+                raise ValueError(
+                    f"{where(0)}: lists of {lengths.max()} zeros and ones look like multi-hot, but there are "
+                    f"{num_labels} labels; give the right label names, or set label_format to 'ids'."
+                )
+            own_names = label_names if class_names is None else class_names
+            ids = _label_ids(flat, label_names, None if label_format == "names" else own_names, refuse)
+            # Sorted by row, then label; a label listed twice is one label.
+            stride = max(num_labels, 1)
+            keys = np.unique(np.repeat(np.arange(len(lengths)), lengths) * stride + ids)
+            starts = np.searchsorted(keys, np.arange(len(lengths) + 1) * stride)
+            ids, values = keys % stride, np.ones(len(keys), dtype=np.float32)
+        default = np.where(null_row, np.float32(UNKNOWN_LABEL), np.float32(0))
+        return cls(starts.astype(np.int64), ids, values, default, num_labels, label_format)
+
+
+def arrow_column(split: Dataset, column: str) -> pa.ChunkedArray:
+    """One column as it is stored, in the order of the rows."""
+    return split.select_columns([column]).with_format("arrow")[:].column(column)
+
+
+def split_text(
+    column: pa.ChunkedArray,
+    separator: str = ",",
+    label_format: str = "auto",
+    where: Callable[[int], str] = "row {}".format,
+) -> pa.Array:
+    """Texts such as "cat, dog" as lists of names; of integers or floats for `label_format` "ids" and "multi_hot".
+
+    Blanks around a label are dropped. An empty text is a picture without labels, `null` one of unknown labels.
+
+    Raises:
+        ValueError: nothing between two separators, or what is no number where numbers are asked for; with the row.
+    """
+    kind, parse = {"ids": (pa.int64(), int), "multi_hot": (pa.float32(), _number)}.get(label_format, (pa.string(), str))
+    rows = []
+    for row, text in enumerate(column.to_pylist()):
+        items = None if text is None else [item.strip() for item in text.split(separator)] if text.strip() else []
+        for item in items or ():
+            if not item:
+                raise ValueError(f"{where(row)}: {text!r} lists an empty label; take out the separator too many.")
+        try:
+            rows.append(None if items is None else [parse(item) for item in items])
+        except ValueError as error:
+            raise ValueError(f"{where(row)}: {text!r} must list numbers (label_format={label_format!r}).") from error
+    return pa.array(rows, pa.list_(kind))
+
+
+# Spellings of "unknown" in a column of text, beside an empty cell.
+_UNKNOWN_CELLS = frozenset(("", "nan", "null", "none", "na", "n/a", "?"))
+_WORDS = {"true": 1.0, "false": 0.0}
+
+
+def _number(cell: str) -> float:
+    cell = cell.strip().lower()
+    return np.nan if cell in _UNKNOWN_CELLS else _WORDS[cell] if cell in _WORDS else float(cell)
+
+
+def stack_columns(split: Dataset, columns: Sequence[str], where: Callable[[int], str] = "row {}".format) -> pa.Array:
+    """One column a label (numbers, booleans or text) as multi-hot lists of float32; `null`, NaN and an empty text are
+    NaN, which is unknown.
+
+    Raises:
+        ValueError: a text that is no number, or a column of another type; with the row and column.
+    """
+    table = split.select_columns(list(columns)).with_format("arrow")[:]
+    stacked = np.empty((len(split), len(columns)), dtype=np.float32)
+    for number, name in enumerate(columns):
+        column = table.column(name)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            cells = pc.dictionary_encode(column.combine_chunks())
+            try:
+                values = np.array([*map(_number, cells.dictionary.to_pylist()), np.nan], dtype=np.float32)
+            except ValueError:
+                cells = column.to_pylist()
+                row = next(row for row, cell in enumerate(cells) if cell is not None and not _is_number(cell))
+                raise ValueError(
+                    f"{where(row)}: column {name!r} holds {cells[row]!r}, but must hold 1 for present, 0 for absent, "
+                    "nothing for unknown; name the columns that are labels with label_columns."
+                ) from None
+            stacked[:, number] = values[pc.fill_null(cells.indices, len(values) - 1).to_numpy(zero_copy_only=False)]
+        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+            numbers = pc.fill_null(column.cast(pa.float32()), np.nan)
+            stacked[:, number] = numbers.to_numpy()
+        elif pa.types.is_null(column.type):
+            stacked[:, number] = np.nan
+        else:
+            raise ValueError(f"{where(0)}: column {name!r} is of type {column.type}, but must hold numbers.")
+    starts = np.arange(len(split) + 1, dtype=np.int64) * len(columns)
+    return pa.LargeListArray.from_arrays(pa.array(starts), pa.array(stacked.ravel()))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        _number(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def class_names(split: Dataset, label_column: str) -> list[str] | None:
+    """The names that the ids of a list column stand for, or None where its feature has none."""
+    inner = getattr(split.features.get(label_column), "feature", None)
+    return list(inner.names) if isinstance(inner, ClassLabel) else None
+
+
+def _nulls(array: pa.Array) -> np.ndarray:
+    return array.is_null().to_numpy(zero_copy_only=False)
+
+
+def _multi_hot_values(flat: pa.Array, label_names: Sequence[str], refuse: Callable) -> np.ndarray:
+    """(entries,) float32 with -100 for null and NaN."""
+    values = pc.fill_null(flat.cast(pa.float32()), np.nan).to_numpy(zero_copy_only=False)
+    values = np.where(np.isnan(values), np.float32(UNKNOWN_LABEL), values)
+    refuse(
+        ((values < 0) | (values > 1)) & (values != UNKNOWN_LABEL),
+        lambda entry: (
+            f"label {label_names[entry % len(label_names)]!r} is {values[entry]:g}, which is neither in [0, 1] nor "
+            "-100; use 1 for present, 0 for absent, -100 for unknown"
+        ),
+    )
+    return values
+
+
+def _label_ids(
+    flat: pa.Array, label_names: Sequence[str], own_names: Sequence[str] | None, refuse: Callable
+) -> np.ndarray:
+    """(entries,) int64 indices into `label_names` of names, or of ids that stand for `own_names`."""
+    refuse(_nulls(flat), lambda entry: "it lists null as a label; leave it out, or use multi-hot lists to say unknown")
+    if own_names is not None:
+        flat = flat.cast(pa.int64())
+        own_ids = flat.to_numpy()
+        refuse(
+            (own_ids < 0) | (own_ids >= len(own_names)),
+            lambda entry: f"label id {own_ids[entry]} is out of range; use 0 to {len(own_names) - 1}",
+        )
+        flat = pc.take(pa.array(own_names, pa.large_string()), flat)
+    ids = pc.index_in(flat.cast(pa.large_string()), value_set=pa.array(label_names, pa.large_string()))
+    refuse(_nulls(ids), lambda entry: _unknown_label(flat[entry].as_py(), label_names))
+    return ids.to_numpy().astype(np.int64)
+
+
+def _choose_format(
+    kind: pa.DataType, lengths: np.ndarray, num_labels: int, class_names: Sequence[str] | None, label_format: str
+) -> str:
+    """The format of lists of type `kind`; refuses to guess where both readings of integers make sense."""
+    if label_format not in LABEL_FORMATS:
+        raise ValueError(f"label_format={label_format!r} is none of {', '.join(LABEL_FORMATS)}.")
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        possible = ("names",)
+    elif pa.types.is_null(kind) and lengths.sum() == 0:
+        possible = ("ids", "multi_hot", "names")
+    elif class_names is not None:
+        possible = ("ids",)
+    elif pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
+        possible = ("multi_hot",)
+    elif pa.types.is_integer(kind):
+        # By the median, so that one list of a wrong length is refused and does not turn all the others into ids.
+        as_multi_hot = len(lengths) > 0 and np.median(lengths) == num_labels
+        # Lists of ids are as long as the vocabulary in every picture only when that has one or two names.
+        if as_multi_hot and num_labels <= 2 and label_format == "auto":
+            raise ValueError(
+                f"With {num_labels} labels lists of integers may be ids or multi-hot; set label_format to say which."
+            )
+        possible = ("multi_hot", "ids") if as_multi_hot else ("ids", "multi_hot")
+    else:
+        raise ValueError(f"The labels are lists of {kind}, but must be lists of names, ids or numbers.")
+    if label_format == "auto":
+        return possible[0]
+    if label_format not in possible:
+        raise ValueError(f"label_format={label_format!r} does not fit a column of lists of {kind}.")
+    return label_format
+
+
+def _looks_multi_hot(flat: pa.Array, lengths: np.ndarray) -> bool:
+    """Whether lists of integers are all of one length and of zeros and ones alone; ids would repeat themselves so."""
+    if not pa.types.is_integer(flat.type) or len(lengths) == 0 or lengths.min() != lengths.max() or lengths.max() < 3:
+        return False
+    return pc.all(pc.is_in(flat, value_set=pa.array([0, 1, UNKNOWN_LABEL]).cast(flat.type, safe=False))).as_py()
+
+
+def _unknown_label(name: str, label_names: Sequence[str]) -> str:
+    close = get_close_matches(name, label_names, n=1)
+    hint = f"correct it (did you mean {close[0]!r}?)" if close else "take it out of the row"
+    return f"label {name!r} is not among the {len(label_names)} label names; {hint}, or add it to the names"

@@ -1,0 +1,102 @@
+"""Fit each label's decision threshold on a validation split and store it in the checkpoint.
+
+    python -m training.fit_thresholds CHECKPOINT DATASET --split validation [--objective f1]
+    python -m training.fit_thresholds CHECKPOINT DATASET --objective precision --target 0.9
+    python -m training.fit_thresholds CHECKPOINT DATASET --objective cost --target 5  # a false alarm costs 5 misses
+
+Afterwards `pipeline(..., threshold="auto")` and `python -m training.evaluate ... --threshold auto` use them. Fit on
+pictures that the model was not trained on. On the pictures they were fitted to thresholds look better than they are;
+what to expect elsewhere is printed as "held out": fitted on one half of the pictures, applied to the other, and back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from .checkpoint.folder import reseal
+from .checkpoint.loading import load_checkpoint
+from .metrics.functional import (
+    multilabel_report,
+)
+from .options import add_scoring_arguments
+from .scoring.held_out import held_out_decisions
+from .scoring.predict import score_split
+from .scoring.thresholds import MIN_POSITIVES, OBJECTIVES, fit_thresholds, store_thresholds, threshold_info
+
+
+def run(args: argparse.Namespace) -> np.ndarray:
+    """Predicts, fits, stores and prints; returns the thresholds."""
+    folder = Path(args.checkpoint)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a checkpoint; thresholds are written into its config.json, so download a "
+            "checkpoint of the Hub first."
+        )
+    accelerator = Accelerator()
+    model, processor = load_checkpoint(args)
+    label_names, scores, labels, _ = score_split(model, processor, args, accelerator)
+    thresholds = fit_thresholds(
+        scores, labels, args.objective, args.target, min_positives=args.min_positives, label_names=label_names
+    )
+    if accelerator.is_main_process:
+        before = getattr(model.config, "thresholds", None)
+        old = multilabel_report(scores, labels, 0.5 if before is None else np.array(before), top_k=None)
+        new = multilabel_report(scores, labels, thresholds, top_k=None)
+        info = threshold_info(
+            labels, args.objective, args.target, args.min_positives, dataset=args.dataset, split=args.split
+        )
+        store_thresholds(folder, thresholds, info)
+        reseal(folder)
+        print(f"{'':<10}{'CP':>8}{'CR':>8}{'OP':>8}{'OR':>8}{'F1 macro':>10}{'F1 micro':>10}")
+        rows = [("0.5" if before is None else "as it was", old), ("fitted", new)]
+        decided = held_out_decisions(scores, labels, args.objective, args.target, min_positives=args.min_positives)
+        if decided is not None:
+            rows.append(("held out", multilabel_report(decided.astype(np.float32), labels, top_k=None)))
+        for words, report in rows:
+            values = (f"{report[name]:>8.4f}" for name in ("CP", "CR", "OP", "OR"))
+            print(f"{words:<10}{''.join(values)}{report['f1_macro']:>10.4f}{report['f1_micro']:>10.4f}")
+        few = int(((labels == 1).sum(0) < args.min_positives).sum())
+        print(
+            f"On the {len(scores):,} pictures they were fitted to; held out: fitted on one half of them, applied to "
+            f"the other, and back. Labels with fewer than {args.min_positives} positives, which lean on the shared "
+            f"threshold: {few} of {len(label_names)}."
+        )
+        print(f"Written: {folder / 'config.json'}")
+    accelerator.end_training()
+    return thresholds
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when all is done, 2 when something was refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.fit_thresholds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_scoring_arguments(parser)
+    parser.add_argument("--objective", choices=OBJECTIVES, default="f1", help="default: f1")
+    parser.add_argument(
+        "--target", type=float, help="the wanted precision or recall, or what a false positive costs in false negatives"
+    )
+    parser.add_argument(
+        "--min_positives",
+        type=int,
+        default=MIN_POSITIVES,
+        help=f"labels with fewer lean on a threshold shared by all; default: {MIN_POSITIVES}",
+    )
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

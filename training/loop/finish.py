@@ -1,0 +1,84 @@
+"""The end of a run: thresholds, results, report, push."""
+
+import json
+import shutil
+
+import numpy as np
+from transformers import AutoModelForImageClassification
+
+from ..checkpoint.atomic import atomic_folder
+from ..checkpoint.folder import MARKER, save_checkpoint, verify, write_marker
+from ..metrics.functional import multilabel_report, per_label_report
+from ..publish.hub import push_run
+from ..report.page import result_record, write_report
+from ..scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
+from .run import Run
+from .validation import evaluate
+
+
+def finish(run: Run) -> dict:
+    """Fit thresholds for the best checkpoint on validation, store them in it, score the test split once, publish.
+
+    Returns:
+        What results.json holds.
+    """
+    config, accelerator, folder = run.config, run.accelerator, run.folder / "best"
+    accelerator.wait_for_everyone()
+    if (folder / MARKER).exists():
+        verify(folder)
+    model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True).to(accelerator.device)
+    scores, labels, validation = evaluate(run, model, "validation")
+    how = {"objective": config.threshold_objective, "target": config.threshold_target}
+    fitted = fit_thresholds(scores, labels, **how, label_names=run.train_data.label_names)
+    store_thresholds(model, fitted, threshold_info(labels, **how, dataset=config.dataset, split="validation"))
+    run.processor.thresholds = model.config.thresholds
+    results = {
+        "best_epoch": run.progress["best_epoch"],
+        "steps": run.progress["step"],
+        "validation": validation,
+        "validation_at_thresholds": multilabel_report(scores, labels, fitted, groups=run.groups),
+        "thresholds": dict(zip(run.train_data.label_names, model.config.thresholds, strict=True)),
+    }
+    if run.groups is not None:
+        positives = run.train_data.sparse_labels.positives().tolist()
+        results["positives_in_train"] = dict(zip(run.train_data.label_names, positives, strict=True))
+    if config.evaluate_test:
+        test_scores, test_labels, results["test"] = evaluate(run, model, "test")
+        results["test_at_thresholds"] = multilabel_report(test_scores, test_labels, fitted, groups=run.groups)
+    if accelerator.is_main_process:
+        with atomic_folder(folder) as new:
+            if (folder / "label_context").is_dir():  # the adapter, of which the loaded model knows nothing
+                shutil.copytree(folder / "label_context", new / "label_context")
+            save_checkpoint(new, model, run.processor)
+            write_marker(new, step=run.progress["step"], epoch=run.progress["best_epoch"])
+        (run.folder / "results.json").write_text(json.dumps(results, indent=1))
+        if config.report:
+            _write_report(run, model, scores, labels, results["validation_at_thresholds"])
+        if config.push_to_hub:
+            push_run(run.folder, config.push_to_hub, private=config.hub_private)
+    accelerator.print(
+        f"The best checkpoint is {folder} (epoch {results['best_epoch']}): validation mAP {validation['mAP']:.4f}"
+        + (f", test mAP {results['test']['mAP']:.4f}." if config.evaluate_test else ".")
+    )
+    return results
+
+
+def _write_report(run: Run, model, scores: np.ndarray, labels: np.ndarray, metrics: dict) -> None:
+    names, config = run.train_data.label_names, run.config
+    counted = None if run.groups is None else ("train", run.train_data.sparse_labels.positives())
+    record = result_record(
+        metrics,
+        checkpoint=str(run.folder / "best"),
+        dataset=config.dataset,
+        dataset_revision=config.dataset_revision,
+        split="validation",
+        threshold="auto",
+        count_split=counted and counted[0],
+    )
+    per_label = per_label_report(scores, labels, np.array(model.config.thresholds), label_names=names)
+    rows = run.loaders["validation"].dataset.split
+    write_report(
+        run.folder / "report", record, names, scores, labels, rows, per_label, model.config, counted,
+        explained_by=(model, run.processor.image_processor),
+    )  # fmt: skip
+    run.accelerator.print(f"The report is {run.folder / 'report' / 'report.html'}.")

@@ -1,0 +1,82 @@
+"""A run continues from its newest good checkpoint, exactly."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import (
+    broadcast_object_list,
+)
+
+from ..checkpoint.folder import CheckpointError, verify
+from ..checkpoint.series import newest_good, recover_run
+from ..checkpoint.state import load_training_state, read_progress
+from .run import Run
+
+
+def find_source(folder: Path, accelerator: Accelerator) -> Path:
+    """The checkpoint to resume from; one process looks, since the hashes of all files are checked.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or none that is good.
+    """
+    found: list = [None, None]
+    if accelerator.is_main_process:
+        recover_run(folder)
+        try:
+            found[0] = newest_good(folder)
+        except (CheckpointError, FileNotFoundError) as error:
+            found[1] = error
+    path, error = broadcast_object_list(found)
+    if error is not None:
+        raise error if isinstance(error, FileNotFoundError) else ValueError(str(error))
+    return path
+
+
+def restore(run: Run, source: Path) -> None:
+    """Continue from `source`, exactly: weights, average, optimizer, schedule, place in the epoch, scores.
+
+    Raises:
+        ValueError: it was another run (other labels, data, number of steps or batches), and `resume_despite` does not
+            say so.
+    """
+    saved, new = read_progress(source), run.progress
+    same = ("label_names", "dataset", "total_steps", "batches")
+    for key in same:
+        if saved[key] != new[key] and key not in run.config.resume_despite:
+            words = " (processes, pictures a batch, batches a step, seed)" if key == "batches" else ""
+            raise ValueError(
+                f"{run.folder} was trained with {key} {saved[key]!r}, not {new[key]!r}{words}: resume with the options "
+                f"in its config.yaml, allow the change with --resume_despite '[{key}]', or start a new run from its "
+                "weights with --init_from."
+            )
+    run.progress = load_training_state(
+        source,
+        model=run.plain_model,
+        optimizer=run.stateful_optimizer,
+        scheduler=run.scheduler,
+        ema=run.ema,
+        scaler=run.accelerator.scaler,
+    ) | {key: new[key] for key in same}
+    if saved["batches"] != new["batches"]:  # the same pictures of the epoch are done, but for a part of a step
+        pictures = saved["batch"] * saved["batches"][0] * saved["batches"][1]
+        accumulated = run.config.gradient_accumulation_steps
+        run.progress["batch"] = pictures // (new["batches"][0] * new["batches"][1] * accumulated) * accumulated
+    if saved["dataset"] != new["dataset"]:
+        run.progress["batch"] = 0
+    problem = None
+    if run.progress["best_epoch"] is not None and run.accelerator.is_main_process:
+        problem = _problem_with(run.folder / "best")
+    (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        run.accelerator.print(f"{problem}: the best epoch is chosen anew.")
+        run.progress |= {"best_mAP": None, "best_epoch": None}
+
+
+def _problem_with(best: Path) -> str | None:
+    if not best.is_dir():
+        return f"{best} is missing"
+    try:
+        verify(best)
+    except CheckpointError as error:
+        return str(error)
+    return None

@@ -1,0 +1,281 @@
+"""Everything that a training run needs, built and checked before its first step: `setup` turns options into a `Run`."""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    gather_object,
+    set_seed,
+)
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from datasets import Dataset
+from transformers.image_utils import PILImageResampling
+
+from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
+
+from ..check.imbalance import long_tail_groups
+from ..checkpoint.deepspeed import ZeroOptimizer, configure_zero
+from ..config import TrainingConfig
+from ..data.augment import build_augmentation
+from ..data.batches import build_dataloader
+from ..data.dataset import MultiLabelDataset
+from ..data.leave_out import find_unreadable, without_excluded, without_unreadable
+from ..data.load import load_multilabel_dataset
+from ..data.scenes import DEFAULT_NUM_SCENES, SceneDataset
+from ..models.build import build_model
+from .interruption import StopRequest
+from .log import JsonLinesTracker
+from .optim import build_ema, build_optimizer, build_scheduler
+from .resume import find_source, restore
+from .run import Run
+
+
+def setup(config: TrainingConfig) -> Run:
+    """Check whatever can be checked, and build everything, before the first step.
+
+    Raises:
+        ValueError, OSError: in one sentence, what was wrong and what to do.
+    """
+    folder = Path(config.output_dir)
+    log = JsonLinesTracker(folder / "log.jsonl")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        # As a plugin: launched for DeepSpeed, accelerate takes the launcher's number over a plain one.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation_steps),
+        log_with=[log, *config.trackers],
+        project_dir=folder,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+    )
+    missing = set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:
+        raise ValueError(f"The tracker {min(missing)!r} is not installed: install it, or leave it out of trackers.")
+    uses_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if uses_zero:
+        configure_zero(accelerator, config.max_grad_norm)
+    source = find_source(folder, accelerator) if config.resume else None  # refused now if there is none
+    if source is not None:
+        pass
+    elif folder.exists() and any(folder.iterdir()) and not config.overwrite:
+        raise FileExistsError(
+            f"{folder} is not empty: continue that run with --resume, delete it with --overwrite, or choose another "
+            "--output_dir."
+        )
+
+    splits, label_names = load_splits(config, accelerator)
+    processor = build_processor(config, label_names)
+    crops = config.augmentation is not None and config.augmentation.get("crop_scale", True)
+    data = {}
+    for name, split in splits.items():
+        margin = config.crop_margin if name == "train" and crops else 0.0
+        cache = "memory" if config.cache_images and isinstance(split, Dataset) else None
+        data[name] = MultiLabelDataset(
+            split,
+            label_names,
+            processor,
+            margin=margin,
+            cache_images=cache,
+            num_workers=config.num_workers,
+            partial_labels=config.partial_labels if name == "train" else None,
+        )
+        if name != "train":
+            _check_measurable(name, data[name].sparse_labels.values)
+    loaders = {
+        name: build_dataloader(
+            dataset,
+            batch_size=config.batch_size if name == "train" else config.eval_batch_size or config.batch_size,
+            shuffle=name == "train",
+            seed=config.seed,
+            num_workers=0 if config.cache_images else config.num_workers,
+            processor=None if name == "train" else processor,
+            sparse_labels=True,
+        )
+        for name, dataset in data.items()
+    }
+
+    positives = None if data["train"].sparse_labels is None else data["train"].sparse_labels.positives()
+    if config.loss_type == "distribution_balanced" and "class_counts" not in (config.loss_kwargs or {}):
+        if positives is None:
+            raise ValueError(
+                "The loss weights labels by how often they occur, and scenes that are drawn afresh have no counts: set "
+                "fresh_scenes to false, or give class_counts and num_samples in loss_kwargs."
+            )
+        counts = {"class_counts": positives.tolist(), "num_samples": len(data["train"])}
+        config.loss_kwargs = {**(config.loss_kwargs or {}), **counts}
+
+    set_seed(config.seed)
+    plain_model = build_model(config, label_names).to(accelerator.device)
+    ema = build_ema(plain_model, config.ema_decay) if config.ema_decay is not None else None
+    if config.compile:
+        plain_model.compile()
+    optimizer = build_optimizer(
+        plain_model,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        backbone_lr_multiplier=config.backbone_lr_multiplier,
+        decay_all=config.decay_all,
+    )
+    groups = [list(group["params"]) for group in optimizer.param_groups] if uses_zero else []
+    model, optimizer, *prepared = accelerator.prepare(plain_model, optimizer, *loaders.values())
+    stateful = scheduled = optimizer.optimizer
+    if uses_zero:
+        stateful = ZeroOptimizer(model, groups)
+        scheduled = stateful.partitions
+    if accelerator.is_fsdp2 and ema is not None:  # sharded like the weights that it averages
+        ema.module = fsdp2_prepare_model(accelerator, ema.module)
+    loaders = dict(zip(loaders, prepared, strict=True))
+
+    steps_per_epoch = math.ceil(len(loaders["train"]) / config.gradient_accumulation_steps)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps // 2)
+    scheduler = build_scheduler(
+        scheduled,
+        schedule=config.scheduler,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        plateau_factor=config.plateau_factor,
+        plateau_patience=config.plateau_patience,
+    )
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        processor=processor,
+        train_data=data["train"],
+        groups=None if positives is None else long_tail_groups(positives),
+        loaders=loaders,
+        augmentation=None
+        if config.augmentation is None
+        else build_augmentation(config.image_size, **config.augmentation),
+        plain_model=plain_model,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        stateful_optimizer=stateful,
+        scheduler=scheduler,
+        total_steps=total_steps,
+        progress={
+            "epoch": 0,  # finished epochs
+            "batch": 0,  # batches of the next epoch that are done
+            "step": 0,  # optimizer steps
+            "best_mAP": None,
+            "best_epoch": None,
+            "skipped_steps": 0,  # those whose loss or gradient was not finite
+            "skipped_in_a_row": 0,
+            "log_bytes": 0,
+            "dataset": f"{config.dataset} ({_fingerprint(config, data)})",
+            "label_names": label_names,
+            "total_steps": total_steps,
+            "batches": [accelerator.num_processes, config.batch_size, config.gradient_accumulation_steps, config.seed],
+        },
+        log=log,
+        stop=StopRequest(config.stop_timeout),
+    )
+    if source is not None:
+        restore(run, source)
+        log.cut(run.progress["log_bytes"])
+    elif accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if positives is not None:
+            log.log({"positives_in_train": dict(zip(label_names, positives.tolist(), strict=True))}, step=0)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        kept = replace(
+            config, resume=False, overwrite=False, resume_despite=[]
+        )  # for `train.py RUN/config.yaml --resume`
+        (folder / "config.yaml").write_text(kept.to_yaml())
+    accelerator.init_trackers(config.project_name, config={key: str(value) for key, value in vars(config).items()})
+    accelerator.print(
+        f"{len(data['train']):,} pictures to train on, {len(data['validation']):,} to validate, "
+        f"{len(label_names)} labels; {plain_model.num_parameters():,} parameters; {total_steps:,} steps of "
+        f"{config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes} pictures on "
+        f"{accelerator.num_processes} x {accelerator.device.type}."
+    )
+    return run
+
+
+def _check_measurable(split: str, values: np.ndarray) -> None:
+    """Refuse now what the metrics would refuse after the first epoch; `values` are the entries that are not 0."""
+    if not (values == 1).any():
+        raise ValueError(f"No picture of the {split} split shows a label: check its labels, or take another split.")
+    if ((values > 0) & (values < 1)).any():
+        raise ValueError(
+            f"The {split} split has labels between 0 and 1, which only training can use: make them 0 or 1."
+        )
+
+
+def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict, list[str]]:
+    """The train and validation split (and test, where asked for) with only pictures that can be read."""
+    names = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
+    fresh = config.dataset == "scenes" and config.fresh_scenes
+    stored = names[1:] if fresh else names
+    knobs = {"num_scenes": DEFAULT_NUM_SCENES, **config.scenes}
+    counts = knobs.pop("num_scenes")
+    if not isinstance(counts, dict) or "train" not in counts:
+        raise ValueError("scenes.num_scenes must give a number of scenes for train and for each other split.")
+    with accelerator.main_process_first():  # the others then find the cache
+        splits, label_names = load_multilabel_dataset(
+            config.dataset,
+            revision=config.dataset_revision,
+            config_name=config.dataset_config,
+            splits=stored,
+            label_names=config.label_names,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            label_columns=config.label_columns,
+            label_format=config.label_format,
+            label_separator=config.label_separator,
+            picture_folder=config.picture_folder,
+            unlisted_pictures=config.unlisted_pictures,
+            missing_pictures=config.missing_pictures,
+            scenes={**knobs, "num_scenes": {name: counts[name] for name in stored if name in counts}},
+        )
+    splits = dict(splits)
+    if config.exclude is not None:
+        splits = without_excluded(splits, config.exclude)
+    if fresh:
+        splits["train"] = SceneDataset(counts["train"], **knobs)
+    elif config.check_pictures and config.dataset != "scenes":
+        for name, split in splits.items():
+            count, rank = accelerator.num_processes, accelerator.process_index
+            mine = find_unreadable(split.shard(count, rank, contiguous=False), config.num_workers)
+            unreadable = gather_object([(row * count + rank, file, reason) for row, file, reason in mine])
+            splits[name] = without_unreadable(split, sorted(unreadable), config.on_unreadable)
+    return splits, label_names
+
+
+def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabelProcessor:
+    """Resize to the training size, scale to [0, 1] and normalise: what the checkpoint will do to every picture."""
+    statistics = {"do_normalize": False}
+    if config.image_mean is not None:
+        statistics = {"image_mean": config.image_mean, "image_std": config.image_std}
+    image_processor = MultiLabelImageProcessor(
+        size={"height": config.image_size, "width": config.image_size},
+        resize_mode=config.resize_mode,
+        resample=PILImageResampling[config.resample.upper()],
+        **statistics,
+    )
+    return MultiLabelProcessor(image_processor, id2label=dict(enumerate(label_names)))
+
+
+def _fingerprint(config: TrainingConfig, data: dict[str, MultiLabelDataset]) -> str:
+    """What tells a dataset from another under the same name: the labels of all its pictures, in order."""
+    digest = hashlib.sha256(json.dumps(config.scenes, sort_keys=True).encode())
+    for name in ("train", "validation"):
+        labels = data[name].sparse_labels
+        digest.update(f"{name} {len(data[name])}".encode())
+        for array in () if labels is None else (labels.starts, labels.ids, labels.values, labels.default):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return f"{len(data['train'])} + {len(data['validation'])} pictures, {digest.hexdigest()[:16]}"

@@ -1,0 +1,184 @@
+"""The model of a run: new, on a pretrained trunk, or from a checkpoint; and its label embeddings."""
+
+import torch
+from transformers import AutoConfig, AutoModelForImageClassification, AutoTokenizer, CLIPModel, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+import modeling_hsvlt  # noqa: F401  (registers the model types)
+from modeling_hsvlt.label_context import LabelContext
+from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder, transfer_classifier
+from modeling_hsvlt.losses_multilabel import multilabel_loss
+
+from ..checkpoint.loading import check_pinned, commit_of
+from ..config import TrainingConfig
+from .from_checkpoint import from_checkpoint
+
+
+def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedModel:
+    """Make the model that `config` describes, for these labels.
+
+    Where it names a Hub id with a branch or tag, the commit that this was is written back into `config`, so that
+    config.yaml says what was really used.
+
+    Arguments:
+        config: reads `model_type`, `preset`, `model`, `backbone`, `label_encoder`, `init_from` and their companions.
+        label_names: in class order.
+
+    Raises:
+        ValueError: an unknown model type or loss, an option that they do not have, a Hub id without a revision.
+    """
+    try:
+        nothing = torch.zeros(1, len(label_names))
+        multilabel_loss(nothing, nothing, config.loss_type, config.loss_kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"loss_kwargs {config.loss_kwargs} do not fit loss_type {config.loss_type!r}: {error}."
+        ) from None
+    encoded = None
+    if config.label_context is not None and config.model_type != "hsvlt":
+        raise ValueError(
+            f"label_context is for hsvlt, and model_type is {config.model_type!r}: hp_dval's contexts are its stage 2."
+        )
+    if config.label_encoder is not None and config.model_type != "hp_dval":
+        check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
+        encoder, tokenizer = load_text_encoder(config.label_encoder, config.label_encoder_revision)
+        config.label_encoder_revision = commit_of(encoder.config) or config.label_encoder_revision
+        encoded = encode_labels(
+            label_names,
+            encoder,
+            tokenizer,
+            reading=config.label_reading,
+            template=config.label_template,
+            label_text=config.label_text,
+        )
+
+    overrides = {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+        "image_size": config.image_size,
+        "loss_type": config.loss_type,
+        "loss_kwargs": config.loss_kwargs,
+        **config.model,
+    }
+    if config.init_from is not None:
+        model = from_checkpoint(config, label_names, overrides)
+    elif config.model_type == "hp_dval" and config.backbone is not None:
+        model = _from_clip(config, overrides)
+    else:
+        if encoded is not None:
+            overrides.setdefault("label_embedding_dim", encoded.shape[1])
+        model = _new_model(config, overrides)
+
+    if encoded is not None:
+        if not hasattr(model, "set_label_embeddings"):
+            raise ValueError(f"model_type {config.model_type!r} reads no label text: leave label_encoder out.")
+        official = config.label_reading == "official"
+        model.set_label_embeddings(
+            encoded,
+            encoder=config.label_encoder,
+            reading=config.label_reading,
+            template=None if official else config.label_template,
+        )
+    if config.text_classifier:
+        set_text_classifier(model, encoder, tokenizer, config)
+    if config.label_context is not None:
+        add_label_context(model, encoder, tokenizer, config, label_names)
+    if hasattr(model, "set_stage"):
+        model.set_stage(model.config.stage)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: TrainingConfig) -> None:
+    """Start an HSVLT's residual attention from the classifier of `config.backbone`, see `transfer_classifier`.
+
+    Of a class with several names ("tench, Tinca tinca") the first is read.
+
+    Raises:
+        ValueError: a model without residual attention, a backbone without a linear classifier of its last map, or
+            without names for its classes.
+    """
+    if not getattr(model.config, "residual_attention", False):
+        raise ValueError("text_classifier belongs to HSVLT's residual_attention: set that to true in model.")
+    source, loading = AutoModelForImageClassification.from_pretrained(
+        config.backbone, revision=config.backbone_revision, use_safetensors=True, output_loading_info=True
+    )
+    shape = (source.config.num_labels, model.residual_attention.text_weight.shape[1])
+    linear = [(name, module.weight) for name, module in source.named_modules() if isinstance(module, torch.nn.Linear)]
+    name, weight = linear[-1] if linear else ("", torch.empty(0))
+    if weight.shape != shape or f"{name}.weight" in loading["missing_keys"]:
+        raise ValueError(f"{config.backbone} has no linear classifier of its last map: leave text_classifier out.")
+    names = [source.config.id2label[index].split(",")[0].strip() for index in range(shape[0])]
+    if all(name.startswith("LABEL_") for name in names):
+        raise ValueError(f"{config.backbone} does not name its classes (id2label): leave text_classifier out.")
+    unique = list(dict.fromkeys(names))  # ImageNet has two cranes and two maillots
+    embeddings = encode_labels(unique, encoder, tokenizer, template=config.label_template)
+    embeddings = embeddings[[unique.index(each) for each in names]]
+    model.set_text_classifier(transfer_classifier(weight, embeddings, model.hsvlt.label_embeddings.weight))
+
+
+TRAINED_BESIDE_CONTEXT = ("all", "all_but_trunk", "nothing")
+
+
+def add_label_context(model: PreTrainedModel, encoder, tokenizer, config: TrainingConfig, label_names) -> None:
+    """Give an HSVLT a context in front of its label names to learn, see `modeling_hsvlt.label_context`.
+
+    `config.label_context` holds arguments of `LabelContext` (`num_tokens`, `class_specific`, `adapter`), and under
+    `train` what of the model trains beside the context: "all" (where it is left out), "all_but_trunk", or "nothing".
+
+    Raises:
+        ValueError: another key or value.
+    """
+    options = dict(config.label_context)
+    beside = options.pop("train", "all")
+    if beside not in TRAINED_BESIDE_CONTEXT:
+        raise ValueError(f"label_context.train is {beside!r}: choose one of {', '.join(TRAINED_BESIDE_CONTEXT)}.")
+    unknown = options.keys() - {"num_tokens", "class_specific", "adapter"}
+    if unknown:
+        raise ValueError(f"label_context has no option {min(unknown)!r}: see training.models.build.add_label_context.")
+    frozen = {"all": None, "all_but_trunk": model.hsvlt.trunk, "nothing": model}[beside]
+    if frozen is not None:
+        frozen.requires_grad_(False)
+    model.label_context = LabelContext(
+        encoder, tokenizer, label_names, template=config.label_template, label_text=config.label_text, **options
+    )
+    templates = model.label_context.templates
+    model.config.label_template = templates[0] if len(templates) == 1 else f"{templates[0]}, and so on for each label"
+
+
+def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
+    ours = sorted(name for name, kind in CONFIG_MAPPING._extra_content.items() if hasattr(kind, "preset"))
+    if config.model_type not in ours:
+        raise ValueError(f"model_type is {config.model_type!r}: choose one of {', '.join(ours)}.")
+    config_class = CONFIG_MAPPING[config.model_type]
+    unknown = [name for name in config.model if not hasattr(config_class(), name)]
+    if unknown:
+        raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}: see its docstring for all fields.")
+    if config.preset is None:
+        model_config = config_class(**overrides)
+    else:
+        model_config = config_class.preset(config.preset, **overrides)
+    model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
+    if config.backbone is None:
+        return model_class(model_config)
+    if not hasattr(model_class, "from_backbone"):
+        raise ValueError(f"model_type {config.model_type!r} stands on no other backbone: leave backbone out.")
+    check_pinned("backbone", config.backbone, config.backbone_revision)
+    source_config = AutoConfig.from_pretrained(config.backbone, revision=config.backbone_revision)
+    config.backbone_revision = commit_of(source_config) or config.backbone_revision
+    return model_class.from_backbone(config.backbone, revision=config.backbone_revision, config=model_config)
+
+
+def _from_clip(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
+    """HP-DVAL on the CLIP that `backbone` names; its size is the CLIP's, whatever the preset."""
+    check_pinned("backbone", config.backbone, config.backbone_revision)
+    load = {"revision": config.backbone_revision}
+    clip = CLIPModel.from_pretrained(config.backbone, use_safetensors=True, dtype=torch.float32, **load)
+    config.backbone_revision = commit_of(clip.config) or config.backbone_revision
+    tokenizer = AutoTokenizer.from_pretrained(config.backbone, **load)
+    fields = {name: value for name, value in overrides.items() if name not in ("id2label", "label2id")}
+    model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING["hp_dval"]]
+    names = list(overrides["id2label"].values())
+    return model_class.from_clip(clip, tokenizer, names, label_text=config.label_text, **fields)

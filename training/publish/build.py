@@ -1,0 +1,106 @@
+"""The folder that is published: built from a run, and nothing copied from beside the checkpoint but by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
+
+import modeling_hsvlt  # noqa: F401  (registers the model types)
+from modeling_hsvlt.processing_multilabel import MultiLabelProcessor
+
+from .card import evaluation_file
+from .selected_tags import write_selected_tags
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PATH_OPTIONS = ("output_dir", "dataset", "backbone", "label_encoder", "init_from", "exclude")
+
+
+def build_folder(
+    run: Path, target: Path, *, adapter_of: str | None = None, adapter_revision: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes all but the card into `target`. Nothing is copied from beside the checkpoint but by name: no optimizer
+    state, no log, no picture.
+
+    Returns:
+        Pixels (1, 3, H, W) of `noise_picture` and the model's logits (1, num_labels) for them.
+
+    Raises:
+        ValueError, OSError: there is no checkpoint, or not one that can be published.
+    """
+    run = Path(run)
+    checkpoint = run / "best" if (run / "best").is_dir() else run
+    if (checkpoint / ADAPTER_FILES[0]).is_file():
+        model, processor = _build_adapter(checkpoint, target, adapter_of, adapter_revision)
+    elif (checkpoint / "config.json").is_file():
+        model = AutoModelForImageClassification.from_pretrained(checkpoint, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        if adapter_of is None:
+            model.save_pretrained(target)
+        else:
+            _check_base(adapter_of, model, adapter_revision)
+            if not hasattr(model, "save_prompt_adapter"):
+                raise ValueError(f"{checkpoint} holds a {type(model).__name__}; only HP-DVAL learns contexts.")
+            model.save_prompt_adapter(target)
+            _set_base(target, adapter_of)
+    else:
+        raise FileNotFoundError(f"{run} holds neither best/ nor a checkpoint (config.json or adapter_config.json).")
+    processor.save_pretrained(target)
+    label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    results = json.loads((run / "results.json").read_text()) if (run / "results.json").is_file() else {}
+    write_selected_tags(target, label_names, results.get("positives_in_train"))
+    for source in (run / "results.json", evaluation_file(run, "per_label.csv")):
+        if source.is_file():
+            shutil.copyfile(source, target / source.name)
+    if (run / "config.yaml").is_file():
+        options = yaml.safe_load((run / "config.yaml").read_text())
+        for name in PATH_OPTIONS:  # the paths of this machine are nobody's business
+            if options.get(name) and os.path.isabs(options[name]):
+                options[name] = Path(options[name]).name
+        (target / "training_options.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+    return _logits(model, processor)
+
+
+def _build_adapter(checkpoint: Path, target: Path, adapter_of: str | None, revision: str | None):
+    for name in ADAPTER_FILES:
+        shutil.copyfile(checkpoint / name, target / name)
+    base = adapter_of or json.loads((target / ADAPTER_FILES[0]).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{checkpoint} does not name the model it adapts; give it with adapter_of.")
+    model = AutoModelForImageClassification.from_pretrained(base, revision=revision, use_safetensors=True)
+    _check_base(base, model, revision)
+    model.load_adapter(str(checkpoint))
+    source = checkpoint if (checkpoint / "processor_config.json").is_file() else base
+    _set_base(target, base)
+    return model, AutoProcessor.from_pretrained(source, **({} if source is checkpoint else {"revision": revision}))
+
+
+def _check_base(base: str, model: PreTrainedModel, revision: str | None) -> None:
+    if Path(base).exists():
+        raise ValueError(f"The adapter's base is the folder {base}, which nobody else has; give its Hub id.")
+    names = AutoConfig.from_pretrained(base, revision=revision).id2label
+    if names != model.config.id2label:
+        raise ValueError(f"{base} has other labels than the adapter; push the run as a whole model.")
+
+
+def _set_base(target: Path, base: str) -> None:
+    path = target / ADAPTER_FILES[0]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}, indent=2))
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, processor: MultiLabelProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = processor(images=noise_picture(), return_tensors="pt")["pixel_values"]
+    return pixels, model.eval()(pixel_values=pixels.to(model.dtype)).logits.float()
+
+
+def noise_picture() -> Image.Image:
+    """A picture of noise, neither square nor of a round size, so that the preprocessing is compared as well."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (151, 203, 3), dtype=np.uint8))

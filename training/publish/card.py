@@ -1,0 +1,301 @@
+"""Model cards, filled from what a run left: `python -m training.publish.card RUN_FOLDER org/name > README.md`.
+
+Every figure on a card comes from the run's results.json, evaluation/ or report/, log.jsonl, config.yaml, speed.json or
+the checkpoint's config.json. Figures of papers are in the templates, in a section of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from training.check.imbalance import HEAD, MEDIUM
+
+TEMPLATES = {"hsvlt": "hsvlt.md", "mltr": "mltr.md", "hp_dval": "hp_dval.md"}
+MAX_LABEL_ROWS = 200  # of the per-label table; the rest is in per_label.csv
+SPLITS = ("validation", "test")
+HEADLINES = {  # key: name, what it is
+    "mAP": ("mAP", "mean over labels of the non-interpolated average precision"),
+    "mAP_voc07": ("mAP, VOC07", "the same with PASCAL VOC's 11-point AP (until 2009)"),
+    "mAP_voc10": ("mAP, VOC10", "the same with the area under the monotone precision envelope (VOC from 2010 on)"),
+    "mAP_micro": ("mAP, micro", "AP of all picture-label pairs in one ranking"),
+    "LRAP": ("LRAP", "label ranking average precision: how well a picture's own labels are ranked above the others"),
+}
+DECISIONS = {
+    "CP": ("CP", "mean over labels of precision (0 where nothing was predicted)"),
+    "CR": ("CR", "mean over labels of recall"),
+    "CF1": ("CF1", "harmonic mean of CP and CR, the papers' definition"),
+    "OP": ("OP", "precision over all picture-label pairs"),
+    "OR": ("OR", "recall over all pairs"),
+    "OF1": ("OF1", "harmonic mean of OP and OR"),
+    "f1_macro": ("macro F1", "mean over labels of F1"),
+}
+GROUPS = {"head": f"{HEAD} or more", "medium": f"{MEDIUM} to {HEAD - 1}", "tail": f"fewer than {MEDIUM}"}  # of train
+LABEL_COLUMNS = ("AP", "precision", "recall", "f1")
+
+
+def escape(text: object) -> str:
+    """Text that Markdown and HTML show as it is, in a table cell as well: everything but letters, digits and a few
+    harmless signs becomes a character reference."""
+    return "".join(
+        letter if letter.isalnum() or letter in " ,;'\"?%" else " " if letter.isspace() else f"&#{ord(letter)};"
+        for letter in str(text)
+    )
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """A number with `digits` decimals; a dash where it is not defined."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def render_card(
+    run: Path,
+    folder: Path,
+    *,
+    repo_id: str,
+    tag: str | None = None,
+    licence: str | None = None,
+    adapter_revision: str | None = None,
+    pictures: bool = False,
+) -> ModelCard:
+    """The card of what lies in `folder`, and its pictures, which are written into `folder / "figures"`.
+
+    Args:
+        run: The run folder, for results.json, config.yaml, log.jsonl, evaluation/, speed.json and predictions.png,
+            whichever there are.
+        folder: What is published: a checkpoint or an adapter.
+        repo_id, tag, licence, adapter_revision, pictures: see `training.publish.hub.push_run`.
+
+    Raises:
+        ValueError: a model without a template.
+    """
+    facts = collect(run, folder)
+    options = facts["options"]
+    own = options.get("dataset") == "scenes" and not (options.get("backbone") or options.get("init_from"))
+    template = "adapter.md" if facts["base"] else TEMPLATES.get(facts["model"].get("model_type"))
+    if template is None:
+        raise ValueError(f"{folder} holds no model of a type that has a card ({', '.join(TEMPLATES)}) and no adapter.")
+    licence = licence or ("apache-2.0" if own else "unknown")
+    figures = _write_figures(run, folder, facts, pictures or options.get("dataset") == "scenes")
+    data = ModelCardData(
+        license=licence,
+        library_name="peft" if facts["base"] else "transformers",
+        pipeline_tag="image-classification",
+        tags=["multi-label-image-classification", facts["model"].get("model_type") or "hp_dval", "custom_code"],
+        base_model=facts["base"],
+        datasets=[options["dataset"]] if _is_hub_id(options.get("dataset")) else None,
+        model_name=repo_id.partition("/")[2] or repo_id,
+        eval_results=_eval_results(facts) or None,
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parents[2] / "model_cards"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"escape": escape, "figure": figure}
+    text = environment.get_template(template).render(
+        facts,
+        card_data=data.to_yaml(),
+        repo_id=repo_id,
+        tag=tag,
+        licence=licence,
+        own=own,
+        adapter_revision=adapter_revision,
+        figures=figures,
+        headlines=HEADLINES,
+        decisions=DECISIONS,
+        group_words=GROUPS,
+    )
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", text), ignore_metadata_errors=False)
+
+
+def collect(run: Path, folder: Path) -> dict:
+    """What a run says about itself, in the words of the templates; what it does not say is None or empty."""
+    run, folder = Path(run), Path(folder)
+    checkpoint = run / "best" if (run / "best").is_dir() else run
+    adapter = _read_json(folder / "adapter_config.json")
+    model = _read_json(folder / "config.json") or _read_json(checkpoint / "config.json")
+    processor = _read_json(folder / "processor_config.json")
+    results = _read_json(run / "results.json")
+    evaluation = _read_json(evaluation_file(run, "results.json"))
+    options = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else {}
+    names = model.get("id2label") or processor.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+    names = [names[index] for index in sorted(names, key=int)]
+    splits = {name: results[name] for name in SPLITS if name in results}
+    at_thresholds = {name: results[f"{name}_at_thresholds"] for name in splits if f"{name}_at_thresholds" in results}
+    log = [json.loads(line) for line in _lines(run / "log.jsonl")]
+    seen = [line["train/pictures_per_second"] for line in log if "train/pictures_per_second" in line]
+    return {
+        "base": adapter.get("base_model_name_or_path") if adapter else None,
+        "model": model,
+        "image": processor.get("image_processor") or processor,
+        "options": options,
+        "dataset_name": _dataset_name(options.get("dataset")),
+        "results": results,
+        "splits": splits,
+        "at_thresholds": at_thresholds,
+        "evaluation": evaluation,
+        "label_names": names,
+        "label_rows": _label_rows(run, names, results, model),
+        "max_label_rows": MAX_LABEL_ROWS,
+        "groups": [group for group in GROUPS if any(f"mAP_{group}" in report for report in splits.values())],
+        "speed": _read_json(run / "speed.json"),
+        "log": log,
+        "training_speed": sorted(seen)[len(seen) // 2] if seen else None,
+        "num_parameters": _num_parameters(folder),
+    }
+
+
+def evaluation_file(run: Path, name: str) -> Path:
+    """A file that `training.evaluate --output RUN/evaluation` wrote, or else the end of training, into RUN/report."""
+    path = Path(run) / "evaluation" / name
+    return path if path.is_file() else Path(run) / "report" / name
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+
+
+def _dataset_name(dataset: str | None) -> str | None:
+    """How a card calls a data set: no path of somebody's machine."""
+    if dataset is None or dataset == "scenes":
+        return "the built-in scenes" if dataset else None
+    return dataset if _is_hub_id(dataset) else Path(dataset).name
+
+
+def _is_hub_id(dataset: str | None) -> bool:
+    return bool(dataset) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", dataset)) and not Path(dataset).exists()
+
+
+def _num_parameters(folder: Path) -> int:
+    """Numbers in the safetensors files, from their headers."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return count
+
+
+def _label_rows(run: Path, names: list[str], results: dict, model: dict) -> list[dict]:
+    """One row a label: positives in train, threshold, and the columns of evaluation/per_label.csv where it is there."""
+    thresholds = results.get("thresholds") or {}
+    if not thresholds and model.get("thresholds"):
+        thresholds = dict(zip(names, model["thresholds"], strict=True))
+    measured = {}
+    path = evaluation_file(run, "per_label.csv")
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            measured = {row["label"]: row for row in csv.DictReader(file)}
+    rows = []
+    for name in names:
+        row = {"label": name, "threshold": thresholds.get(name)}
+        row["positives_in_train"] = (results.get("positives_in_train") or {}).get(name)
+        for column in LABEL_COLUMNS if measured else ():
+            value = measured.get(name, {}).get(column)
+            row[column] = float(value) if value else None
+        rows.append(row)
+    return rows
+
+
+def _eval_results(facts: dict) -> list[EvalResult]:
+    """The model-index: mAP of each split, and F1 at the fitted thresholds."""
+    dataset = facts["options"].get("dataset") or "unknown"
+    common = {
+        "task_type": "image-classification",
+        "task_name": "Multi-label image classification",
+        "dataset_type": dataset if _is_hub_id(dataset) else Path(dataset).name,
+        "dataset_name": facts["dataset_name"] or "unknown",
+        "dataset_revision": facts["options"].get("dataset_revision"),
+    }
+    entries = []
+    for split, report in facts["splits"].items():
+        chosen = {"mAP": report["mAP"]}
+        if split in facts["at_thresholds"]:
+            chosen |= {key: facts["at_thresholds"][split][key] for key in ("CF1", "OF1")}
+        for key, value in chosen.items():
+            name, words = (HEADLINES | DECISIONS)[key]
+            if not math.isnan(value):
+                name = f"{name} ({words}{'' if key == 'mAP' else '; at the fitted thresholds'})"
+                entries.append(
+                    EvalResult(**common, dataset_split=split, metric_type=key, metric_name=name, metric_value=value)
+                )
+    return entries
+
+
+def _write_figures(run: Path, folder: Path, facts: dict, pictures: bool) -> dict[str, str]:
+    """Copies and draws the card's pictures; name -> path within the folder."""
+    figures = {}
+    target = folder / "figures"
+    if pictures:
+        for name, path in (
+            ("predictions", run / "predictions.png"),
+            ("heat_maps", evaluation_file(run, "heat_maps.png")),
+        ):
+            if path.is_file():
+                target.mkdir(exist_ok=True)
+                shutil.copyfile(path, target / path.name)
+                figures[name] = f"figures/{path.name}"
+    epochs = [line for line in facts["log"] if "validation/mAP" in line]
+    if len(epochs) > 1:
+        target.mkdir(exist_ok=True)
+        _plot_training(facts["log"], epochs, target / "training.png")
+        figures["training"] = "figures/training.png"
+    return figures
+
+
+def _plot_training(log: list[dict], epochs: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    losses = [(line["step"], line["train/loss"]) for line in log if "train/loss" in line]
+    figure_, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    left.plot(*zip(*losses, strict=True), color="#3b6ea5", linewidth=1)
+    left.set(xlabel="step", ylabel="training loss", yscale="log")
+    right.plot([line["epoch"] for line in epochs], [line["validation/mAP"] for line in epochs], "o-", color="#4f9d69")
+    right.set(xlabel="epoch", ylabel="validation mAP")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure_.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure_)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the card of a run, without its pictures: 0, or 2 when something was refused."""
+    parser = argparse.ArgumentParser(prog="python -m training.publish.card", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("repo_id", metavar="org/name")
+    args = parser.parse_args(argv)
+    checkpoint = args.run / "best" if (args.run / "best").is_dir() else args.run
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = shutil.copytree(checkpoint, Path(scratch) / "checkpoint")
+            print(render_card(args.run, copy, repo_id=args.repo_id).content)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

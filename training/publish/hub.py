@@ -1,0 +1,229 @@
+"""A push: one commit with a tag, checked before it leaves and again when it has arrived."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+from .build import build_folder
+from .card import render_card
+from .reload import check_folder
+
+RETRY_SECONDS = (1, 2, 4, 8)  # waits between attempts at a request
+# Files of an earlier push that would be taken for part of the new one.
+SHADOWS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json", "config.json", "*.py")
+
+
+class PushError(OSError):
+    """A push that did not arrive; the message says what the remote holds now."""
+
+
+def push_run(
+    run: Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    tag: str | None = None,
+    licence: str | None = None,
+    adapter_of: str | None = None,
+    adapter_revision: str | None = None,
+    pictures: bool = False,
+    dry_run: bool = False,
+    folder: Path | None = None,
+) -> str | None:
+    """Builds, checks and pushes a run.
+
+    Args:
+        run: Of `training.train`, or the folder of a checkpoint or of an adapter.
+        repo_id: "org/name".
+        private: Whether a repository that this makes is private; one that exists keeps what it has.
+        tag: Name of the version; None: the next free of v1, v2, ...
+        licence: Of the weights, as the Hub names it; None: Apache-2.0 where everything is this project's own (built-in
+            scenes, random weights), else "unknown".
+        adapter_of: Hub id of a checkpoint with the same text tower: pushes only the contexts that an HP-DVAL run
+            learned, as an adapter of that. An adapter folder names its base itself.
+        adapter_revision: Commit or tag of the base to check the adapter on.
+        pictures: Whether pictures of the data set may go on the card. Pictures of the built-in scenes always do.
+        dry_run: Stop before the first byte leaves, and print what would.
+        folder: Where to leave what was built; None: nowhere.
+
+    Returns:
+        The commit's id, or None for a dry run.
+
+    Raises:
+        ValueError: a run that cannot be published as it is, a tag that exists, an adapter that does not fit its base.
+        PushError: the Hub did not take it; it is then as it was before.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "folder" if folder is None else Path(folder)
+        if target.exists() and any(target.iterdir()):
+            raise FileExistsError(f"{target} is not empty; choose another folder to build in.")
+        target.mkdir(parents=True, exist_ok=True)
+        api = HfApi()
+        if not dry_run:
+            tag = _free_tag(api, repo_id, tag)
+        expected = build_folder(run, target, adapter_of=adapter_of, adapter_revision=adapter_revision)
+        difference = check_folder(target, *expected)
+        card = render_card(
+            run, target, repo_id=repo_id, tag=tag, licence=licence, adapter_revision=adapter_revision, pictures=pictures
+        )
+        card.save(target / "README.md")
+        print(f"Reloaded without this package: logits differ by at most {difference:.1e}.")
+        for path, size in _tree(target):
+            print(f"{size:>13,}  {path}")
+        if dry_run:
+            print(f"Dry run: nothing was sent to {repo_id}.")
+            return None
+        revision = push_folder(target, repo_id, private=private, tag=tag, api=api)
+    print(f"Pushed: {api.endpoint}/{repo_id} at revision {revision}, tag {tag}.")
+    return revision
+
+
+def _tree(folder: Path) -> list[tuple[str, int]]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool, tag: str, api: HfApi | None = None) -> str:
+    """Sends a folder in one commit and tags it; whatever fails, the repository is afterwards as it was before.
+
+    Files of an earlier push that would be taken for part of this one (weights, code) are deleted in the same commit;
+    others, such as an ONNX export, stay.
+
+    Returns:
+        The commit's id.
+
+    Raises:
+        PushError: the Hub did not take it.
+    """
+    api = api or HfApi()
+    existed = _retry(lambda: api.repo_exists(repo_id))
+    parent = None
+    try:
+        if not existed:
+            _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        parent = _retry(lambda: api.repo_info(repo_id).sha)
+        old = {item.path for item in _files(api, repo_id, parent)}
+        new = {path for path, _ in _tree(folder)}
+        shadows = sorted(p for p in old - new if "/" not in p and any(fnmatch.fnmatch(p, s) for s in SHADOWS))
+        revision = _retry(lambda: _commit(api, repo_id, folder, sorted(new), shadows, parent))
+        _retry(lambda: _tag(api, repo_id, tag, revision))
+        return revision
+    except Exception as error:
+        message = f"{repo_id} was not pushed: {_one_line(error)}"
+        try:
+            _retry(lambda: _undo(api, repo_id, existed, parent, folder))
+        except Exception as second:
+            raise PushError(
+                f"{message} Taking it back failed as well ({_one_line(second)}); look at {repo_id}."
+            ) from error
+        raise PushError(f"{message} The repository is as it was; try again.") from error
+
+
+def _commit(api: HfApi, repo_id: str, folder: Path, paths: list[str], shadows: list[str], parent: str) -> str:
+    head = api.repo_info(repo_id).sha
+    if head != parent:  # an earlier attempt whose answer was lost, or somebody else's commit
+        if _arrived(api, repo_id, head, folder):
+            return head
+        raise PushError("somebody else has committed meanwhile.")
+    operations = [CommitOperationAdd(path, str(folder / path)) for path in paths]
+    operations += [CommitOperationDelete(path) for path in shadows]
+    commit = api.create_commit(
+        repo_id, operations, commit_message="Upload model, processor, code, results and card", parent_commit=parent
+    )
+    if not _arrived(api, repo_id, commit.oid, folder):
+        raise PushError("the files that arrived are not those that were sent.")
+    return commit.oid
+
+
+def _files(api: HfApi, repo_id: str, revision: str) -> list:
+    return [item for item in api.list_repo_tree(repo_id, recursive=True, revision=revision) if hasattr(item, "blob_id")]
+
+
+def _arrived(api: HfApi, repo_id: str, revision: str, folder: Path) -> bool:
+    """Whether the repository holds every file of the folder, by hash."""
+    remote = {item.path: item for item in _files(api, repo_id, revision)}
+    for path, size in _tree(folder):
+        item, data = remote.get(path), (folder / path).read_bytes()
+        if item is None or item.size != size:
+            return False
+        if item.lfs is not None:
+            if item.lfs.sha256 != hashlib.sha256(data).hexdigest():
+                return False
+        elif item.blob_id != hashlib.sha1(b"blob %d\0" % size + data).hexdigest():
+            return False
+    return True
+
+
+def _tag(api: HfApi, repo_id: str, tag: str, revision: str) -> None:
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    if tags.get(tag) != revision:  # else an earlier attempt whose answer was lost
+        api.create_tag(repo_id, tag=tag, revision=revision)
+
+
+def _free_tag(api: HfApi, repo_id: str, tag: str | None) -> str:
+    """`tag`, or the next free of v1, v2, ...
+
+    Raises:
+        ValueError: the tag is taken.
+    """
+    if not _retry(lambda: api.repo_exists(repo_id)):
+        return tag or "v1"
+    taken = {ref.name for ref in _retry(lambda: api.list_repo_refs(repo_id)).tags}
+    if tag in taken:
+        raise ValueError(f"{repo_id} has a tag {tag!r} already; choose another one with --tag.")
+    return tag or next(name for number in range(1, len(taken) + 2) if (name := f"v{number}") not in taken)
+
+
+def _undo(api: HfApi, repo_id: str, existed: bool, parent: str | None, folder: Path) -> None:
+    """Deletes a repository that this push made; else puts the files back, if they had been replaced."""
+    if not existed:
+        if api.repo_exists(repo_id):
+            ours = {path for path, _ in _tree(folder)} | {".gitattributes"}
+            if {item.path for item in _files(api, repo_id, "main")} <= ours:
+                api.delete_repo(repo_id)
+        return
+    head = None if parent is None else api.repo_info(repo_id).sha
+    if head == parent:
+        return
+    before = {item.path: item.blob_id for item in _files(api, repo_id, parent)}
+    now = {item.path: item.blob_id for item in _files(api, repo_id, head)}
+    operations = [CommitOperationDelete(path) for path in sorted(now.keys() - before.keys())]
+    for path, blob in sorted(before.items()):
+        if now.get(path) != blob:
+            operations.append(CommitOperationCopy(path, path, src_revision=parent))
+    api.create_commit(repo_id, operations, commit_message="Take back an unfinished push", parent_commit=head)
+
+
+def _retry(call: Callable):
+    for wait in (*RETRY_SECONDS, None):
+        try:
+            return call()
+        except EntryNotFoundError:
+            raise
+        except Exception as error:
+            if wait is None or not _may_pass(error):
+                raise
+            time.sleep(wait)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is worth asking again: the server is busy or the connection broke."""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return status in (408, 429) or status >= 500
+    # The HTTP library behind huggingface_hub depends on its version, and has exceptions of its own.
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, ConnectionError | TimeoutError) or library in ("httpx", "httpx2", "httpcore", "requests")
+
+
+def _one_line(error: Exception) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if text.endswith(".") else f"{text}."

@@ -1,0 +1,123 @@
+"""Load a checkpoint as a stranger would.
+
+    python training/publish/try_checkpoint.py CHECKPOINT PICTURES [--output FILE.png]
+
+Runs in a process that cannot import `modeling_hsvlt`, even where it is installed: whatever works here works for whoever
+downloads the checkpoint with nothing but transformers, torch and Pillow. The scores of `AutoModel` and of `pipeline`
+must agree. PICTURES is a folder of pictures; where it has a metadata.jsonl, the true labels are shown beside.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+class PackageBlocker:
+    """Makes `import modeling_hsvlt` fail, as on a machine that never installed it."""
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_hsvlt", "training"):
+            raise ImportError(f"{name} is blocked here on purpose: the checkpoint must bring its own code.")
+
+
+def predict(checkpoint: str, files: list[Path]) -> list[list[dict]]:
+    """Labels of each picture with their scores, at the checkpoint's thresholds.
+
+    Raises:
+        RuntimeError: where `AutoModel` and the pipeline disagree.
+    """
+    import torch
+    from PIL import Image
+    from transformers import AutoModel, AutoProcessor, pipeline
+
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    if type(model).__module__.partition(".")[0] != "transformers_modules":
+        raise RuntimeError(f"{type(model).__module__} did not come with the checkpoint.")
+    pictures = [Image.open(file) for file in files]
+    with torch.inference_mode():
+        scores = model(**processor(images=pictures, return_tensors="pt")).logits.sigmoid()
+
+    tagger = pipeline("multi-label-image-classification", model=checkpoint, trust_remote_code=True)
+    everything = tagger([str(file) for file in files], threshold=None, top_k=None, batch_size=8)
+    id2label = model.config.id2label
+    for row, labels in zip(scores, everything, strict=True):
+        by_name = {label["label"]: label["score"] for label in labels}
+        difference = max(abs(by_name[id2label[i]] - score) for i, score in enumerate(row.tolist()))
+        if difference > 1e-5:
+            raise RuntimeError(f"AutoModel and the pipeline differ by {difference:.2e}.")
+    threshold = "auto" if model.config.thresholds is not None else 0.5
+    return tagger([str(file) for file in files], threshold=threshold, batch_size=8)
+
+
+def read_labels(folder: Path) -> dict[str, list[str]]:
+    metadata = folder / "metadata.jsonl"
+    if not metadata.exists():
+        return {}
+    rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
+    return {row["file_name"]: row["labels"] for row in rows}
+
+
+def draw(files: list[Path], predictions: list[list[dict]], truth: dict[str, list[str]], output: Path) -> None:
+    """Writes a grid of the pictures with their labels: found in green, wrong in red, missed in grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    columns = min(4, len(files))
+    rows = -(-len(files) // columns)
+
+    def colour(label: str, actual: list[str] | None) -> str:
+        return "#1a7f37" if actual is None or label in actual else "#cf222e"
+
+    captions = []
+    for file, labels in zip(files, predictions, strict=True):
+        actual = truth.get(file.name)
+        lines = [(f"{label['label']} {label['score']:.2f}", colour(label["label"], actual)) for label in labels]
+        found = {label["label"] for label in labels}
+        lines += [(f"{name} missed", "#6e7781") for name in actual or [] if name not in found]
+        captions.append(lines or [("no label", "#6e7781")])
+    depth = -(-max(map(len, captions)) // 2)  # lines of text under a picture, two labels each
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, (2.6 + 0.3 * depth) * rows), squeeze=False)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.99, wspace=0.06, hspace=0.06 + 0.115 * depth)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, file, lines in zip(axes.flat, files, captions, strict=False):
+        axis.imshow(Image.open(file).convert("RGB"), interpolation="bilinear")
+        for i, (text, shade) in enumerate(lines):
+            x, y = 0.02 + 0.5 * (i % 2), -0.07 - 0.11 * (i // 2)
+            axis.text(x, y, text, color=shade, fontsize=9, transform=axis.transAxes, va="center")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("pictures", type=Path, help="folder of pictures")
+    parser.add_argument("--output", type=Path, help="PNG file for the pictures with their labels")
+    args = parser.parse_args(argv)
+
+    sys.meta_path.insert(0, PackageBlocker())
+    suffixes = {".png", ".jpg", ".jpeg", ".webp"}
+    files = sorted(file for file in args.pictures.rglob("*") if file.suffix.lower() in suffixes)
+    if not files:
+        parser.error(f"{args.pictures} holds no picture ({', '.join(sorted(suffixes))}).")
+    predictions = predict(args.checkpoint, files)
+    truth = read_labels(files[0].parent)
+    for file, labels in zip(files, predictions, strict=True):
+        found = ", ".join(f"{label['label']} {label['score']:.2f}" for label in labels) or "no label"
+        actual = f"   (true: {', '.join(truth[file.name]) or 'none'})" if file.name in truth else ""
+        print(f"{file.name}: {found}{actual}")
+    if args.output is not None:
+        draw(files, predictions, truth, args.output)
+        print(f"picture: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The most confident mistakes of a split, and which labels are taken for which."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from scipy import sparse
+
+from modeling_hsvlt.processing_multilabel import load_image
+
+from ..data.leave_out import picture_name
+from .plots import plot_confusion
+
+NUM_MISTAKES = 12  # of each kind
+MISTAKES_PER_LABEL = 2  # or one label's would fill the page
+THUMBNAIL = 224  # pixels of the longer side
+MAX_CONFUSED = 20  # rows and columns of the heat map
+
+
+class Mistake(NamedTuple):
+    """A wrong decision to show: a picture's row, the label, its score and threshold."""
+
+    row: int
+    label: int
+    score: float
+    threshold: float
+
+
+def confident_mistakes(scores: np.ndarray, labels: np.ndarray, thresholds: np.ndarray, kind: str) -> list[Mistake]:
+    """The false positives of the highest score, or (`kind="misses"`) the present labels of the lowest.
+
+    At most one a picture and `MISTAKES_PER_LABEL` a label, so that there is something to see.
+    """
+    above = scores >= thresholds
+    row, label = np.nonzero((labels == 1) & ~above if kind == "misses" else (labels == 0) & above)
+    surest_first = np.argsort(scores[row, label] * (1 if kind == "misses" else -1), kind="stable")
+    chosen: list[Mistake] = []
+    rows: set[int] = set()
+    of_label = np.zeros(scores.shape[1], dtype=np.int64)
+    for place in surest_first:
+        at = int(row[place]), int(label[place])
+        if at[0] not in rows and of_label[at[1]] < MISTAKES_PER_LABEL:
+            chosen.append(Mistake(*at, float(scores[at]), float(thresholds[at[1]])))
+            rows.add(at[0])
+            of_label[at[1]] += 1
+        if len(chosen) == NUM_MISTAKES:
+            break
+    return chosen
+
+
+def co_occurrence_confusion(scores: np.ndarray, labels: np.ndarray, thresholds: np.ndarray) -> dict[str, np.ndarray]:
+    """Which absent label is predicted where which present one is there.
+
+    Returns:
+        "predicted" (columns,): at most `MAX_CONFUSED` labels, those with the most false positives, in class order.
+        "wrong", "pictures" (num_labels, columns): pictures that show the row's label and not the column's, and how many
+        of them got the column's. "usual" (columns,): the share of all pictures without the column's label that got it.
+    """
+    false = (labels == 0) & (scores >= thresholds)
+    total = false.sum(0)
+    predicted = np.sort(np.argsort(-total, kind="stable")[: min(MAX_CONFUSED, np.count_nonzero(total))])
+    present = sparse.csr_matrix((labels == 1).T, dtype=np.int64)
+    absent = (labels[:, predicted] == 0).astype(np.int64)
+    return {
+        "predicted": predicted,
+        "wrong": present @ false[:, predicted].astype(np.int64),
+        "pictures": present @ absent,
+        "usual": total[predicted] / np.maximum(absent.sum(0), 1),
+    }
+
+
+def confusion_page(confusion: dict[str, np.ndarray], label_names: Sequence[str]) -> dict | None:
+    predicted, wrong, pictures, usual = confusion.values()
+    if not len(predicted):
+        return None
+    rates = np.where(pictures > 0, wrong / np.maximum(pictures, 1), np.nan)
+    shown = np.sort(np.argsort(-wrong.sum(1), kind="stable")[:MAX_CONFUSED])
+    # Of a label that is predicted everywhere no company is to blame: what counts is how many more than usual.
+    excess = wrong - pictures * usual
+    pairs = [divmod(int(place), len(predicted)) for place in np.argsort(-excess, axis=None, kind="stable")[:15]]
+    return {
+        "plot": plot_confusion(
+            rates[shown], wrong[shown], [label_names[row] for row in shown], [label_names[label] for label in predicted]
+        ),
+        "pairs": [
+            {
+                "present": label_names[row],
+                "predicted": label_names[predicted[column]],
+                "wrong": int(wrong[row, column]),
+                "pictures": int(pictures[row, column]),
+                "usual": usual[column],
+            }
+            for row, column in pairs
+            if excess[row, column] > 0
+        ],
+    }
+
+
+def _thumbnail(picture: dict) -> str:
+    image = load_image(picture)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    encoded = io.BytesIO()
+    image.convert("RGB").save(encoded, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
+
+
+def mistake_page(
+    mistakes: Sequence[Mistake], labels: np.ndarray, rows: Dataset, label_names: Sequence[str]
+) -> list[dict]:
+    pictures = rows.select_columns(["image"])
+    cards = []
+    for mistake in mistakes:
+        picture = pictures[mistake.row]["image"]
+        cards.append(
+            {
+                "picture": _thumbnail(picture),
+                "file": picture_name(picture) or f"row {mistake.row}",
+                "label": label_names[mistake.label],
+                "score": mistake.score,
+                "threshold": mistake.threshold,
+                "present": [label_names[label] for label in np.flatnonzero(labels[mistake.row] == 1)],
+            }
+        )
+    return cards

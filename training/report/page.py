@@ -1,0 +1,203 @@
+"""The folder that `training.evaluate --output` writes: results.json, per_label.csv and report.html.
+
+The page needs no server, no network and no file beside it: plots and pictures are data URIs. Whatever text it shows is
+escaped, for names of labels and files may hold markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from datasets import Dataset
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..metrics.functional import multilabel_report
+from ..scoring.calibration import stored_calibration
+from ..scoring.held_out import held_out_decisions
+from ..scoring.reliability import NUM_BINS, Reliability, reliability
+from ..scoring.thresholds import fit_record
+from .heat_maps import draw_found_labels
+from .mistakes import co_occurrence_confusion, confident_mistakes, confusion_page, mistake_page
+from .plots import MIN_COUNT, plot_long_tail, plot_precision_recall, plot_reliability
+
+HEADLINES = {
+    "mAP": "mean over labels of the average precision (non-interpolated: the mean over a label's positives of the "
+    "precision at their score)",
+    "mAP_voc07": "the same with PASCAL VOC's 11-point AP (until 2009)",
+    "mAP_voc10": "the same with the area under the monotone precision envelope (VOC from 2010 on)",
+    "mAP_micro": "AP of all picture-label pairs in one ranking",
+    "mAP_weighted": "mean AP weighted by each label's positives",
+    "LRAP": "label ranking average precision: how well each picture's own labels are ranked above the others",
+    "ranking_loss": "share of a picture's (present, absent) label pairs in the wrong order",
+    "coverage_error": "how many labels of a picture's ranking must be read to meet all that are present",
+}
+DECISIONS = {
+    "f1_macro": "mean over labels of F1",
+    "f1_micro": "F1 over all picture-label pairs (OF1)",
+    "CP": "mean over labels of precision (0 where nothing was predicted)",
+    "CR": "mean over labels of recall",
+    "CF1": "harmonic mean of CP and CR, the papers' definition",
+    "OP": "precision over all pairs",
+    "OR": "recall over all pairs",
+}
+
+
+def compare_thresholds(scores: np.ndarray, labels: np.ndarray, config, threshold: float | str) -> dict[str, dict]:
+    """`DECISIONS` at 0.5, at thresholds fitted to other pictures, and at those in use.
+
+    "fitted, held out" is fitted to a random half of the pictures, measured on the other half, and the other way round,
+    as the checkpoint's own were (`config.threshold_info`; else for F1). It is missing where the halves are too small.
+    """
+
+    def measure(scores: np.ndarray, threshold: float | np.ndarray = 0.5) -> dict[str, float]:
+        report = multilabel_report(scores, labels, threshold, top_k=None)
+        return {name: report[name] for name in DECISIONS}
+
+    rows = {"0.5 for every label": measure(scores)}
+    if threshold not in ("auto", 0.5):
+        rows[f"{threshold:g} for every label"] = measure(scores, threshold)
+    info = getattr(config, "threshold_info", None) or {}
+    how = {name: info[name] for name in ("objective", "target", "min_positives") if name in info}
+    decided = held_out_decisions(scores, labels, **how)
+    if decided is not None:
+        rows["fitted, held out"] = measure(decided.astype(np.float32))
+    if getattr(config, "thresholds", None) is not None:
+        same = info.get("split_fingerprint") == fit_record(labels, dataset="", split="")["split_fingerprint"]
+        words = "the checkpoint's" + (", fitted to these very pictures" if same else "")
+        rows[words] = measure(scores, np.array(config.thresholds))
+    return rows
+
+
+def calibration_stages(scores: np.ndarray, labels: np.ndarray, config) -> dict[str, Reliability]:
+    """Reliability of the scores; before the calibration as well where the checkpoint holds one."""
+    calibration = stored_calibration(config)
+    if calibration is None:
+        return {"scores": reliability(scores, labels)}
+    before = calibration.inverse().apply(scores)
+    return {"before calibration": reliability(before, labels), "calibrated": reliability(scores, labels)}
+
+
+def write_tables(folder: Path, results: dict, label_names: Sequence[str], columns: Mapping[str, list]) -> None:
+    """Writes results.json, and per_label.csv with one row per label (empty where a value is not defined)."""
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    with (folder / "per_label.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", *columns])
+        for name, *values in zip(label_names, *columns.values(), strict=True):
+            writer.writerow([name, *("" if math.isnan(value) else value for value in values)])
+
+
+def write_report(
+    folder: Path,
+    results: dict,
+    label_names: Sequence[str],
+    scores: np.ndarray,
+    labels: np.ndarray,
+    rows: Dataset,
+    per_label: Mapping[str, list],
+    config,
+    counts: tuple[str, np.ndarray] | None = None,
+    explained_by: tuple[PreTrainedModel, BaseImageProcessor] | None = None,
+) -> None:
+    """Writes results.json, per_label.csv and report.html into `folder`; heat_maps.png where there are heat maps.
+
+    Args:
+        results: What results.json is to hold; the comparison of thresholds and the calibration error are added.
+        scores, labels: (n, num_labels).
+        rows: Of the pictures, in the same order; with undecoded `image`s.
+        per_label: Of `per_label_report`, at the thresholds in use.
+        config: Of the model, for its `thresholds`, `threshold_info` and `calibration_info`.
+        counts: Name of a split and its positives (num_labels,), for the long-tail plot; None: of the scored split.
+        explained_by: The model and its image processor, to show what spoke for labels that were found rightly.
+    """
+    thresholds = np.array(per_label["threshold"], dtype=scores.dtype)
+    comparison = compare_thresholds(scores, labels, config, results["threshold"])
+    stages = calibration_stages(scores, labels, config)
+    results["thresholds_compared"] = comparison
+    results["calibration_error"] = {
+        words: {"ECE": bins.ece(), "ECE_per_label": float(np.nanmean(bins.ece_per_label()))}
+        for words, bins in stages.items()
+    }
+    average_precision = np.array(per_label["AP"], dtype=np.float64)
+    counted_in, positives = counts or (results["split"], np.array(per_label["positives"]))
+    columns = {"positives": per_label["positives"], **per_label}
+    if counts is not None:
+        columns = {f"positives in {counted_in}": positives.tolist(), **columns}
+    columns["ECE"] = list(stages.values())[-1].ece_per_label().tolist()
+    heat_maps = None
+    if explained_by is not None:
+        heat_maps = draw_found_labels(*explained_by, rows, scores, labels, thresholds)
+    page = {
+        "heat_maps": heat_maps and "data:image/png;base64," + base64.b64encode(heat_maps).decode("ascii"),
+        "results": results,
+        "metrics": results["metrics"],
+        "headlines": HEADLINES,
+        "decisions": DECISIONS,
+        "comparison": comparison,
+        "num_bins": NUM_BINS,
+        "min_count": MIN_COUNT,
+        "columns": list(columns),
+        "table": list(zip(label_names, *columns.values(), strict=True)),
+        "plots": {
+            "long_tail": plot_long_tail(average_precision, positives, label_names, counted_in),
+            "precision_recall": plot_precision_recall(scores, labels, average_precision, label_names),
+            "reliability": plot_reliability(stages),
+        },
+        "false_positives": mistake_page(
+            confident_mistakes(scores, labels, thresholds, "false positives"), labels, rows, label_names
+        ),
+        "misses": mistake_page(confident_mistakes(scores, labels, thresholds, "misses"), labels, rows, label_names),
+        "confusion": confusion_page(co_occurrence_confusion(scores, labels, thresholds), label_names),
+        "threshold_info": getattr(config, "threshold_info", None),
+        "calibration_info": getattr(config, "calibration_info", None),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("template.html").render(page)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tables(folder, results, label_names, columns)
+    if heat_maps:
+        (folder / "heat_maps.png").write_bytes(heat_maps)
+    (folder / "report.html").write_text(html, encoding="utf-8")
+
+
+AP_DEFINITION = "non-interpolated"
+
+
+def result_record(
+    metrics: dict,
+    *,
+    checkpoint: str,
+    dataset: str,
+    split: str,
+    threshold: float | str,
+    revision: str | None = None,
+    dataset_revision: str | None = None,
+    count_split: str | None = None,
+) -> dict:
+    """What the results.json of a report holds: metrics, and of what they are."""
+    return {
+        "checkpoint": checkpoint,
+        "revision": revision,
+        "dataset": dataset,
+        "dataset_revision": dataset_revision,
+        "split": split,
+        "count_split": count_split,
+        "threshold": threshold,
+        "ap_definition": AP_DEFINITION,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "metrics": metrics,
+    }

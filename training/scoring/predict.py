@@ -1,0 +1,162 @@
+"""Scores of a model for every picture of a split."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..data.batches import build_dataloader
+from ..data.dataset import MultiLabelDataset, class_counts
+from ..data.leave_out import without_excluded
+from ..data.load import load_from_arguments
+
+
+class ScoredSplit(NamedTuple):
+    """A split and what a checkpoint found in it; scores and labels are (n, num_labels), in the checkpoint's order."""
+
+    label_names: list[str]
+    scores: np.ndarray
+    labels: np.ndarray
+    rows: Dataset
+
+
+def predict(
+    model: torch.nn.Module,
+    dataloader: DataLoader,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+    before_batch: Callable[[], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of every picture, in the order of the dataset's rows whatever the number of processes.
+
+    Args:
+        model: Gives `logits` (batch, num_labels) for `pixel_values`. Put in evaluation mode, and back.
+        dataloader: Of a `MultiLabelDataset`, built with the processor (normalised pixels); prepared or not.
+        accelerator: None makes one, and moves the model to its device.
+        progress: Whether the main process shows a bar.
+        before_batch: Called before every batch; may raise to end the scoring.
+
+    Returns:
+        Sigmoid scores and labels, both (n, num_labels) float32, on every process. Labels that a model with
+        `candidate_labels` left out score 0.
+
+    Raises:
+        ValueError: pixels that were not normalised.
+        RuntimeError: the loader left out rows.
+    """
+    if accelerator is None:
+        accelerator = Accelerator()
+        model.to(accelerator.device)
+    dataloader = accelerator.prepare_data_loader(dataloader)
+    num_rows, dtype = len(dataloader.dataset), next(model.parameters()).dtype
+    batch_size = dataloader.total_batch_size // accelerator.num_processes
+    scores = labels = None
+    seen = np.zeros(num_rows, dtype=bool)
+    was_training = model.training
+    model.eval()
+    bar = tqdm(dataloader, "Scoring", leave=False, disable=not (progress and accelerator.is_main_process))
+    # FSDP2 keeps buffers that it makes in inference mode, and cannot train with them afterwards (torch 2.13).
+    sharded = isinstance(next(model.parameters()), DTensor)
+    with torch.no_grad() if sharded else torch.inference_mode():
+        for batch in bar:
+            if before_batch is not None:
+                before_batch()
+            if batch["pixel_values"].dtype == torch.uint8:
+                raise ValueError("The pixels are uint8; build the loader with processor=..., which normalises them.")
+            # Only batches of one size: matrix products round differently for another, and how many pictures the last
+            # batch has depends on the number of processes.
+            pixel_values = batch["pixel_values"].to(dtype)
+            count = len(pixel_values)
+            padding = pixel_values[-1:].expand(batch_size - count, *pixel_values.shape[1:])
+            output = model(pixel_values=torch.cat([pixel_values, padding]))
+            batch_scores = output.logits.float().sigmoid()
+            batch_scores = batch_scores[:count]
+            batch_labels = batch["labels"].to_dense().float()
+            gathered = accelerator.gather_for_metrics((batch["index"], batch_scores, batch_labels))
+            index, batch_scores, batch_labels = (tensor.cpu().numpy() for tensor in gathered)
+            if scores is None:
+                scores, labels = (np.empty((num_rows, batch_scores.shape[1]), np.float32) for _ in range(2))
+            # By row, so that neither the order of the processes nor a row that two of them had matters.
+            scores[index], labels[index], seen[index] = batch_scores, batch_labels, True
+    model.train(was_training)
+    if not seen.all():
+        raise RuntimeError(
+            f"The loader gave {seen.sum()} of {num_rows} rows; build it with drop_last=False and without a sampler."
+        )
+    return scores, labels
+
+
+def score_split(
+    model: PreTrainedModel, processor: BaseImageProcessor, args: argparse.Namespace, accelerator: Accelerator
+) -> ScoredSplit:
+    """Predicts the split that `args`, parsed `add_scoring_arguments`, names.
+
+    Raises:
+        ValueError, OSError: in one sentence, what was wrong with the dataset and what to do.
+    """
+    label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if args.use_checkpoint_labels:
+        args.label_names = label_names
+    with accelerator.main_process_first():  # the others then find the cache
+        split, dataset_names = load_split(args, args.split)
+    order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
+    dataset = MultiLabelDataset(split, dataset_names, processor)
+    loader = build_dataloader(
+        dataset, batch_size=args.batch_size, num_workers=args.num_workers, processor=processor, sparse_labels=True
+    )
+    with accelerator.autocast():
+        scores, labels = predict(model.to(accelerator.device), loader, accelerator)
+    return ScoredSplit(label_names, scores, labels[:, order], dataset.split)
+
+
+def load_split(args: argparse.Namespace, name: str) -> tuple[Dataset, list[str]]:
+    """A split of the data set that `args`, parsed `add_scoring_arguments`, names, without the rows that it excludes;
+    and its label names."""
+    splits, label_names = load_from_arguments(
+        args,
+        splits=[name],
+        scenes=args.scenes,
+        missing_pictures=args.missing_pictures,
+        unlisted_pictures=args.unlisted_pictures,
+    )
+    if args.exclude is not None:
+        splits = without_excluded(splits, args.exclude)
+    return splits[name], label_names
+
+
+def count_positives(label_names: Sequence[str], args: argparse.Namespace) -> np.ndarray:
+    """(num_labels,) pictures of `args.count_split` that show each label."""
+    split, dataset_names = load_split(args, args.count_split)
+    order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
+    return class_counts(MultiLabelDataset(split, dataset_names, None), len(dataset_names))[order]
+
+
+def match_labels(label_names: Sequence[str], dataset_names: Sequence[str], checkpoint: str, dataset: str) -> list[int]:
+    """Where each of the checkpoint's labels stands among the dataset's.
+
+    Raises:
+        ValueError: the two do not have the same names.
+    """
+    differences = []
+    for names, others, owner in ((label_names, dataset_names, checkpoint), (dataset_names, label_names, dataset)):
+        only = [name for name in names if name not in set(others)]
+        if only:
+            listing = ", ".join(map(repr, only[:5])) + (f" and {len(only) - 5} more" if len(only) > 5 else "")
+            differences.append(f"only {owner} has {listing}")
+    if differences:
+        raise ValueError(
+            f"The labels of checkpoint and dataset differ: {'; '.join(differences)}; rename them in the dataset (its "
+            "labels.txt or features), or pass --use_checkpoint_labels where the dataset lists no vocabulary of its own."
+        )
+    position = {name: index for index, name in enumerate(dataset_names)}
+    return [position[name] for name in label_names]

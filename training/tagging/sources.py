@@ -1,0 +1,90 @@
+"""Where `training.tag` takes its pictures from: a folder tree, a list of files, or a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+
+from ..data.rows import pictures_below
+
+# What makes a folder a data set and not a tree of pictures.
+DATASET_FILES = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
+
+
+class FileSource:
+    """Picture files, known by their names relative to `root` (or absolute ones of a list)."""
+
+    key_name = "file_name"
+
+    def __init__(self, root: Path, names: Sequence[str]):
+        self.root, self.keys = root, names
+
+    def picture(self, key: str) -> Path:
+        return self.root / key
+
+    path = picture
+
+
+class DatasetSource:
+    """The rows of a data set, known by their numbers."""
+
+    key_name = "row"
+
+    def __init__(self, rows: Dataset):
+        self.rows, self.keys = rows, range(len(rows))
+
+    def picture(self, key: int) -> dict | None:
+        return self.rows[key]["image"]
+
+
+def open_source(
+    source: str,
+    *,
+    split: str | None = None,
+    image_column: str = "image",
+    revision: str | None = None,
+    config_name: str | None = None,
+) -> FileSource | DatasetSource:
+    """The pictures of a folder (with the folders in it), of a text file that names one a line, or of a data set.
+
+    A folder that `datasets` wrote, or of parquet files, is a data set; so is what is no path, an id on the Hub. In a
+    list, relative names start where the list is, and what follows a tab is left out, so that the `unreadable.txt` of
+    another run is a list.
+
+    Raises:
+        FileNotFoundError, ValueError: in one sentence, what is wrong and what to do.
+    """
+    path = Path(source)
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        names = list(dict.fromkeys(name for line in lines if (name := line.partition("\t")[0].strip())))
+        if not names:
+            raise ValueError(f"{path} names no picture; write one path a line.")
+        return FileSource(path.parent, names)
+    if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in DATASET_FILES):
+        names = sorted(pictures_below(path))
+        if not names:
+            raise ValueError(f"{path} holds no pictures; give another folder, a list, or a data set.")
+        return FileSource(path, names)
+    if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise FileNotFoundError(f"{source} does not exist; give a folder, a list of files, or a data set.")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = load_from_disk(source)
+    else:
+        loaded = load_dataset(source, name=config_name, revision=revision)
+    if isinstance(loaded, DatasetDict):
+        if split is None and len(loaded) > 1:
+            raise ValueError(f"{source} has the splits {', '.join(loaded)}; choose one with --split.")
+        split = split or next(iter(loaded))
+        if split not in loaded:
+            raise ValueError(f"{source} has no split {split!r}, only {', '.join(loaded)}; choose another.")
+        loaded = loaded[split]
+    if image_column not in loaded.column_names:
+        raise ValueError(
+            f"{source} has no column {image_column!r}, only {', '.join(loaded.column_names)}; name the pictures' "
+            "column with --image_column."
+        )
+    rows = loaded.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    return DatasetSource(rows if image_column == "image" else rows.rename_column(image_column, "image"))
