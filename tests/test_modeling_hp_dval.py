@@ -244,7 +244,7 @@ def test_arguments_that_stock_models_take(caplog):
         logger.propagate = False
     torch.testing.assert_close(logits, expected)
     told = [record.message for record in caplog.records if "pictures_of_cats" in record.message]
-    assert len(told) == 1 and "leaves it out" in told[0]
+    assert len(told) == 1 and "makes no use of" in told[0]
 
 
 def test_no_pictures():
