@@ -84,7 +84,8 @@ class HPDVALImageClassifierOutput(ModelOutput):
         distillation_loss (`torch.FloatTensor` of shape `()`): L1 distance to the teacher; training stage 1 and joint.
         semantic_consistency_loss (`torch.FloatTensor` of shape `()`): L1 distance of the learned global text
             embeddings to the hand-written ones; training stage 2 and joint.
-        image_embeds, patch_embeds, text_embeds, hidden_states, attentions: see [`HPDVALModelOutput`].
+        image_embeds, patch_embeds, hidden_states, attentions: see [`HPDVALModelOutput`]. All but losses have one row a
+            picture, as pipelines unroll it.
     """
 
     loss: torch.FloatTensor | None = None
@@ -93,7 +94,6 @@ class HPDVALImageClassifierOutput(ModelOutput):
     semantic_consistency_loss: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     patch_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -719,7 +719,6 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             semantic_consistency_loss=semantic_consistency_loss,
             image_embeds=output.image_embeds,
             patch_embeds=output.patch_embeds,
-            text_embeds=output.text_embeds,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
