@@ -85,8 +85,8 @@ NOT_APPLICABLE = [
     NotApplicable(
         "test_resize_tokens_embeddings",
         ("HPDVALTest", "HPDVALViTTest"),
-        "tokens are contexts",
-        "The last rows of the table are contexts, so a model refuses to be resized.",
+        "tokens are contexts, which would lie elsewhere",
+        "The text tower's last tokens are contexts: another size is refused, and says what to do.",
     ),
     NotApplicable(
         "test_model_get_set_embeddings",
