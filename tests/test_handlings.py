@@ -426,6 +426,22 @@ def test_functional_call(name):
     assert_close_outputs(found, scores(model, images()))
 
 
+@pytest.mark.parametrize("name", ["hsvlt", "hsvlt_shared", "cat"])
+def test_mapped_over_weights(name):
+    """An ensemble in one call, as `torch.func` does it."""
+    model = make(name)
+    names = [key for key, value in model.named_parameters()]
+    state = {key: torch.stack([value.detach(), value.detach() * 1.2]) for key, value in model.named_parameters()}
+
+    def run(weights):
+        return torch.func.functional_call(model, weights, kwargs={"pixel_values": images()}).logits
+
+    with torch.no_grad():
+        found = torch.func.vmap(run)(state)
+        for index in range(2):
+            assert_close_outputs(found[index], run({key: state[key][index] for key in names}))
+
+
 @pytest.mark.parametrize("name", ["hsvlt", "mltr"])
 def test_the_fast_paths_are_taken_where_nothing_was_done(name, monkeypatch):
     def refuse(*args, **kwargs):
