@@ -44,6 +44,10 @@ fuzz: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/typos
+	git ls-files '*.yaml' '*.cff' | xargs $(BIN)/check-yaml
+	git ls-files '*.toml' | xargs $(BIN)/check-toml
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

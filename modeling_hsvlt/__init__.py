@@ -1,20 +1,15 @@
 """Multi-label image classification for the Hugging Face Hub: HSVLT, MlTr and HP-DVAL."""
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoProcessor,
-)
-from transformers.pipelines import PIPELINE_REGISTRY
-
+from .auto_classes import register as _register
 from .configuration_hp_dval import HPDVALConfig
 from .configuration_hsvlt import HSVLTConfig
 from .configuration_mltr import MlTrConfig
-from .configuration_multilabel import MultiLabelConfig
+from .heat_maps_multilabel import label_heat_maps
+from .label_context import LabelContext
+from .label_prompts import encode_labels, load_text_encoder
 from .losses_multilabel import (
+    MULTILABEL_LOSSES,
+    NOT_EVALUATED,
     UNKNOWN_LABEL,
     asymmetric_loss,
     binary_cross_entropy_loss,
@@ -32,44 +27,11 @@ from .processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 __version__ = "0.1.0"
 
-for config, model in (
-    (HSVLTConfig, HSVLTForImageClassification),
-    (MlTrConfig, MlTrForImageClassification),
-    (HPDVALConfig, HPDVALForImageClassification),
-):
-    # AutoModel gives the classifier: these are one-task checkpoints.
-    AutoConfig.register(config.model_type, config)
-    AutoModel.register(config, model)
-    AutoModelForImageClassification.register(config, model)
-    AutoImageProcessor.register(config, image_processor_classes={"pil": MultiLabelImageProcessor})
-    AutoProcessor.register(config, MultiLabelProcessor)
-    # Saving a checkpoint then copies the code that it needs, for those who do not have this package.
-    config.register_for_auto_class()
-    model.register_for_auto_class("AutoModelForImageClassification")
-AutoBackbone.register(MlTrConfig, MlTrBackbone)
-for base in (HSVLTModel, MlTrModel, HPDVALModel):
-    base.register_for_auto_class("AutoModel")
-
-
-class RegisteredPipelines(dict):
-    """`custom_pipelines` of a configuration, for whoever has this package.
-
-    `transformers.pipeline` takes the code for a task that is in there from the checkpoint, and asks for
-    `trust_remote_code`, though the task is registered. So none is in there: it takes the code registered here.
-    """
-
-    def __contains__(self, task) -> bool:
-        return False
-
-
-MultiLabelConfig.custom_pipelines_class = RegisteredPipelines
-PIPELINE_REGISTRY.register_pipeline(
-    "multi-label-image-classification",
-    pipeline_class=MultiLabelImageClassificationPipeline,
-    pt_model=AutoModelForImageClassification,
-)
+_register()
 
 __all__ = [
+    "MULTILABEL_LOSSES",
+    "NOT_EVALUATED",
     "UNKNOWN_LABEL",
     "HPDVALConfig",
     "HPDVALForImageClassification",
@@ -79,6 +41,7 @@ __all__ = [
     "HSVLTForImageClassification",
     "HSVLTModel",
     "HSVLTPreTrainedModel",
+    "LabelContext",
     "MlTrBackbone",
     "MlTrConfig",
     "MlTrForImageClassification",
@@ -90,8 +53,11 @@ __all__ = [
     "asymmetric_loss",
     "binary_cross_entropy_loss",
     "distribution_balanced_loss",
+    "encode_labels",
     "focal_loss",
+    "label_heat_maps",
     "load_image",
+    "load_text_encoder",
     "multilabel_loss",
     "two_way_loss",
     "zlpr_loss",

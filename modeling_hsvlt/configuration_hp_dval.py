@@ -1,5 +1,7 @@
 """HP-DVAL configuration."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -17,7 +19,7 @@ STUDENT_TYPES = ("clip_vision_model", "vit")
 
 # "vit-b-16": the published CLIP. "nano": this package's own, for tests and small data. Vocabularies are those of the
 # text tower without context tokens, whose rows are added behind.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "vit-b-16": {"text_config": {"vocab_size": 49408}, "vision_config": {"patch_size": 16}},
     "nano": {
         "text_config": {

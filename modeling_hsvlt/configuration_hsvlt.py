@@ -1,6 +1,7 @@
 """HSVLT configuration."""
 
 import copy
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -19,7 +20,7 @@ BLOCK_TRUNKS = ("convnext", "convnextv2")
 # Depths and widths: specs of the released models. "nano" is this package's own, for tests and small data; the fields
 # it turns on (normalised tokens, torch's default init, layer scale 1) are what training from random weights needs:
 # ConvNeXt's own init of 0.02 leaves every block near the identity, and 0.1 is what torch would draw at these widths.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "nano": {
         "backbone_config": {
             "model_type": "convnext",

@@ -3,6 +3,7 @@ config.json must not ask for.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -40,11 +41,11 @@ class MultiLabelConfig(PreTrainedConfig):
     """
 
     # File and class of the model in this package, for `auto_map`; subclasses set it.
-    auto_classes = {}
+    auto_classes: ClassVar[dict[str, str]] = {}
     # What `custom_pipelines` becomes; the package, where it is imported, has a reason for another kind of dict.
     custom_pipelines_class = dict
     # Fields that were fitted for, or made from, these very labels.
-    label_fields = ("thresholds", "threshold_info", "calibration_info")
+    label_fields: ClassVar[tuple[str, ...]] = ("thresholds", "threshold_info", "calibration_info")
 
     loss_type: str = "bce"
     loss_kwargs: dict | None = None

@@ -12,6 +12,7 @@ optimizer step sees several batches, [`multilabel_loss`] divides by the known en
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -398,7 +399,7 @@ def weak_assume_negative_loss(
     return _reduce(torch.where(known, loss, unknown_weight * loss), used, reduction)
 
 
-MULTILABEL_LOSSES = {
+MULTILABEL_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "bce": binary_cross_entropy_loss,
     "focal": focal_loss,
     "asl": asymmetric_loss,

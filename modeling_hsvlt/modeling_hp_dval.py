@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,9 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, TransformersKwargs, logging
-from transformers.utils.generic import can_return_tuple, maybe_autocast
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
 
 from .configuration_hp_dval import STAGES, HPDVALConfig
 from .hp_dval_prompts import (
@@ -223,9 +223,9 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
         if not getattr(self, "_hf_peft_config_loaded", False):
             layers = [(name, module) for name, module in self.named_modules() if hasattr(module, "token_indices")]
             if layers or not own:
-                state_dict = dict(self.state_dict() if own else state_dict)
+                state_dict = dict(self.state_dict() if state_dict is None else state_dict)
             for layer in layers:
-                fold_token_adapter(state_dict, *layer)
+                fold_token_adapter(state_dict, *layer)  # type: ignore[arg-type]  # a dict by now
             if not own and base.text is not None:
                 encode_prompts_of(state_dict, self.config)
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
@@ -244,7 +244,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
         self.post_init()
         # Contexts are read from the token table outside CLIP's module around it, so FSDP2 must not wrap that module:
         # accelerate then wraps the table, which `get_input_embeddings` names.
-        self._no_split_modules = set(self._no_split_modules) - {"CLIPTextEmbeddings"}
+        self._no_split_modules = set(self._no_split_modules) - {"CLIPTextEmbeddings"}  # type: ignore[assignment]  # a set here
         self._freeze()
 
     def _freeze(self) -> None:

@@ -9,6 +9,7 @@ h attention heads, d = C / h.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -566,7 +567,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
         trunk = HSVLTBlockTrunk if config.backbone_config.model_type in BLOCK_TRUNKS else HSVLTStageTrunk
         self.trunk = trunk(config)
         self.label_stream = HSVLTLabelStream(config, self.trunk.channels, self.trunk.interaction_depths)
-        aggregation = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
+        aggregation: Any = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
         self.aggregation = aggregation(self.trunk.channels)
         self.multimodal_norms = None
         if config.normalize_multimodal_states:
@@ -576,7 +577,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
         # ConvNeXt the blocks are called one by one here, never a stage.
         body = self.trunk.encoder if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.model
-        self._no_split_modules |= set(body._no_split_modules or ()) - {"ConvNextStage"}
+        self._no_split_modules |= set(body._no_split_modules or ()) - {"ConvNextStage"}  # type: ignore[operator]  # a set here
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The trunk's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
@@ -839,15 +840,15 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
 
         candidate_logits = candidates = None
         if self.candidate_scorer is not None and class_ids is None and num_labels == self.num_labels:
-            candidate_logits = self.candidate_scorer(feature_maps[-1])
+            candidate_logits = self.candidate_scorer(feature_maps[-1])  # type: ignore[index]
             if not self.training and self.config.candidate_labels < num_labels:
                 candidates = class_ids = self.candidate_scorer.choose(candidate_logits, self.config.candidate_labels)
         output = self._read_labels(feature_maps, text_embeddings, class_ids, *flags)
         logits, paths = output.logits, [output.logits]
         if self.residual_attention is not None:
             with no_fp16_autocast(logits):
-                paths.append(self.residual_attention(feature_maps[-1], class_ids))
-            logits = self.residual_attention.join(*paths, self.config.residual_attention_weight)
+                paths.append(self.residual_attention(feature_maps[-1], class_ids))  # type: ignore[index]
+            logits = self.residual_attention.join(paths[0], paths[1], self.config.residual_attention_weight)
 
         loss = None
         if labels is not None:

@@ -45,9 +45,6 @@ MAX_ATTENTION_BATCH = 65535
 # benchmarks/cross_window.py; beyond, the (B, C, n, n) weights of a large picture would not fit into memory.
 MAX_PLAIN_WINDOWS = 64
 
-# torch 2.6 does not tell an export from a compilation; there, both do without chunks.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
 
 @dataclass
 class MlTrModelOutput(ModelOutput):
@@ -296,11 +293,11 @@ class MlTrPixelAttention(nn.Module):
         bias = None if self.relative_position_bias is None else self.relative_position_bias().to(qkv.dtype)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         # Other kernels do not return their weights, and an exporter may not know them (torch's ONNX one, sdpa's views).
-        if output_attentions or _is_exporting():
+        if output_attentions or torch.compiler.is_exporting():
             attend = eager_attention_forward
         dropout = self.attention_dropout if self.training else 0.0
         # An exported graph would be tied to one number of chunks, so to few pictures.
-        chunks = [qkv] if _is_exporting() else qkv.split(MAX_ATTENTION_BATCH, dim=1)
+        chunks = [qkv] if torch.compiler.is_exporting() else qkv.split(MAX_ATTENTION_BATCH, dim=1)
         outputs = [attend(self, *chunk.unbind(0), bias, scaling=self.scaling, dropout=dropout) for chunk in chunks]
         context = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs])
         weights = None
@@ -450,7 +447,7 @@ class MlTrLayer(GradientCheckpointingLayer):
         Returns:
             `(B, n, P, C)` and, where asked for, the weights of each pixel and each cross-window attention.
         """
-        attentions = {"pixel": (), "cross": ()}
+        attentions: dict[str, tuple] = {"pixel": (), "cross": ()}
         for sublayer in self.sublayers:
             hidden_states, weights = sublayer(hidden_states, padding, output_attentions)
             if weights is not None:
@@ -548,7 +545,8 @@ class MlTrEncoder(nn.Module):
 
         What a stage gives goes on as pixels: what is returned is what is used, so that a gradient can be read at it.
         """
-        states, maps, attentions, cross_attentions = [], [], (), ()
+        maps: list[torch.Tensor] = []
+        states, attentions, cross_attentions = [], (), ()
         for stage in (None, *self.stages):
             if stage is not None:
                 hidden_states, pixel, cross = stage(maps[-1], output_attentions)

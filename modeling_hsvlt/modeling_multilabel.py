@@ -47,7 +47,7 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def output_flags(config, output_hidden_states, output_attentions) -> tuple[bool | int | Sequence[int], bool]:
+def output_flags(config, output_hidden_states, output_attentions) -> tuple[bool | list[int], bool]:
     """What a forward pass was asked for, by argument or else by the configuration."""
     if output_hidden_states is None:
         output_hidden_states = config.output_hidden_states
@@ -61,7 +61,7 @@ def wants_states(output_hidden_states: bool | int | Sequence[int] | None) -> boo
     return output_hidden_states is not None and output_hidden_states is not False
 
 
-def chosen_states(states: Sequence, output_hidden_states: bool | int | Sequence[int]) -> tuple | None:
+def chosen_states(states: Sequence, output_hidden_states: bool | int | Sequence[int] | None) -> tuple | None:
     """The states that `output_hidden_states` asks for, with None in the place of the others, as transformers does it.
 
     Args:

@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 MAX_REDIRECTS = 5
@@ -54,7 +55,7 @@ def _get(parts, deadline, timeout, max_bytes, allow_private) -> tuple[int, str |
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     left = None if deadline is None else max(deadline - time.monotonic(), 0.001)
-    opened = [_connect(parts.hostname, port, left, allow_private)]
+    opened: list[Any] = [_connect(parts.hostname, port, left, allow_private)]
     late = threading.Event()
 
     def give_up() -> None:  # a server that sends a byte a second never runs into the timeout of a read
@@ -95,7 +96,7 @@ def _get(parts, deadline, timeout, max_bytes, allow_private) -> tuple[int, str |
 def _connect(host: str, port: int, timeout: float | None, allow_private: bool) -> socket.socket:
     problem: OSError = OSError(f"{host} has no address")
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        if not (allow_private or is_public(address[0])):
+        if not (allow_private or is_public(str(address[0]))):
             problem = PermissionError(
                 f"{host} is {address[0]}, which is not on the public internet; if that is meant, pass "
                 "allow_private_addresses=True"

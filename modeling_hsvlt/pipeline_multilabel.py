@@ -140,7 +140,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
     def _cuts(self, threshold, class_ids: list[int] | None):
         """The thresholds of these labels, in their order."""
         config = self.model.config
-        class_ids = range(config.num_labels) if class_ids is None else class_ids
+        class_ids = list(range(config.num_labels)) if class_ids is None else class_ids
         if isinstance(threshold, str):
             cuts = resolve_threshold(threshold, getattr(config, "thresholds", None), config.num_labels)
             return [cuts[label] for label in class_ids]
@@ -173,7 +173,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
     def postprocess(self, outputs, threshold=None, top_k=None, class_ids: list[int] | None = None):
         config = self.model.config
         cuts = self._cuts(threshold, class_ids)
-        class_ids = range(config.num_labels) if class_ids is None else class_ids
+        class_ids = list(range(config.num_labels)) if class_ids is None else class_ids
         names = {place: config.id2label[label] for place, label in enumerate(class_ids)}
         results = post_process_multi_label_classification(outputs["logits"], names, None, cuts, top_k)[0]
         if "maps" in outputs:
@@ -219,8 +219,9 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         if config.model_type == "hp_dval":
             if label_context is not None:
                 raise ValueError("HP-DVAL has its contexts in its own text tower; leave out label_context.")
-            tokenizer = text_encoder[1] if isinstance(text_encoder, tuple) else None
-            if tokenizer is None:
+            if isinstance(text_encoder, tuple):
+                tokenizer = text_encoder[1]
+            else:
                 if revision is None and not os.path.isdir(text_encoder):
                     raise ValueError(f"{text_encoder!r} is no folder, and as a Hub id it needs revision, a commit.")
                 tokenizer = AutoTokenizer.from_pretrained(text_encoder, revision=revision)

@@ -142,8 +142,8 @@ def _open_source(source, name: str, max_bytes: int | None, timeout: float | None
         raise ValueError(f"{name} is a folder; give the picture files in it.")
     within_limit(len(text) * 3 // 4)
     try:
-        data = text.split(",", 1)[1] if text.startswith("data:image/") else text
-        return BytesIO(base64.b64decode(data, validate=True))
+        encoded = text.split(",", 1)[1] if text.startswith("data:image/") else text
+        return BytesIO(base64.b64decode(encoded, validate=True))
     except (binascii.Error, IndexError, ValueError) as error:
         raise ValueError(f"{name} does not exist; check the path.") from error
 
@@ -281,11 +281,11 @@ def undecoded(dataset, column: str):
     feature = (getattr(dataset, "features", None) or {}).get(column)
     transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"  # a user's own, of decoded pictures
     if hasattr(feature, "decode") and hasattr(dataset, "cast_column") and not transformed:
-        dataset = dataset.cast_column(column, type(feature)(decode=False))
+        dataset = dataset.cast_column(column, type(feature)(decode=False))  # type: ignore[misc]
     return dataset
 
 
-class MultiLabelImageProcessorKwargs(ImagesKwargs, total=False):
+class MultiLabelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     r"""
     resize_mode (`str`, *optional*, defaults to `self.resize_mode`):
         `"squash"` stretches the picture to `size`; `"pad"` keeps its aspect ratio and fills the rest evenly on both
@@ -383,7 +383,7 @@ class MultiLabelImageProcessor(PilBackend):
         do_resize: bool,
         size,
         resample,
-        resize_mode: str | None,
+        resize_mode: str,
         do_center_crop: bool,
         crop_size,
         do_rescale: bool,
@@ -580,7 +580,7 @@ def resolve_threshold(threshold, thresholds, num_labels: int, names: Sequence[st
 
 def _threshold(number) -> float:
     value = number.tolist() if hasattr(number, "tolist") else number
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
         raise ValueError(
             f'threshold must be None, a number in [0, 1], "auto", or a list or dict of a number for each label, but '
             f"{number!r} is none of these."

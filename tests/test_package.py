@@ -1,17 +1,19 @@
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import modeling_hsvlt
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "modeling_hsvlt").glob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What whoever loads a checkpoint has: transformers and what it needs.
 ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors"} | set(sys.stdlib_module_names)
 
@@ -33,6 +35,12 @@ def test_a_checkpoint_can_carry_the_file(file):
             assert not any(line.lstrip().startswith(("from .", "import .")) for line in node.value.splitlines())
 
 
+def test_the_package_s_names_are_those_it_lists():
+    modules = {file.stem for file in FILES}
+    names = {name for name in vars(modeling_hsvlt) if not name.startswith("_")} - modules
+    assert names == set(modeling_hsvlt.__all__)
+
+
 def test_public_names_exist_and_are_documented():
     for name in modeling_hsvlt.__all__:
         item = getattr(modeling_hsvlt, name)
@@ -41,13 +49,31 @@ def test_public_names_exist_and_are_documented():
 
 
 def test_version_is_the_distribution_s():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == modeling_hsvlt.__version__
-    constraints = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
-    extras = project["optional-dependencies"].values()
-    for requirement in [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]:
-        name = requirement.partition(">=")[0].lower().replace("_", "-")
-        assert f"\n{name}==" in constraints, f"{name} is missing from constraints.txt"
+    assert PROJECT["version"] == modeling_hsvlt.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {PROJECT['version']}\n" in citation
+
+
+def pins(file: str) -> dict[str, str]:
+    """Version by distribution of a file of pinned requirements."""
+    lines = [line.partition("==") for line in (ROOT / file).read_text().splitlines() if "==" in line]
+    return {name.lower().replace("_", "-"): version for name, _, version in lines}
+
+
+def test_no_version_is_allowed_that_is_older_than_what_is_tested():
+    tested = pins("constraints.txt")
+    # gradio wants Pillow below 13, and the Space's tests run with that.
+    tested["pillow"] = pins("tests/space/requirements.txt")["pillow"]
+    extras = PROJECT["optional-dependencies"].values()
+    for requirement in [*PROJECT["dependencies"], *(requirement for extra in extras for requirement in extra)]:
+        name, _, floor = requirement.partition(">=")
+        assert f"{tested[name.lower().replace('_', '-')]}.".startswith(f"{floor}."), requirement
+
+
+def test_the_hooks_check_with_the_tested_versions():
+    tested = pins("constraints.txt")
+    for name, version in re.findall(r"\[([\w-]+)==([\d.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text()):
+        assert tested[name] == version, name
 
 
 @pytest.mark.slow
@@ -61,7 +87,7 @@ def test_a_built_wheel_works_alone(tmp_path):
     wheel = next(tmp_path.glob("hsvlt-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if ".dist-info/" not in name}
-    assert packed == {f"modeling_hsvlt/{file.name}" for file in FILES}
+    assert packed == {f"modeling_hsvlt/{file.name}" for file in [*FILES, Path("py.typed")]}
     assert any(name.endswith("LICENSE") for name in names)
 
     subprocess.run(

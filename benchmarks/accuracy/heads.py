@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
             "seconds": (time.perf_counter() - begin) / args.seeds,
         }
         print_table({variant: results[variant]}, details)
-    date = datetime.now(timezone.utc).date().isoformat()
+    date = datetime.now(UTC).date().isoformat()
     print(
         f"\n{args.dataset}, EfficientNet-Lite0 at {IMAGE_SIZE} px, {args.budget}, {args.seeds} seeds, measured on "
         f"{args.test or 'validation'}, {device_name(torch.device('cpu'))}, torch {torch.__version__}, {date}"

@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
             "seconds": None if None in seconds else statistics.fmean(seconds),
         }
         print_table({variant: results[variant]})
-    date = datetime.now(timezone.utc).date().isoformat()
+    date = datetime.now(UTC).date().isoformat()
     print(
         f"\n{config.epochs} epochs of {config.scenes['num_scenes']['train']:,} scenes, {args.seeds} seeds, mean and "
         f"sample standard deviation in percent, {args.test_scenes:,} test scenes, {device_name(torch.device('cpu'))}, "

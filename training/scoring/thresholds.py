@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +116,7 @@ def fit_record(labels: np.ndarray, *, dataset: str, split: str) -> dict:
         "split": split,
         "split_fingerprint": hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()[:16],
         "num_samples": len(labels),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
 
 
