@@ -433,8 +433,10 @@ def test_mapped_over_weights(name):
     names = [key for key, value in model.named_parameters()]
     state = {key: torch.stack([value.detach(), value.detach() * 1.2]) for key, value in model.named_parameters()}
 
+    pixel_values = images()
+
     def run(weights):
-        return torch.func.functional_call(model, weights, kwargs={"pixel_values": images()}).logits
+        return torch.func.functional_call(model, weights, kwargs={"pixel_values": pixel_values}).logits
 
     with torch.no_grad():
         found = torch.func.vmap(run)(state)
