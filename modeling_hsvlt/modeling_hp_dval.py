@@ -150,6 +150,10 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
 
     config: HPDVALConfig
     base_model_prefix = "hp_dval"
+    renamed_weights = {
+        r"hp_dval\.(prompt_ids|text_embeddings)$": r"hp_dval.prompts.\1",
+        r"^(logit_scale|logit_bias)$": r"scale.\1",
+    }
     _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True

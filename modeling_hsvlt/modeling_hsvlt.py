@@ -502,6 +502,7 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
 
     config: HSVLTConfig
     base_model_prefix = "hsvlt"
+    renamed_weights = {r"label_embeddings$": "label_embeddings.weight"}
     _no_split_modules = ["HSVLTInteractionLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True

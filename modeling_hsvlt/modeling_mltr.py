@@ -42,7 +42,7 @@ from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: 
 # CUDA attention kernels take at most this many in the batch slot (pytorch issue 142228).
 MAX_ATTENTION_BATCH = 65535
 # Up to this many windows (all sizes at the published resolutions) plain products are faster than the fused kernel, see
-# benchmarks/cross_window.py; beyond, the (B, C, n, n) weights of a large picture would not fit into memory.
+# benchmarks/cost/cross_window.py; beyond, the (B, C, n, n) weights of a large picture would not fit into memory.
 MAX_PLAIN_WINDOWS = 64
 
 # torch 2.6 does not tell an export from a compilation; there, both do without chunks.

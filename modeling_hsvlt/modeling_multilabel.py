@@ -129,6 +129,19 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
     # Trainer gives `num_items_in_batch`, the known labels of a whole optimizer step, and the loss is divided by that.
     accepts_loss_kwargs = True
 
+    # What weights were called in checkpoints from before 0.1, as patterns, and are called now. For one release.
+    renamed_weights = {}
+
+    @classmethod
+    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
+        """As in transformers; older names of weights are read as well."""
+        renamed = {**cls.renamed_weights, **(key_mapping or {})}
+        loaded = super().from_pretrained(*args, key_mapping=renamed or None, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not key_mapping:
+            model._weight_conversions = None  # saving would give the older names back
+        return loaded
+
     def post_init(self):
         super().post_init()
         # Of the parts that stay in fp32, those that this model has.
