@@ -47,7 +47,7 @@ from .hp_dval_prompts import (
 from .kept_embeddings import KeptEmbeddings
 from .label_prompts import _label_texts
 from .losses_multilabel import UNKNOWN_LABEL, items_in_step, multilabel_loss, validate_labels
-from .modeling_multilabel import MultiLabelPreTrainedModel, output_flags
+from .modeling_multilabel import MultiLabelPreTrainedModel, output_flags, require_images
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
@@ -341,10 +341,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
             output_hidden_states, output_attentions (`bool`, *optional*): see [`HPDVALModelOutput`].
             kwargs: what the student's attention takes; other names are left out, with a warning.
         """
-        if pixel_values is None:
-            raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
-        if pixel_values.shape[0] == 0:
-            raise ValueError("pixel_values holds no picture, and CLIP's attention cannot run on none: leave it out.")
+        pixel_values = require_images(pixel_values)
         unknown = kwargs.keys() - TransformersKwargs.__annotations__
         if unknown:
             logger.warning_once(f"{type(self).__name__} knows no argument {min(unknown)!r} and leaves it out.")

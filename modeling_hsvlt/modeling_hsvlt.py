@@ -853,7 +853,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has
             # seen so fast that the pixel scores learn little.
             paths = paths if self.training else [logits]
-            known = labels if candidates is None else labels.gather(1, candidates)
+            known = labels if candidates is None else labels.to(candidates.device).gather(1, candidates)
             items = num_items_in_batch if candidates is None else None  # of the candidates alone: a mean of their own
             loss = sum(self._loss(path, known, items) for path in paths) / len(paths)
             if candidate_logits is not None and self.training:
@@ -891,7 +891,8 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         `label_chunk_size` says so."""
         chunk = self.config.label_chunk_size
         num_labels = text_embeddings.shape[0] if class_ids is None else class_ids.shape[-1]
-        if chunk is None or self.training or num_labels <= chunk:
+        # With gradients, chunks would spare no memory, and states put together would be none that the logits come from.
+        if chunk is None or torch.is_grad_enabled() or num_labels <= chunk:
             return self._read_chunk(feature_maps, text_embeddings, class_ids, output_hidden_states, output_attentions)
         if class_ids is None:
             class_ids = torch.arange(num_labels, device=text_embeddings.device)
