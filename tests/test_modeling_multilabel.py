@@ -72,10 +72,11 @@ def test_outputs_are_in_declared_order_and_hold_what_was_asked_for(name):
 def test_what_the_configuration_asks_for(name):
     for index, (_, always, states, attentions) in enumerate(parts(name)):
         model = parts(name)[index][0]  # with a configuration of its own
+        model.set_attn_implementation("eager")  # transformers refuses output_attentions beside another
         model.config.output_hidden_states = True
         assert list(model(images())) == [*always, *states]
         assert list(model(images(), output_hidden_states=False)) == always
-        model.config.output_attentions = True  # eager attention is what transformers asks for here
+        model.config.output_attentions = True
         assert list(model(images())) == [*always, *states, *attentions]
         assert list(model(images(), output_attentions=False)) == [*always, *states]
         model.config.return_dict = False
@@ -111,9 +112,7 @@ def test_a_gradient_can_be_read_at_what_is_returned(name, training):
             tensor.retain_grad()
         output[0].square().sum().backward()
         assert {key for key, x in kept.items() if x.grad is None} == beside & kept.keys()
-        # A single window attends to itself alone, whatever the weights were computed from.
-        alone = {key for key, x in kept.items() if key[0] == "cross_attentions" and x.shape[-1] == 1}
-        assert all(kept[key].grad.any() for key in kept.keys() - beside - alone)
+        assert all(kept[key].grad.any() for key in kept.keys() - beside)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "backbone"])
@@ -168,7 +167,7 @@ def test_saving_by_position_and_beside_the_main_process(name, tmp_path):
     model = make(name)
     model.save_pretrained(tmp_path / "main", True)
     other = {key: value + 1 if value.is_floating_point() else value for key, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "weights", True, other)
+    model.save_pretrained(tmp_path / "weights", True, dict(other))
     for folder, weights in (("main", model.state_dict()), ("weights", other)):
         loaded = type(model).from_pretrained(tmp_path / folder).state_dict()
         assert loaded.keys() == weights.keys()
@@ -194,7 +193,7 @@ def test_every_way_to_fp16_keeps_the_same_parts_in_fp32(name, tmp_path):
     loaded = type(build()).from_pretrained(tmp_path, dtype=torch.float16)
     kinds = {key: tensor.dtype for key, tensor in loaded.state_dict().items()}
     assert torch.float16 in kinds.values()
-    assert name in ("mltr", "cat") or torch.float32 in kinds.values()
+    assert ("hsvlt" in name) == (torch.float32 in kinds.values())
     for way, cast in WAYS_TO_FP16.items():
         model = build()
         labels = torch.ones(2, model.num_labels)
@@ -256,7 +255,7 @@ def test_the_parts_of_any_split_add_up(name, loss_type):
             loss = model(pixels, labels=part, num_items_in_batch=items).loss
             loss.backward()
             total += loss.item()
-        return total, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     whole = step([6], known)
     # Each picture alone: the mean over its labels, as often as it has known ones.
@@ -267,7 +266,7 @@ def test_the_parts_of_any_split_add_up(name, loss_type):
     for sizes, items in (([3, 3], known), ([1, 1, 4], known.item()), ([1] * 6, known.view(1))):
         loss, gradients = step(sizes, items)
         assert loss == pytest.approx(whole[0], rel=1e-4)
-        assert_close_outputs(gradients, whole[1], steps=4096)  # added up in another order
+        assert_close_outputs(gradients, whole[1], steps=1024)  # added up in another order
     if loss_type in ("bce", "focal", "asl", "distribution_balanced"):  # of entries: all known at once, the mean
         assert whole[0] == pytest.approx(model(images(6), labels=labels).loss.item(), rel=1e-4)
     doubled = step([6], 2 * known)[0]
