@@ -319,6 +319,8 @@ class HSVLTInteractionLayer(GradientCheckpointingLayer):
         self.attention = HSVLTAttention(config, hidden_size)
         self.gate = nn.Linear(hidden_size, hidden_size)
         self.multimodal = nn.Linear(hidden_size, hidden_size)
+        # 1 x 1 convolutions in the released code, which its initialisation passes over.
+        self.gate.starts_as_in_torch = self.multimodal.starts_as_in_torch = True
         self.visual_norm = nn.LayerNorm(hidden_size) if config.normalize_visual_tokens else nn.Identity()
         self.label_norm = nn.LayerNorm(hidden_size) if config.normalize_label_tokens else nn.Identity()
         # Nothing reads the label tokens after the last interaction: a gate there would never see a gradient.
@@ -518,7 +520,8 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
     def _init_weights(self, module):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            if std is None:
+            # Of what holds the layer, transformers asks nothing here: it has no weights of its own.
+            if std is None or getattr(module, "starts_as_in_torch", False):
                 _init_linear_as_torch(module)
             else:
                 init.trunc_normal_(module.weight, std=std)
@@ -533,11 +536,7 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
                 init.zeros_(tensor)
         else:
             super()._init_weights(module)
-        if isinstance(module, HSVLTInteractionLayer):
-            # 1 x 1 convolutions in the released code, which its initialisation passes over.
-            _init_linear_as_torch(module.gate)
-            _init_linear_as_torch(module.multimodal)
-        elif isinstance(module, HSVLTLabelEmbeddings):
+        if isinstance(module, HSVLTLabelEmbeddings):
             init.copy_(module.weight, module.create().to(module.weight))
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
@@ -665,6 +664,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             self.classifier = HSVLTPerLabelClassifier(config.num_labels, hidden_size)
         else:
             self.classifier = nn.Linear(hidden_size, 1)  # one for all labels, which can then be exchanged
+            self.classifier.starts_as_in_torch = True
         self.label_context = None  # a `label_context.LabelContext` while one is learned
         self.candidate_scorer = None
         if config.candidate_labels is not None:
