@@ -85,16 +85,16 @@ def inspect_pictures(
     failures: dict[str, list] = {"missing": [], "corrupt": [], "oversized": [], "doubtful": []}
     for name, split in splits.items():
         names[name] = []
-        images = split.select_columns(["image"])
+        column = split.select_columns(["image"])
         with (
             warnings.catch_warnings(),
             ThreadPoolExecutor(max(num_workers, 1)) as pool,
-            tqdm(total=len(images), desc=f"Checking pictures of {name}", unit="img") as progress,
+            tqdm(total=len(column), desc=f"Checking pictures of {name}", unit="img") as progress,
         ):
             warnings.simplefilter("always")  # of each picture, not of the first
             warnings.showwarning = hear  # in the thread that decodes; what `catch_warnings` records is of all of them
-            for start in range(0, len(images), 256):  # `pool.map` would queue the bytes of a whole data set
-                pictures = images[start : start + 256]["image"]
+            for start in range(0, len(column), 256):  # `pool.map` would queue the bytes of a whole data set
+                pictures = column[start : start + 256]["image"]
                 looks = zip(pictures, pool.map(look, pictures), strict=True)
                 for row, (image, (seen, warned)) in enumerate(looks, start):
                     progress.update()

@@ -94,15 +94,15 @@ def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, s
             return str(error)
         return None
 
-    images = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
+    column = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
     unreadable = []
     with (
         ThreadPoolExecutor(max(num_workers, 1)) as pool,
-        tqdm(total=len(images), desc="Checking pictures", unit="img") as progress,
+        tqdm(total=len(column), desc="Checking pictures", unit="img") as progress,
     ):
         # In slices, for `pool.map` would queue the bytes of a whole data set.
-        for start in range(0, len(images), 256):
-            pictures = images[start : start + 256]["image"]
+        for start in range(0, len(column), 256):
+            pictures = column[start : start + 256]["image"]
             for offset, problem in enumerate(pool.map(reason, pictures)):
                 progress.update()
                 if problem is not None:
