@@ -10,7 +10,7 @@ LABEL_FIELDS = ("id2label", "label2id", "label_names", "label_columns", "label_t
 
 def is_path(text: str) -> bool:
     """Whether a text is a path: rooted, or one in several parts at which there is something here."""
-    return bool(_ROOTED.match(text)) or bool(re.search(r"[/\\]", text)) and os.path.exists(text)
+    return bool(_ROOTED.match(text)) or (bool(re.search(r"[/\\]", text)) and os.path.exists(text))
 
 
 def last_name(path: str) -> str:

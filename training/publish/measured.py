@@ -37,18 +37,17 @@ def read_results(run: Path, config: dict) -> tuple[dict, list[str]]:
     return still_true(read_json(run / "results.json"), config)
 
 
-def read_evaluation(run: Path, config: dict) -> tuple[dict, list[str], list[dict]]:
-    """See `still_true`: of the evaluation's results.json; and the rows of its per_label.csv, without what no longer
-    holds."""
-    record, changed = still_true(read_json(evaluation_file(run, "results.json")), config)
+def read_evaluation(run: Path, config: dict) -> tuple[dict, list[dict]]:
+    """What `still_true` leaves of the evaluation's results.json, and of the rows of its per_label.csv."""
+    record, _ = still_true(read_json(evaluation_file(run, "results.json")), config)
     path = evaluation_file(run, "per_label.csv")
     if not record or not path.is_file():
-        return record, changed, []
+        return record, []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if "CP" not in record["metrics"]:
         rows = [{name: row[name] for name in ("label", "positives", "known", "AP") if name in row} for row in rows]
-    return record, changed, rows
+    return record, rows
 
 
 def evaluation_file(run: Path, name: str) -> Path:
@@ -62,8 +61,9 @@ def read_options(run: Path) -> dict:
     raw = read_raw_options(run)
     options = without_paths(raw)
     for name in PATH_OPTIONS:
-        folder = name in PINNED and not raw.get(f"{name}_revision")
-        options |= {name: without_paths(raw[name], lambda text: _unless_hub_id(text, folder))} if name in raw else {}
+        if name in raw:
+            is_folder = name in PINNED and not raw.get(f"{name}_revision")
+            options[name] = without_paths(raw[name], last_name if is_folder else _unless_hub_id)
     if options.get("dataset") == "scenes" != raw["dataset"]:  # a folder of that name is not the built-in data set
         options["dataset"] = "./scenes"
     return options
@@ -74,9 +74,13 @@ def read_raw_options(run: Path) -> dict:
     return yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else {}
 
 
-def _unless_hub_id(text: str, folder: bool) -> str:
-    hub_id = not folder and not is_path(text) and re.fullmatch(r"[\w.-]+/[\w.-]+", text)
-    return text if hub_id else last_name(text)
+def _unless_hub_id(text: str) -> str:
+    return text if is_hub_id(text) else last_name(text)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be the name of a repository, "org/name", and is no folder here."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", text)) and not is_path(text)
 
 
 def read_json(path: Path) -> dict:
