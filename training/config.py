@@ -12,7 +12,6 @@ import yaml
 
 from .data.augment import check_augmentation_names
 
-
 PATH = {"path": True}  # of an option that may hold a path of this machine: no push publishes that
 
 
