@@ -23,7 +23,7 @@ from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from training.scoring.measured_with import fingerprints
 
 from .loopback_hub import TOKEN, Fault, LoopbackHub
-from .test_remote_code import NAMES, PACKAGE, check, checkpoint, run
+from .test_remote_code import NAMES, PACKAGE, THRESHOLDS, check, checkpoint, run
 
 ADAPTER, BASE = "adapter", "hp_dval"
 PUSH = """
