@@ -47,7 +47,7 @@ from .publish.to_onnx import (
     to_wd_tagger,
     write_metadata,
 )
-from .scoring.predict import score_split
+from .scoring.predict import load_scored, score_split
 from .scoring.thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
 
 LAYOUTS = ("standard", "wd_tagger")
@@ -59,10 +59,11 @@ def _quantize_and_refit(
     """Writes the int8 file with thresholds fitted to its own scores, and prints what that costs."""
     quantize_int8(source, target)
     accelerator = Accelerator(cpu=True)
+    loaded = load_scored(model.config, args, accelerator)
     rows = {}
     for name, path in (("fp32", source), ("int8", target)):
         begin = time.perf_counter()
-        split = score_split(OnnxClassifier(path, model.config), processor, args, accelerator)
+        split = score_split(OnnxClassifier(path, model.config), processor, args, accelerator, loaded=loaded)
         seconds = time.perf_counter() - begin
         rows[name] = (np.nanmean(average_precision(split.scores, split.labels)), path.stat().st_size, seconds)
     info = getattr(model.config, "threshold_info", None) or {}

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> np.ndarray:
         )
     accelerator = Accelerator()
     model, processor = load_checkpoint(args)
-    label_names, scores, labels, _ = score_split(model, processor, args, accelerator)
+    label_names, scores, labels, *_ = score_split(model, processor, args, accelerator)
     thresholds = fit_thresholds(
         scores, labels, args.objective, args.target, min_positives=args.min_positives, label_names=label_names
     )

@@ -31,7 +31,7 @@ from benchmarks.peers.efficientnet_lite import IMAGE_SIZE, image_processor, load
 from benchmarks.timing import device_name, multiply_adds
 from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder, transfer_classifier
 from training.data.dataset import MultiLabelDataset
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 from training.metrics.functional import decision_report, multilabel_report
 from training.scoring.thresholds import fit_thresholds
 
@@ -103,7 +103,7 @@ def load_test(folder: str, label_names: list[str]):
     Raises:
         ValueError: several splits and none called test.
     """
-    splits, _ = load_multilabel_dataset(folder, label_names=label_names)
+    splits = load(folder, label_names=label_names).splits
     if "test" not in splits and len(splits) > 1:
         raise ValueError(f"{folder} has the splits {', '.join(splits)}; give the folder of the one to be measured.")
     return splits.get("test") or next(iter(splits.values()))
@@ -164,7 +164,8 @@ def print_table(results: dict[str, dict], details: dict[str, dict]) -> None:
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """Trains and measures; returns what the JSON file holds."""
     cache_folder = args.cache or default_cache()
-    splits, label_names = load_multilabel_dataset(args.dataset, splits=["train", "validation"])
+    loaded = load(args.dataset, splits=["train", "validation"])
+    splits, label_names = loaded.splits, loaded.label_names
     splits = dict(splits)
     measured = "validation"
     if args.test is not None:

@@ -77,9 +77,9 @@ def _write_report(run: Run, model, scores: np.ndarray, labels: np.ndarray, metri
         count_split=counted and counted[0],
     )
     per_label = per_label_report(scores, labels, np.array(model.config.thresholds), label_names=names)
-    rows = run.loaders["validation"].dataset.split
+    images = run.loaders["validation"].dataset.split.images
     write_report(
-        run.folder / "report", record, names, scores, labels, rows, per_label, model.config, counted,
+        run.folder / "report", record, names, scores, labels, images, per_label, model.config, counted,
         explained_by=(model, run.processor.image_processor),
     )  # fmt: skip
     run.accelerator.print(f"The report is {run.folder / 'report' / 'report.html'}.")

@@ -1,4 +1,4 @@
-"""Whatever `training.data.load.load_multilabel_dataset` reads: image folders, CSV tables, parquet, data sets of the
+"""Whatever `training.data.load.load` reads: image folders, CSV tables, parquet, data sets of the
 Hub; with labels as lists of names or ids, multi-hot lists, text, or one column a label."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..data.csv_table import find_csv_tables
 from ..data.label_names import read_label_names
-from ..data.load import load_multilabel_dataset
+from ..data.load import load
 from .reading import Reading
 
 HELP = {
@@ -50,7 +50,7 @@ def read(args: argparse.Namespace) -> Reading:
         raise FileNotFoundError(f"{source} is no CSV file and has no SPLIT.csv or SPLIT/metadata.csv; give one.")
     if args.kind == "imagefolder" and not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder; give one with SPLIT/metadata.jsonl beside the pictures.")
-    splits, label_names = load_multilabel_dataset(
+    loaded = load(
         args.source,
         revision=args.revision,
         config_name=args.config_name,
@@ -64,4 +64,5 @@ def read(args: argparse.Namespace) -> Reading:
         unlisted_pictures=args.unlisted_pictures,
         missing_pictures=args.missing_pictures,
     )
-    return Reading(splits=dict(splits), label_names=label_names, usual_names={name: name for name in splits})
+    names = {name: name for name in loaded.splits}
+    return Reading(splits=loaded.splits, label_names=loaded.label_names, usual_names=names)
