@@ -153,8 +153,8 @@ def test_names_that_cannot_be_told_apart(kind):
     assert fitted(config, kind) == CONFIGS[kind][1] and list(config.id2label.values()) == NAMES
 
 
-def test_many_names_keep_their_order_through_json():
-    """Sorted as text, 10 would come before 2."""
+def test_names_are_compared_by_their_numbers():
+    """Not in the order of a dict, in which as text 10 comes before 2."""
     config = MlTrConfig.preset("nano", **labels([f"name {i}" for i in range(12)]), thresholds=[0.5] * 12)
     config.id2label = {str(i): name for i, name in sorted(config.id2label.items(), key=lambda item: str(item[0]))}
     assert config.thresholds == [0.5] * 12
