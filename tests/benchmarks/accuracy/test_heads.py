@@ -107,8 +107,8 @@ def test_the_test_split_is_measured_and_saved_runs_score_the_same(dataset, tiny,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["linear", "hsvlt"])
-def test_a_stranger_scores_a_saved_run(head, dataset, tiny, tmp_path):
+def test_a_stranger_scores_a_saved_run(dataset, tiny, tmp_path):
+    head = "hsvlt"
     assert command(dataset, tmp_path, "--heads", head, "--save", str(tmp_path / "runs")) == 0
     argv = [
         str(tmp_path / "runs" / head),
