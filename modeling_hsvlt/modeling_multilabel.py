@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -132,7 +133,7 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True
 
     # What weights were called in checkpoints from before 0.1, as patterns, and are called now. For one release.
-    renamed_weights = {}
+    renamed_weights: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
