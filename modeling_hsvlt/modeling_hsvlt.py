@@ -169,17 +169,17 @@ class HSVLTStageTrunk(nn.Module):
             # AutoBackbone does not know a class that was downloaded with a checkpoint.
             from .modeling_mltr import MlTrBackbone
 
-            self.backbone = MlTrBackbone._from_config(config.backbone_config)
+            self.model = MlTrBackbone._from_config(config.backbone_config)
         else:
-            self.backbone = AutoBackbone.from_config(config.backbone_config)
+            self.model = AutoBackbone.from_config(config.backbone_config)
             if config.backbone_config.model_type in ("swin", "focalnet"):  # built there, but never used
-                getattr(self.backbone, self.backbone.base_model_prefix).layernorm = nn.Identity()
-        self.channels = list(self.backbone.channels)
+                getattr(self.model, self.model.base_model_prefix).layernorm = nn.Identity()
+        self.channels = list(self.model.channels)
         self.interaction_depths = list(config.interaction_depths or [1, 1, 1, 1])
 
     def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yields a (B, C_i, H_i, W_i) map for each interaction in order."""
-        feature_maps = self.backbone(pixel_values).feature_maps
+        feature_maps = self.model(pixel_values).feature_maps
         for feature_map, depth in zip(feature_maps, self.interaction_depths, strict=True):
             yield from [feature_map] * depth
 
@@ -543,7 +543,7 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """As in transformers, except that a trunk without that attention (a ConvNeXt has none) keeps its own."""
         trunk = getattr(self, self.base_model_prefix, self).trunk
-        trunk = trunk.encoder if isinstance(trunk, HSVLTBlockTrunk) else trunk.backbone
+        trunk = trunk.encoder if isinstance(trunk, HSVLTBlockTrunk) else trunk.model
         if attn_implementation == "sdpa" and not trunk._supports_sdpa:
             attn_implementation = {"": "sdpa", "backbone_config": "eager"}
         super().set_attn_implementation(attn_implementation, **kwargs)
@@ -575,7 +575,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self.post_init()
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
         # ConvNeXt the blocks are called one by one here, never a stage.
-        body = self.trunk.encoder if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone
+        body = self.trunk.encoder if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.model
         self._no_split_modules |= set(body._no_split_modules or ()) - {"ConvNextStage"}
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -588,7 +588,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self._trunk_embeddings().patch_embeddings = value
 
     def _trunk_embeddings(self) -> nn.Module | None:
-        trunk = self.trunk if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone.base_model
+        trunk = self.trunk if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.model.base_model
         return getattr(trunk, "embeddings", None)
 
     @can_return_tuple
@@ -708,11 +708,12 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         else:
             # A checkpoint of the bare model has no norms in front of the feature maps; those start fresh.
             # Not AutoBackbone: it asks the Hub whether a local folder exists.
-            backbone = type(model.hsvlt.trunk.backbone)
-            trunk = backbone.from_pretrained(source, out_features=config.backbone_config.out_features, **load)
+            trunk = type(model.hsvlt.trunk.model).from_pretrained(
+                source, out_features=config.backbone_config.out_features, **load
+            )
             unused = [f"{trunk.base_model_prefix}.layernorm.{name}" for name in ("weight", "bias")]
             state_dict = {key: value for key, value in trunk.state_dict().items() if key not in unused}
-            model.hsvlt.trunk.backbone.load_state_dict(state_dict)
+            model.hsvlt.trunk.model.load_state_dict(state_dict)
         return model
 
     def set_label_embeddings(

@@ -24,9 +24,11 @@ def is_plain(*modules: nn.Module) -> bool:
 
     Hooks of any kind, parametrisations, offloading, adapters, quantised or distributed weights all make a module more
     than its weights: then it has to be called. The same goes under `torch.jit`, and so in the legacy ONNX exporter,
-    which record what one input does.
+    which record what one input does, and within the transforms of `torch.func`.
     """
     if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if any(getattr(torch_module, f"_global{name}") for name in _HOOKS):
         return False

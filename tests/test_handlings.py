@@ -361,8 +361,9 @@ def test_traced(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamo", [False, True], ids=["legacy", "dynamo"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(  # the dynamo exporter takes ten seconds a model, and training/publish tests it as well
+    ("name", "dynamo"), [*((name, False) for name in MODELS), ("hsvlt", True), ("cat", True)]
+)
 def test_exported_to_onnx(name, dynamo, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = make(name)
@@ -385,7 +386,7 @@ def test_exported_to_onnx(name, dynamo, tmp_path):
     assert_close_outputs(found, scores(model, images(seed=2)), steps=2048)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["hsvlt", "hsvlt_every_option", "hsvlt_swin", "cat"])
 def test_compiled_as_one_graph(name):
     model = make(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -423,6 +424,24 @@ def test_functional_call(name):
         found = torch.func.functional_call(model, weights, kwargs={"pixel_values": images()}).logits
     model.load_state_dict(weights, strict=False)
     assert_close_outputs(found, scores(model, images()))
+
+
+@pytest.mark.parametrize("name", ["hsvlt", "hsvlt_shared", "cat"])
+def test_mapped_over_weights(name):
+    """An ensemble in one call, as `torch.func` does it."""
+    model = make(name)
+    names = [key for key, value in model.named_parameters()]
+    state = {key: torch.stack([value.detach(), value.detach() * 1.2]) for key, value in model.named_parameters()}
+
+    pixel_values = images()
+
+    def run(weights):
+        return torch.func.functional_call(model, weights, kwargs={"pixel_values": pixel_values}).logits
+
+    with torch.no_grad():
+        found = torch.func.vmap(run)(state)
+        for index in range(2):
+            assert_close_outputs(found[index], run({key: state[key][index] for key in names}))
 
 
 @pytest.mark.parametrize("name", ["hsvlt", "mltr"])

@@ -181,7 +181,7 @@ def test_from_backbone_keeps_the_given_config(tmp_path):
     SwinModel(trunk_config("swin")).save_pretrained(swin)
     model = HSVLTForImageClassification.from_backbone(swin, num_labels=N, label_embedding_dim=12)
     weights = SwinModel.from_pretrained(swin).state_dict()
-    ours = model.hsvlt.trunk.backbone.state_dict()
+    ours = model.hsvlt.trunk.model.state_dict()
     name = next(key for key in weights if "attention" in key and key.endswith("weight"))
     match = [value for key, value in ours.items() if key.endswith(name)]
     assert len(match) == 1 and torch.equal(match[0], weights[name])

@@ -581,7 +581,7 @@ from safetensors.torch import load_file
 AutoModelForImageClassification.from_pretrained("a", trust_remote_code=True).save_pretrained("b")
 model = AutoModel.from_pretrained("b", trust_remote_code=True).eval()
 pixels = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
-print(json.dumps([type(model.hsvlt.trunk.backbone).__module__, model(pixels).logits.tolist()]))
+print(json.dumps([type(model.hsvlt.trunk.model).__module__, model(pixels).logits.tolist()]))
 """
     module, logits = run_without_the_package(script, tmp_path)
     assert module.startswith("transformers_modules.") and module.endswith("modeling_mltr")

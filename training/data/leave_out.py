@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from modeling_hsvlt.processing_multilabel import load_image
 
-from .rows import Loaded, Split, picture_column
+from .rows import Loaded, Split, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,11 @@ def same_picture(images: Dataset, row: int, file: str) -> bool:
     return row < len(images) and picture_name(images[row]["image"]) == file
 
 
-def find_unreadable(images: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
+def find_unreadable(rows: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
     """Decodes every picture in full, with a progress bar.
 
     Args:
-        images: Column `image`.
+        rows: With a column `image`.
         num_workers: Threads (decoding releases Python's lock).
 
     Returns:
@@ -94,15 +94,15 @@ def find_unreadable(images: Dataset, num_workers: int = 0) -> list[tuple[int, st
             return str(error)
         return None
 
-    images = picture_column(images, "image")
+    column = undecoded(rows, "image")
     unreadable = []
     with (
         ThreadPoolExecutor(max(num_workers, 1)) as pool,
-        tqdm(total=len(images), desc="Checking pictures", unit="img") as progress,
+        tqdm(total=len(column), desc="Checking pictures", unit="img") as progress,
     ):
         # In slices, for `pool.map` would queue the bytes of a whole data set.
-        for start in range(0, len(images), 256):
-            pictures = images[start : start + 256]["image"]
+        for start in range(0, len(column), 256):
+            pictures = column[start : start + 256]["image"]
             for offset, problem in enumerate(pool.map(reason, pictures)):
                 progress.update()
                 if problem is not None:

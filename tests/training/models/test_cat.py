@@ -256,7 +256,7 @@ def test_command_converts_and_transfers(tmp_path, capsys):
     assert pixel_values.shape == (1, 3, 48, 48)
     # and as HSVLT's trunk
     hsvlt = HSVLTForImageClassification.from_backbone(str(larger), num_labels=2, label_embedding_dim=12)
-    ours = hsvlt.hsvlt.trunk.backbone.state_dict()
+    ours = hsvlt.hsvlt.trunk.model.state_dict()
     for name, tensor in again.mltr.state_dict().items():
         assert name.startswith("layernorm") or torch.equal(ours[name], tensor), name
 
