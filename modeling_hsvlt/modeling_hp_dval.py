@@ -150,6 +150,10 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
 
     config: HPDVALConfig
     base_model_prefix = "hp_dval"
+    renamed_weights = {
+        r"hp_dval\.(prompt_ids|text_embeddings)$": r"hp_dval.prompts.\1",
+        r"^(logit_scale|logit_bias)$": r"scale.\1",
+    }
     _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -341,8 +345,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
             output_hidden_states, output_attentions (`bool`, *optional*): see [`HPDVALModelOutput`].
             kwargs: what the student's attention takes; other names are left out, with a warning.
         """
-        if require_images(pixel_values).shape[0] == 0:
-            raise ValueError("pixel_values holds no picture, and CLIP's attention cannot run on none: leave it out.")
+        pixel_values = require_images(pixel_values)
         warn_of_unknown_arguments(self, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name in TransformersKwargs.__annotations__}
         states, attentions = output_flags(self.config, output_hidden_states, output_attentions)

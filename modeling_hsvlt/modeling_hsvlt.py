@@ -319,6 +319,8 @@ class HSVLTInteractionLayer(GradientCheckpointingLayer):
         self.attention = HSVLTAttention(config, hidden_size)
         self.gate = nn.Linear(hidden_size, hidden_size)
         self.multimodal = nn.Linear(hidden_size, hidden_size)
+        # 1 x 1 convolutions in the released code, which its initialisation passes over.
+        self.gate.starts_as_in_torch = self.multimodal.starts_as_in_torch = True
         self.visual_norm = nn.LayerNorm(hidden_size) if config.normalize_visual_tokens else nn.Identity()
         self.label_norm = nn.LayerNorm(hidden_size) if config.normalize_label_tokens else nn.Identity()
         # Nothing reads the label tokens after the last interaction: a gate there would never see a gradient.
@@ -502,6 +504,7 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
 
     config: HSVLTConfig
     base_model_prefix = "hsvlt"
+    renamed_weights = {r"label_embeddings$": "label_embeddings.weight"}
     _no_split_modules = ["HSVLTInteractionLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -518,7 +521,8 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
     def _init_weights(self, module):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            if std is None:
+            # Of what holds the layer, transformers asks nothing here: it has no weights of its own.
+            if std is None or getattr(module, "starts_as_in_torch", False):
                 _init_linear_as_torch(module)
             else:
                 init.trunc_normal_(module.weight, std=std)
@@ -533,11 +537,7 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
                 init.zeros_(tensor)
         else:
             super()._init_weights(module)
-        if isinstance(module, HSVLTInteractionLayer):
-            # 1 x 1 convolutions in the released code, which its initialisation passes over.
-            _init_linear_as_torch(module.gate)
-            _init_linear_as_torch(module.multimodal)
-        elif isinstance(module, HSVLTLabelEmbeddings):
+        if isinstance(module, HSVLTLabelEmbeddings):
             init.copy_(module.weight, module.create().to(module.weight))
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
@@ -665,6 +665,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             self.classifier = HSVLTPerLabelClassifier(config.num_labels, hidden_size)
         else:
             self.classifier = nn.Linear(hidden_size, 1)  # one for all labels, which can then be exchanged
+            self.classifier.starts_as_in_torch = True
         self.label_context = None  # a `label_context.LabelContext` while one is learned
         self.candidate_scorer = None
         if config.candidate_labels is not None:
@@ -854,7 +855,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has
             # seen so fast that the pixel scores learn little.
             paths = paths if self.training else [logits]
-            known = labels if candidates is None else labels.gather(1, candidates)
+            known = labels if candidates is None else labels.to(candidates.device).gather(1, candidates)
             items = num_items_in_batch if candidates is None else None  # of the candidates alone: a mean of their own
             loss = sum(self._loss(path, known, items) for path in paths) / len(paths)
             if candidate_logits is not None and self.training:
@@ -892,7 +893,8 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         `label_chunk_size` says so."""
         chunk = self.config.label_chunk_size
         num_labels = text_embeddings.shape[0] if class_ids is None else class_ids.shape[-1]
-        if chunk is None or self.training or num_labels <= chunk:
+        # With gradients, chunks would spare no memory, and states put together would be none that the logits come from.
+        if chunk is None or torch.is_grad_enabled() or num_labels <= chunk:
             return self._read_chunk(feature_maps, text_embeddings, class_ids, output_hidden_states, output_attentions)
         if class_ids is None:
             class_ids = torch.arange(num_labels, device=text_embeddings.device)

@@ -12,11 +12,17 @@ import yaml
 
 from .data.augment import check_augmentation_names
 
+PATH = {"path": True}  # of an option that may hold a path of this machine: no push publishes that
+
+
+def path(default: str | None = None):
+    return field(default=default, metadata=PATH)
+
 
 @dataclass(kw_only=True)
 class TrainingConfig:
     # --- the run
-    output_dir: str = "runs/hsvlt"  # config.yaml, log.jsonl, best/, checkpoint-STEP/ and results.json go here
+    output_dir: str = path("runs/hsvlt")  # config.yaml, log.jsonl, best/, checkpoint-STEP/ and results.json go here
     overwrite: bool = False  # delete what output_dir holds; off, because it may be days of work
     resume: bool = False  # continue from the newest good checkpoint in output_dir, exactly
     resume_despite: list[Literal["label_names", "dataset", "total_steps", "batches"]] = field(
@@ -31,7 +37,7 @@ class TrainingConfig:
     project_name: str = "hsvlt"  # what those trackers call the project
 
     # --- data, see training/data/
-    dataset: str = "scenes"  # Hub id, folder, or "scenes": the built-in data needs no download
+    dataset: str = path("scenes")  # Hub id, folder, or "scenes": the built-in data needs no download
     dataset_revision: str | None = None  # commit or tag of a Hub dataset; pin it, data sets change
     dataset_config: str | None = None  # the configuration of a Hub dataset that has several
     label_names: list[str] | None = None  # class order; null: labels.txt, else what the dataset says
@@ -41,7 +47,7 @@ class TrainingConfig:
     # null: in a CSV without label_column every column that is no file name
     label_format: Literal["auto", "names", "ids", "multi_hot"] = "auto"
     label_separator: str = ","  # between the labels of a text
-    picture_folder: str | None = None  # where the file names of a CSV start; null: where the CSV is
+    picture_folder: str | None = path()  # where the file names of a CSV start; null: where the CSV is
     scenes: dict = field(default_factory=dict)  # knobs of training.data.scenes.build_scenes, for dataset "scenes"
     fresh_scenes: bool = True  # new training scenes every epoch: drawing is free, memorising 6,000 scenes is easy
     check_pictures: bool = True  # decode every picture before the first step: one bad file ends an epoch otherwise
@@ -50,7 +56,7 @@ class TrainingConfig:
     # {single_positive: true, seed: 0}, see training/data/sparse_labels.py; null: train on all labels there are
     missing_pictures: Literal["error", "skip"] = "error"  # metadata rows whose file does not exist
     unlisted_pictures: Literal["error", "skip"] = "error"  # files that no metadata row names
-    exclude: str | None = None  # list of rows to leave out: exclude.txt of training.check_data
+    exclude: str | None = path()  # list of rows to leave out: exclude.txt of training.check_data
     cache_images: bool = False  # keep resized pictures in memory: faster where decoding is slower than the model
     num_workers: int = 4  # decoding processes (the official run's number); 0: decode in the training process
 
@@ -70,17 +76,18 @@ class TrainingConfig:
     model_type: str = "hsvlt"  # hsvlt, mltr or hp_dval
     preset: str | None = "small"  # the published size with a published number
     model: dict = field(default_factory=dict)  # any field of the model's configuration
-    backbone: str | None = None  # pretrained trunk: folder or Hub id in transformers' format; null: random weights
+    backbone: str | None = path()  # pretrained trunk: folder or Hub id in transformers' format; null: random weights
     backbone_revision: str | None = None  # required for a Hub id: a commit (config.yaml gets the commit of a branch)
-    label_encoder: str | None = None  # text encoder of the label names: folder or Hub id; null: random by seed
+    label_encoder: str | None = path()  # text encoder of the label names: folder or Hub id; null: random by seed
     label_encoder_revision: str | None = None
     label_reading: Literal["mean", "official"] = "mean"  # "official" is the released embedding script's, for parity
     label_template: str = "a photo of a {}"  # CLIP's prompt; unused by the official reading
     label_text: dict = field(default_factory=dict)  # what to encode in place of a name: {tvmonitor: tv monitor}
-    label_context: dict | None = None  # context to learn in front of the names: training.models.build.add_label_context
+    label_context: dict | None = field(default=None, metadata=PATH)  # to learn in front of the names, see
+    # training.models.build.add_label_context
     text_classifier: bool = False  # with model.residual_attention: start from the classifier of the backbone, whose
     # classes are matched to the labels by text
-    init_from: str | None = None  # start from all weights of this checkpoint of ours: folder or Hub id
+    init_from: str | None = path()  # start from all weights of this checkpoint of ours: folder or Hub id
     init_from_revision: str | None = None
     loss_type: str = "bce"  # as published; others: modeling_hsvlt/losses_multilabel.py
     loss_kwargs: dict | None = None

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> dict:
     per_label = per_label_report(scores, labels, threshold, label_names=label_names)
     results = result_record(
         report,
+        model.config,
         checkpoint=args.checkpoint,
         revision=getattr(model.config, "_commit_hash", None) or args.revision,
         dataset=args.dataset,

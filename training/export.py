@@ -33,7 +33,7 @@ from accelerate import Accelerator
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .checkpoint.loading import load_checkpoint
-from .metrics.functional import multilabel_report
+from .metrics.functional import average_precision, decision_report
 from .options import add_scoring_arguments
 from .publish.selected_tags import FILE_NAME as TAGS_FILE
 from .publish.selected_tags import write_selected_tags
@@ -65,7 +65,7 @@ def _quantize_and_refit(
         begin = time.perf_counter()
         split = score_split(OnnxClassifier(path, model.config), processor, args, accelerator, loaded=loaded)
         seconds = time.perf_counter() - begin
-        rows[name] = (multilabel_report(split.scores, split.labels, top_k=None)["mAP"], path.stat().st_size, seconds)
+        rows[name] = (np.nanmean(average_precision(split.scores, split.labels)), path.stat().st_size, seconds)
     info = getattr(model.config, "threshold_info", None) or {}
     fit = {
         "objective": info.get("objective", "f1"),
@@ -81,7 +81,7 @@ def _quantize_and_refit(
     if getattr(model.config, "thresholds", None) is not None:
         thresholds = {"as they were": np.array(model.config.thresholds), **thresholds}
     for words, values in thresholds.items():
-        report = multilabel_report(split.scores, split.labels, values, top_k=None)
+        report = decision_report(split.scores, split.labels, values)
         print(f"  int8, thresholds {words}: macro F1 {report['f1_macro']:.4f}, micro F1 {report['f1_micro']:.4f}")
     info = threshold_info(split.labels, **fit, dataset=args.dataset, split=args.split)
     proto = onnx.load(target)

@@ -32,7 +32,7 @@ from benchmarks.timing import device_name, multiply_adds
 from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder, transfer_classifier
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
-from training.metrics.functional import multilabel_report
+from training.metrics.functional import decision_report, multilabel_report
 from training.scoring.thresholds import fit_thresholds
 
 # The trunk's last four maps: strides 8, 16, 32 and the last convolution, which peers and HSVLT's last stage share.
@@ -94,7 +94,7 @@ def measure(
             decided[applied] = scores[applied] >= fit_thresholds(scores[fitted], labels[fitted])
     report = multilabel_report(scores, labels, top_k=None, groups=groups)
     row = {name: report.get(f"mAP_{name}", float("nan")) for name in groups}
-    return {"mAP": report["mAP"], **row, "macro_f1": multilabel_report(decided, labels, top_k=None)["f1_macro"]}
+    return {"mAP": report["mAP"], **row, "macro_f1": decision_report(decided, labels)["f1_macro"]}
 
 
 def load_test(folder: str, label_names: list[str]):

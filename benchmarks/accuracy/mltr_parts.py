@@ -33,7 +33,7 @@ from training.data.batches import build_dataloader
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
 from training.data.scenes import PARTNER, SCENE_LABELS, build_scenes
-from training.metrics.functional import multilabel_report
+from training.metrics.functional import average_precision
 from training.models.build import build_model
 from training.scoring.predict import predict
 
@@ -122,7 +122,7 @@ def score(folder: Path, scenes) -> dict[str, float]:
     scores, labels = predict(model, build_dataloader(dataset, batch_size=100, processor=processor), progress=False)
     decided = scores >= np.array(model.config.thresholds)
     rates = {name: float(decided[group].mean()) for name, group in label_groups(scenes["boxes"]).items()}
-    return {"mAP": multilabel_report(scores, labels, top_k=None)["mAP"], **rates}
+    return {"mAP": float(np.nanmean(average_precision(scores, labels))), **rates}
 
 
 def print_table(results: dict[str, dict]) -> None:

@@ -101,9 +101,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, step in steps.items():
             synchronise(device)
             start = time.perf_counter()
-            pictures = step()
+            count = step()
             synchronise(device)
-            rates[name].append(pictures / (time.perf_counter() - start))
+            rates[name].append(count / (time.perf_counter() - start))
 
     medians = {name: statistics.median(values) for name, values in rates.items()}
     reference = medians[f"model ({args.preset})"]

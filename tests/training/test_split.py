@@ -48,9 +48,9 @@ def test_the_command_writes_a_dataset_that_loads(photos, tmp_path, capsys):
     assert {name: len(split) for name, split in splits.items()} == {"train": 32, "validation": 8, "test": 3}
     assert not names_in(splits["train"]) & names_in(splits["validation"])
     for split in splits.values():
-        for image, labels in zip(split.images["image"], split.labels.lists(as_ids=True).to_pylist(), strict=True):
-            number = int(image["path"].removesuffix(".png"))
-            assert image["bytes"] == picture(number)["bytes"]
+        for each, labels in zip(split.images["image"], split.labels.lists(as_ids=True).to_pylist(), strict=True):
+            number = int(each["path"].removesuffix(".png"))
+            assert each["bytes"] == picture(number)["bytes"]
             assert labels == [0 if number % 2 else 1, *([2] if number < 3 else [])]
     plain = load_dataset(str(target), split="validation", cache_dir=str(tmp_path / "cache"))
     assert plain[0]["image"].size == (8, 8) and plain.features["labels"].feature.names == names

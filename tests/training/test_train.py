@@ -32,6 +32,8 @@ from training.data.dataset import MultiLabelDataset
 from training.data.load import load
 from training.data.scenes import SCENE_LABELS
 from training.loop.setup import build_processor
+from training.metrics.functional import multilabel_report
+from training.scoring.measured_with import fingerprints
 from training.train import main
 
 from ..tolerance import METRIC, assert_close_metrics
@@ -129,7 +131,9 @@ def test_best_has_thresholds_that_beat_one_half_on_validation(finished):
 
     assert f1(thresholds) > f1(0.5)
     results = json.loads((finished / "results.json").read_text())
-    assert list(results["thresholds"].values()) == pytest.approx(thresholds.tolist())
+    assert results["measured_with"] == fingerprints(json.loads((finished / "best" / "config.json").read_text()))
+    at_thresholds = multilabel_report(scores, labels, thresholds.astype(np.float32))
+    assert results["validation_at_thresholds"]["f1_macro"] == pytest.approx(at_thresholds["f1_macro"], abs=METRIC)
 
 
 def test_a_checkpoint_holds_the_weight_average_and_the_weights(finished):

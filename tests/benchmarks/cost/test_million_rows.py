@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 
 from benchmarks.cost.million_rows import SyntheticScores, main, synthetic_dataset
 from training.data.load import load
-from training.metrics import functional
+from training.metrics import ranking
 
 
 def test_figures_are_those_of_the_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(functional, "BLOCK_ENTRIES", 7 * 1500)
+    monkeypatch.setattr(ranking, "BLOCK_ENTRIES", 7 * 1500)
     file = tmp_path / "figures.json"
     argv = ["--rows", "1500", "--labels", "40", "--threads", "2", "--seed", "3", "--json", str(file), "--quiet"]
     assert main(argv) == 0
