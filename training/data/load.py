@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,9 +27,11 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..options import DatasetOptions
 from .csv_table import find_csv_tables, read_csv_tables
 from .image_folder import read_image_folders
 from .label_names import read_label_names
+from .leave_out import without_excluded
 from .rows import SPLIT_ALIASES, check_policies, refuse_or_skip, row_namer
 from .scenes import DEFAULT_NUM_SCENES, SCENE_LABELS, build_scenes
 from .sparse_labels import SparseLabels, arrow_column, class_names, split_text, stack_columns
@@ -41,26 +42,15 @@ logger = logging.getLogger(__name__)
 def load_multilabel_dataset(
     source: str | Path | Dataset | DatasetDict,
     *,
-    revision: str | None = None,
-    config_name: str | None = None,
     splits: Sequence[str] | None = None,
-    label_names: Sequence[str] | None = None,
-    image_column: str = "image",
-    label_column: str = "labels",
-    label_columns: Sequence[str] | None = None,
-    label_format: str = "auto",
-    label_separator: str = ",",
-    picture_folder: str | Path | None = None,
-    unlisted_pictures: str = "error",
-    missing_pictures: str = "error",
     cache_dir: str | None = None,
-    scenes: dict | None = None,
+    **options,
 ) -> tuple[DatasetDict, list[str]]:
     """Loads a multi-label image dataset and checks every label against the label contract.
 
     Args:
         source: One of
-            - a dataset id on the Hub (pin its `revision`; `config_name` is its configuration);
+            - a dataset id on the Hub (pin its `dataset_revision`);
             - a folder with `<split>/metadata.jsonl` (`imagefolder`: rows with `file_name` and `labels`; a `labels.txt`
               beside the splits gives the class order, one name a line);
             - a CSV file, or a folder of `<split>.csv` or `<split>/metadata.csv`, see `csv_table.read_csv_tables`;
@@ -70,16 +60,10 @@ def load_multilabel_dataset(
             - a `Dataset` (taken as "train") or `DatasetDict`.
         splits: The splits to return, all of which must exist and have rows; None: all there are. Usual other names
             (`val`, `dev`, `testing`, ...) are known.
-        label_names: Vocabulary in class order, for example a checkpoint's. By default that of `labels.txt`, else of
-            the column's `ClassLabel`, else `label_columns`, else the sorted names that occur in the train split.
-        label_column: Lists of names, of ids, or multi-hot; or text, the labels of a picture in one string.
-        label_columns: One column a label in place of `label_column`: 1 present, 0 absent, null, NaN or -100 unknown.
-        label_format: "names", "ids", "multi_hot" or "auto", see `SparseLabels.from_arrow`; for text, what is between
-            the separators ("auto": names).
-        label_separator: Between the labels of a text.
-        picture_folder: Where the file names of a CSV start; by default where the CSV is.
-        unlisted_pictures: "error", or "skip" to leave out pictures of an image folder that no metadata row names.
-        missing_pictures: "error", or "skip" to leave out metadata rows whose picture does not exist.
+        options: Fields of `training.options.DatasetOptions`, with its defaults. `label_names` is the vocabulary in
+            class order, for example a checkpoint's; by default that of `labels.txt`, else of the column's `ClassLabel`,
+            else `label_columns`, else the sorted names that occur in the train split. `label_format`: see
+            `SparseLabels.from_arrow`; for text, what is between the separators ("auto": names).
 
     Returns:
         The splits and the label names. Rows hold `image` (`datasets.Image(decode=False)`: `path`, `bytes`) and
@@ -95,11 +79,18 @@ def load_multilabel_dataset(
             "A streaming data set has no rows to count and check: load it without streaming=True, or give its splits "
             "to training.data.streaming.StreamingMultiLabelDataset."
         )
+    options = DatasetOptions(dataset=source, **options)
+    revision = options.dataset_revision
+    label_names, label_columns = options.label_names, options.label_columns
+    image_column, label_column = options.image_column, options.label_column
     names_of_file, row_words, on_hub = None, {}, False
     if isinstance(source, Dataset | DatasetDict):
         loaded = source
     elif str(source) == "scenes":
-        loaded, names_of_file = build_scenes(**{"num_scenes": DEFAULT_NUM_SCENES, **(scenes or {})}), SCENE_LABELS
+        loaded, names_of_file = (
+            build_scenes(**{"num_scenes": DEFAULT_NUM_SCENES, **(options.scenes or {})}),
+            SCENE_LABELS,
+        )
     elif tables := find_csv_tables(Path(source)):
         names_file = (Path(source) if Path(source).is_dir() else Path(source).parent) / "labels.txt"
         if names_file.is_file():
@@ -109,9 +100,9 @@ def load_multilabel_dataset(
             image_column=image_column,
             label_column=label_column,
             label_columns=label_columns,
-            picture_folder=picture_folder,
-            unlisted_pictures=unlisted_pictures,
-            missing_pictures=missing_pictures,
+            picture_folder=options.picture_folder,
+            unlisted_pictures=options.unlisted_pictures,
+            missing_pictures=options.missing_pictures,
         )
     elif Path(source).is_dir():
         folder = Path(source)
@@ -123,19 +114,19 @@ def load_multilabel_dataset(
             loaded, row_words = read_image_folders(
                 folder,
                 label_column,
-                unlisted_pictures=unlisted_pictures,
-                missing_pictures=missing_pictures,
+                unlisted_pictures=options.unlisted_pictures,
+                missing_pictures=options.missing_pictures,
             )
             image_column, label_column = "image", "labels"
         else:
             _check_parquet(folder)
-            loaded = load_dataset(str(folder), name=config_name, cache_dir=cache_dir)
+            loaded = load_dataset(str(folder), name=options.dataset_config, cache_dir=cache_dir)
     elif Path(source).exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} is no folder; give a folder, the id of a dataset on the Hub, or 'scenes'.")
     else:
         on_hub = True
         try:
-            loaded = load_dataset(str(source), name=config_name, revision=revision, cache_dir=cache_dir)
+            loaded = load_dataset(str(source), name=options.dataset_config, revision=revision, cache_dir=cache_dir)
         except (DatasetNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(f"{source} is neither a folder here nor a dataset within reach: {error}") from error
 
@@ -159,7 +150,7 @@ def load_multilabel_dataset(
     if not row_words and not isinstance(source, Dataset | DatasetDict):
         for name in splits or loaded:
             before = f"The split {name!r} of {source_words} has"
-            loaded[name] = _with_pictures(loaded[name], image_column, missing_pictures, before)
+            loaded[name] = _with_pictures(loaded[name], image_column, options.missing_pictures, before)
     if label_columns:
         given = list(label_names or names_of_file or label_columns)
         if sorted(given) != sorted(label_columns):
@@ -172,7 +163,7 @@ def load_multilabel_dataset(
             return stack_columns(loaded[name], label_columns, row_words[name])
         column = arrow_column(loaded[name], label_column)
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            column = split_text(column, label_separator, label_format, row_words[name])
+            column = split_text(column, options.label_separator, options.label_format, row_words[name])
         return column
 
     images = {}
@@ -191,7 +182,7 @@ def load_multilabel_dataset(
             lists(name),
             label_names,
             class_names=None if label_columns else class_names(loaded[name], label_column),
-            label_format="multi_hot" if label_columns else label_format,
+            label_format="multi_hot" if label_columns else options.label_format,
             where=row_words[name],
         )
         for name in splits or loaded
@@ -201,6 +192,8 @@ def load_multilabel_dataset(
     uniform = DatasetDict()
     for name, of_split in labels.items():
         uniform[name] = _with_labels(images[name], of_split, label_names, as_ids, row_words[name])
+    if options.exclude is not None:
+        uniform = DatasetDict(without_excluded(uniform, options.exclude))
     return uniform, label_names
 
 
@@ -292,20 +285,3 @@ def _with_labels(
     lists = pa.LargeListArray.from_arrays(pa.array(starts, pa.int64()), pa.array(values), mask=pa.array(unknown))
     # A column beside the pictures, so that pictures (gigabytes, perhaps) are neither copied nor rewritten.
     return images.add_column("labels", lists.cast(pa.list_(lists.type.value_type)), feature=feature)
-
-
-def load_from_arguments(args: argparse.Namespace, **kwargs) -> tuple[DatasetDict, list[str]]:
-    """`load_multilabel_dataset` as `args` say; `kwargs` are passed on to it."""
-    return load_multilabel_dataset(
-        args.dataset,
-        revision=args.dataset_revision,
-        config_name=args.dataset_config,
-        label_names=args.label_names,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        label_columns=args.label_columns,
-        label_separator=args.label_separator,
-        picture_folder=args.picture_folder,
-        label_format=args.label_format,
-        **kwargs,
-    )

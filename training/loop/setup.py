@@ -29,10 +29,11 @@ from ..config import TrainingConfig
 from ..data.augment import build_augmentation
 from ..data.batches import build_dataloader
 from ..data.dataset import MultiLabelDataset
-from ..data.leave_out import find_unreadable, without_excluded, without_unreadable
+from ..data.leave_out import find_unreadable, without_unreadable
 from ..data.load import load_multilabel_dataset
 from ..data.scenes import DEFAULT_NUM_SCENES, SceneDataset
 from ..models.build import build_model
+from ..options import dataset_options
 from .interruption import StopRequest
 from .log import JsonLinesTracker
 from .optim import build_ema, build_optimizer, build_scheduler
@@ -226,25 +227,10 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict,
     if not isinstance(counts, dict) or "train" not in counts:
         raise ValueError("scenes.num_scenes must give a number of scenes for train and for each other split.")
     with accelerator.main_process_first():  # the others then find the cache
-        splits, label_names = load_multilabel_dataset(
-            config.dataset,
-            revision=config.dataset_revision,
-            config_name=config.dataset_config,
-            splits=stored,
-            label_names=config.label_names,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            label_columns=config.label_columns,
-            label_format=config.label_format,
-            label_separator=config.label_separator,
-            picture_folder=config.picture_folder,
-            unlisted_pictures=config.unlisted_pictures,
-            missing_pictures=config.missing_pictures,
-            scenes={**knobs, "num_scenes": {name: counts[name] for name in stored if name in counts}},
-        )
+        options = dataset_options(config)
+        options["scenes"] = {**knobs, "num_scenes": {name: counts[name] for name in stored if name in counts}}
+        splits, label_names = load_multilabel_dataset(config.dataset, splits=stored, **options)
     splits = dict(splits)
-    if config.exclude is not None:
-        splits = without_excluded(splits, config.exclude)
     if fresh:
         splits["train"] = SceneDataset(counts["train"], **knobs)
     elif config.check_pictures and config.dataset != "scenes":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,8 +16,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.batches import build_dataloader
 from ..data.dataset import MultiLabelDataset, class_counts
-from ..data.leave_out import without_excluded
-from ..data.load import load_from_arguments
+from ..data.load import load_multilabel_dataset
+from ..options import ScoringOptions, dataset_options
 
 
 class ScoredSplit(NamedTuple):
@@ -97,9 +96,9 @@ def predict(
 
 
 def score_split(
-    model: PreTrainedModel, processor: BaseImageProcessor, args: argparse.Namespace, accelerator: Accelerator
+    model: PreTrainedModel, processor: BaseImageProcessor, args: ScoringOptions, accelerator: Accelerator
 ) -> ScoredSplit:
-    """Predicts the split that `args`, parsed `add_scoring_arguments`, names.
+    """Predicts the split that `args` name.
 
     Raises:
         ValueError, OSError: in one sentence, what was wrong with the dataset and what to do.
@@ -119,22 +118,13 @@ def score_split(
     return ScoredSplit(label_names, scores, labels[:, order], dataset.split)
 
 
-def load_split(args: argparse.Namespace, name: str) -> tuple[Dataset, list[str]]:
-    """A split of the data set that `args`, parsed `add_scoring_arguments`, names, without the rows that it excludes;
-    and its label names."""
-    splits, label_names = load_from_arguments(
-        args,
-        splits=[name],
-        scenes=args.scenes,
-        missing_pictures=args.missing_pictures,
-        unlisted_pictures=args.unlisted_pictures,
-    )
-    if args.exclude is not None:
-        splits = without_excluded(splits, args.exclude)
+def load_split(args: ScoringOptions, name: str) -> tuple[Dataset, list[str]]:
+    """A split of the dataset that `args` name, and its label names."""
+    splits, label_names = load_multilabel_dataset(args.dataset, splits=[name], **dataset_options(args))
     return splits[name], label_names
 
 
-def count_positives(label_names: Sequence[str], args: argparse.Namespace) -> np.ndarray:
+def count_positives(label_names: Sequence[str], args: ScoringOptions) -> np.ndarray:
     """(num_labels,) pictures of `args.count_split` that show each label."""
     split, dataset_names = load_split(args, args.count_split)
     order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)

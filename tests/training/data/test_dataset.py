@@ -202,7 +202,7 @@ def test_names_of_multi_hot_lists_come_from_the_repository(tmp_path, monkeypatch
 
     monkeypatch.setattr(load, "load_dataset", load_dataset)
     monkeypatch.setattr(load, "hf_hub_download", hf_hub_download)
-    splits, names = load_multilabel_dataset("user/photos", revision="0123abc")
+    splits, names = load_multilabel_dataset("user/photos", dataset_revision="0123abc")
     assert names == NAMES and np.array_equal(dense(splits["train"]), MULTI_HOT)
     with pytest.raises(ValueError, match=r"The labels of user/without .* carry no names"):
         load_multilabel_dataset("user/without")
