@@ -134,7 +134,6 @@ class HPDVALConfig(MultiLabelConfig):
         "semantic_consistency_loss",
         "image_embeds",
         "patch_embeds",
-        "text_embeds",
         "hidden_states",
         "attentions",
     ]

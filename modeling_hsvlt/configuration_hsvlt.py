@@ -247,8 +247,9 @@ class HSVLTConfig(MultiLabelConfig):
             raise ValueError(
                 f"residual_attention_weight must lie between 0 and 1, but it is {self.residual_attention_weight}."
             )
-        if self.residual_attention and self.classifier != "per_label":
-            raise ValueError('residual_attention has weights for each label: it needs classifier="per_label".')
+        for field in ("residual_attention", "candidate_labels"):
+            if getattr(self, field) and self.classifier != "per_label":
+                raise ValueError(f'{field} has weights for each label: it needs classifier="per_label".')
 
 
 __all__ = ["HSVLTConfig"]

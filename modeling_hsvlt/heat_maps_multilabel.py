@@ -109,7 +109,7 @@ def _patch_maps(model, pixel_values, class_ids, stages):
     if model.config.alpha == 1:
         raise ValueError("This HP-DVAL scores the whole picture alone (alpha=1): it has no patch scores to show.")
     output = model(pixel_values=pixel_values, return_dict=True)
-    text = output.text_embeds[-1].float()  # the local view's, (N, E)
+    text = model.hp_dval.text_embeds()[-1].float()  # the local view's, (N, E)
     patches = output.patch_embeds.float()  # (B, P, E)
     if model.config.score_normalization == "cosine":
         text, patches = F.normalize(text, dim=-1), F.normalize(patches, dim=-1)

@@ -47,7 +47,7 @@ from .hp_dval_prompts import (
 from .kept_embeddings import KeptEmbeddings
 from .label_prompts import _label_texts
 from .losses_multilabel import UNKNOWN_LABEL, items_in_step, multilabel_loss, validate_labels
-from .modeling_multilabel import MultiLabelPreTrainedModel, output_flags
+from .modeling_multilabel import MultiLabelPreTrainedModel, output_flags, require_images, warn_of_unknown_arguments
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
@@ -84,7 +84,8 @@ class HPDVALImageClassifierOutput(ModelOutput):
         distillation_loss (`torch.FloatTensor` of shape `()`): L1 distance to the teacher; training stage 1 and joint.
         semantic_consistency_loss (`torch.FloatTensor` of shape `()`): L1 distance of the learned global text
             embeddings to the hand-written ones; training stage 2 and joint.
-        image_embeds, patch_embeds, text_embeds, hidden_states, attentions: see [`HPDVALModelOutput`].
+        image_embeds, patch_embeds, hidden_states, attentions: see [`HPDVALModelOutput`]. All but losses have one row a
+            picture, as pipelines unroll it.
     """
 
     loss: torch.FloatTensor | None = None
@@ -93,7 +94,6 @@ class HPDVALImageClassifierOutput(ModelOutput):
     semantic_consistency_loss: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     patch_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -150,6 +150,10 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
 
     config: HPDVALConfig
     base_model_prefix = "hp_dval"
+    renamed_weights = {
+        r"hp_dval\.(prompt_ids|text_embeddings)$": r"hp_dval.prompts.\1",
+        r"^(logit_scale|logit_bias)$": r"scale.\1",
+    }
     _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -341,14 +345,9 @@ class HPDVALModel(HPDVALPreTrainedModel):
             output_hidden_states, output_attentions (`bool`, *optional*): see [`HPDVALModelOutput`].
             kwargs: what the student's attention takes; other names are left out, with a warning.
         """
-        if pixel_values is None:
-            raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
-        if pixel_values.shape[0] == 0:
-            raise ValueError("pixel_values holds no picture, and CLIP's attention cannot run on none: leave it out.")
-        unknown = kwargs.keys() - TransformersKwargs.__annotations__
-        if unknown:
-            logger.warning_once(f"{type(self).__name__} knows no argument {min(unknown)!r} and leaves it out.")
-            kwargs = {name: value for name, value in kwargs.items() if name not in unknown}
+        pixel_values = require_images(pixel_values)
+        warn_of_unknown_arguments(self, kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name in TransformersKwargs.__annotations__}
         states, attentions = output_flags(self.config, output_hidden_states, output_attentions)
         image_embeds, patch_embeds, hidden_states, attentions = self.student(
             pixel_values,
@@ -723,7 +722,6 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             semantic_consistency_loss=semantic_consistency_loss,
             image_embeds=output.image_embeds,
             patch_embeds=output.patch_embeds,
-            text_embeds=output.text_embeds,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

@@ -169,17 +169,17 @@ class HSVLTStageTrunk(nn.Module):
             # AutoBackbone does not know a class that was downloaded with a checkpoint.
             from .modeling_mltr import MlTrBackbone
 
-            self.backbone = MlTrBackbone._from_config(config.backbone_config)
+            self.model = MlTrBackbone._from_config(config.backbone_config)
         else:
-            self.backbone = AutoBackbone.from_config(config.backbone_config)
+            self.model = AutoBackbone.from_config(config.backbone_config)
             if config.backbone_config.model_type in ("swin", "focalnet"):  # built there, but never used
-                getattr(self.backbone, self.backbone.base_model_prefix).layernorm = nn.Identity()
-        self.channels = list(self.backbone.channels)
+                getattr(self.model, self.model.base_model_prefix).layernorm = nn.Identity()
+        self.channels = list(self.model.channels)
         self.interaction_depths = list(config.interaction_depths or [1, 1, 1, 1])
 
     def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yields a (B, C_i, H_i, W_i) map for each interaction in order."""
-        feature_maps = self.backbone(pixel_values).feature_maps
+        feature_maps = self.model(pixel_values).feature_maps
         for feature_map, depth in zip(feature_maps, self.interaction_depths, strict=True):
             yield from [feature_map] * depth
 
@@ -319,6 +319,8 @@ class HSVLTInteractionLayer(GradientCheckpointingLayer):
         self.attention = HSVLTAttention(config, hidden_size)
         self.gate = nn.Linear(hidden_size, hidden_size)
         self.multimodal = nn.Linear(hidden_size, hidden_size)
+        # 1 x 1 convolutions in the released code, which its initialisation passes over.
+        self.gate.starts_as_in_torch = self.multimodal.starts_as_in_torch = True
         self.visual_norm = nn.LayerNorm(hidden_size) if config.normalize_visual_tokens else nn.Identity()
         self.label_norm = nn.LayerNorm(hidden_size) if config.normalize_label_tokens else nn.Identity()
         # Nothing reads the label tokens after the last interaction: a gate there would never see a gradient.
@@ -502,6 +504,7 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
 
     config: HSVLTConfig
     base_model_prefix = "hsvlt"
+    renamed_weights = {r"label_embeddings$": "label_embeddings.weight"}
     _no_split_modules = ["HSVLTInteractionLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -518,7 +521,8 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
     def _init_weights(self, module):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            if std is None:
+            # Of what holds the layer, transformers asks nothing here: it has no weights of its own.
+            if std is None or getattr(module, "starts_as_in_torch", False):
                 _init_linear_as_torch(module)
             else:
                 init.trunc_normal_(module.weight, std=std)
@@ -533,17 +537,13 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
                 init.zeros_(tensor)
         else:
             super()._init_weights(module)
-        if isinstance(module, HSVLTInteractionLayer):
-            # 1 x 1 convolutions in the released code, which its initialisation passes over.
-            _init_linear_as_torch(module.gate)
-            _init_linear_as_torch(module.multimodal)
-        elif isinstance(module, HSVLTLabelEmbeddings):
+        if isinstance(module, HSVLTLabelEmbeddings):
             init.copy_(module.weight, module.create().to(module.weight))
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """As in transformers, except that a trunk without that attention (a ConvNeXt has none) keeps its own."""
         trunk = getattr(self, self.base_model_prefix, self).trunk
-        trunk = trunk.encoder if isinstance(trunk, HSVLTBlockTrunk) else trunk.backbone
+        trunk = trunk.encoder if isinstance(trunk, HSVLTBlockTrunk) else trunk.model
         if attn_implementation == "sdpa" and not trunk._supports_sdpa:
             attn_implementation = {"": "sdpa", "backbone_config": "eager"}
         super().set_attn_implementation(attn_implementation, **kwargs)
@@ -575,7 +575,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self.post_init()
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
         # ConvNeXt the blocks are called one by one here, never a stage.
-        body = self.trunk.encoder if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone
+        body = self.trunk.encoder if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.model
         self._no_split_modules |= set(body._no_split_modules or ()) - {"ConvNextStage"}
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -588,7 +588,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self._trunk_embeddings().patch_embeddings = value
 
     def _trunk_embeddings(self) -> nn.Module | None:
-        trunk = self.trunk if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.backbone.base_model
+        trunk = self.trunk if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.model.base_model
         return getattr(trunk, "embeddings", None)
 
     @can_return_tuple
@@ -665,6 +665,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             self.classifier = HSVLTPerLabelClassifier(config.num_labels, hidden_size)
         else:
             self.classifier = nn.Linear(hidden_size, 1)  # one for all labels, which can then be exchanged
+            self.classifier.starts_as_in_torch = True
         self.label_context = None  # a `label_context.LabelContext` while one is learned
         self.candidate_scorer = None
         if config.candidate_labels is not None:
@@ -708,11 +709,12 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         else:
             # A checkpoint of the bare model has no norms in front of the feature maps; those start fresh.
             # Not AutoBackbone: it asks the Hub whether a local folder exists.
-            backbone = type(model.hsvlt.trunk.backbone)
-            trunk = backbone.from_pretrained(source, out_features=config.backbone_config.out_features, **load)
+            trunk = type(model.hsvlt.trunk.model).from_pretrained(
+                source, out_features=config.backbone_config.out_features, **load
+            )
             unused = [f"{trunk.base_model_prefix}.layernorm.{name}" for name in ("weight", "bias")]
             state_dict = {key: value for key, value in trunk.state_dict().items() if key not in unused}
-            model.hsvlt.trunk.backbone.load_state_dict(state_dict)
+            model.hsvlt.trunk.model.load_state_dict(state_dict)
         return model
 
     def set_label_embeddings(
@@ -853,7 +855,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has
             # seen so fast that the pixel scores learn little.
             paths = paths if self.training else [logits]
-            known = labels if candidates is None else labels.gather(1, candidates)
+            known = labels if candidates is None else labels.to(candidates.device).gather(1, candidates)
             items = num_items_in_batch if candidates is None else None  # of the candidates alone: a mean of their own
             loss = sum(self._loss(path, known, items) for path in paths) / len(paths)
             if candidate_logits is not None and self.training:
@@ -891,7 +893,8 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         `label_chunk_size` says so."""
         chunk = self.config.label_chunk_size
         num_labels = text_embeddings.shape[0] if class_ids is None else class_ids.shape[-1]
-        if chunk is None or self.training or num_labels <= chunk:
+        # With gradients, chunks would spare no memory, and states put together would be none that the logits come from.
+        if chunk is None or torch.is_grad_enabled() or num_labels <= chunk:
             return self._read_chunk(feature_maps, text_embeddings, class_ids, output_hidden_states, output_attentions)
         if class_ids is None:
             class_ids = torch.arange(num_labels, device=text_embeddings.device)

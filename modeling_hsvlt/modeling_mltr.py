@@ -42,7 +42,7 @@ from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: 
 # CUDA attention kernels take at most this many in the batch slot (pytorch issue 142228).
 MAX_ATTENTION_BATCH = 65535
 # Up to this many windows (all sizes at the published resolutions) plain products are faster than the fused kernel, see
-# benchmarks/cross_window.py; beyond, the (B, C, n, n) weights of a large picture would not fit into memory.
+# benchmarks/cost/cross_window.py; beyond, the (B, C, n, n) weights of a large picture would not fit into memory.
 MAX_PLAIN_WINDOWS = 64
 
 # torch 2.6 does not tell an export from a compilation; there, both do without chunks.
@@ -350,10 +350,8 @@ class MlTrCrossWindowAttention(nn.Module):
         value_weight, value_bias = self.proj.weight @ weight_v, self.proj.bias
         if self.qkv.bias is not None:
             value_bias = torch.mv(self.proj.weight, self.qkv.bias.chunk(3)[2]) + value_bias
-        batch, num_windows, _, channels = hidden_states.shape
-        if num_windows == 1:
-            weights = hidden_states.new_ones(batch, channels, 1, 1) if output_attentions else None
-            return value_weight @ hidden_states + value_bias.unsqueeze(-1), weights
+        if hidden_states.shape[1] == 1 and not output_attentions:
+            return value_weight @ hidden_states + value_bias.unsqueeze(-1), None
 
         query_weight = weight_k.t() @ weight_q * self.scaling
         # Under autocast the norm gives fp32 and the line above does not: cast once, in the copy that is made anyway.

@@ -24,9 +24,11 @@ def is_plain(*modules: nn.Module) -> bool:
 
     Hooks of any kind, parametrisations, offloading, adapters, quantised or distributed weights all make a module more
     than its weights: then it has to be called. The same goes under `torch.jit`, and so in the legacy ONNX exporter,
-    which record what one input does.
+    which record what one input does, and within the transforms of `torch.func`.
     """
     if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if any(getattr(torch_module, f"_global{name}") for name in _HOOKS):
         return False
@@ -108,6 +110,8 @@ def no_fp16_autocast(tensor: torch.Tensor):
 def require_images(pixel_values: torch.Tensor | None) -> torch.Tensor:
     if pixel_values is None:
         raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
+    if pixel_values.shape[0] == 0:
+        raise ValueError("pixel_values holds no picture, and attention cannot run on none: leave the batch out.")
     return pixel_values
 
 
@@ -127,6 +131,19 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
     # Trainer gives `num_items_in_batch`, the known labels of a whole optimizer step, and the loss is divided by that.
     accepts_loss_kwargs = True
 
+    # What weights were called in checkpoints from before 0.1, as patterns, and are called now. For one release.
+    renamed_weights = {}
+
+    @classmethod
+    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
+        """As in transformers; older names of weights are read as well."""
+        renamed = {**cls.renamed_weights, **(key_mapping or {})}
+        loaded = super().from_pretrained(*args, key_mapping=renamed or None, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not key_mapping:
+            model._weight_conversions = None  # saving would give the older names back
+        return loaded
+
     def post_init(self):
         super().post_init()
         # Of the parts that stay in fp32, those that this model has.
@@ -135,20 +152,23 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
 
     def _apply(self, fn, recurse=True):
         # `half()`, `to(torch.float16)`, `type(...)`: what `from_pretrained` keeps in fp32 stays in fp32 here as well.
-        kept = {
-            id(tensor)
+        kept = [
+            tensor
             for name, module in self.named_modules()
             if name.rpartition(".")[2] in self._keep_in_fp32_modules
             for tensor in (*module.parameters(), *module.buffers())
-        }
+        ]
+        kept += [tensor.grad for tensor in kept if tensor.grad is not None]
+        kept = {id(tensor) for tensor in kept}
 
         def apply(tensor):
             result = fn(tensor)
-            if id(tensor) in kept and result.dtype == torch.float16 and tensor.dtype != torch.float16:
-                return tensor.to(device=result.device)
-            return result
+            stays = id(tensor) in kept and result.dtype == torch.float16 and tensor.dtype != torch.float16
+            # `type(...)` casts whole numbers as well, and an index would be none any more.
+            stays |= result.is_floating_point() and not tensor.is_floating_point()
+            return tensor.to(device=result.device) if stays else result
 
-        return super()._apply(apply if kept else fn, recurse)
+        return super()._apply(apply, recurse)
 
 
 __all__ = [

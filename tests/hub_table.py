@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+from training.scoring.measured_with import fingerprints
 
 from .loopback_hub import TOKEN, Fault, LoopbackHub
 from .test_remote_code import NAMES, PACKAGE, THRESHOLDS, check, checkpoint, run
@@ -69,9 +70,8 @@ def save_run(folder: Path, model, processor) -> None:
     state.mkdir()
     (state / "tensors.safetensors").write_bytes(b"optimizer state")
     (folder / "best" / "optimizer.bin").write_bytes(b"optimizer state")
-    names = list(NAMES.values())
-    results = {"steps": 3, "thresholds": dict(zip(names, THRESHOLDS, strict=True))}
-    results["positives_in_train"] = {name: index for index, name in enumerate(names)}
+    results = {"steps": 3, "measured_with": fingerprints(model.config.to_dict())}
+    results["positives_in_train"] = list(range(len(NAMES)))
     (folder / "results.json").write_text(json.dumps(results))
     options = {"output_dir": str(folder), "dataset": "/home/someone/photos", "batch_size": 2, "epochs": 1, "seed": 0}
     options |= {"learning_rate": 1e-3, "weight_decay": 0.0, "loss_type": "bce", "gradient_accumulation_steps": 1}

@@ -245,6 +245,30 @@ def test_other_weights_are_saved_with_their_own_embeddings(tmp_path):
     assert_close_outputs(HSVLTForImageClassification.from_pretrained(tmp_path)(pictures()).logits, expected)
 
 
+def test_saving_by_position_and_beside_the_main_process(tmp_path):
+    model = train(make_model(LabelContext(ENCODER, TOKENIZER, NAMES))).eval()
+    model.save_pretrained(tmp_path / "main", True)
+    model.save_pretrained(tmp_path / "weights", True, dict(model.state_dict()))
+    for folder in ("main", "weights"):
+        assert (tmp_path / folder / "label_context" / "adapter_model.safetensors").exists()
+        plain = HSVLTForImageClassification.from_pretrained(tmp_path / folder)
+        assert_close_outputs(plain(pictures()).logits, model(pictures()).logits)
+    model.save_pretrained(tmp_path / "beside", False)
+    model.save_pretrained(tmp_path / "beside", is_main_process=False)
+    assert not list((tmp_path / "beside").rglob("*"))
+
+
+def test_embeddings_that_would_have_no_effect_are_refused():
+    model = make_model(LabelContext(ENCODER, TOKENIZER, NAMES))
+    before = model.hsvlt.label_embeddings.weight.clone()
+    with pytest.raises(ValueError, match="a learned label context gives this model its label embeddings"):
+        model.set_label_embeddings(torch.zeros(3, 16), encoder="some-encoder")
+    assert torch.equal(model.hsvlt.label_embeddings.weight, before) and model.config.label_text_encoder is None
+    model.label_context = None
+    model.set_label_embeddings(torch.zeros(3, 16), encoder="some-encoder")
+    assert not model.hsvlt.label_embeddings.weight.any() and model.config.label_text_encoder == "some-encoder"
+
+
 def test_clip_s_text_tower():
     tokenizer = tiny_clip_tokenizer()
     clip = tiny_clip(tokenizer)

@@ -114,7 +114,7 @@ def naive_logits(model, pixel_values):
     def linear(x, name):
         return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
 
-    logits = torch.zeros(len(pixel_values), config.num_labels)
+    logits = pixel_values.new_zeros(len(pixel_values), config.num_labels)
     for b, picture in enumerate(pixel_values):
         maps = list(model.hsvlt.trunk(picture[None]))
         for n in range(config.num_labels):
@@ -131,7 +131,7 @@ def naive_logits(model, pixel_values):
                     gated = F.gelu(linear(label, f"{name}.gate")) * attended
                     multimodal = F.gelu(linear(gated, f"{name}.multimodal"))
                     label = label + multimodal
-                    if f"{name}.label_gate.in_proj.weight" in state:
+                    if config.label_update == "gate" and step < sum(config.backbone_config.depths):
                         gate = linear(
                             F.relu(linear(label, f"{name}.label_gate.in_proj")), f"{name}.label_gate.out_proj"
                         )
@@ -146,10 +146,26 @@ def naive_logits(model, pixel_values):
 
 @pytest.mark.parametrize("absorb", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_logits_equal_the_equations(absorb, normalize):
-    model = make_model(absorb_projections=absorb, normalize_multimodal_states=normalize)
-    with torch.no_grad():
-        torch.testing.assert_close(model(pictures()).logits, naive_logits(model, pictures()), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("label_update", ["gate", "none"])
+@torch.no_grad()
+def test_logits_equal_the_equations(absorb, normalize, label_update):
+    model = make_model(
+        absorb_projections=absorb, normalize_multimodal_states=normalize, label_update=label_update
+    ).double()
+    for layer in (layer for stage in model.hsvlt.label_stream.stages for layer in stage.layers):
+        for parameter in layer.parameters():  # so that every step shows in the logits
+            parameter.mul_(2)
+    expected = naive_logits(model, pictures().double())
+    torch.testing.assert_close(model(pictures().double()).logits, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_without_a_gate_there_is_none():
+    names = {name for name, _ in make_model(label_update="none").named_parameters()}
+    assert {name for name, _ in make_model().named_parameters()} - names == {
+        f"hsvlt.label_stream.stages.{stage}.layers.{layer}.label_gate.{part}.weight"
+        for stage, layer in ((0, 0), (1, 0), (2, 0), (2, 1))  # not after the last interaction
+        for part in ("in_proj", "out_proj")
+    }
 
 
 @pytest.mark.parametrize(
@@ -181,7 +197,7 @@ def test_from_backbone_keeps_the_given_config(tmp_path):
     SwinModel(trunk_config("swin")).save_pretrained(swin)
     model = HSVLTForImageClassification.from_backbone(swin, num_labels=N, label_embedding_dim=12)
     weights = SwinModel.from_pretrained(swin).state_dict()
-    ours = model.hsvlt.trunk.backbone.state_dict()
+    ours = model.hsvlt.trunk.model.state_dict()
     name = next(key for key in weights if "attention" in key and key.endswith("weight"))
     match = [value for key, value in ours.items() if key.endswith(name)]
     assert len(match) == 1 and torch.equal(match[0], weights[name])
@@ -636,6 +652,52 @@ def test_missing_weights_are_initialised_not_garbage(tmp_path):
             assert 0 < parameter.abs().max() <= again.classifier.weight.shape[1] ** -0.5, name
 
 
+def uniform_up_to(tensor, bound):
+    return 0.8 * bound < tensor.abs().max() <= bound and abs(tensor.std() / bound - 3**-0.5) < 0.1
+
+
+@pytest.mark.parametrize("initializer_range", [0.02, None])
+def test_initialisation_of_the_label_stream(initializer_range):
+    """Gate, multi-modal layer and classifier as torch starts a linear layer, whatever the range of the others."""
+    trunk = ConvNextConfig(hidden_sizes=[40, 48, 56, 64], depths=[1, 1, 1, 1])
+    model = make_model(backbone_config=trunk, label_embedding_dim=64, initializer_range=initializer_range)
+    for stage in model.hsvlt.label_stream.stages:
+        layer = stage.layers[0]
+        bound = layer.gate.in_features**-0.5
+        for linear in (layer.gate, layer.multimodal):
+            assert uniform_up_to(linear.weight, bound) and 0.5 * bound < linear.bias.abs().max() <= bound
+        others = [stage.projection, *(linear for linear in layer.attention.children())]
+        others += [] if layer.label_gate is None else layer.label_gate.children()
+        for linear in others:
+            if initializer_range is None:
+                assert uniform_up_to(linear.weight, linear.in_features**-0.5)
+                assert linear.bias is None or linear.bias.any()
+            else:
+                assert abs(linear.weight.std() / 0.02 - 1) < 0.1 and (linear.weight.abs() > 0.04).any()
+                assert linear.bias is None or not linear.bias.any()
+    assert uniform_up_to(model.classifier.weight, 208**-0.5) and model.classifier.bias.any()
+    shared = make_model(classifier="shared", backbone_config=trunk, initializer_range=initializer_range).classifier
+    assert uniform_up_to(shared.weight, 208**-0.5) and shared.bias.any()
+
+
+def test_what_a_checkpoint_holds_is_kept_beside_what_it_lacks(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make_model(initializer_range=0.02, residual_attention=True)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(7)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    lost = [key for key in state if key.endswith(("query.weight", "gate.bias", "classifier.bias", "attention.weight"))]
+    lost = [key for key in lost if "trunk" not in key]
+    assert len(lost) == 5 + 5 + 1 + 1
+    kept = {key: value for key, value in state.items() if key not in lost}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = HSVLTForImageClassification.from_pretrained(tmp_path).state_dict()
+    assert {key for key, value in again.items() if not (value == 7).all()} == set(lost)
+
+
 def test_meta_device_then_load(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
@@ -754,6 +816,46 @@ def test_set_label_embeddings():
         model.set_label_embeddings(torch.randn(N, 13))
     with pytest.raises(ValueError, match="not finite"):
         model.set_label_embeddings(torch.full((N, 12), float("nan")))
+
+
+def test_other_labels_of_a_shared_classifier(tmp_path):
+    model = make_model(classifier="shared", thresholds=[0.5] * N, label_text_encoder="an encoder")
+    table = model.hsvlt.label_embeddings.weight
+    with pytest.raises(ValueError, match=r"shape \(7, 12\).*needs \(5, 12\)"):  # names come first
+        model.set_label_embeddings(torch.randn(7, 12))
+    names = [f"name {i}" for i in range(7)]
+    model.config.set_label_names(names)
+    assert model.config.thresholds is None and model.config.label_text_encoder is None
+    embeddings = torch.randn(7, 12)
+    embeddings[3] = table[1]
+    with torch.no_grad():
+        before = model(pictures(), text_embeddings=table).logits
+        model.set_label_embeddings(embeddings, encoder="another", reading="official", template="{}")
+        output = model(pictures(), labels=torch.ones(2, 7))
+        assert_close_outputs(output.logits[:, 3], before[:, 1])
+        assert_close_outputs(output.loss, F.softplus(-output.logits).mean())
+    assert model.num_labels == model.config.num_labels == 7 and model.config.label_template == "{}"
+    model.save_pretrained(tmp_path)
+    again = HSVLTForImageClassification.from_pretrained(tmp_path)
+    assert list(again.config.id2label.values()) == names and again.config.label_reading == "official"
+    with torch.no_grad():
+        assert_close_outputs(again(pictures()).logits, output.logits)
+    # As many labels as before: in place, so that whatever holds the table holds the new one.
+    table = model.hsvlt.label_embeddings.weight
+    model.set_label_embeddings(torch.zeros(7, 12))
+    assert model.hsvlt.label_embeddings.weight is table and not table.any()
+    assert model.config.label_text_encoder is model.config.label_reading is model.config.label_template is None
+
+
+def test_renamed_labels_of_a_model_lose_their_thresholds(tmp_path):
+    names = [f"name {i}" for i in range(N)]
+    model = make_model(thresholds=[0.5] * N, label_text_encoder="an encoder")
+    model.save_pretrained(tmp_path)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    other = HSVLTForImageClassification.from_pretrained(tmp_path, **labels)
+    assert other.config.thresholds is None and other.config.label_text_encoder is None
+    same = HSVLTForImageClassification.from_pretrained(tmp_path)
+    assert same.config.thresholds == [0.5] * N and same.config.label_text_encoder == "an encoder"
 
 
 def test_random_label_embeddings_are_given_by_the_seed():

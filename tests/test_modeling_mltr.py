@@ -176,7 +176,7 @@ def naive_maps(model, pixel_values):
         for row, column in product(range(height), range(width)):
             patch = picture[:, row * p : row * p + kernel, column * p : column * p + kernel].flatten()
             x[row, column] = state[f"{stem}.weight"].flatten(1) @ patch + state[f"{stem}.bias"]
-        x = naive_norm(x, state, "embeddings.norm")
+        x = naive_norm(x, state, "embeddings.norm", config.layer_norm_eps)
         if config.use_absolute_embeddings:
             x = x + state["embeddings.position_embeddings"].view(*x.shape)
         for i, depth in enumerate(config.depths):
@@ -184,7 +184,7 @@ def naive_maps(model, pixel_values):
                 x = F.pad(x, (0, 0, 0, x.shape[1] % 2, 0, x.shape[0] % 2))
                 x = torch.cat([x[0::2, 0::2], x[1::2, 0::2], x[0::2, 1::2], x[1::2, 1::2]], -1)
                 x = naive_linear(
-                    naive_norm(x, state, f"encoder.stages.{i}.merging.norm"),
+                    naive_norm(x, state, f"encoder.stages.{i}.merging.norm", config.layer_norm_eps),
                     state,
                     f"encoder.stages.{i}.merging.reduction",
                 )
@@ -204,9 +204,10 @@ def naive_maps(model, pixel_values):
                     pattern = config.last_stage_block_pattern
                 for k, kind in enumerate(pattern):
                     name = f"encoder.stages.{i}.layers.{j}.sublayers.{k}"
-                    y = naive_norm(x, state, f"{name}.norm")
+                    y = naive_norm(x, state, f"{name}.norm", config.layer_norm_eps)
                     if kind == "mlp":
-                        y = naive_linear(F.gelu(naive_linear(y, state, f"{name}.mlp.fc1")), state, f"{name}.mlp.fc2")
+                        act = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[config.hidden_act]
+                        y = naive_linear(act(naive_linear(y, state, f"{name}.mlp.fc1")), state, f"{name}.mlp.fc2")
                     else:
                         y = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
                         if kind == "pixel":
@@ -220,8 +221,8 @@ def naive_maps(model, pixel_values):
 
 
 def naive_logits(model, pixel_values):
-    state = model.state_dict()
-    pooled = [naive_norm(x, state, "mltr.layernorm").mean((0, 1)) for x in naive_maps(model, pixel_values)[3]]
+    state, eps = model.state_dict(), model.config.layer_norm_eps
+    pooled = [naive_norm(x, state, "mltr.layernorm", eps).mean((0, 1)) for x in naive_maps(model, pixel_values)[3]]
     return naive_linear(torch.stack(pooled), state, "classifier")
 
 
@@ -238,6 +239,8 @@ def naive_logits(model, pixel_values):
         ({"block_pattern": ("cross", "mlp")}, (32, 40)),
         ({"stem_kernel_size": 7, "position_kernel_size": 5}, (29, 50)),
         ({"stem_kernel_size": 4, "patch_size": 3, "position_kernel_size": 3}, (32, 32)),
+        ({"mlp_ratio": 1.5, "hidden_act": "relu", "layer_norm_eps": 0.1}, (32, 32)),
+        ({"hidden_act": "silu"}, (32, 32)),
     ],
 )
 def test_logits_equal_the_equations(overrides, size, implementation):
@@ -245,6 +248,20 @@ def test_logits_equal_the_equations(overrides, size, implementation):
     pixel_values = pictures(2, *size).double()
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values).logits, naive_logits(model, pixel_values), atol=1e-9, rtol=1e-9)
+
+
+def test_the_mlp_is_as_wide_as_the_ratio_says():
+    for ratio, widths in ((4.0, [32, 64, 128, 256]), (1.5, [12, 24, 48, 96]), (2, [16, 32, 64, 128])):
+        stages = make_model(mlp_ratio=ratio).mltr.encoder.stages
+        layers = [stage.layers[0].sublayers[2].mlp for stage in stages]
+        assert [layer.fc1.out_features for layer in layers] == [layer.fc2.in_features for layer in layers] == widths
+
+
+def test_every_norm_has_the_epsilon_of_the_configuration():
+    for model_class in (MlTrForImageClassification, MlTrBackbone):
+        model = make_model(model_class, layer_norm_eps=0.1, out_features=["stem", "stage1", "stage4"])
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+        assert len(norms) > 15 and {norm.eps for norm in norms} == {0.1}
 
 
 def test_stage_outputs_equal_the_equations():
@@ -294,6 +311,31 @@ def test_position_embeddings_follow_the_picture():
         resized = embeddings.interpolate_pos_encoding(32, 20)
     assert resized.shape == (1, 32, 20, 8)
     assert (resized[0, :, 0, 0].diff() > -1e-6).all() and resized[0, 8].std() < 1e-5  # still rows, still rising
+
+
+def test_position_embeddings_are_resized_bicubically():
+    embeddings = make_model(use_absolute_embeddings=True).mltr.embeddings
+    grid = embeddings.position_embeddings.detach().view(16, 16, 8)
+    with torch.no_grad():
+        resized = embeddings.interpolate_pos_encoding(20, 12)[0]
+    assert_close_outputs(resized, naive_bicubic(grid, 20, 12))
+
+
+def naive_bicubic(grid, rows, columns):
+    """(H, W, C) to (rows, columns, C): Keys' cubic convolution with a = -0.75, pixel centres, the edge repeated."""
+    for dim, size in enumerate((rows, columns)):
+        length, out = grid.shape[dim], []
+        for i in range(size):
+            position = (i + 0.5) * length / size - 0.5
+            first = math.floor(position)
+            row = 0
+            for j in range(first - 1, first + 3):
+                t = abs(position - j)
+                weight = 1.25 * t**3 - 2.25 * t**2 + 1 if t <= 1 else -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
+                row = row + weight * grid.select(dim, min(max(j, 0), length - 1))
+            out.append(row)
+        grid = torch.stack(out, dim)
+    return grid
 
 
 # ---- cross-window attention
@@ -581,7 +623,7 @@ from safetensors.torch import load_file
 AutoModelForImageClassification.from_pretrained("a", trust_remote_code=True).save_pretrained("b")
 model = AutoModel.from_pretrained("b", trust_remote_code=True).eval()
 pixels = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
-print(json.dumps([type(model.hsvlt.trunk.backbone).__module__, model(pixels).logits.tolist()]))
+print(json.dumps([type(model.hsvlt.trunk.model).__module__, model(pixels).logits.tolist()]))
 """
     module, logits = run_without_the_package(script, tmp_path)
     assert module.startswith("transformers_modules.") and module.endswith("modeling_mltr")

@@ -203,8 +203,8 @@ def test_batches_lists_generators_and_datasets(tagger, model, image_processor, t
         tagger(datasets.DatasetDict({"train": rows, "test": rows}))
     with pytest.raises(ValueError, match=r"\(list\) is no picture; give a path"):
         tagger([paths[:2], paths[2:]])
-    with pytest.raises(ValueError, match="no column 'picture', only image, photo; name the picture column"):
-        tagger(rows, image_column="picture")
+    with pytest.raises(ValueError, match="no column 'drawing', only image, photo; name the picture column"):
+        tagger(rows, image_column="drawing")
 
 
 def test_datasets_pictures_are_read_with_the_same_care(tagger):
@@ -230,8 +230,8 @@ def test_pictures_are_read_by_load_image(tagger, tmp_path):
             {},
         ),
     }
-    for name, (image, options) in sources.items():
-        image.save(tmp_path / name, **options)
+    for name, (source, options) in sources.items():
+        source.save(tmp_path / name, **options)
         assert_same(tagger(str(tmp_path / name)), tagger(np.asarray(load_image(tmp_path / name))))
     with pytest.raises(ValueError, match="more than the limit of 100; shrink it or raise max_pixels"):
         tagger(str(tmp_path / "deep.png"), max_pixels=100)
@@ -545,10 +545,10 @@ def test_explain_through_the_pipeline(tagger, model, image_processor):
     pictures = [picture(seed, *size) for seed, size in enumerate(sizes)]
     alone = [tagger(each, explain=True) for each in pictures]
     batched = tagger(pictures, explain=True, batch_size=3)
-    for image, size, one, many in zip(pictures, sizes, alone, batched, strict=True):
-        assert_same(one, tagger(image))
+    for each, size, one, many in zip(pictures, sizes, alone, batched, strict=True):
+        assert_same(one, tagger(each))
         with torch.no_grad():
-            maps = label_heat_maps(model, **image_processor(images=image, return_tensors="pt"))[1][0]
+            maps = label_heat_maps(model, **image_processor(images=each, return_tensors="pt"))[1][0]
         expected = torch.nn.functional.interpolate(maps[None], size, mode="bilinear")[0]
         for label, same in zip(one, many, strict=True):
             assert label["heat_map"].shape == size and label["heat_map"].dtype == np.float32

@@ -100,7 +100,7 @@ def processor(tmp_path_factory):
 
 
 def compute_metrics(prediction):
-    scores = 1 / (1 + np.exp(-prediction.predictions.astype(np.float64)))
+    scores = torch.from_numpy(prediction.predictions).double().sigmoid().numpy()
     return {"mAP": multilabel_report(scores, prediction.label_ids, top_k=None)["mAP"]}
 
 

@@ -59,7 +59,7 @@ def run(args: CalibrateOptions) -> Calibration:
     accelerator = Accelerator()
     model, processor = load_checkpoint(args)
     check_foldable(model, not args.shared)
-    label_names, found, labels, _ = score_split(model, processor, args, accelerator)
+    label_names, found, labels, *_ = score_split(model, processor, args, accelerator)
     old = stored_calibration(model.config)
     raw = found if old is None else old.inverse().apply(found)
     how = {"per_label": not args.shared, "shrinkage": args.shrinkage, "label_names": label_names}

@@ -11,15 +11,12 @@ cannot be read, and copies, of which the one in the most held-out split stays. E
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
 from modeling_hsvlt.processing_multilabel import MAX_PIXELS
@@ -28,8 +25,8 @@ from .check.duplicates import MAX_DISTANCE
 from .check.findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_pictures
 from .check.imbalance import long_tail_groups, plot_imbalance
 from .data.leave_out import write_exclusions
-from .data.load import load_multilabel_dataset
-from .data.sparse_labels import SparseLabels
+from .data.load import load
+from .data.rows import PictureFiles, Split
 from .options import DatasetOptions, dataset_options, option, read_options
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
@@ -50,57 +47,41 @@ class CheckOptions(DatasetOptions):
     num_workers: int = field(default_factory=os.cpu_count, metadata={"help": "threads that decode; all cores here"})
 
 
-class LeftOut(logging.Handler):
-    """Collects the rows without a picture that the loader leaves out and logs."""
-
-    def __init__(self):
-        super().__init__()
-        self.missing: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "missing_pictures=" in record.getMessage():
-            self.missing += record.left_out
-
-
-def unlisted_pictures(folder: Path, splits: dict[str, Dataset]) -> list[str]:
+def unlisted_pictures(folder: Path, splits: dict[str, Split]) -> list[str]:
     """Picture files in `folder` that no row names; empty where the rows hold their pictures."""
     if not folder.is_dir():
         return []
-    listed = set()
+    files, listed = PictureFiles(folder), False
     for split in splits.values():
-        images = split.select_columns(["image"])
-        if (images[0]["image"] or {}).get("bytes") is not None:
+        if (split.images[0]["image"] or {}).get("bytes") is not None:
             continue  # and do not read gigabytes to learn the same of the others
-        for start in range(0, len(images), 1000):
-            listed |= {os.path.abspath(image["path"]) for image in images[start : start + 1000]["image"] if image}
-    if not listed:
-        return []
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in ImageFolder.EXTENSIONS)
-    return sorted(str(path) for path in files if os.path.abspath(path) not in listed and path.name[0] != ".")
+        for start in range(0, len(split), 1000):
+            for image in split.images[start : start + 1000]["image"]:
+                if image:
+                    listed = True
+                    files.holds(os.path.relpath(image["path"], folder))
+    return [str(folder / name) for name in files.unlisted()] if listed else []
 
 
 def check(args: CheckOptions) -> dict:
     """Loads, looks and says what report.json holds; findings that name rows get their file names."""
-    left_out = LeftOut()
-    loader = logging.getLogger("training.data.rows")
-    loader.addHandler(left_out)
     try:
-        splits, label_names = load_multilabel_dataset(args.dataset, **dataset_options(args))
+        loaded = load(args.dataset, **dataset_options(args))
     except ValueError as error:
         finding = Finding("data_that_cannot_be_loaded", True, "Correct this first; then check again.", [str(error)])
         return {"dataset": args.dataset, "findings": [asdict(finding)]}
-    finally:
-        loader.removeHandler(left_out)
-    labels = {name: SparseLabels.from_dataset(split, label_names) for name, split in splits.items()}
+    splits, label_names = loaded.splits, loaded.label_names
+    labels = {name: split.labels for name, split in splits.items()}
     embeddings = None
     if args.text_encoder is not None:
         encoder, tokenizer = load_text_encoder(args.text_encoder)
         embeddings = encode_labels(label_names, encoder, tokenizer).numpy()
-    names, prints, findings = inspect_pictures(splits, max_pixels=args.max_pixels, num_workers=args.num_workers)
+    images = {name: split.images for name, split in splits.items()}
+    names, prints, findings = inspect_pictures(images, max_pixels=args.max_pixels, num_workers=args.num_workers)
     duplicates = find_duplicates(prints, names, labels, label_names, args.max_distance)
 
     folder = Path(args.dataset)
-    findings[0].examples += left_out.missing
+    findings[0].examples += [each.message for each in loaded.left_out if each.kind == "missing_picture"]
     strict = any(folder.glob("metadata.jsonl")) or any(folder.glob("*/metadata.jsonl"))
     findings.insert(
         1,

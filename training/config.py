@@ -16,11 +16,17 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from .data.augment import check_augmentation_names
 from .options import DatasetOptions, nearest, read_list, read_text, read_yaml
 
+PATH = {"path": True}  # of an option that may hold a path of this machine: no push publishes that
+
+
+def path(default: str | None = None):
+    return field(default=default, metadata=PATH)
+
 
 @dataclass(kw_only=True)
 class TrainingConfig(DatasetOptions):
     # --- the run
-    output_dir: str = "runs/hsvlt"  # config.yaml, log.jsonl, best/, checkpoint-STEP/ and results.json go here
+    output_dir: str = path("runs/hsvlt")  # config.yaml, log.jsonl, best/, checkpoint-STEP/ and results.json go here
     overwrite: bool = False  # delete what output_dir holds; off, because it may be days of work
     resume: bool = False  # continue from the newest good checkpoint in output_dir, exactly
     resume_despite: list[Literal["label_names", "dataset", "total_steps", "batches"]] = field(
@@ -36,7 +42,7 @@ class TrainingConfig(DatasetOptions):
 
     # --- data, see training/data/
     # how the dataset is read stands in training/options.py, where every command has it from
-    dataset: str = "scenes"  # the built-in data needs no download
+    dataset: str = path("scenes")  # the built-in data needs no download
     fresh_scenes: bool = True  # new training scenes every epoch: drawing is free, memorising 6,000 scenes is easy
     check_pictures: bool = True  # decode every picture before the first step: one bad file ends an epoch otherwise
     on_unreadable: Literal["error", "skip"] = "error"  # skip: train without the pictures that cannot be decoded
@@ -61,17 +67,18 @@ class TrainingConfig(DatasetOptions):
     model_type: str = "hsvlt"  # hsvlt, mltr or hp_dval
     preset: str | None = "small"  # the published size with a published number
     model: dict = field(default_factory=dict)  # any field of the model's configuration
-    backbone: str | None = None  # pretrained trunk: folder or Hub id in transformers' format; null: random weights
+    backbone: str | None = path()  # pretrained trunk: folder or Hub id in transformers' format; null: random weights
     backbone_revision: str | None = None  # required for a Hub id: a commit (config.yaml gets the commit of a branch)
-    label_encoder: str | None = None  # text encoder of the label names: folder or Hub id; null: random by seed
+    label_encoder: str | None = path()  # text encoder of the label names: folder or Hub id; null: random by seed
     label_encoder_revision: str | None = None
     label_reading: Literal["mean", "official"] = "mean"  # "official" is the released embedding script's, for parity
     label_template: str = "a photo of a {}"  # CLIP's prompt; unused by the official reading
     label_text: dict = field(default_factory=dict)  # what to encode in place of a name: {tvmonitor: tv monitor}
-    label_context: dict | None = None  # context to learn in front of the names: training.models.build.add_label_context
+    label_context: dict | None = field(default=None, metadata=PATH)  # to learn in front of the names, see
+    # training.models.build.add_label_context
     text_classifier: bool = False  # with model.residual_attention: start from the classifier of the backbone, whose
     # classes are matched to the labels by text
-    init_from: str | None = None  # start from all weights of this checkpoint of ours: folder or Hub id
+    init_from: str | None = path()  # start from all weights of this checkpoint of ours: folder or Hub id
     init_from_revision: str | None = None
     loss_type: str = "bce"  # as published; others: modeling_hsvlt/losses_multilabel.py
     loss_kwargs: dict | None = None

@@ -23,7 +23,7 @@ from .checkpoint.loading import load_checkpoint
 from .metrics.functional import per_label_report
 from .options import ScoringOptions, number_or_auto, option, read_options
 from .report.page import AP_DEFINITION, result_record, write_report
-from .scoring.predict import count_positives, score_split
+from .scoring.predict import score_split
 
 METRIC = Path(__file__).with_name("metrics") / "multilabel_classification"
 RESULT_FILES = ("results.json", "per_label.csv", "report.html")
@@ -81,11 +81,12 @@ def run(args: EvaluateOptions) -> dict:
                 "number for --threshold."
             )
     accelerator = Accelerator()
-    label_names, scores, labels, rows = score_split(model, processor, args, accelerator)
+    label_names, scores, labels, images, counts = score_split(
+        model, processor, args, accelerator, count_split=args.count_split
+    )
     accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
-    counts = None if args.count_split is None else count_positives(label_names, args)
     metric = evaluate.load(str(METRIC), keep_in_memory=True)
     report = metric.compute(
         predictions=scores,
@@ -97,6 +98,7 @@ def run(args: EvaluateOptions) -> dict:
     per_label = per_label_report(scores, labels, threshold, label_names=label_names)
     results = result_record(
         report,
+        model.config,
         checkpoint=args.checkpoint,
         revision=getattr(model.config, "_commit_hash", None) or args.revision,
         dataset=args.dataset,
@@ -114,7 +116,7 @@ def run(args: EvaluateOptions) -> dict:
     if args.output is not None:
         named_counts = None if counts is None else (args.count_split, counts)
         write_report(
-            args.output, results, label_names, scores, labels, rows, per_label, model.config, named_counts,
+            args.output, results, label_names, scores, labels, images, per_label, model.config, named_counts,
             explained_by=(model, processor),
         )  # fmt: skip
         print(f"Written: {', '.join(str(args.output / name) for name in RESULT_FILES)}")

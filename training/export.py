@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .checkpoint.loading import load_checkpoint
-from .metrics.functional import multilabel_report
+from .metrics.functional import average_precision, decision_report
 from .options import ScoringOptions, option, read_options
 from .publish.selected_tags import FILE_NAME as TAGS_FILE
 from .publish.selected_tags import write_selected_tags
@@ -48,7 +48,7 @@ from .publish.to_onnx import (
     to_wd_tagger,
     write_metadata,
 )
-from .scoring.predict import score_split
+from .scoring.predict import load_scored, score_split
 from .scoring.thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
 
 
@@ -68,12 +68,13 @@ def _quantize_and_refit(
     """Writes the int8 file with thresholds fitted to its own scores, and prints what that costs."""
     quantize_int8(source, target)
     accelerator = Accelerator(cpu=True)
+    loaded = load_scored(model.config, args, accelerator)
     rows = {}
     for name, path in (("fp32", source), ("int8", target)):
         begin = time.perf_counter()
-        split = score_split(OnnxClassifier(path, model.config), processor, args, accelerator)
+        split = score_split(OnnxClassifier(path, model.config), processor, args, accelerator, loaded=loaded)
         seconds = time.perf_counter() - begin
-        rows[name] = (multilabel_report(split.scores, split.labels, top_k=None)["mAP"], path.stat().st_size, seconds)
+        rows[name] = (np.nanmean(average_precision(split.scores, split.labels)), path.stat().st_size, seconds)
     info = getattr(model.config, "threshold_info", None) or {}
     fit = {
         "objective": info.get("objective", "f1"),
@@ -89,7 +90,7 @@ def _quantize_and_refit(
     if getattr(model.config, "thresholds", None) is not None:
         thresholds = {"as they were": np.array(model.config.thresholds), **thresholds}
     for words, values in thresholds.items():
-        report = multilabel_report(split.scores, split.labels, values, top_k=None)
+        report = decision_report(split.scores, split.labels, values)
         print(f"  int8, thresholds {words}: macro F1 {report['f1_macro']:.4f}, micro F1 {report['f1_micro']:.4f}")
     info = threshold_info(split.labels, **fit, dataset=args.dataset, split=args.split)
     proto = onnx.load(target)

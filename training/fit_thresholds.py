@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from .checkpoint.folder import reseal
 from .checkpoint.loading import load_checkpoint
-from .metrics.functional import multilabel_report
+from .metrics.functional import decision_report
 from .options import ScoringOptions, option, read_options
 from .scoring.held_out import held_out_decisions
 from .scoring.predict import score_split
@@ -46,14 +46,14 @@ def run(args: FitOptions) -> np.ndarray:
         )
     accelerator = Accelerator()
     model, processor = load_checkpoint(args)
-    label_names, scores, labels, _ = score_split(model, processor, args, accelerator)
+    label_names, scores, labels, *_ = score_split(model, processor, args, accelerator)
     thresholds = fit_thresholds(
         scores, labels, args.objective, args.target, min_positives=args.min_positives, label_names=label_names
     )
     if accelerator.is_main_process:
         before = getattr(model.config, "thresholds", None)
-        old = multilabel_report(scores, labels, 0.5 if before is None else np.array(before), top_k=None)
-        new = multilabel_report(scores, labels, thresholds, top_k=None)
+        old = decision_report(scores, labels, 0.5 if before is None else np.array(before))
+        new = decision_report(scores, labels, thresholds)
         info = threshold_info(
             labels, args.objective, args.target, args.min_positives, dataset=args.dataset, split=args.split
         )
@@ -63,7 +63,7 @@ def run(args: FitOptions) -> np.ndarray:
         rows = [("0.5" if before is None else "as it was", old), ("fitted", new)]
         decided = held_out_decisions(scores, labels, args.objective, args.target, min_positives=args.min_positives)
         if decided is not None:
-            rows.append(("held out", multilabel_report(decided.astype(np.float32), labels, top_k=None)))
+            rows.append(("held out", decision_report(decided.astype(np.float32), labels)))
         for words, report in rows:
             values = (f"{report[name]:>8.4f}" for name in ("CP", "CR", "OP", "OR"))
             print(f"{words:<10}{''.join(values)}{report['f1_macro']:>10.4f}{report['f1_micro']:>10.4f}")

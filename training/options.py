@@ -21,7 +21,10 @@ from transformers import HfArgumentParser
 
 
 def option(default: Any = dataclasses.MISSING, reason: str = "", *, positional: bool = False, **more) -> Any:
-    """A field of a command's options; default `list` or `dict`: a new one each time; `more` goes to `add_argument`."""
+    """A field of a command's options; default `list` or `dict`: a new one each time; `more` goes to `add_argument`.
+
+    `path=True` where it may hold a path of this machine: no push publishes that.
+    """
     which = "default_factory" if default in (list, dict) else "default"
     return dataclasses.field(**{which: default}, metadata={"help": reason, "positional": positional, **more})
 
@@ -35,7 +38,7 @@ class ImageOptions:
 
 @dataclasses.dataclass(kw_only=True)
 class DatasetOptions(ImageOptions):
-    """Where a dataset is and how to read it; `load_multilabel_dataset` takes the same as keywords."""
+    """Where a dataset is and how to read it; `training.data.load.load` takes the same as keywords."""
 
     dataset: str = option(reason="Hub id, folder, or scenes: the built-in data", positional=True, metavar="DATASET")
     label_names: list[str] | None = option(None, "class order; null: labels.txt, else what the dataset says")
@@ -47,11 +50,11 @@ class DatasetOptions(ImageOptions):
     )
     label_format: Literal["auto", "names", "ids", "multi_hot"] = option("auto", "auto: by the column's type")
     label_separator: str = option(",", "between the labels of a text; \\t is a tab")
-    picture_folder: str | None = option(None, "where the file names of a CSV start; null: where the CSV is")
+    picture_folder: str | None = option(None, "where the file names of a CSV start; null: where the CSV is", path=True)
     scenes: dict = option(dict, "knobs of training.data.scenes.build_scenes, for the dataset scenes: {seed: 1}")
     missing_pictures: Literal["error", "skip"] = option("error", "rows whose file does not exist; skip says how many")
     unlisted_pictures: Literal["error", "skip"] = option("error", "files that no row names; skip says how many")
-    exclude: str | None = option(None, "list of rows to leave out: exclude.txt of training.check_data")
+    exclude: str | None = option(None, "list of rows to leave out: exclude.txt of training.check_data", path=True)
 
     def __post_init__(self):
         if not self.label_separator:
@@ -78,7 +81,7 @@ class ScoringOptions(DatasetOptions, CheckpointOptions):
 
 
 def dataset_options(options: Any) -> dict[str, Any]:
-    """The keywords of `load_multilabel_dataset` among the options of a command."""
+    """The keywords of `training.data.load.load` among the options of a command."""
     names = [field.name for field in dataclasses.fields(DatasetOptions) if field.name != "dataset"]
     return {name: getattr(options, name) for name in names}
 
@@ -139,7 +142,7 @@ class CommandParser(HfArgumentParser):
         settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(dataclass_types, **settings | kwargs)
 
-    def add_argument(self, *names, positional: bool = False, **kwargs):
+    def add_argument(self, *names, positional: bool = False, path: bool = False, **kwargs):
         if positional:
             names = (names[0].removeprefix("--"),)
             kwargs.pop("required", None)

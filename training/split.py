@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 
 from .data.leave_out import same_picture
-from .data.load import load_multilabel_dataset
+from .data.load import load
+from .data.rows import Split
 from .data.sparse_labels import SparseLabels
 from .options import DatasetOptions, dataset_options, option, read_options
 from .prepare.stratify import positives_by_split, stratified_split
@@ -45,7 +46,8 @@ def run(args: SplitOptions) -> None:
         raise ValueError(f"{len(args.fractions)} fractions need as many different --names.")
     if args.target.exists():
         raise FileExistsError(f"{args.target} exists: delete it, or choose another TARGET.")
-    loaded, label_names = load_multilabel_dataset(args.dataset, **dataset_options(args))
+    data = load(args.dataset, **dataset_options(args))
+    loaded, label_names = data.splits, data.label_names
     for name in args.divide:
         if name not in loaded:
             raise ValueError(f"{args.dataset} has no split {name!r} to divide, only {', '.join(loaded)}.")
@@ -56,11 +58,12 @@ def run(args: SplitOptions) -> None:
                 f"{args.dataset} has a split {name!r} already; divide it too (--divide {' '.join([*args.divide, name])}"
                 "), or name the new splits otherwise with --names."
             )
-    pool = concatenate_datasets([loaded[name] for name in args.divide])
-    labels = SparseLabels.from_dataset(pool, label_names)
+    divided = {name: loaded[name] for name in args.divide}
+    labels = SparseLabels.concatenate([split.labels for split in divided.values()])
+    pool = Split(concatenate_datasets([split.images for split in divided.values()]), labels)
     groups = None
     if args.duplicates is not None:
-        groups = _duplicate_groups(args.duplicates, {name: loaded[name] for name in args.divide})
+        groups = _duplicate_groups(args.duplicates, divided)
     split_of_row = stratified_split(labels, args.fractions, groups=groups, seed=args.seed)
     new = {name: pool.select(np.flatnonzero(split_of_row == i)) for i, name in enumerate(names)}
 
@@ -83,7 +86,7 @@ def run(args: SplitOptions) -> None:
     print(f"Written: {args.target}")
 
 
-def _duplicate_groups(report: Path, splits: dict[str, Dataset]) -> np.ndarray:
+def _duplicate_groups(report: Path, splits: dict[str, Split]) -> np.ndarray:
     """(rows of all splits,) group ids from the duplicates that training.check_data found."""
     starts = dict(zip(splits, np.cumsum([0, *(len(split) for split in splits.values())]).tolist(), strict=False))
     groups = np.arange(sum(len(split) for split in splits.values()))
@@ -93,7 +96,7 @@ def _duplicate_groups(report: Path, splits: dict[str, Dataset]) -> np.ndarray:
             name, row, file = member["split"], member["row"], member["file"]
             if name not in splits:
                 continue
-            if not same_picture(splits[name], row, file):
+            if not same_picture(splits[name].images, row, file):
                 raise ValueError(
                     f"{report}: row {row} of {name} is not {file!r} (any more); run training.check_data again."
                 )

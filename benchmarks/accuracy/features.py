@@ -65,7 +65,7 @@ class FeatureCache:
         digest = hashlib.sha256(json.dumps([backbone.config.to_diff_dict(), backbone.out_features]).encode())
         digest.update(repr(sorted(dataset.image_processor.to_dict().items(), key=str)).encode())
         digest.update(next(backbone.parameters()).detach().numpy().tobytes())
-        for image in dataset.split["image"]:
+        for image in dataset.split.images["image"]:
             if image["bytes"] is not None:
                 digest.update(image["bytes"])
             else:

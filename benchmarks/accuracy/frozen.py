@@ -59,11 +59,11 @@ def build_head(
     torch.manual_seed(seed)
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
     shared = {**labels, "loss_type": recipe.loss_type, "loss_kwargs": loss_kwargs or None}
-    trunk = {key: getattr(backbone.config, key) for key in ("stem_channels", "group_channels", "group_depths")}
-    trunk["head_channels"] = backbone.config.head_channels
+    fields = {key: getattr(backbone.config, key) for key in ("stem_channels", "group_channels", "group_depths")}
+    fields["head_channels"] = backbone.config.head_channels
     if name == "hsvlt":
         config = HSVLTConfig(
-            backbone_config=EfficientNetLiteConfig(**trunk, out_features=backbone.out_features),
+            backbone_config=EfficientNetLiteConfig(**fields, out_features=backbone.out_features),
             label_embedding_dim=label_embeddings.shape[1],
             **shared,
             **recipe.model,
@@ -75,12 +75,12 @@ def build_head(
             biases.append(model.residual_attention.bias)
             if text_classifier is not None:
                 model.set_text_classifier(text_classifier)
-        model.hsvlt.trunk.backbone.load_state_dict(backbone.state_dict())
+        model.hsvlt.trunk.model.load_state_dict(backbone.state_dict())
     else:
         arguments = dict(recipe.model)
         if text_classifier is not None:
             arguments["text_classifier"] = True
-        config = EfficientNetLiteConfig(**trunk, **shared, head=name, head_kwargs=arguments or None)
+        config = EfficientNetLiteConfig(**fields, **shared, head=name, head_kwargs=arguments or None)
         model = EfficientNetLiteForImageClassification(config)
         if text_classifier is not None:
             model.head.text_weight.copy_(text_classifier)

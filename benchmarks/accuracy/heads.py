@@ -31,8 +31,8 @@ from benchmarks.peers.efficientnet_lite import IMAGE_SIZE, image_processor, load
 from benchmarks.timing import device_name, multiply_adds
 from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder, transfer_classifier
 from training.data.dataset import MultiLabelDataset
-from training.data.load import load_multilabel_dataset
-from training.metrics.functional import multilabel_report
+from training.data.load import load
+from training.metrics.functional import decision_report, multilabel_report
 from training.scoring.thresholds import fit_thresholds
 
 # The trunk's last four maps: strides 8, 16, 32 and the last convolution, which peers and HSVLT's last stage share.
@@ -94,7 +94,7 @@ def measure(
             decided[applied] = scores[applied] >= fit_thresholds(scores[fitted], labels[fitted])
     report = multilabel_report(scores, labels, top_k=None, groups=groups)
     row = {name: report.get(f"mAP_{name}", float("nan")) for name in groups}
-    return {"mAP": report["mAP"], **row, "macro_f1": multilabel_report(decided, labels, top_k=None)["f1_macro"]}
+    return {"mAP": report["mAP"], **row, "macro_f1": decision_report(decided, labels)["f1_macro"]}
 
 
 def load_test(folder: str, label_names: list[str]):
@@ -103,7 +103,7 @@ def load_test(folder: str, label_names: list[str]):
     Raises:
         ValueError: several splits and none called test.
     """
-    splits, _ = load_multilabel_dataset(folder, label_names=label_names)
+    splits = load(folder, label_names=label_names).splits
     if "test" not in splits and len(splits) > 1:
         raise ValueError(f"{folder} has the splits {', '.join(splits)}; give the folder of the one to be measured.")
     return splits.get("test") or next(iter(splits.values()))
@@ -164,7 +164,8 @@ def print_table(results: dict[str, dict], details: dict[str, dict]) -> None:
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """Trains and measures; returns what the JSON file holds."""
     cache_folder = args.cache or default_cache()
-    splits, label_names = load_multilabel_dataset(args.dataset, splits=["train", "validation"])
+    loaded = load(args.dataset, splits=["train", "validation"])
+    splits, label_names = loaded.splits, loaded.label_names
     splits = dict(splits)
     measured = "validation"
     if args.test is not None:

@@ -45,7 +45,7 @@ from training.data import scenes
 from training.data.augment import build_augmentation
 from training.data.batches import normalize_pixels
 from training.data.dataset import MultiLabelDataset
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 from training.metrics.functional import average_precision, multilabel_report
 from training.prepare.long_tail import draw_long_tail, is_present, pareto_targets
 
@@ -121,17 +121,18 @@ class Benchmark:
             self.clip = cached_clip(args.cache, self.tokenizer, args.clip_steps, self.device)
             self.processor = image_processor()
         else:
-            load = {"revision": args.clip_revision}
-            self.tokenizer = AutoTokenizer.from_pretrained(args.clip, **load)
-            self.clip = CLIPModel.from_pretrained(args.clip, use_safetensors=True, dtype=torch.float32, **load).eval()
+            pinned = {"revision": args.clip_revision}
+            self.tokenizer = AutoTokenizer.from_pretrained(args.clip, **pinned)
+            self.clip = CLIPModel.from_pretrained(args.clip, use_safetensors=True, dtype=torch.float32, **pinned).eval()
             saved, side = (
-                AutoImageProcessor.from_pretrained(args.clip, **load),
+                AutoImageProcessor.from_pretrained(args.clip, **pinned),
                 self.clip.config.vision_config.image_size,
             )
             statistics = {"image_mean": saved.image_mean, "image_std": saved.image_std}
             self.processor = MultiLabelImageProcessor(size={"height": side, "width": side}, **statistics)
         knobs = {"num_scenes": {"train": args.pool, "validation": 500, "test": args.num_test}, **TAGGED}
-        self.splits, self.label_names = load_multilabel_dataset(args.dataset, scenes=knobs)
+        loaded = load(args.dataset, scenes=knobs)
+        self.splits, self.label_names = loaded.splits, loaded.label_names
         self.measured = self.validation = Split.read(self.splits["validation"], self.label_names, self.processor)
         if args.split != "validation":
             self.measured = Split.read(self.splits[args.split], self.label_names, self.processor)
@@ -140,9 +141,8 @@ class Benchmark:
         """The train split of a seed."""
         train = self.splits["train"]
         if self.args.largest:
-            labels = MultiLabelDataset(train, self.label_names, self.processor).sparse_labels
             targets = pareto_targets(len(self.label_names), self.args.largest)
-            train = train.select(draw_long_tail(is_present(labels), targets, seed=seed))
+            train = train.select(draw_long_tail(is_present(train.labels), targets, seed=seed))
         return Split.read(train, self.label_names, self.processor)
 
     def new_model(self, train: Split, **config) -> HPDVALForImageClassification:

@@ -31,8 +31,9 @@ from training import train
 from training.config import TrainingConfig, parse_config
 from training.data.batches import build_dataloader
 from training.data.dataset import MultiLabelDataset
+from training.data.load import load
 from training.data.scenes import PARTNER, SCENE_LABELS, build_scenes
-from training.metrics.functional import multilabel_report
+from training.metrics.functional import average_precision
 from training.models.build import build_model
 from training.scoring.predict import predict
 
@@ -117,11 +118,12 @@ def score(folder: Path, scenes) -> dict[str, float]:
     model, processor = (
         auto.from_pretrained(folder / "best") for auto in (AutoModelForImageClassification, AutoImageProcessor)
     )
-    dataset = MultiLabelDataset(scenes, list(SCENE_LABELS), processor)
+    split = load(scenes, label_names=SCENE_LABELS).splits["train"]
+    dataset = MultiLabelDataset(split, list(SCENE_LABELS), processor)
     scores, labels = predict(model, build_dataloader(dataset, batch_size=100, processor=processor), progress=False)
     decided = scores >= np.array(model.config.thresholds)
     rates = {name: float(decided[group].mean()) for name, group in label_groups(scenes["boxes"]).items()}
-    return {"mAP": multilabel_report(scores, labels, top_k=None)["mAP"], **rates}
+    return {"mAP": float(np.nanmean(average_precision(scores, labels))), **rates}
 
 
 def print_table(results: dict[str, dict]) -> None:

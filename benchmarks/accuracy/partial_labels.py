@@ -22,7 +22,7 @@ from benchmarks.accuracy.heads import OUT_FEATURES  # the same maps, if they are
 from benchmarks.peers.efficientnet_lite import image_processor, load_backbone
 from modeling_hsvlt import multilabel_loss
 from training.data.dataset import MultiLabelDataset
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 from training.data.sparse_labels import SparseLabels
 from training.metrics.functional import average_precision
 
@@ -78,7 +78,8 @@ def train_linear(features: torch.Tensor, labels: torch.Tensor, loss_type: str, *
 
 def run(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Trains, measures and prints; returns the mAP of each setting, loss and seed."""
-    splits, label_names = load_multilabel_dataset(args.dataset, splits=["train", "validation"])
+    loaded = load(args.dataset, splits=["train", "validation"])
+    splits, label_names = loaded.splits, loaded.label_names
     backbone = load_backbone(OUT_FEATURES)
     datasets = {name: MultiLabelDataset(split, label_names, image_processor()) for name, split in splits.items()}
     caches = {name: FeatureCache(each, backbone, args.cache, name) for name, each in datasets.items()}

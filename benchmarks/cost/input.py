@@ -25,6 +25,7 @@ from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelI
 from training.data.augment import build_augmentation
 from training.data.batches import build_dataloader, normalize_pixels
 from training.data.dataset import MultiLabelDataset
+from training.data.load import load as read_data
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     stock = ConvNextImageProcessorPil(size={"shortest_edge": args.image_size}, crop_pct=1.0, do_convert_rgb=True)
     images = [load_image(file) for file in files]
     split = Dataset.from_dict({"image": [str(file) for file in files], "labels": [[]] * len(files)})
-    split = split.cast_column("image", Image(decode=False))
+    split = read_data(split.cast_column("image", Image(decode=False)), label_names=["a label"], label_format="ids")
     model = HSVLTForImageClassification(HSVLTConfig.preset(args.preset, num_labels=80)).eval().to(device)
     augment = build_augmentation(args.image_size, horizontal_flip=0.5, color_jitter=0.2)
     batch = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         return run
 
     def load(workers: int, margin: float = 0.0) -> Callable[[], int]:
-        dataset = MultiLabelDataset(split, ["a label"], processor, margin=margin, label_format="ids")
+        dataset = MultiLabelDataset(split.splits["train"], ["a label"], processor, margin=margin)
         loader = build_dataloader(dataset, batch_size=args.batch_size, num_workers=workers)
         next(iter(loader))  # starting workers is not decoding
 
@@ -100,9 +101,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, step in steps.items():
             synchronise(device)
             start = time.perf_counter()
-            pictures = step()
+            count = step()
             synchronise(device)
-            rates[name].append(pictures / (time.perf_counter() - start))
+            rates[name].append(count / (time.perf_counter() - start))
 
     medians = {name: statistics.median(values) for name, values in rates.items()}
     reference = medians[f"model ({args.preset})"]

@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 from training.check.duplicates import Fingerprints, group_duplicates
 from training.check.findings import check_labels
 from training.check.imbalance import long_tail_groups
-from training.data.load import load_multilabel_dataset
-from training.data.sparse_labels import SparseLabels
+from training.data.load import load
 from training.metrics.functional import multilabel_report
 from training.prepare.stratify import positives_by_split, stratified_split
 
@@ -114,8 +113,9 @@ def run(args: argparse.Namespace) -> dict:
     with timed("make the labels"):
         dataset, names = synthetic_dataset(args.rows, args.labels, args.per_row, args.seed)
     with timed("read and check every label"):
-        splits, names = load_multilabel_dataset(dataset, label_names=names)
-        labels = SparseLabels.from_dataset(splits["train"], names)
+        loaded = load(dataset, label_names=names)
+        splits, names = loaded.splits, loaded.label_names
+        labels = splits["train"].labels
         findings = check_labels({"train": labels}, names)
     with timed("make the fingerprints"):
         prints = synthetic_fingerprints(args.rows, args.seed)

@@ -148,8 +148,18 @@ def test_training_leaves_out_what_the_list_says_and_nothing_else(report, ill, ca
     assert lines[1][3] == "copy of validation 1 validation/c_copy.jpg, labels differ in cat, dog"
     options = {"dataset": str(ill), "missing_pictures": "skip", "unlisted_pictures": "skip"}
     with caplog.at_level(logging.WARNING):
-        splits, _ = load_splits(TrainingConfig(**options, exclude=str(report / "exclude.txt")), Accelerator())
-    assert [Path(image["path"]).name for image in splits["train"]["image"]] == ["a.png", "b.png", "empty.png", "e.png"]
+        loaded = load_splits(TrainingConfig(**options, exclude=str(report / "exclude.txt")), Accelerator())
+    splits = loaded.splits
+    assert [each[1:3] for each in loaded.left_out if each.kind == "excluded"][1:3] == [
+        ("train", f"{ill}/train/metadata.jsonl, line {number} ({name})")
+        for number, name in ((4, "c.png"), (5, "cut.jpg"))
+    ]
+    assert [Path(image["path"]).name for image in splits["train"].images["image"]] == [
+        "a.png",
+        "b.png",
+        "empty.png",
+        "e.png",
+    ]
     assert len(splits["validation"]) == 2
     assert "Left out 5 of 9 pictures of train" in caplog.text
 

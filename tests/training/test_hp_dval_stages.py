@@ -12,7 +12,9 @@ import training.loop.fit
 from modeling_hsvlt import HPDVALForImageClassification
 from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
+from training.data.scenes import SCENE_LABELS
 from training.models.build import build_model
+from training.scoring.measured_with import fingerprints
 from training.train import main
 
 from ..tiny_clip import tiny_clip, tiny_clip_tokenizer
@@ -79,16 +81,17 @@ def test_both_stages_train_what_they_say(tmp_path, clip):
     results, one = run("hp_dval_stage1.yaml", tmp_path / "one", backbone=clip, **small)
     start = build_model(
         TrainingConfig(model_type="hp_dval", backbone=clip, image_size=32, model={"local_top_k": 4}),
-        list(results["thresholds"]),
+        list(SCENE_LABELS),
     ).state_dict()
     moved = {key for key in changed(start, one) if "k_proj.bias" not in key}
     assert moved == {key for key in start if ".student." in key and "k_proj.bias" not in key}
 
     # The counts went into the loss, the groups into the report.
     config = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())
-    assert config["loss_kwargs"]["class_counts"] == list(results["positives_in_train"].values())
+    assert config["loss_kwargs"]["class_counts"] == results["positives_in_train"]
     first = json.loads((tmp_path / "one" / "log.jsonl").read_text().partition("\n")[0])
-    assert first == {"step": 0, "positives_in_train": results["positives_in_train"]}
+    counts = dict(zip(SCENE_LABELS, results["positives_in_train"], strict=True))
+    assert first == {"step": 0, "positives_in_train": counts}
     assert config["loss_kwargs"]["num_samples"] == 48
     report = results["validation"]
     assert 0 <= report["mAP_tail"] <= 1
@@ -101,7 +104,7 @@ def test_both_stages_train_what_they_say(tmp_path, clip):
     rows = (one[TABLE] != two[TABLE]).any(1).nonzero().flatten().tolist()
     assert rows == model.config.context_token_ids
     assert model.config.stage == "stage2"
-    assert list(model.config.thresholds) == list(results["thresholds"].values())
+    assert fingerprints(model.config.to_dict()) == results["measured_with"]
 
 
 @pytest.mark.slow

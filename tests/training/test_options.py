@@ -11,7 +11,7 @@ from PIL import Image
 
 from training import check_data, options, split, train
 from training.config import TrainingConfig, parse_config
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 from training.options import CommandParser, DatasetOptions, ScoringOptions, option
 
 COMMANDS = {
@@ -60,7 +60,7 @@ def test_a_separator_works_as_written(written, meant, tmp_path, capsys):
     saved.write_text(parse_config([str(recipe)]).to_yaml())
     for argv in (flag, [str(recipe)], [str(saved)], [f"--label-separator={written}"]):
         assert parse_config(argv).label_separator == meant
-    assert load_multilabel_dataset(folder, label_separator=written)[1] == ["cat", "dog"]
+    assert load(folder, label_separator=written).label_names == ["cat", "dog"]
 
 
 def test_a_separator_reaches_training_from_its_command_line(tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 from training.split import main
 
 
@@ -35,22 +35,23 @@ def photos(tmp_path):
 
 
 def names_in(split):
-    return {image["path"] for image in split["image"]}
+    return {image["path"] for image in split.images["image"]}
 
 
 def test_the_command_writes_a_dataset_that_loads(photos, tmp_path, capsys):
     target = tmp_path / "divided"
     assert main([str(photos), str(target), "--fractions", "0.8", "0.2"]) == 0
     assert "as it was" in capsys.readouterr().out
-    splits, names = load_multilabel_dataset(target, cache_dir=str(tmp_path / "cache"))
+    loaded = load(target, cache_dir=str(tmp_path / "cache"))
+    splits, names = loaded.splits, loaded.label_names
     assert names == ["cat", "dog", "rare"]
     assert {name: len(split) for name, split in splits.items()} == {"train": 32, "validation": 8, "test": 3}
     assert not names_in(splits["train"]) & names_in(splits["validation"])
     for split in splits.values():
-        for row in split:
-            number = int(row["image"]["path"].removesuffix(".png"))
-            assert row["image"]["bytes"] == picture(number)["bytes"]
-            assert row["labels"] == [0 if number % 2 else 1, *([2] if number < 3 else [])]
+        for each, labels in zip(split.images["image"], split.labels.lists(as_ids=True).to_pylist(), strict=True):
+            number = int(each["path"].removesuffix(".png"))
+            assert each["bytes"] == picture(number)["bytes"]
+            assert labels == [0 if number % 2 else 1, *([2] if number < 3 else [])]
     plain = load_dataset(str(target), split="validation", cache_dir=str(tmp_path / "cache"))
     assert plain[0]["image"].size == (8, 8) and plain.features["labels"].feature.names == names
 
@@ -62,11 +63,13 @@ def test_multi_hot_labels_and_unknown_survive(tmp_path):
     DatasetDict(train=source).save_to_disk(tmp_path / "saved")
     argv = [str(tmp_path / "saved"), str(tmp_path / "out"), "--fractions", "0.5", "0.25", "0.25"]
     assert main([*argv, "--label_names", "a", "b", "c"]) == 0
-    splits, names = load_multilabel_dataset(tmp_path / "out", cache_dir=str(tmp_path / "cache"))
+    loaded = load(tmp_path / "out", cache_dir=str(tmp_path / "cache"))
+    splits, names = loaded.splits, loaded.label_names
     assert names == ["a", "b", "c"] and sum(len(split) for split in splits.values()) == 12
     for split in splits.values():
-        for row in split:
-            assert np.array_equal(row["labels"], np.nan_to_num(labels[int(row["image"]["path"][:-4])], nan=-100))
+        for row in range(len(split)):
+            number = int(split[row]["image"]["path"][:-4])
+            assert np.array_equal(split.labels.dense(row), np.nan_to_num(labels[number], nan=-100))
 
 
 def test_copies_that_the_check_found_stay_together(photos, tmp_path, capsys):
@@ -78,7 +81,7 @@ def test_copies_that_the_check_found_stay_together(photos, tmp_path, capsys):
         target = tmp_path / f"divided{seed}"
         argv = [str(photos), str(target), "--fractions", "0.5", "0.5", "--duplicates", str(report), "--seed", str(seed)]
         assert main(argv) == 0
-        splits, _ = load_multilabel_dataset(target, cache_dir=str(tmp_path / "cache"))
+        splits = load(target, cache_dir=str(tmp_path / "cache")).splits
         copies = {"0.png", "5.png", "11.png", "17.png"}
         assert len(copies & names_in(splits["train"])) in (0, 4)
     members[1]["file"] = "other.png"

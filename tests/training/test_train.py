@@ -29,9 +29,11 @@ from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
 from training.data.batches import MultiLabelCollator, build_dataloader
 from training.data.dataset import MultiLabelDataset
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 from training.data.scenes import SCENE_LABELS
 from training.loop.setup import build_processor
+from training.metrics.functional import multilabel_report
+from training.scoring.measured_with import fingerprints
 from training.train import main
 
 from ..tolerance import METRIC, assert_close_metrics
@@ -71,7 +73,8 @@ def score(folder, split="validation"):
     """Scores and labels of a split, through the checkpoint as a stranger would load it."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
-    splits, names = load_multilabel_dataset("scenes", scenes=SCENES)
+    loaded = load("scenes", scenes=SCENES)
+    splits, names = loaded.splits, loaded.label_names
     loader = build_dataloader(MultiLabelDataset(splits[split], names, processor), batch_size=7, processor=processor)
     with torch.no_grad():
         pairs = [(model(batch["pixel_values"]).logits, batch["labels"]) for batch in loader]
@@ -128,7 +131,9 @@ def test_best_has_thresholds_that_beat_one_half_on_validation(finished):
 
     assert f1(thresholds) > f1(0.5)
     results = json.loads((finished / "results.json").read_text())
-    assert list(results["thresholds"].values()) == pytest.approx(thresholds.tolist())
+    assert results["measured_with"] == fingerprints(json.loads((finished / "best" / "config.json").read_text()))
+    at_thresholds = multilabel_report(scores, labels, thresholds.astype(np.float32))
+    assert results["validation_at_thresholds"]["f1_macro"] == pytest.approx(at_thresholds["f1_macro"], abs=METRIC)
 
 
 def test_a_checkpoint_holds_the_weight_average_and_the_weights(finished):
@@ -404,7 +409,8 @@ def test_finished_training_is_pushed_when_asked(recipe, tmp_path, monkeypatch):
 
 def test_transformers_trainer_trains_the_model(tmp_path):
     config = TrainingConfig(image_size=32)
-    splits, names = load_multilabel_dataset("scenes", scenes=SCENES)
+    loaded = load("scenes", scenes=SCENES)
+    splits, names = loaded.splits, loaded.label_names
     processor = build_processor(config, names)
     model = HSVLTForImageClassification(HSVLTConfig.preset("nano", num_labels=10, image_size=32, **NANO))
     trainer = Trainer(
@@ -483,7 +489,8 @@ def test_two_processes_train_like_one(recipe, tmp_path):
     best = max(logged, key=lambda line: line["validation/mAP"])
     accelerator = Accelerator(cpu=True)
     scenes = {**SCENES, "num_scenes": {"train": 1, "validation": 23}}
-    splits, names = load_multilabel_dataset("scenes", scenes=scenes)
+    loaded = load("scenes", scenes=scenes)
+    splits, names = loaded.splits, loaded.label_names
     processor = AutoImageProcessor.from_pretrained(folder / "best")
     dataset = MultiLabelDataset(splits["validation"], names, processor)
     loader = accelerator.prepare(build_dataloader(dataset, batch_size=4, processor=processor))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
-from .rows import SPLIT_ALIASES, check_policies, pictures_below, refuse_or_skip
+from .rows import SPLIT_ALIASES, ListedOnce, PictureFiles, Table, check_policies, line_namer, refuse_or_skip
 
 # What the column of file names is called where it is not what the caller said; the first is imagefolder's.
 _FILE_COLUMNS = ("file_name", "filename", "image", "path")
@@ -44,7 +44,7 @@ def read_csv_tables(
     picture_folder: str | Path | None = None,
     unlisted_pictures: str = "error",
     missing_pictures: str = "error",
-) -> tuple[DatasetDict, dict[str, Callable[[int], str]], str, list[str] | None]:
+) -> Table:
     """Reads CSV files (UTF-8, comma; `.tsv`: tab) with a header, one row a picture.
 
     Args:
@@ -56,8 +56,7 @@ def read_csv_tables(
         unlisted_pictures, missing_pictures: As in `image_folder.read_image_folders`.
 
     Returns:
-        The splits as text columns, per split a function from a row to the words that name it in an error, the column
-        of pictures (whole paths), and the label columns (None for texts).
+        The splits as text columns, pictures as whole paths; rows are named by file, line, picture.
 
     Raises:
         ValueError: no such column, a line with more or fewer cells than the header, a picture named twice, a picture
@@ -65,8 +64,9 @@ def read_csv_tables(
     """
     check_policies(unlisted_pictures, missing_pictures)
     columns: dict[str, dict[str, list[str]]] = {}  # of each split
-    lines: dict[str, list[tuple[Path, int, str]]] = {}
-    listed: dict[Path, set[Path]] = {}  # of each folder of pictures
+    row_names: dict[str, tuple[Path, list[int], list[str]]] = {}  # a split is in one table
+    files: dict[Path, PictureFiles] = {}  # of each folder of pictures
+    left_out = []
     kept = first_header = file_column = None
     aliases = [SPLIT_ALIASES.get(table, table) for table in tables]
     for table, alias in zip(tables, aliases, strict=True):
@@ -94,54 +94,55 @@ def read_csv_tables(
             raise ValueError(f"{path}, line 1: the column {odd!r} is not in every table; give all the same columns.")
         of_file, of_kept = header.index(file_column), [header.index(name) for name in kept]
         of_split = header.index(_SPLIT_COLUMN) if not table and _SPLIT_COLUMN in header else None
-        line_of: dict[str, int] = {}
-        missing = []
+        if root not in files:
+            files[root] = PictureFiles(root)
+        once, missing = ListedOnce(), []
         for line, row in rows:
             file_name = posixpath.normpath(row[of_file].strip().replace("\\", "/")) if row[of_file].strip() else ""
             if not file_name:
                 raise ValueError(f"{path}, line {line} names no picture in {file_column!r}; add it or delete the line.")
-            if file_name in line_of:
-                raise ValueError(
-                    f"{path}, line {line}: {file_name!r} has a row already on line {line_of[file_name]}; keep one of "
-                    "them."
-                )
-            line_of[file_name] = line
+            once.add(file_name, f"{path}, line {line}", f"line {line}")
             split = table or "train"
             if of_split is not None and not (split := row[of_split].strip()):
                 raise ValueError(f"{path}, line {line} ({file_name}) names no split; write train, validation or test.")
             split = SPLIT_ALIASES.get(split, split)
-            picture = Path(os.path.normpath(root / file_name))
-            if not (picture.is_relative_to(os.path.normpath(root)) and picture.is_file()):
-                missing.append(f"line {line}: {file_name}")
+            if not files[root].holds(file_name):
+                missing.append((split, f"line {line}: {file_name}"))
                 continue
-            listed.setdefault(root, set()).add(picture)
             of_this = columns.setdefault(split, {name: [] for name in (file_column, *kept)})
-            of_this[file_column].append(str(picture))
+            of_this[file_column].append(os.path.normpath(root / file_name))
             for name, index in zip(kept, of_kept, strict=True):
                 of_this[name].append(row[index])
-            lines.setdefault(split, []).append((path, line, file_name))
-        refuse_or_skip(
+            _, numbers, names = row_names.setdefault(split, (path, [], []))
+            numbers.append(line)
+            names.append(file_name)
+        left_out += refuse_or_skip(
+            "missing_picture",
             missing,
             missing_pictures,
-            f"{path} names",
+            str(path),
+            "names",
             f"that {root} does not hold; add the pictures, take the rows out, or pass missing_pictures='skip'.",
         )
-    for root, pictures in listed.items():
-        refuse_or_skip(
-            sorted(name for name in pictures_below(root) if root / name not in pictures),
+    for root, pictures in files.items():
+        left_out += refuse_or_skip(
+            "unlisted_picture",
+            [("", name) for name in pictures.unlisted()],
             unlisted_pictures,
-            f"{root} holds",
+            str(root),
+            "holds",
             "without a row in a table; add rows, take the pictures out, or pass unlisted_pictures='skip'.",
         )
     if not columns:
         raise ValueError(f"{', '.join(map(str, tables.values()))} holds no row with a picture; add some.")
-    words = {name: _row_words(of_split) for name, of_split in lines.items()}
-    splits = DatasetDict({name: Dataset.from_dict(of_split) for name, of_split in columns.items()})
-    return splits, words, file_column, list(label_columns) if label_columns else None
-
-
-def _row_words(lines: list[tuple[Path, int, str]]) -> Callable[[int], str]:
-    return lambda row: "{}, line {} ({})".format(*lines[row])
+    return Table(
+        {name: Dataset.from_dict(of_split) for name, of_split in columns.items()},
+        {name: line_namer(*of_split) for name, of_split in row_names.items()},
+        image_column=file_column,
+        label_column=label_column,
+        label_columns=list(label_columns) if label_columns else None,
+        left_out=left_out,
+    )
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:

@@ -8,15 +8,13 @@ read, and names no line; here each is told with file and line before anything is
 from __future__ import annotations
 
 import json
-import os
 import posixpath
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, Image
+from datasets import Dataset, Features, Image
 
-from .rows import SPLIT_ALIASES, check_policies, pictures_below, refuse_or_skip
+from .rows import SPLIT_ALIASES, ListedOnce, PictureFiles, Table, check_policies, line_namer, refuse_or_skip
 
 MAX_ROW = 2**24  # letters of a row of metadata.jsonl: a picture with a million labels
 
@@ -27,7 +25,7 @@ def read_image_folders(
     *,
     unlisted_pictures: str = "error",
     missing_pictures: str = "error",
-) -> tuple[DatasetDict, dict[str, Callable[[int], str]]]:
+) -> Table:
     """Reads every `<split>/metadata.jsonl`, or a `metadata.jsonl` of the folder itself, which is then the train split.
 
     Args:
@@ -35,29 +33,34 @@ def read_image_folders(
         missing_pictures: "error", or "skip" to leave out rows whose picture does not exist.
 
     Returns:
-        The splits with columns `image` (paths, not decoded) and `labels`, and per split a function from a row to the
-        words that name it in an error: file, line, picture.
+        The splits with columns `image` (paths, not decoded) and `labels`; rows are named by file, line, picture.
 
     Raises:
         ValueError: a malformed line, a picture with two rows, a row without picture or a picture without row.
     """
     check_policies(unlisted_pictures, missing_pictures)
-    loaded, row_words = DatasetDict(), {}
+    table = Table({})
     for metadata in sorted([*folder.glob("metadata.jsonl"), *folder.glob("*/metadata.jsonl")]):
         name = "train" if metadata.parent == folder else SPLIT_ALIASES.get(metadata.parent.name, metadata.parent.name)
-        if name in loaded:
+        if name in table.splits:
             raise ValueError(f"{folder} has two metadata.jsonl for the split {name!r}; keep one of them.")
-        loaded[name], row_words[name] = _read_split(metadata, folder, label_column, unlisted_pictures, missing_pictures)
-    return loaded, row_words
+        _read_split(table, name, metadata, folder, label_column, unlisted_pictures, missing_pictures)
+    return table
 
 
 def _read_split(
-    metadata: Path, root: Path, label_column: str, unlisted_pictures: str, missing_pictures: str
-) -> tuple[Dataset, Callable[[int], str]]:
+    table: Table,
+    split: str,
+    metadata: Path,
+    root: Path,
+    label_column: str,
+    unlisted_pictures: str,
+    missing_pictures: str,
+) -> None:
     folder = metadata.parent
-    unlisted = pictures_below(folder)
-    line_of: dict[str, int] = {}
-    present, labels, missing, kind_of_all = [], [], [], None
+    # Splits may share a folder of pictures beside them, but a row must not reach out of the data set.
+    files, once = PictureFiles(folder, within=root), ListedOnce()
+    present, numbers, labels, missing, kind_of_all = [], [], [], [], None
     with metadata.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(MAX_ROW), ""), 1):
             if len(line) == MAX_ROW:
@@ -71,39 +74,35 @@ def _read_split(
                     f"{kind_of_all}; write the same kind in every row."
                 )
             kind_of_all = kind_of_all or kind
-            if name in line_of:
-                raise ValueError(
-                    f"{metadata}, line {number}: {name!r} has a row already on line {line_of[name]}; keep one of them."
-                )
-            line_of[name] = number
-            path = Path(os.path.normpath(folder / name))
-            # Splits may share a folder of pictures beside them, but a row must not reach out of the data set.
-            if name in unlisted or (path.is_file() and path.is_relative_to(os.path.normpath(root))):
-                unlisted.discard(name)
+            once.add(name, f"{metadata}, line {number}", f"line {number}")
+            if files.holds(name):
                 present.append(name)
+                numbers.append(number)
                 labels.append(value)
             else:
-                missing.append(name)
-    refuse_or_skip(
+                missing.append((split, name))
+    table.left_out += refuse_or_skip(
+        "missing_picture",
         missing,
         missing_pictures,
-        f"{metadata} names",
+        str(metadata),
+        "names",
         f"that {root} does not hold; add the pictures, take the rows out, or pass missing_pictures='skip'.",
     )
-    refuse_or_skip(
-        sorted(unlisted),
+    table.left_out += refuse_or_skip(
+        "unlisted_picture",
+        [(split, name) for name in files.unlisted()],
         unlisted_pictures,
-        f"{folder} holds",
+        str(folder),
+        "holds",
         "without a row in metadata.jsonl; add rows (labels may be []), take the pictures out, or pass "
         "unlisted_pictures='skip'.",
     )
     images = Dataset.from_dict(
         {"image": [str(folder / name) for name in present]}, features=Features({"image": Image(decode=False)})
     )
-    return (
-        images.add_column("labels", pa.array(labels)),
-        lambda row: f"{metadata}, line {line_of[present[row]]} ({present[row]})",
-    )
+    table.splits[split] = images.add_column("labels", pa.array(labels))
+    table.row_names[split] = line_namer(metadata, numbers, present)
 
 
 def _parse_row(line: str, label_column: str, where: str) -> tuple[str, list | None, str | None]:

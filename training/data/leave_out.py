@@ -8,27 +8,29 @@ stands behind # is not read, so that a line can be taken back without losing it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from datasets import Dataset, Image
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from modeling_hsvlt.processing_multilabel import load_image
+
+from .rows import Loaded, Split, undecoded
 
 logger = logging.getLogger(__name__)
 
 
 def write_exclusions(path: Path, entries: Iterable[tuple[str, int, str, str]]) -> None:
-    """Writes (split, row, file, reason) lines; the rows are those of `load_multilabel_dataset`, from 0."""
+    """Writes (split, row, file, reason) lines; the rows are those of `load`, from 0."""
     lines = ["# split, row, file, reason; put a # before the lines of pictures that are to stay"]
     lines += ["\t".join((split, str(row), file, " ".join(reason.split()))) for split, row, file, reason in entries]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def without_excluded(splits: dict[str, Dataset], path: str | Path) -> dict[str, Dataset]:
-    """`splits` without the rows that a list names; says how many it left out of each.
+def read_exclusions(path: str | Path, splits: Mapping[str, Split]) -> dict[str, dict[int, str]]:
+    """The rows of each split that a list names, with their reasons; says how many they are.
 
     Lines about splits that are not among `splits` (a test split that is not used) do not matter here.
 
@@ -41,7 +43,7 @@ def without_excluded(splits: dict[str, Dataset], path: str | Path) -> dict[str, 
         raise FileNotFoundError(
             f"{path} does not exist; python -m training.check_data DATASET --output DIR writes one."
         )
-    rows: dict[str, set[int]] = {name: set() for name in splits}
+    rows: dict[str, dict[int, str]] = {name: {} for name in splits}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -51,17 +53,15 @@ def without_excluded(splits: dict[str, Dataset], path: str | Path) -> dict[str, 
         name, row, file = parts[0], int(parts[1]), parts[2]
         if name not in splits:
             continue
-        if not same_picture(splits[name], row, file):
+        if not same_picture(splits[name].images, row, file):
             raise ValueError(
                 f"{path}, line {number}: row {row} of {name} is not {file!r} (any more); run training.check_data again."
             )
-        rows[name].add(row)
-    left = dict(splits)
+        rows[name][row] = " ".join(parts[3:])
     for name, out in rows.items():
         if out:
             logger.warning("Left out %d of %d pictures of %s, as %s says.", len(out), len(splits[name]), name, path)
-            left[name] = splits[name].select([row for row in range(len(splits[name])) if row not in out])
-    return left
+    return rows
 
 
 def picture_name(image: dict | None) -> str:
@@ -71,16 +71,16 @@ def picture_name(image: dict | None) -> str:
     return "/".join(Path(path).parts[-2:]).replace("\t", " ")
 
 
-def same_picture(split: Dataset, row: int, file: str) -> bool:
-    """Whether a row of `split` exists and is the picture that `picture_name` called `file`."""
-    return row < len(split) and picture_name(split[row]["image"]) == file
+def same_picture(images: Dataset, row: int, file: str) -> bool:
+    """Whether a row of `images` exists and is the picture that `picture_name` called `file`."""
+    return row < len(images) and picture_name(images[row]["image"]) == file
 
 
-def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
+def find_unreadable(images: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
     """Decodes every picture in full, with a progress bar.
 
     Args:
-        dataset: A split of `load_multilabel_dataset`.
+        images: Column `image`.
         num_workers: Threads (decoding releases Python's lock).
 
     Returns:
@@ -94,15 +94,15 @@ def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, s
             return str(error)
         return None
 
-    images = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
+    column = undecoded(images, "image")
     unreadable = []
     with (
         ThreadPoolExecutor(max(num_workers, 1)) as pool,
-        tqdm(total=len(images), desc="Checking pictures", unit="img") as progress,
+        tqdm(total=len(column), desc="Checking pictures", unit="img") as progress,
     ):
         # In slices, for `pool.map` would queue the bytes of a whole data set.
-        for start in range(0, len(images), 256):
-            pictures = images[start : start + 256]["image"]
+        for start in range(0, len(column), 256):
+            pictures = column[start : start + 256]["image"]
             for offset, problem in enumerate(pool.map(reason, pictures)):
                 progress.update()
                 if problem is not None:
@@ -111,10 +111,10 @@ def find_unreadable(dataset: Dataset, num_workers: int = 0) -> list[tuple[int, s
     return unreadable
 
 
-def without_unreadable(
-    dataset: Dataset, unreadable: Sequence[tuple[int, str, str]], on_unreadable: str = "error"
-) -> Dataset:
-    """`dataset` without the pictures that `find_unreadable` found.
+def leave_out_unreadable(
+    loaded: Loaded, split: str, unreadable: Sequence[tuple[int, str, str]], on_unreadable: str = "error"
+) -> None:
+    """Takes out of a split the pictures that `find_unreadable` found.
 
     Args:
         on_unreadable: "skip" logs each and leaves it out; "error" raises.
@@ -125,14 +125,14 @@ def without_unreadable(
     if on_unreadable not in ("error", "skip"):
         raise ValueError(f"on_unreadable={on_unreadable!r} must be 'error' or 'skip'.")
     if not unreadable:
-        return dataset
+        return
+    count = f"{len(unreadable)} of {len(loaded.splits[split])} pictures"
     listing = "; ".join(f"{name}: {reason}" for _, name, reason in unreadable[:20])
     listing += f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
     if on_unreadable == "error":
         raise ValueError(
-            f"{len(unreadable)} of {len(dataset)} pictures cannot be read ({listing}); repair or remove them, or pass "
-            "on_unreadable='skip' to train without them."
+            f"{count} cannot be read ({listing}); repair or remove them, or pass on_unreadable='skip' to train without "
+            "them."
         )
-    logger.warning("Left out %d of %d pictures that cannot be read (%s).", len(unreadable), len(dataset), listing)
-    bad = {row for row, _, _ in unreadable}
-    return dataset.select([row for row in range(len(dataset)) if row not in bad])
+    logger.warning("Left out %s that cannot be read (%s).", count, listing)
+    loaded.leave_out("unreadable", split, {row: reason for row, _, reason in unreadable})

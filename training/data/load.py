@@ -1,28 +1,18 @@
-"""Any multi-label image dataset as splits of one form: pictures not yet decoded, labels checked."""
+"""Any multi-label image dataset as one object: splits of undecoded pictures with sparse labels, which were checked."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Image,
-    IterableDataset,
-    IterableDatasetDict,
-    List,
-    Value,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -31,21 +21,22 @@ from ..options import DatasetOptions
 from .csv_table import find_csv_tables, read_csv_tables
 from .image_folder import read_image_folders
 from .label_names import read_label_names
-from .leave_out import without_excluded
-from .rows import SPLIT_ALIASES, check_policies, refuse_or_skip, row_namer
-from .scenes import DEFAULT_NUM_SCENES, SCENE_LABELS, build_scenes
+from .leave_out import read_exclusions
+from .rows import SPLIT_ALIASES, Loaded, Split, Table, no_such_split, row_namer, undecoded, without_missing
+from .scenes import read_scenes
 from .sparse_labels import SparseLabels, arrow_column, class_names, split_text, stack_columns
 
 logger = logging.getLogger(__name__)
 
 
-def load_multilabel_dataset(
+def load(
     source: str | Path | Dataset | DatasetDict,
     *,
     splits: Sequence[str] | None = None,
     cache_dir: str | None = None,
+    fresh_scenes: bool = False,
     **options,
-) -> tuple[DatasetDict, list[str]]:
+) -> Loaded:
     """Loads a multi-label image dataset and checks every label against the label contract.
 
     Args:
@@ -56,20 +47,18 @@ def load_multilabel_dataset(
             - a CSV file, or a folder of `<split>.csv` or `<split>/metadata.csv`, see `csv_table.read_csv_tables`;
             - a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote;
             - a folder of parquet (or another format that `datasets.load_dataset` reads);
-            - "scenes", the built-in scenes, drawn by `training.data.scenes.build_scenes(**scenes)`;
+            - "scenes", the built-in scenes, with the settings `scenes`, see `scenes.read_scenes`;
             - a `Dataset` (taken as "train") or `DatasetDict`.
         splits: The splits to return, all of which must exist and have rows; None: all there are. Usual other names
             (`val`, `dev`, `testing`, ...) are known.
+        fresh_scenes: Whether the train split of the scenes is drawn anew every epoch.
         options: Fields of `training.options.DatasetOptions`, with its defaults. `label_names` is the vocabulary in
             class order, for example a checkpoint's; by default that of `labels.txt`, else of the column's `ClassLabel`,
             else `label_columns`, else the sorted names that occur in the train split. `label_format`: see
             `SparseLabels.from_arrow`; for text, what is between the separators ("auto": names).
 
     Returns:
-        The splits and the label names. Rows hold `image` (`datasets.Image(decode=False)`: `path`, `bytes`) and
-        `labels`: lists of class ids (`ClassLabel` with the label names in order), or, where single labels are soft or
-        unknown, lists of one float32 a label. A `null` list, or a `null`, NaN or -100 in a multi-hot list, means
-        unknown.
+        The data set. A `null` list, or a `null`, NaN or -100 in a multi-hot list, means unknown.
 
     Raises:
         ValueError, FileNotFoundError: one sentence that names the file, row and label and says what to do.
@@ -80,121 +69,123 @@ def load_multilabel_dataset(
             "to training.data.streaming.StreamingMultiLabelDataset."
         )
     options = DatasetOptions(dataset=source, **options)
-    revision = options.dataset_revision
-    label_names, label_columns = options.label_names, options.label_columns
-    image_column, label_column = options.image_column, options.label_column
-    names_of_file, row_words, on_hub = None, {}, False
-    if isinstance(source, Dataset | DatasetDict):
+    label_names, revision = options.label_names, options.dataset_revision
+    source_words = source if isinstance(source, str | Path) else "the dataset"
+    if str(source_words) == "scenes":
+        table = read_scenes(splits, options.scenes, label_names=label_names, fresh=fresh_scenes)
+    else:
+        table = _read(source, options, cache_dir)
+    splits = list(splits or table.splits)
+    to_read = [name for name in splits if name not in table.ready]
+    _check_splits(table, to_read, source_words)
+
+    images = {}
+    for name in table.splits:
+        if table.image_column not in table.splits[name].column_names:
+            continue
+        images[name] = undecoded(table.splits[name], table.image_column)
+        if name not in table.row_names:
+            if name in to_read and isinstance(source, str | Path):
+                kept, left_out = without_missing(images[name], name, options.missing_pictures, str(source))
+                table.left_out += left_out
+                if kept is not None:
+                    images[name], table.splits[name] = images[name].select(kept), table.splits[name].select(kept)
+            table.row_names[name] = row_namer(images[name], f"split {name!r}, ")
+
+    if table.label_columns:
+        given = list(label_names or table.label_names or table.label_columns)
+        if sorted(given) != sorted(table.label_columns):
+            odd = sorted(set(given) ^ set(table.label_columns))[0]
+            raise ValueError(f"{odd!r} is not among both the label columns and the label names; give the same in both.")
+        label_names = table.label_columns = given
+
+    @cache  # the names are looked for in them before they are parsed
+    def lists(name: str) -> pa.ChunkedArray | pa.Array:
+        if table.label_columns:
+            return stack_columns(table.splits[name], table.label_columns, table.row_names[name])
+        column = arrow_column(table.splits[name], table.label_column)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = split_text(column, options.label_separator, options.label_format, table.row_names[name])
+        return column
+
+    label_names = list(label_names or table.label_names or _names_of_labels(table, lists, source_words, revision))
+    if twice := [name for name, count in Counter(label_names).items() if count > 1]:
+        raise ValueError(f"The label names list {twice[0]!r} twice; keep one.")
+    ready = dict(table.ready)
+    for name in to_read:
+        labels = SparseLabels.from_arrow(
+            lists(name),
+            label_names,
+            class_names=None if table.label_columns else class_names(table.splits[name], table.label_column),
+            label_format="multi_hot" if table.label_columns else options.label_format,
+            where=table.row_names[name],
+        )
+        ready[name] = Split(images[name], labels, table.row_names[name], table.drawn)
+        _warn_of_unknown(ready[name])
+    loaded = Loaded({name: ready[name] for name in splits}, label_names, table.left_out)
+    if options.exclude is not None:
+        for name, reasons in read_exclusions(options.exclude, {name: ready[name] for name in to_read}).items():
+            loaded.leave_out("excluded", name, reasons)
+    return loaded
+
+
+def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, cache_dir: str | None) -> Table:
+    """The rows of a source by the reader of its format, under the usual names of splits."""
+    path = None if isinstance(source, Dataset | DatasetDict) else Path(source)
+    columns = {name: getattr(options, name) for name in ("image_column", "label_column", "label_columns")}
+    policies = {name: getattr(options, name) for name in ("unlisted_pictures", "missing_pictures")}
+    names_file, on_hub = None, False
+    if path is None:
         loaded = source
-    elif str(source) == "scenes":
-        loaded, names_of_file = (
-            build_scenes(**{"num_scenes": DEFAULT_NUM_SCENES, **(options.scenes or {})}),
-            SCENE_LABELS,
-        )
-    elif tables := find_csv_tables(Path(source)):
-        names_file = (Path(source) if Path(source).is_dir() else Path(source).parent) / "labels.txt"
-        if names_file.is_file():
-            names_of_file = read_label_names(names_file)
-        loaded, row_words, image_column, label_columns = read_csv_tables(
-            tables,
-            image_column=image_column,
-            label_column=label_column,
-            label_columns=label_columns,
-            picture_folder=options.picture_folder,
-            unlisted_pictures=options.unlisted_pictures,
-            missing_pictures=options.missing_pictures,
-        )
-    elif Path(source).is_dir():
-        folder = Path(source)
-        if (folder / "labels.txt").is_file():
-            names_of_file = read_label_names(folder / "labels.txt")
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = load_from_disk(str(folder))
-        elif any(folder.glob("metadata.jsonl")) or any(folder.glob("*/metadata.jsonl")):
-            loaded, row_words = read_image_folders(
-                folder,
-                label_column,
-                unlisted_pictures=options.unlisted_pictures,
-                missing_pictures=options.missing_pictures,
-            )
-            image_column, label_column = "image", "labels"
+    elif tables := find_csv_tables(path):
+        names_file = (path if path.is_dir() else path.parent) / "labels.txt"
+        loaded = read_csv_tables(tables, **columns, picture_folder=options.picture_folder, **policies)
+    elif path.is_dir():
+        names_file = path / "labels.txt"
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = load_from_disk(str(path))
+        elif any(path.glob("metadata.jsonl")) or any(path.glob("*/metadata.jsonl")):
+            loaded = read_image_folders(path, columns["label_column"], **policies)
+            loaded.label_columns = columns["label_columns"]
         else:
-            _check_parquet(folder)
-            loaded = load_dataset(str(folder), name=options.dataset_config, cache_dir=cache_dir)
-    elif Path(source).exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+            _check_parquet(path)
+            loaded = load_dataset(str(path), name=options.dataset_config, cache_dir=cache_dir)
+    elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} is no folder; give a folder, the id of a dataset on the Hub, or 'scenes'.")
     else:
         on_hub = True
         try:
-            loaded = load_dataset(str(source), name=options.dataset_config, revision=revision, cache_dir=cache_dir)
+            where = {"name": options.dataset_config, "revision": options.dataset_revision}
+            loaded = load_dataset(str(source), **where, cache_dir=cache_dir)
         except (DatasetNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(f"{source} is neither a folder here nor a dataset within reach: {error}") from error
+    if not isinstance(loaded, Table):
+        loaded = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+        loaded = Table({SPLIT_ALIASES.get(name, name): split for name, split in loaded.items()}, **columns)
+        loaded.on_hub = on_hub
+    if names_file is not None and names_file.is_file():
+        loaded.label_names = read_label_names(names_file)
+    return loaded
 
-    loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-    loaded = {SPLIT_ALIASES.get(name, name): split for name, split in loaded.items()}
-    source_words = source if isinstance(source, str | Path) else "the dataset"
-    for name in splits or loaded:
-        if name not in loaded:
-            raise ValueError(
-                f"{source_words} has no split {name!r}, only {', '.join(loaded)}; add it or choose another."
-            )
-        if len(loaded[name]) == 0:
-            raise ValueError(f"The split {name!r} of {source_words} has no rows; add some or leave the split out.")
-        for column in (image_column, *(label_columns or [label_column])):
-            if column not in loaded[name].column_names:
+
+def _check_splits(table: Table, splits: list[str], source: str | Path) -> None:
+    """
+    Raises:
+        ValueError: a split that is not there or has no rows, or no column of pictures or labels.
+    """
+    for name in splits:
+        if name not in table.splits:
+            raise no_such_split(name, table.splits, source)
+        split = table.splits[name]
+        if len(split) == 0:
+            raise ValueError(f"The split {name!r} of {source} has no rows; add some or leave the split out.")
+        for column in (table.image_column, *(table.label_columns or [table.label_column])):
+            if column not in split.column_names:
                 raise ValueError(
-                    f"The split {name!r} of {source_words} has no column {column!r}, only "
-                    f"{', '.join(loaded[name].column_names)}; name the right one with image_column, label_column or "
-                    "label_columns, or write a metadata.jsonl with file_name and labels beside the pictures."
+                    f"The split {name!r} of {source} has no column {column!r}, only {', '.join(split.column_names)}; "
+                    "name the right one with image_column, label_column or label_columns, or write a metadata.jsonl "
+                    "with file_name and labels beside the pictures."
                 )
-    if not row_words and not isinstance(source, Dataset | DatasetDict):
-        for name in splits or loaded:
-            before = f"The split {name!r} of {source_words} has"
-            loaded[name] = _with_pictures(loaded[name], image_column, options.missing_pictures, before)
-    if label_columns:
-        given = list(label_names or names_of_file or label_columns)
-        if sorted(given) != sorted(label_columns):
-            odd = sorted(set(given) ^ set(label_columns))[0]
-            raise ValueError(f"{odd!r} is not among both the label columns and the label names; give the same in both.")
-        label_names = label_columns = given
-
-    def lists(name: str) -> pa.ChunkedArray | pa.Array:
-        if label_columns:
-            return stack_columns(loaded[name], label_columns, row_words[name])
-        column = arrow_column(loaded[name], label_column)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            column = split_text(column, options.label_separator, options.label_format, row_words[name])
-        return column
-
-    images = {}
-    for name, split in loaded.items():
-        if image_column in split.column_names:
-            image = split.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-            images[name] = image if image_column == "image" else image.rename_column(image_column, "image")
-            row_words.setdefault(name, row_namer(images[name], f"split {name!r}, "))
-    if label_names is None and names_of_file is None:
-        names_of_file = _names_of_labels(loaded, lists, label_column, source_words, revision if on_hub else False)
-    label_names = list(label_names or names_of_file)
-    if twice := [name for name, count in Counter(label_names).items() if count > 1]:
-        raise ValueError(f"The label names list {twice[0]!r} twice; keep one.")
-    labels = {
-        name: SparseLabels.from_arrow(
-            lists(name),
-            label_names,
-            class_names=None if label_columns else class_names(loaded[name], label_column),
-            label_format="multi_hot" if label_columns else options.label_format,
-            where=row_words[name],
-        )
-        for name in splits or loaded
-    }
-    # One form for all splits, which `datasets` asks for.
-    as_ids = all((of_split.values == 1).all() for of_split in labels.values())
-    uniform = DatasetDict()
-    for name, of_split in labels.items():
-        uniform[name] = _with_labels(images[name], of_split, label_names, as_ids, row_words[name])
-    if options.exclude is not None:
-        uniform = DatasetDict(without_excluded(uniform, options.exclude))
-    return uniform, label_names
 
 
 def _check_parquet(folder: Path) -> None:
@@ -209,52 +200,25 @@ def _check_parquet(folder: Path) -> None:
             raise ValueError(f"{path} is not a whole parquet file ({error}); fetch or write it again.") from error
 
 
-def _with_pictures(split: Dataset, image_column: str, policy: str, before: str) -> Dataset:
-    """The rows that hold a picture, or the path of one that is there.
-
-    Raises:
-        ValueError: the policy is "error", and some do not.
-    """
-    check_policies("error", policy)
-    column = arrow_column(split.cast_column(image_column, Image(decode=False)), image_column)
-    missing, begin = [], 0
-    for chunk in column.chunks:
-        without_bytes = pc.is_null(pc.struct_field(chunk, "bytes")).to_numpy(zero_copy_only=False)
-        for place in np.flatnonzero(without_bytes):
-            path = (chunk[place].as_py() or {}).get("path")
-            if path is None or not ("://" in path or Path(path).is_file()):
-                missing.append(begin + int(place))
-        begin += len(chunk)
-    refuse_or_skip(
-        [f"row {row}" for row in missing],
-        policy,
-        before,
-        "that are not there; add them, take the rows out, or pass missing_pictures='skip'.",
-    )
-    left = np.delete(np.arange(len(split)), missing)
-    return split.select(left) if missing else split
-
-
 def _names_of_labels(
-    splits: dict[str, Dataset],
+    table: Table,
     lists: Callable[[str], pa.ChunkedArray | pa.Array],
-    label_column: str,
     source: str | Path,
-    hub_revision: str | None | bool,
+    revision: str | None,
 ) -> list[str]:
     """The vocabulary that the data brings: the names in the features, else of a `labels.txt` on the Hub, else those
     that occur in the train split."""
-    train = "train" if "train" in splits else next(iter(splits))
-    if (names := class_names(splits[train], label_column)) is not None:
+    train = "train" if "train" in table.splits else next(iter(table.splits))
+    if (names := class_names(table.splits[train], table.label_column)) is not None:
         return names
     column = lists(train)
     values = pc.list_flatten(column) if pa.types.is_nested(column.type) else column
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         return sorted(values.unique().drop_null().to_pylist())
-    if hub_revision is not False:
+    if table.on_hub:
         try:
             return read_label_names(
-                Path(hf_hub_download(str(source), "labels.txt", repo_type="dataset", revision=hub_revision))
+                Path(hf_hub_download(str(source), "labels.txt", repo_type="dataset", revision=revision))
             )
         except EntryNotFoundError:
             pass
@@ -264,24 +228,12 @@ def _names_of_labels(
     )
 
 
-def _with_labels(
-    images: Dataset, labels: SparseLabels, label_names: list[str], as_ids: bool, where: Callable[[int], str]
-) -> Dataset:
-    """`images` with a column `labels`: class ids, or multi-hot; null for a row of which nothing is known."""
-    unknown = labels.default != 0
+def _warn_of_unknown(split: Split) -> None:
+    unknown = split.labels.default != 0
     if unknown.any():
         logger.warning(
             "%d of %d rows have null for labels, so they teach nothing (first: %s); write [] where none is present.",
             unknown.sum(),
-            len(labels),
-            where(int(np.argmax(unknown))),
+            len(split),
+            split.row_name(int(np.argmax(unknown))),
         )
-    if as_ids:
-        starts, values, feature = labels.starts, labels.ids, List(ClassLabel(names=label_names))
-    else:
-        rows = [labels.dense(row) for row in np.flatnonzero(~unknown)]
-        starts = np.concatenate([[0], np.cumsum(~unknown)]) * labels.num_labels
-        values, feature = np.concatenate([np.empty(0, np.float32), *rows]), List(Value("float32"))
-    lists = pa.LargeListArray.from_arrays(pa.array(starts, pa.int64()), pa.array(values), mask=pa.array(unknown))
-    # A column beside the pictures, so that pictures (gigabytes, perhaps) are neither copied nor rewritten.
-    return images.add_column("labels", lists.cast(pa.list_(lists.type.value_type)), feature=feature)

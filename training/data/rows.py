@@ -1,13 +1,21 @@
-"""What every reader of a data set checks and says of its rows: is the picture there, is it listed, how is it called."""
+"""Rows of a data set: what every reader checks of their pictures, how each is called, and what a split of them is."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from datasets import Dataset
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from .sparse_labels import SparseLabels, arrow_column
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +32,98 @@ SPLIT_ALIASES = {
 _PICTURE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 
 
+class LeftOut(NamedTuple):
+    """A row or a picture that takes no part."""
+
+    kind: str  # "missing_picture", "unlisted_picture", "excluded" or "unreadable"
+    split: str  # "" where a picture belongs to none
+    row: str  # in words: its line, or its file
+    message: str
+
+
+@dataclass
+class Split:
+    """Pictures with their labels.
+
+    Attributes:
+        images: Column `image`, not decoded (`path`, `bytes`).
+        labels: Of the same rows.
+        row_name: Words for a row in a message: its table and line, or its number, and its file.
+        drawn: Whether the pictures were drawn here, so that they need no check.
+    """
+
+    images: Dataset
+    labels: SparseLabels
+    row_name: Callable[[int], str] | None = None
+    drawn: bool = False
+
+    def __post_init__(self):
+        # Objects that can be pickled, here and below: workers of a `DataLoader` may be spawned.
+        self.row_name = self.row_name or row_namer(self.images)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict:
+        """`image` as it is stored, `labels` as a tensor of `SparseLabels.tensor`."""
+        return {"image": self.images[row]["image"], "labels": self.labels.tensor(row)}
+
+    def select(self, rows: Sequence[int]) -> Split:
+        """These rows, which keep their names."""
+        rows = np.asarray(rows, dtype=np.int64)
+        row_name = partial(_name_of_selected, self.row_name, rows)
+        return replace(self, images=self.images.select(rows), labels=self.labels.select(rows), row_name=row_name)
+
+
+@dataclass
+class Loaded:
+    """A data set, as `load` gives it.
+
+    Attributes:
+        splits: By name; a `scenes.SceneSplit` where pictures are drawn anew every epoch.
+        label_names: The vocabulary in class order.
+        left_out: Rows and pictures that take no part, and why.
+    """
+
+    splits: dict[str, Split]
+    label_names: list[str]
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def leave_out(self, kind: str, split: str, reasons: dict[int, str]) -> None:
+        """Takes rows out of a split, each for a reason."""
+        rows = self.splits[split]
+        self.left_out += [LeftOut(kind, split, rows.row_name(row), reason) for row, reason in reasons.items()]
+        if reasons:
+            self.splits[split] = rows.select([row for row in range(len(rows)) if row not in reasons])
+
+
+@dataclass
+class Table:
+    """What a reader of one format gives: rows whose labels are still as they were written.
+
+    Attributes:
+        splits: Columns of pictures and labels.
+        row_names: Of each split, see `Split.row_name`.
+        image_column, label_column, label_columns: Those to read; `label_columns` (one a label) goes first.
+        label_names: The vocabulary in class order, where the format has a place for it.
+        left_out: What the reader left out.
+        ready: Splits that need no reading, by name.
+        on_hub: Whether a `labels.txt` may be beside the data on the Hub.
+        drawn: See `Split.drawn`.
+    """
+
+    splits: dict[str, Dataset]
+    row_names: dict[str, Callable[[int], str]] = field(default_factory=dict)
+    image_column: str = "image"
+    label_column: str = "labels"
+    label_columns: list[str] | None = None
+    label_names: list[str] | None = None
+    left_out: list[LeftOut] = field(default_factory=list)
+    ready: dict = field(default_factory=dict)
+    on_hub: bool = False
+    drawn: bool = False
+
+
 def pictures_below(folder: Path) -> set[str]:
     """Relative names of all picture files in a folder and its folders; hidden ones are none."""
     return {
@@ -33,6 +133,58 @@ def pictures_below(folder: Path) -> set[str]:
     }
 
 
+class PictureFiles:
+    """The pictures below a folder: is one there, and which does no row name?
+
+    Args:
+        folder: Where names start.
+        within: The folder that a name must not lead out of, by default `folder`.
+    """
+
+    def __init__(self, folder: Path, within: Path | None = None):
+        self._folder, self._within = folder, os.path.normpath(within or folder)
+        self._unlisted = pictures_below(folder)
+
+    def holds(self, name: str) -> bool:
+        """Whether a picture that a row names is there; from then on it is listed."""
+        if name in self._unlisted:
+            self._unlisted.discard(name)
+            return True
+        path = Path(os.path.normpath(self._folder / name))
+        if not (path.is_relative_to(self._within) and path.is_file()):
+            return False
+        self._unlisted.discard(Path(os.path.relpath(path, self._folder)).as_posix())
+        return True
+
+    def unlisted(self) -> list[str]:
+        """Names of the pictures that no row has named so far."""
+        return sorted(self._unlisted)
+
+
+class ListedOnce:
+    """Refuses the second row of a picture."""
+
+    def __init__(self):
+        self._first: dict[str, str] = {}
+
+    def add(self, picture: str, where: str, line: str) -> None:
+        """
+        Args:
+            where: Names the row, in full.
+            line: What the row of the picture is called in the message about the next one.
+
+        Raises:
+            ValueError: the picture has a row already.
+        """
+        if picture in self._first:
+            raise ValueError(f"{where}: {picture!r} has a row already on {self._first[picture]}; keep one of them.")
+        self._first[picture] = line
+
+
+def no_such_split(name: str, there: Iterable[str], source: str | Path) -> ValueError:
+    return ValueError(f"{source} has no split {name!r}, only {', '.join(there)}; add it or choose another.")
+
+
 def check_policies(unlisted_pictures: str, missing_pictures: str) -> None:
     """Raises a ValueError for what is neither "error" nor "skip"."""
     for name, policy in (("unlisted_pictures", unlisted_pictures), ("missing_pictures", missing_pictures)):
@@ -40,24 +192,75 @@ def check_policies(unlisted_pictures: str, missing_pictures: str) -> None:
             raise ValueError(f"{name}={policy!r} must be 'error' or 'skip'.")
 
 
-def refuse_or_skip(names: list[str], policy: str, before: str, after: str) -> None:
-    """Raises a ValueError that counts and names pictures (`before` and `after` stand around them), or logs a warning
-    for the policy "skip"."""
-    if names:
-        count = f"{len(names)} picture{'s' if len(names) > 1 else ''}"
-        message = f"{before} {count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) {after}"
-        if policy == "error":
-            raise ValueError(message)
-        # The names in full, for whoever listens (training.check_data does).
-        place = before.rpartition(" ")[0]
-        logger.warning("Left out: %s", message, extra={"left_out": [f"{place}: {name}" for name in names]})
+def refuse_or_skip(
+    kind: str, rows: Sequence[tuple[str, str]], policy: str, where: str, says: str, remedy: str
+) -> list[LeftOut]:
+    """What a policy makes of (split, row) pairs: nothing is left out where there are none.
+
+    Raises:
+        ValueError: the policy is "error", and there are some. `where` `says` so many pictures, `remedy`.
+    """
+    if not rows:
+        return []
+    names = [row for _, row in rows]
+    count = f"{len(names)} picture{'s' if len(names) > 1 else ''}"
+    message = f"{where} {says} {count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) {remedy}"
+    if policy == "error":
+        raise ValueError(message)
+    logger.warning("Left out: %s", message)
+    return [LeftOut(kind, split, row, f"{where}: {row}") for split, row in rows]
+
+
+def without_missing(images: Dataset, split: str, policy: str, source: str) -> tuple[np.ndarray | None, list[LeftOut]]:
+    """The rows that hold a picture, or the path of one that is there (None: all of them), and the others.
+
+    Raises:
+        ValueError: the policy is "error", and some do not.
+    """
+    check_policies("error", policy)
+    missing, begin = [], 0
+    for chunk in arrow_column(images, "image").chunks:
+        without_bytes = pc.is_null(pc.struct_field(chunk, "bytes")).to_numpy(zero_copy_only=False)
+        for place in np.flatnonzero(without_bytes):
+            path = (chunk[place].as_py() or {}).get("path")
+            if path is None or not ("://" in path or Path(path).is_file()):
+                missing.append(begin + int(place))
+        begin += len(chunk)
+    left_out = refuse_or_skip(
+        "missing_picture",
+        [(split, f"row {row}") for row in missing],
+        policy,
+        f"The split {split!r} of {source}",
+        "has",
+        "that are not there; add them, take the rows out, or pass missing_pictures='skip'.",
+    )
+    return np.delete(np.arange(len(images)), missing) if missing else None, left_out
 
 
 def row_namer(images: Dataset, prefix: str = "") -> Callable[[int], str]:
-    """A function that gives the words for a row in an error: its number, and its picture's file name if it has one."""
+    """Names a row by its number, and its picture's file if it has one."""
+    return partial(_name_by_number, images, prefix)
 
-    def words(row: int) -> str:
-        path = (images[row]["image"] or {}).get("path")
-        return f"{prefix}row {row}" + (f" ({path})" if path else "")
 
-    return words
+def line_namer(table: Path, lines: Sequence[int], names: Sequence[str]) -> Callable[[int], str]:
+    """Names a row by its line in a table, and its picture."""
+    return partial(_name_by_line, table, lines, names)
+
+
+def _name_by_number(images: Dataset, prefix: str, row: int) -> str:
+    path = (images[row]["image"] or {}).get("path")
+    return f"{prefix}row {row}" + (f" ({path})" if path else "")
+
+
+def _name_by_line(table: Path, lines: Sequence[int], names: Sequence[str], row: int) -> str:
+    return f"{table}, line {lines[row]} ({names[row]})"
+
+
+def _name_of_selected(row_name: Callable[[int], str], rows: np.ndarray, row: int) -> str:
+    return row_name(int(rows[row]))
+
+
+def undecoded(split: Dataset, column: str) -> Dataset:
+    """The pictures of a split, not decoded, as the one column `image`."""
+    images = split.select_columns([column]).cast_column(column, Image(decode=False))
+    return images if column == "image" else images.rename_column(column, "image")

@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 from bisect import bisect
+from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
 from itertools import accumulate
@@ -28,6 +29,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
+
+from .rows import Table, no_such_split
 
 SCENE_LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # The digit that a digit brings along with probability `cooccurrence`. Neighbours are about equally frequent in a long
@@ -76,7 +79,7 @@ class SceneDataset(torch.utils.data.Dataset):
 
     Each row is a dictionary with `image` (RGB `PIL.Image`, `image_size` square), `labels` (distinct names, in digit
     order) and `boxes` (one `{"x", "y", "w", "h", "label"}` per object, whole pixels around its ink; painted in this
-    order). Wrap it in `training.data.dataset.MultiLabelDataset` for training.
+    order).
 
     Args:
         num_scenes: Scenes per epoch.
@@ -289,6 +292,68 @@ def build_scenes(
         }
     )
     return Dataset.from_dict(columns, features=features)
+
+
+class SceneSplit(SceneDataset):
+    """Scenes as a `rows.Split` whose pictures and labels are others every epoch, to be trained on without end.
+
+    Args:
+        label_names: The vocabulary in class order, all of `SCENE_LABELS` among it.
+        num_scenes, knobs: As for `SceneDataset`.
+
+    Raises:
+        ValueError: other label names.
+    """
+
+    labels = None  # nothing to count before they are drawn
+    drawn = True
+
+    def __init__(self, num_scenes: int, *, label_names: Sequence[str] = SCENE_LABELS, **knobs):
+        super().__init__(num_scenes, **knobs)
+        if not set(SCENE_LABELS) <= set(label_names):
+            raise ValueError(f"Scenes are labelled {', '.join(SCENE_LABELS)}; take these as the label names.")
+        self._index = {name: index for index, name in enumerate(label_names)}
+
+    def __getitem__(self, index: int) -> dict:
+        row = super().__getitem__(index)
+        ids = torch.tensor(sorted(self._index[name] for name in row["labels"]))[None]
+        size = (len(self._index),)
+        labels = torch.sparse_coo_tensor(ids, torch.ones(ids.shape[1]), size, is_coalesced=True, check_invariants=True)
+        return {"image": row["image"], "labels": labels}
+
+    def row_name(self, row: int) -> str:
+        return f"row {row}"
+
+
+def read_scenes(
+    names: Sequence[str] | None, knobs: dict | None, *, label_names: Sequence[str] | None = None, fresh: bool = False
+) -> Table:
+    """The built-in data set.
+
+    Args:
+        names: Of the splits to draw; None: all.
+        knobs: Settings of `SceneDataset`, with `num_scenes` of each split.
+        label_names: The vocabulary in class order.
+        fresh: Whether the train split is a `SceneSplit`.
+
+    Raises:
+        ValueError: a split without a number of scenes, or a setting that cannot be met.
+    """
+    knobs = {"num_scenes": DEFAULT_NUM_SCENES, **(knobs or {})}
+    counts = knobs.pop("num_scenes")
+    if not isinstance(counts, dict):
+        raise ValueError("scenes.num_scenes must give a number of scenes for train and for each other split.")
+    names = list(names or counts)
+    for name in names:
+        if name not in counts:
+            raise no_such_split(name, counts, "scenes")
+    table = Table({}, label_names=list(SCENE_LABELS), drawn=True)
+    for name in names:
+        if fresh and name == "train":
+            table.ready[name] = SceneSplit(counts[name], label_names=label_names or SCENE_LABELS, **knobs)
+        else:
+            table.splits[name] = build_scenes(counts[name], split=name, **knobs)
+    return table
 
 
 def main(argv: list[str] | None = None) -> int:

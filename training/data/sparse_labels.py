@@ -12,6 +12,7 @@ from difflib import get_close_matches
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import ClassLabel, Dataset
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
@@ -95,13 +96,45 @@ class SparseLabels:
         """(num_labels,) int64: how many pictures show each label (a soft label from 0.5 on counts)."""
         return np.bincount(self.ids[self.values >= 0.5], minlength=self.num_labels)
 
+    def select(self, rows: np.ndarray) -> SparseLabels:
+        """The labels of these rows, in this order."""
+        lengths = np.diff(self.starts)[rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        entries = np.arange(starts[-1]) + np.repeat(self.starts[:-1][rows] - starts[:-1], lengths)
+        kept = starts, self.ids[entries], self.values[entries], self.default[rows]
+        return SparseLabels(*kept, self.num_labels, self.label_format)
+
     @classmethod
-    def from_dataset(
-        cls, split: Dataset, label_names: Sequence[str], *, label_column: str = "labels", **reading
-    ) -> SparseLabels:
-        """Reads the label column of a split; `reading` and errors as in `from_arrow`."""
-        column = arrow_column(split, label_column)
-        return cls.from_arrow(column, label_names, class_names=class_names(split, label_column), **reading)
+    def concatenate(cls, parts: Sequence[SparseLabels]) -> SparseLabels:
+        """The rows of several, one after another."""
+        lengths = np.concatenate([np.diff(part.starts) for part in parts])
+        arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "values", "default"))
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        return cls(starts, *arrays, parts[0].num_labels, parts[0].label_format)
+
+    def tensor(self, row: int) -> torch.Tensor:
+        """(num_labels,) float32 labels of one picture: sparse, or dense where nothing but what is listed is known."""
+        if self.default[row]:
+            return torch.from_numpy(self.dense(row))
+        ids, values = map(torch.from_numpy, self.entries(row))
+        return torch.sparse_coo_tensor(ids[None], values, (self.num_labels,), is_coalesced=True, check_invariants=True)
+
+    def are_ids(self) -> bool:
+        """Whether lists of ids say it all: no label is soft, and none unknown in a row of which others are known."""
+        return bool((self.values == 1).all())
+
+    def lists(self, as_ids: bool) -> pa.ListArray:
+        """A list a row: of ids, or of one float32 a label (dense: for few rows at a time); null where a row is
+        unknown."""
+        unknown = self.default != 0
+        if as_ids:
+            starts, values = self.starts, self.ids
+        else:
+            known = np.flatnonzero(~unknown)
+            starts = np.concatenate([[0], np.cumsum(~unknown)]) * self.num_labels
+            values = np.concatenate([np.empty(0, np.float32), *(self.dense(row) for row in known)])
+        lists = pa.LargeListArray.from_arrays(pa.array(starts, pa.int64()), pa.array(values), mask=pa.array(unknown))
+        return lists.cast(pa.list_(lists.type.value_type))
 
     @classmethod
     def from_arrow(

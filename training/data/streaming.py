@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
-from .dataset import PictureResizer, label_tensor
+from .dataset import PictureResizer
 from .sparse_labels import SparseLabels, class_names, split_text, stack_columns
 
 
@@ -31,7 +31,7 @@ class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
         label_names: The vocabulary in class order; None: the names in the features of `label_column`.
         processor: A `MultiLabelProcessor`, or any image processor of transformers.
         margin: As in `MultiLabelDataset`.
-        image_column, label_column, label_columns, label_format, label_separator: As in `load_multilabel_dataset`; lists
+        image_column, label_column, label_columns, label_format, label_separator: As in `load`; lists
             of integers without names in the features need a `label_format` other than "auto".
 
     Raises:
@@ -77,7 +77,7 @@ class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
                 pixels = self._resize.stored(image)
             except ValueError as error:
                 raise ValueError(f"{where} cannot be read: {error}") from error
-            yield {"pixel_values": pixels, "labels": label_tensor(labels, 0), "index": index}
+            yield {"pixel_values": pixels, "labels": labels.tensor(0), "index": index}
 
     def _labels(self, row: dict, where) -> SparseLabels:
         if self._columns:

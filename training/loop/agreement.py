@@ -6,7 +6,6 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..data.rows import row_namer
 from .run import Run
 
 
@@ -25,7 +24,7 @@ def agree(run: Run, seen: list, norm: torch.Tensor) -> tuple[bool, bool, bool]:
 def name_nonfinite(run: Run, seen: list) -> None:
     """Say which pictures a step that is not finite had; raise where that is to end the run."""
     bad = [rows for loss, rows in seen if not loss.isfinite()]
-    named = row_namer(run.train_data.split) if run.train_data.sparse_labels is not None else lambda row: f"row {row}"
+    named = run.train_data.split.row_name
     mine = [named(row) for rows in bad for row in rows.tolist()]
     names = gather_object(mine)
     what = "loss" if names else "gradient"

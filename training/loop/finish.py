@@ -11,6 +11,7 @@ from ..checkpoint.folder import MARKER, save_checkpoint, verify, write_marker
 from ..metrics.functional import multilabel_report, per_label_report
 from ..publish.hub import push_run
 from ..report.page import result_record, write_report
+from ..scoring.measured_with import fingerprints
 from ..scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
 from .run import Run
 from .validation import evaluate
@@ -35,13 +36,12 @@ def finish(run: Run) -> dict:
     results = {
         "best_epoch": run.progress["best_epoch"],
         "steps": run.progress["step"],
+        "measured_with": fingerprints(model.config.to_dict()),
         "validation": validation,
         "validation_at_thresholds": multilabel_report(scores, labels, fitted, groups=run.groups),
-        "thresholds": dict(zip(run.train_data.label_names, model.config.thresholds, strict=True)),
     }
     if run.groups is not None:
-        positives = run.train_data.sparse_labels.positives().tolist()
-        results["positives_in_train"] = dict(zip(run.train_data.label_names, positives, strict=True))
+        results["positives_in_train"] = run.train_data.sparse_labels.positives().tolist()
     if config.evaluate_test:
         test_scores, test_labels, results["test"] = evaluate(run, model, "test")
         results["test_at_thresholds"] = multilabel_report(test_scores, test_labels, fitted, groups=run.groups)
@@ -68,6 +68,7 @@ def _write_report(run: Run, model, scores: np.ndarray, labels: np.ndarray, metri
     counted = None if run.groups is None else ("train", run.train_data.sparse_labels.positives())
     record = result_record(
         metrics,
+        model.config,
         checkpoint=str(run.folder / "best"),
         dataset=config.dataset,
         dataset_revision=config.dataset_revision,
@@ -76,9 +77,9 @@ def _write_report(run: Run, model, scores: np.ndarray, labels: np.ndarray, metri
         count_split=counted and counted[0],
     )
     per_label = per_label_report(scores, labels, np.array(model.config.thresholds), label_names=names)
-    rows = run.loaders["validation"].dataset.split
+    images = run.loaders["validation"].dataset.split.images
     write_report(
-        run.folder / "report", record, names, scores, labels, rows, per_label, model.config, counted,
+        run.folder / "report", record, names, scores, labels, images, per_label, model.config, counted,
         explained_by=(model, run.processor.image_processor),
     )  # fmt: skip
     run.accelerator.print(f"The report is {run.folder / 'report' / 'report.html'}.")

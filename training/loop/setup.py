@@ -18,7 +18,6 @@ from accelerate.utils import (
     set_seed,
 )
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from datasets import Dataset
 from transformers.image_utils import PILImageResampling
 
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
@@ -29,9 +28,9 @@ from ..config import TrainingConfig
 from ..data.augment import build_augmentation
 from ..data.batches import build_dataloader
 from ..data.dataset import MultiLabelDataset
-from ..data.leave_out import find_unreadable, without_unreadable
-from ..data.load import load_multilabel_dataset
-from ..data.scenes import DEFAULT_NUM_SCENES, SceneDataset
+from ..data.leave_out import find_unreadable, leave_out_unreadable
+from ..data.load import load
+from ..data.rows import Loaded
 from ..models.build import build_model
 from ..options import dataset_options
 from .interruption import StopRequest
@@ -72,13 +71,14 @@ def setup(config: TrainingConfig) -> Run:
             "--output_dir."
         )
 
-    splits, label_names = load_splits(config, accelerator)
+    loaded = load_splits(config, accelerator)
+    label_names = loaded.label_names
     processor = build_processor(config, label_names)
     crops = config.augmentation is not None and config.augmentation.get("crop_scale", True)
     data = {}
-    for name, split in splits.items():
+    for name, split in loaded.splits.items():
         margin = config.crop_margin if name == "train" and crops else 0.0
-        cache = "memory" if config.cache_images and isinstance(split, Dataset) else None
+        cache = "memory" if config.cache_images and split.labels is not None else None
         data[name] = MultiLabelDataset(
             split,
             label_names,
@@ -217,29 +217,19 @@ def _check_measurable(split: str, values: np.ndarray) -> None:
         )
 
 
-def load_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[dict, list[str]]:
+def load_splits(config: TrainingConfig, accelerator: Accelerator) -> Loaded:
     """The train and validation split (and test, where asked for) with only pictures that can be read."""
-    names = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
-    fresh = config.dataset == "scenes" and config.fresh_scenes
-    stored = names[1:] if fresh else names
-    knobs = {"num_scenes": DEFAULT_NUM_SCENES, **config.scenes}
-    counts = knobs.pop("num_scenes")
-    if not isinstance(counts, dict) or "train" not in counts:
-        raise ValueError("scenes.num_scenes must give a number of scenes for train and for each other split.")
     with accelerator.main_process_first():  # the others then find the cache
+        splits = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
         options = dataset_options(config)
-        options["scenes"] = {**knobs, "num_scenes": {name: counts[name] for name in stored if name in counts}}
-        splits, label_names = load_multilabel_dataset(config.dataset, splits=stored, **options)
-    splits = dict(splits)
-    if fresh:
-        splits["train"] = SceneDataset(counts["train"], **knobs)
-    elif config.check_pictures and config.dataset != "scenes":
-        for name, split in splits.items():
-            count, rank = accelerator.num_processes, accelerator.process_index
-            mine = find_unreadable(split.shard(count, rank, contiguous=False), config.num_workers)
-            unreadable = gather_object([(row * count + rank, file, reason) for row, file, reason in mine])
-            splits[name] = without_unreadable(split, sorted(unreadable), config.on_unreadable)
-    return splits, label_names
+        loaded = load(config.dataset, splits=splits, fresh_scenes=config.fresh_scenes, **options)
+    to_check = {name: split for name, split in loaded.splits.items() if config.check_pictures and not split.drawn}
+    for name, split in to_check.items():
+        count, rank = accelerator.num_processes, accelerator.process_index
+        mine = find_unreadable(split.images.shard(count, rank, contiguous=False), config.num_workers)
+        unreadable = gather_object([(row * count + rank, file, reason) for row, file, reason in mine])
+        leave_out_unreadable(loaded, name, sorted(unreadable), config.on_unreadable)
+    return loaded
 
 
 def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabelProcessor:

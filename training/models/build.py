@@ -11,6 +11,7 @@ from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder, trans
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
 from ..checkpoint.loading import check_pinned, commit_of
+from ..checkpoint.public_names import public_name
 from ..config import TrainingConfig
 from .from_checkpoint import from_checkpoint
 
@@ -76,7 +77,7 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
         official = config.label_reading == "official"
         model.set_label_embeddings(
             encoded,
-            encoder=config.label_encoder,
+            encoder=public_name(config.label_encoder),
             reading=config.label_reading,
             template=None if official else config.label_template,
         )

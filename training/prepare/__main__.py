@@ -107,7 +107,7 @@ def select_splits(reading: Reading, pairs: list[tuple[str, str]] | None) -> Read
 
 def drop_pictures_without_labels(reading: Reading) -> None:
     for name, split in reading.splits.items():
-        rows = np.flatnonzero(_shows_a_label(SparseLabels.from_dataset(split, reading.label_names)))
+        rows = np.flatnonzero(_shows_a_label(split.labels))
         print(f"Left out of {name}: {len(split) - len(rows):,} pictures that show no label.")
         reading.splits[name] = split.select(rows)
 
@@ -123,7 +123,7 @@ def count_table(reading: Reading) -> str:
     title = f"   published for {reading.title}" if reading.published else ""
     lines = [f"{'split':<12}{'pictures':>10}{'with a label':>14}{'positives':>12}{'unknown':>10}{title}"]
     for name, split in reading.splits.items():
-        labels = SparseLabels.from_dataset(split, reading.label_names)
+        labels = split.labels
         unknown = int((labels.values < 0).sum() + (labels.default != 0).sum() * labels.num_labels)
         shown = int(_shows_a_label(labels).sum())
         line = f"{name:<12}{len(split):>10,}{shown:>14,}{labels.positives().sum():>12,}{unknown:>10,}"

@@ -24,7 +24,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..check.imbalance import long_tail_groups
-from ..data.load import load_multilabel_dataset
+from ..data.load import load
+from ..data.rows import Split
 from ..data.sparse_labels import SparseLabels
 from ..options import CommandParser, DatasetOptions, dataset_options
 from .reading import Rows, checked, text_lines
@@ -193,10 +194,10 @@ def is_present(labels: SparseLabels) -> np.ndarray:
     return present
 
 
-def _with_labels(split: Dataset, rows: np.ndarray, present: np.ndarray) -> Dataset:
+def _with_labels(split: Split, rows: np.ndarray, present: np.ndarray) -> Dataset:
     """These rows of a split with the labels of `present` (rows, num_labels) alone."""
     ids = pa.array([np.flatnonzero(row) for row in present], pa.list_(pa.int64()))
-    return split.select(rows).select_columns(["image"]).add_column("labels", ids)
+    return split.images.select(rows).add_column("labels", ids)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,9 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     lists.add_argument("train_list", type=Path, help="coco_lt_train.txt or voc_lt_train.txt")
     lists.add_argument("test_list", type=Path, help="coco_lt_test.txt or voc_lt_test.txt")
     lists.add_argument("pictures", type=Path, help="where the lists' paths start: holds train2017/ or VOCdevkit/")
-    lists.add_argument(
-        "--missing_pictures", choices=("error", "skip"), default="error", help="pictures that are listed but not there"
-    )
+    lists.add_argument("--missing_pictures", choices=("error", "skip"), default="error", help="listed but not there")
     draw = kinds.add_parser("draw", dataclass_types=DatasetOptions, help="a long-tailed draw of a train split")
     draw.add_argument(
         "--largest", type=int, required=True, help="count of the most frequent label, about (VOC-LT: 800)"
@@ -264,23 +263,25 @@ def _write_lists(args: argparse.Namespace) -> None:
 
 
 def _write_draw(args: argparse.Namespace) -> None:
-    splits, label_names = load_multilabel_dataset(args.dataset, **dataset_options(args))
+    loaded = load(args.dataset, **dataset_options(args))
+    splits, label_names = loaded.splits, loaded.label_names
     if "train" not in splits:
         raise ValueError(f"{args.dataset} has no train split to draw from, only {', '.join(splits)}.")
-    present = is_present(SparseLabels.from_dataset(splits["train"], label_names))
+    present = is_present(splits["train"].labels)
     rows = draw_long_tail(present, pareto_targets(len(label_names), args.largest, args.smallest), seed=args.seed)
     _write({**splits, "train": splits["train"].select(rows)}, label_names, args.target)
 
 
 def _write_episodes(args: argparse.Namespace) -> None:
-    splits, label_names = load_multilabel_dataset(args.dataset, **dataset_options(args))
+    loaded = load(args.dataset, **dataset_options(args))
+    splits, label_names = loaded.splits, loaded.label_names
     query = next((name for name in ("test", "validation") if name in splits), None)
     if "train" not in splits or query is None:
         raise ValueError(f"{args.dataset} needs a train split and a test or validation split; it has {list(splits)}.")
     for name in args.novel:
         if name not in label_names:
             raise ValueError(f"--novel {name!r} is not among the {len(label_names)} label names; correct it.")
-    present = {name: is_present(SparseLabels.from_dataset(split, label_names)) for name, split in splits.items()}
+    present = {name: is_present(split.labels) for name, split in splits.items()}
 
     def side(name: str, labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """The split's rows that show one of these labels, and what they show of them."""
@@ -304,8 +305,8 @@ def _write_episodes(args: argparse.Namespace) -> None:
         _write(checked(parts, args.novel, "ids"), args.novel, args.target / f"episode-{episode:02}")
 
 
-def _write(splits: dict[str, Dataset], label_names: list[str], target: Path) -> None:
-    counts = SparseLabels.from_dataset(splits["train"], label_names).positives()
+def _write(splits: dict[str, Split], label_names: list[str], target: Path) -> None:
+    counts = splits["train"].labels.positives()
     groups = ", ".join(f"{len(labels)} {name}" for name, labels in long_tail_groups(counts).items())
     print(f"{target}: {', '.join(f'{len(split):,} in {name}' for name, split in splits.items())}; labels: {groups}")
     print(f"  positives in train: {counts.tolist()}")

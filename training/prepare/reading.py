@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Image
 
-from ..data.load import load_multilabel_dataset
-from ..data.rows import refuse_or_skip
+from ..data.load import load
+from ..data.rows import ListedOnce, Split, refuse_or_skip
 
 
 @dataclass(kw_only=True)
@@ -18,14 +18,14 @@ class Reading:
     """A data set that was read.
 
     Attributes:
-        splits: As `load_multilabel_dataset` gives them, by the names that the source has for them.
+        splits: As `load` gives them, by the names that the source has for them.
         label_names: In class order.
         usual_names: What a split of the source is called in a Hugging Face dataset, for those to take by default.
         title: Of the data set that `published` is about.
         published: Pictures, and pictures that show a label (None: not published), by the source's name of the split.
     """
 
-    splits: dict[str, Dataset]
+    splits: dict[str, Split]
     label_names: list[str]
     usual_names: dict[str, str]
     title: str = ""
@@ -42,7 +42,7 @@ class Rows:
     def __init__(self, missing_pictures: str):
         self.missing_pictures = missing_pictures
         self.pictures, self.labels, self.missing = [], [], []
-        self._where: dict[Path, str] = {}
+        self._once = ListedOnce()
 
     def add(self, picture: Path, labels: list[int] | np.ndarray, where: str) -> None:
         """One picture with its label ids, or multi-hot labels; `where` names its file and line.
@@ -50,14 +50,12 @@ class Rows:
         Raises:
             ValueError: the picture has a row already.
         """
-        if picture in self._where:
-            raise ValueError(f"{where}: {picture.name!r} is listed already by {self._where[picture]}; keep one.")
-        self._where[picture] = where
+        self._once.add(str(picture), where, where)
         if picture.is_file():
             self.pictures.append(str(picture))
             self.labels.append(labels)
         else:
-            self.missing.append(f"{where}: {picture}")
+            self.missing.append(("", f"{where}: {picture}"))
 
     def dataset(self, kind: pa.DataType) -> Dataset:
         """Columns `image` and `labels`, lists of `kind`.
@@ -66,9 +64,11 @@ class Rows:
             ValueError: pictures that do not exist, or none at all.
         """
         refuse_or_skip(
+            "missing_picture",
             self.missing,
             self.missing_pictures,
-            "The lists name",
+            "The lists",
+            "name",
             "that are not there; add them, or pass --missing_pictures skip.",
         )
         if not self.pictures:
@@ -77,12 +77,12 @@ class Rows:
         return images.add_column("labels", pa.array(self.labels, pa.list_(kind)))
 
 
-def checked(splits: dict[str, Dataset], label_names: list[str], label_format: str) -> dict[str, Dataset]:
-    """The splits in the form that is written, held once more against the label contract."""
-    # Under names of their own: `load_multilabel_dataset` would rename "val".
+def checked(splits: dict[str, Dataset], label_names: list[str], label_format: str) -> dict[str, Split]:
+    """The splits as `load` gives them, held against the label contract."""
+    # Under names of their own: `load` would rename "val".
     parts = DatasetDict({f"part{number}": split for number, split in enumerate(splits.values())})
-    parts, _ = load_multilabel_dataset(parts, label_names=label_names, label_format=label_format)
-    return dict(zip(splits, parts.values(), strict=True))
+    loaded = load(parts, label_names=label_names, label_format=label_format)
+    return dict(zip(splits, loaded.splits.values(), strict=True))
 
 
 def text_lines(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whatever `training.data.load.load_multilabel_dataset` reads: image folders, CSV tables, parquet, data sets of the
+"""Whatever `training.data.load.load` reads: image folders, CSV tables, parquet, data sets of the
 Hub; with labels as lists of names or ids, multi-hot lists, text, or one column a label."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..data.csv_table import find_csv_tables
 from ..data.label_names import read_label_names
-from ..data.load import load_multilabel_dataset
+from ..data.load import load
 from .reading import Reading
 
 HELP = {
@@ -24,8 +24,8 @@ SOURCE = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="commit of a SOURCE on the Hub")
-    parser.add_argument("--config_name", help="configuration of a SOURCE on the Hub")
+    parser.add_argument("--dataset_revision", help="commit of a SOURCE on the Hub")
+    parser.add_argument("--dataset_config", help="configuration of a SOURCE on the Hub")
     parser.add_argument(
         "--label_names", type=Path, help="class order: a labels.txt, one name a line, or a tagger's selected_tags.csv"
     )
@@ -50,10 +50,10 @@ def read(args: argparse.Namespace) -> Reading:
         raise FileNotFoundError(f"{source} is no CSV file and has no SPLIT.csv or SPLIT/metadata.csv; give one.")
     if args.kind == "imagefolder" and not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder; give one with SPLIT/metadata.jsonl beside the pictures.")
-    splits, label_names = load_multilabel_dataset(
+    loaded = load(
         args.source,
-        revision=args.revision,
-        config_name=args.config_name,
+        dataset_revision=args.dataset_revision,
+        dataset_config=args.dataset_config,
         label_names=read_label_names(args.label_names) if args.label_names else None,
         image_column=args.image_column,
         label_column=args.label_column,
@@ -64,4 +64,5 @@ def read(args: argparse.Namespace) -> Reading:
         unlisted_pictures=args.unlisted_pictures,
         missing_pictures=args.missing_pictures,
     )
-    return Reading(splits=dict(splits), label_names=label_names, usual_names={name: name for name in splits})
+    names = {name: name for name in loaded.splits}
+    return Reading(splits=loaded.splits, label_names=loaded.label_names, usual_names=names)

@@ -6,24 +6,27 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
 
 from ..checkpoint.atomic import atomic_folder
+from ..data.rows import Split
 
 # Rows of a parquet row group: what a reader of one row must read; the Hub's viewer asks for no more.
 _GROUP = 100
 
 
 def write_dataset(
-    splits: Mapping[str, Dataset], label_names: list[str], target: Path, *, max_shard_bytes: int = 500_000_000
+    splits: Mapping[str, Split], label_names: list[str], target: Path, *, max_shard_bytes: int = 500_000_000
 ) -> None:
     """Writes `data/<split>-00000-of-00001.parquet` and `labels.txt`; `target` appears when everything is on disk.
 
     Args:
-        splits: As `load_multilabel_dataset` gives them. Files are copied byte for byte, not decoded.
+        splits: As `load` gives them. Files are copied byte for byte, not decoded.
         label_names: In class order; `labels.txt` keeps them where multi-hot lists have no names in the features.
         max_shard_bytes: Pictures of one shard, roughly.
 
@@ -44,25 +47,33 @@ def write_dataset(
         with atomic_folder(target) as folder, tqdm(total=total, desc="Writing", unit="img") as progress:
             (folder / "data").mkdir()
             (folder / "labels.txt").write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
+            # One form for all splits, which `datasets` asks for.
+            as_ids = all(split.labels.are_ids() for split in splits.values())
+            labels = List(ClassLabel(names=label_names) if as_ids else Value("float32"))
+            features = Features({"image": Image(), "labels": labels})
             for name, split in splits.items():
-                count = min(len(split), -(-_picture_bytes(split) // max_shard_bytes) or 1)
-                for number in range(count):
-                    shard = split.shard(count, number, contiguous=True)
-                    _write_shard(shard, folder / "data" / f"{name}-{number:05}-of-{count:05}.parquet", progress)
+                count = min(len(split), -(-_picture_bytes(split.images) // max_shard_bytes) or 1)
+                for number, rows in enumerate(np.array_split(np.arange(len(split)), count)):
+                    path = folder / "data" / f"{name}-{number:05}-of-{count:05}.parquet"
+                    _write_shard(split.select(rows), path, features, as_ids, progress)
     except BaseException:
         shutil.rmtree(target.with_name(f".{target.name}.new"), ignore_errors=True)
         raise
 
 
-def _picture_bytes(split: Dataset) -> int:
-    images = split.select_columns(["image"])["image"]
-    return sum(len(image["bytes"]) if image["bytes"] else Path(image["path"]).stat().st_size for image in images)
+def _picture_bytes(images: Dataset) -> int:
+    return sum(
+        len(image["bytes"]) if image["bytes"] else Path(image["path"]).stat().st_size for image in images["image"]
+    )
 
 
-def _write_shard(shard: Dataset, path: Path, progress: tqdm) -> None:
-    schema = Features({"image": Image(), "labels": shard.features["labels"]}).arrow_schema
+def _write_shard(shard: Split, path: Path, features: Features, as_ids: bool, progress: tqdm) -> None:
+    schema = features.arrow_schema
     with pq.ParquetWriter(path, schema) as writer:
-        for table in shard.select_columns(["image", "labels"]).with_format("arrow").iter(_GROUP):
+        for start in range(0, len(shard), _GROUP):
+            rows = np.arange(start, min(start + _GROUP, len(shard)))
+            images = shard.images.select(rows).with_format("arrow")[:].column("image")
+            table = pa.table({"image": images, "labels": shard.labels.select(rows).lists(as_ids)})
             # `to_parquet` would store paths; this reads the files.
             writer.write_table(embed_table_storage(table.cast(schema)))
             progress.update(len(table))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +18,26 @@ from transformers import AutoConfig, AutoModelForImageClassification, AutoProces
 import modeling_hsvlt  # noqa: F401  (registers the model types)
 from modeling_hsvlt.processing_multilabel import MultiLabelProcessor
 
-from .card import evaluation_file
+from ..checkpoint.public_names import without_paths
+from .measured import (
+    PATH_OPTIONS,
+    checkpoint_of,
+    read_config,
+    read_evaluation,
+    read_options,
+    read_raw_options,
+    read_results,
+)
 from .selected_tags import write_selected_tags
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-PATH_OPTIONS = ("output_dir", "dataset", "backbone", "label_encoder", "init_from", "exclude")
 
 
 def build_folder(
     run: Path, target: Path, *, adapter_of: str | None = None, adapter_revision: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes all but the card into `target`. Nothing is copied from beside the checkpoint but by name: no optimizer
-    state, no log, no picture.
+    state, no log, no picture; no scores that no longer hold for the checkpoint, and no path.
 
     Returns:
         Pixels (1, 3, H, W) of `noise_picture` and the model's logits (1, num_labels) for them.
@@ -36,7 +46,7 @@ def build_folder(
         ValueError, OSError: there is no checkpoint, or not one that can be published.
     """
     run = Path(run)
-    checkpoint = run / "best" if (run / "best").is_dir() else run
+    checkpoint = checkpoint_of(run)
     if (checkpoint / ADAPTER_FILES[0]).is_file():
         model, processor = _build_adapter(checkpoint, target, adapter_of, adapter_revision)
     elif (checkpoint / "config.json").is_file():
@@ -54,18 +64,44 @@ def build_folder(
         raise FileNotFoundError(f"{run} holds neither best/ nor a checkpoint (config.json or adapter_config.json).")
     processor.save_pretrained(target)
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    results = json.loads((run / "results.json").read_text()) if (run / "results.json").is_file() else {}
+    config = read_config(run, target)
+    results, _ = read_results(run, config)
+    _, rows = read_evaluation(run, config)
     write_selected_tags(target, label_names, results.get("positives_in_train"))
-    for source in (run / "results.json", evaluation_file(run, "per_label.csv")):
-        if source.is_file():
-            shutil.copyfile(source, target / source.name)
-    if (run / "config.yaml").is_file():
-        options = yaml.safe_load((run / "config.yaml").read_text())
-        for name in PATH_OPTIONS:  # the paths of this machine are nobody's business
-            if options.get(name) and os.path.isabs(options[name]):
-                options[name] = Path(options[name]).name
+    if results:
+        (target / "results.json").write_text(json.dumps(results, indent=1))
+    if rows:
+        with (target / "per_label.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if options := read_options(run):
         (target / "training_options.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+    for path in target.rglob("*.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if without_paths(values) != values:
+            path.write_text(json.dumps(without_paths(values), indent=2) + "\n", encoding="utf-8")
     return _logits(model, processor)
+
+
+def check_no_path(run: Path, folder: Path) -> None:
+    """Looks in all that is to be published, card and code as well, for folders of this machine and of the run.
+
+    Raises:
+        ValueError: a file holds one.
+    """
+    options = read_raw_options(run)
+    texts: list[str] = []
+    for name in PATH_OPTIONS:
+        without_paths(options.get(name), lambda text: texts.append(text) or text)
+    paths = [Path(text) for text in (*texts, os.path.abspath(run), os.getcwd(), tempfile.gettempdir())]
+    # Of a folder of the root, such as /data, the name alone is in many a text.
+    known = {str(path) for path in paths if path.is_absolute() and len(path.parts) > 2} | {f"{Path.home()}{os.sep}"}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            held = [text for text in known if text.encode() in path.read_bytes()]
+            if held:
+                raise ValueError(f"{path.relative_to(folder)} would publish the path {held[0]}; nothing was pushed.")
 
 
 def _build_adapter(checkpoint: Path, target: Path, adapter_of: str | None, revision: str | None):

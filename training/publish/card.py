@@ -1,13 +1,14 @@
 """Model cards, filled from what a run left: `python -m training.publish.card RUN_FOLDER org/name > README.md`.
 
-Every figure on a card comes from the run's results.json, evaluation/ or report/, log.jsonl, config.yaml, speed.json or
-the checkpoint's config.json. Figures of papers are in the templates, in a section of their own.
+Names, thresholds and calibration come from the checkpoint's config.json, figures from the run's results.json,
+evaluation/ or report/, log.jsonl, config.yaml and speed.json. Figures that were measured with other names, thresholds
+or calibration than the checkpoint now has are left out, and the card says so. Figures of papers are in the templates,
+in a section of their own.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import re
@@ -17,10 +18,21 @@ import tempfile
 from pathlib import Path
 
 import jinja2
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from training.check.imbalance import HEAD, MEDIUM
+from training.scoring.measured_with import AT_THRESHOLDS, names_of
+
+from .measured import (
+    checkpoint_of,
+    evaluation_file,
+    is_hub_id,
+    read_config,
+    read_evaluation,
+    read_json,
+    read_options,
+    read_results,
+)
 
 TEMPLATES = {"hsvlt": "hsvlt.md", "mltr": "mltr.md", "hp_dval": "hp_dval.md"}
 MAX_LABEL_ROWS = 200  # of the per-label table; the rest is in per_label.csv
@@ -82,19 +94,20 @@ def render_card(
     """
     facts = collect(run, folder)
     options = facts["options"]
-    own = options.get("dataset") == "scenes" and not (options.get("backbone") or options.get("init_from"))
+    scenes = options.get("dataset") == "scenes"
+    own = scenes and not (options.get("backbone") or options.get("init_from"))
     template = "adapter.md" if facts["base"] else TEMPLATES.get(facts["model"].get("model_type"))
     if template is None:
         raise ValueError(f"{folder} holds no model of a type that has a card ({', '.join(TEMPLATES)}) and no adapter.")
     licence = licence or ("apache-2.0" if own else "unknown")
-    figures = _write_figures(run, folder, facts, pictures or options.get("dataset") == "scenes")
+    figures = _write_figures(run, folder, facts, pictures or scenes)
     data = ModelCardData(
         license=licence,
         library_name="peft" if facts["base"] else "transformers",
         pipeline_tag="image-classification",
         tags=["multi-label-image-classification", facts["model"].get("model_type") or "hp_dval", "custom_code"],
         base_model=facts["base"],
-        datasets=[options["dataset"]] if _is_hub_id(options.get("dataset")) else None,
+        datasets=[options["dataset"]] if is_hub_id(options.get("dataset", "")) else None,
         model_name=repo_id.partition("/")[2] or repo_id,
         eval_results=_eval_results(facts) or None,
     )
@@ -125,17 +138,15 @@ def render_card(
 def collect(run: Path, folder: Path) -> dict:
     """What a run says about itself, in the words of the templates; what it does not say is None or empty."""
     run, folder = Path(run), Path(folder)
-    checkpoint = run / "best" if (run / "best").is_dir() else run
-    adapter = _read_json(folder / "adapter_config.json")
-    model = _read_json(folder / "config.json") or _read_json(checkpoint / "config.json")
-    processor = _read_json(folder / "processor_config.json")
-    results = _read_json(run / "results.json")
-    evaluation = _read_json(evaluation_file(run, "results.json"))
-    options = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else {}
-    names = model.get("id2label") or processor.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
-    names = [names[index] for index in sorted(names, key=int)]
+    adapter = read_json(folder / "adapter_config.json")
+    model = read_config(run, folder)
+    processor = read_json(folder / "processor_config.json")
+    results, changed = read_results(run, model)
+    evaluation, measured_rows = read_evaluation(run, model)
+    options = read_options(run)
+    names = names_of(model)
     splits = {name: results[name] for name in SPLITS if name in results}
-    at_thresholds = {name: results[f"{name}_at_thresholds"] for name in splits if f"{name}_at_thresholds" in results}
+    at_thresholds = {name: results[name + AT_THRESHOLDS] for name in splits if name + AT_THRESHOLDS in results}
     log = [json.loads(line) for line in _lines(run / "log.jsonl")]
     seen = [line["train/pictures_per_second"] for line in log if "train/pictures_per_second" in line]
     return {
@@ -147,26 +158,17 @@ def collect(run: Path, folder: Path) -> dict:
         "results": results,
         "splits": splits,
         "at_thresholds": at_thresholds,
+        "changed": changed,
         "evaluation": evaluation,
         "label_names": names,
-        "label_rows": _label_rows(run, names, results, model),
+        "label_rows": _label_rows(names, model, results, measured_rows),
         "max_label_rows": MAX_LABEL_ROWS,
         "groups": [group for group in GROUPS if any(f"mAP_{group}" in report for report in splits.values())],
-        "speed": _read_json(run / "speed.json"),
+        "speed": read_json(run / "speed.json"),
         "log": log,
         "training_speed": sorted(seen)[len(seen) // 2] if seen else None,
         "num_parameters": _num_parameters(folder),
     }
-
-
-def evaluation_file(run: Path, name: str) -> Path:
-    """A file that `training.evaluate --output RUN/evaluation` wrote, or else the end of training, into RUN/report."""
-    path = Path(run) / "evaluation" / name
-    return path if path.is_file() else Path(run) / "report" / name
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _lines(path: Path) -> list[str]:
@@ -174,14 +176,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _dataset_name(dataset: str | None) -> str | None:
-    """How a card calls a data set: no path of somebody's machine."""
-    if dataset is None or dataset == "scenes":
-        return "the built-in scenes" if dataset else None
-    return dataset if _is_hub_id(dataset) else Path(dataset).name
-
-
-def _is_hub_id(dataset: str | None) -> bool:
-    return bool(dataset) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", dataset)) and not Path(dataset).exists()
+    return "the built-in scenes" if dataset == "scenes" else dataset
 
 
 def _num_parameters(folder: Path) -> int:
@@ -194,21 +189,16 @@ def _num_parameters(folder: Path) -> int:
     return count
 
 
-def _label_rows(run: Path, names: list[str], results: dict, model: dict) -> list[dict]:
-    """One row a label: positives in train, threshold, and the columns of evaluation/per_label.csv where it is there."""
-    thresholds = results.get("thresholds") or {}
-    if not thresholds and model.get("thresholds"):
-        thresholds = dict(zip(names, model["thresholds"], strict=True))
-    measured = {}
-    path = evaluation_file(run, "per_label.csv")
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            measured = {row["label"]: row for row in csv.DictReader(file)}
+def _label_rows(names: list[str], model: dict, results: dict, measured_rows: list[dict]) -> list[dict]:
+    """One row a label: threshold, positives in train, and those of `LABEL_COLUMNS` that were measured."""
+    thresholds = model.get("thresholds") or [None] * len(names)
+    positives = results.get("positives_in_train") or [None] * len(names)
+    measured = {row["label"]: row for row in measured_rows}
+    columns = [column for column in LABEL_COLUMNS if measured_rows and column in measured_rows[0]]
     rows = []
-    for name in names:
-        row = {"label": name, "threshold": thresholds.get(name)}
-        row["positives_in_train"] = (results.get("positives_in_train") or {}).get(name)
-        for column in LABEL_COLUMNS if measured else ():
+    for name, *values in zip(names, thresholds, positives, strict=True):
+        row = dict(zip(("label", "threshold", "positives_in_train"), (name, *values), strict=True))
+        for column in columns:
             value = measured.get(name, {}).get(column)
             row[column] = float(value) if value else None
         rows.append(row)
@@ -221,7 +211,7 @@ def _eval_results(facts: dict) -> list[EvalResult]:
     common = {
         "task_type": "image-classification",
         "task_name": "Multi-label image classification",
-        "dataset_type": dataset if _is_hub_id(dataset) else Path(dataset).name,
+        "dataset_type": dataset,
         "dataset_name": facts["dataset_name"] or "unknown",
         "dataset_revision": facts["options"].get("dataset_revision"),
     }
@@ -286,10 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("repo_id", metavar="org/name")
     args = parser.parse_args(argv)
-    checkpoint = args.run / "best" if (args.run / "best").is_dir() else args.run
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            copy = shutil.copytree(checkpoint, Path(scratch) / "checkpoint")
+            copy = shutil.copytree(checkpoint_of(args.run), Path(scratch) / "checkpoint")
             print(render_card(args.run, copy, repo_id=args.repo_id).content)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

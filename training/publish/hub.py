@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from .build import build_folder
+from .build import build_folder, check_no_path
 from .card import render_card
 from .reload import check_folder
 
@@ -75,6 +75,7 @@ def push_run(
             run, target, repo_id=repo_id, tag=tag, licence=licence, adapter_revision=adapter_revision, pictures=pictures
         )
         card.save(target / "README.md")
+        check_no_path(Path(run), target)
         print(f"Reloaded without this package: logits differ by at most {difference:.1e}.")
         for path, size in _tree(target):
             print(f"{size:>13,}  {path}")

@@ -19,9 +19,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..metrics.functional import multilabel_report
+from ..metrics.functional import decision_report
 from ..scoring.calibration import stored_calibration
 from ..scoring.held_out import held_out_decisions
+from ..scoring.measured_with import fingerprints
 from ..scoring.reliability import NUM_BINS, Reliability, reliability
 from ..scoring.thresholds import fit_record
 from .heat_maps import draw_found_labels
@@ -58,7 +59,7 @@ def compare_thresholds(scores: np.ndarray, labels: np.ndarray, config, threshold
     """
 
     def measure(scores: np.ndarray, threshold: float | np.ndarray = 0.5) -> dict[str, float]:
-        report = multilabel_report(scores, labels, threshold, top_k=None)
+        report = decision_report(scores, labels, threshold)
         return {name: report[name] for name in DECISIONS}
 
     rows = {"0.5 for every label": measure(scores)}
@@ -179,6 +180,7 @@ AP_DEFINITION = "non-interpolated"
 
 def result_record(
     metrics: dict,
+    config,
     *,
     checkpoint: str,
     dataset: str,
@@ -188,7 +190,7 @@ def result_record(
     dataset_revision: str | None = None,
     count_split: str | None = None,
 ) -> dict:
-    """What the results.json of a report holds: metrics, and of what they are."""
+    """What the results.json of a report holds: metrics, and of what they are; `config` is the model's."""
     return {
         "checkpoint": checkpoint,
         "revision": revision,
@@ -197,6 +199,7 @@ def result_record(
         "split": split,
         "count_split": count_split,
         "threshold": threshold,
+        "measured_with": fingerprints(config.to_dict()),
         "ap_definition": AP_DEFINITION,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "metrics": metrics,

@@ -12,11 +12,12 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
 from ..data.batches import build_dataloader
-from ..data.dataset import MultiLabelDataset, class_counts
-from ..data.load import load_multilabel_dataset
+from ..data.dataset import MultiLabelDataset
+from ..data.load import load
+from ..data.rows import Loaded
 from ..options import ScoringOptions, dataset_options
 
 
@@ -26,7 +27,8 @@ class ScoredSplit(NamedTuple):
     label_names: list[str]
     scores: np.ndarray
     labels: np.ndarray
-    rows: Dataset
+    images: Dataset
+    counts: np.ndarray | None  # (num_labels,) pictures of another split that show each label
 
 
 def predict(
@@ -96,39 +98,46 @@ def predict(
 
 
 def score_split(
-    model: PreTrainedModel, processor: BaseImageProcessor, args: ScoringOptions, accelerator: Accelerator
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    args: ScoringOptions,
+    accelerator: Accelerator,
+    *,
+    loaded: Loaded | None = None,
+    count_split: str | None = None,
 ) -> ScoredSplit:
     """Predicts the split that `args` name.
+
+    Args:
+        loaded: Of `load_scored`; None loads it here.
+        count_split: The split whose labels are counted.
 
     Raises:
         ValueError, OSError: in one sentence, what was wrong with the dataset and what to do.
     """
+    if loaded is None:
+        loaded = load_scored(model.config, args, accelerator, count_split)
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if args.use_checkpoint_labels:
-        args.label_names = label_names
-    with accelerator.main_process_first():  # the others then find the cache
-        split, dataset_names = load_split(args, args.split)
-    order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
-    dataset = MultiLabelDataset(split, dataset_names, processor)
+    order = match_labels(label_names, loaded.label_names, args.checkpoint, args.dataset)
+    dataset = MultiLabelDataset(loaded.splits[args.split], loaded.label_names, processor)
     loader = build_dataloader(
         dataset, batch_size=args.batch_size, num_workers=args.num_workers, processor=processor, sparse_labels=True
     )
     with accelerator.autocast():
         scores, labels = predict(model.to(accelerator.device), loader, accelerator)
-    return ScoredSplit(label_names, scores, labels[:, order], dataset.split)
+    counts = None if count_split is None else loaded.splits[count_split].labels.positives()[order]
+    return ScoredSplit(label_names, scores, labels[:, order], dataset.split.images, counts)
 
 
-def load_split(args: ScoringOptions, name: str) -> tuple[Dataset, list[str]]:
-    """A split of the dataset that `args` name, and its label names."""
-    splits, label_names = load_multilabel_dataset(args.dataset, splits=[name], **dataset_options(args))
-    return splits[name], label_names
-
-
-def count_positives(label_names: Sequence[str], args: ScoringOptions) -> np.ndarray:
-    """(num_labels,) pictures of `args.count_split` that show each label."""
-    split, dataset_names = load_split(args, args.count_split)
-    order = match_labels(label_names, dataset_names, args.checkpoint, args.dataset)
-    return class_counts(MultiLabelDataset(split, dataset_names, None), len(dataset_names))[order]
+def load_scored(
+    config: PretrainedConfig, args: ScoringOptions, accelerator: Accelerator, count_split: str | None = None
+) -> Loaded:
+    """The splits to score and to count of the data set that `args` name."""
+    if args.use_checkpoint_labels:
+        args.label_names = [config.id2label[index] for index in range(config.num_labels)]
+    with accelerator.main_process_first():  # the others then find the cache
+        splits = [args.split] if count_split in (None, args.split) else [args.split, count_split]
+        return load(args.dataset, splits=splits, **dataset_options(args))
 
 
 def match_labels(label_names: Sequence[str], dataset_names: Sequence[str], checkpoint: str, dataset: str) -> list[int]:

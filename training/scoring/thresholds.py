@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.public_names import public_name
 from ..metrics.ranking import RankedPositives, check_inputs, rank_pooled_positives, ranked_label_positives
 
 OBJECTIVES = ("f1", "precision", "recall", "cost")
@@ -112,7 +113,7 @@ def fit_record(labels: np.ndarray, *, dataset: str, split: str) -> dict:
     """
     labels = np.ascontiguousarray(labels, dtype=np.float32)
     return {
-        "dataset": Path(dataset).name if Path(dataset).exists() else dataset,  # no path of this machine in a checkpoint
+        "dataset": public_name(dataset),
         "split": split,
         "split_fingerprint": hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()[:16],
         "num_samples": len(labels),

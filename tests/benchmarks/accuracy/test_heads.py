@@ -14,7 +14,7 @@ from benchmarks.accuracy.hsvlt_parts import ABLATIONS
 from benchmarks.peers.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from training import evaluate
 from training.data.dataset import MultiLabelDataset
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 
 ROOT = Path(__file__).parents[3]
 TINY = {
@@ -168,7 +168,8 @@ def test_thresholds_never_see_what_they_decide(monkeypatch):
 
 
 def test_cached_maps_are_the_trunk_s(dataset, tiny, tmp_path):
-    splits, names = load_multilabel_dataset(dataset / "data")
+    loaded = load(dataset / "data")
+    splits, names = loaded.splits, loaded.label_names
     backbone = accuracy.load_backbone(accuracy.OUT_FEATURES)
     pictures = MultiLabelDataset(splits["validation"], names, accuracy.image_processor(32))
     cache = FeatureCache(pictures, backbone, tmp_path, "validation")

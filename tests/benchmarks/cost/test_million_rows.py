@@ -9,13 +9,12 @@ from sklearn.metrics import average_precision_score, label_ranking_average_preci
 from tqdm.auto import tqdm
 
 from benchmarks.cost.million_rows import SyntheticScores, main, synthetic_dataset
-from training.data.load import load_multilabel_dataset
-from training.data.sparse_labels import SparseLabels
-from training.metrics import functional
+from training.data.load import load
+from training.metrics import ranking
 
 
 def test_figures_are_those_of_the_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(functional, "BLOCK_ENTRIES", 7 * 1500)
+    monkeypatch.setattr(ranking, "BLOCK_ENTRIES", 7 * 1500)
     file = tmp_path / "figures.json"
     argv = ["--rows", "1500", "--labels", "40", "--threads", "2", "--seed", "3", "--json", str(file), "--quiet"]
     assert main(argv) == 0
@@ -26,8 +25,8 @@ def test_figures_are_those_of_the_data(tmp_path, monkeypatch, capsys):
     assert "peak memory" in capsys.readouterr().out and 0 < figures["peak_gib"] < 16
 
     dataset, names = synthetic_dataset(1500, 40, 4, 3)
-    splits, _ = load_multilabel_dataset(dataset, label_names=names)
-    labels = SparseLabels.from_dataset(splits["train"], names)
+    splits = load(dataset, label_names=names).splits
+    labels = splits["train"].labels
     dense = np.stack([labels.dense(row) for row in range(1500)])
     assert figures["positives"] == dense.sum()
     matrix = csr_array(dense.astype(np.int8))

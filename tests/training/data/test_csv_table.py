@@ -58,8 +58,9 @@ def test_rows_come_in_order_with_their_lines(tmp_path):
     for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
         text = "\n\n".join(delimiter.join(row) for row in rows) + "\n"
         path = table(tmp_path / f"photos.{suffix}", text, encoding="utf-8-sig", newline="\r\n")
-        splits, words, image_column, label_columns = read_csv_tables({"": path})
-        assert (list(splits), image_column, label_columns) == (["train"], "filename", None)
+        read = read_csv_tables({"": path})
+        splits, words = read.splits, read.row_names
+        assert (list(splits), read.image_column, read.label_columns) == (["train"], "filename", None)
         assert splits["train"]["filename"] == [str(tmp_path / name) for name in ("b.png", "a.png", "deep/c.png")]
         assert splits["train"]["labels"] == ["cat,dog", "", " dog "]
         assert words["train"](0) == f"{path}, line 4 (b.png)" and words["train"](2).endswith("line 8 (deep/c.png)")
@@ -68,9 +69,9 @@ def test_rows_come_in_order_with_their_lines(tmp_path):
 def test_columns_are_the_labels_where_there_is_no_text(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     path = table(tmp_path / "photos.csv", "split,cat,path,dog,width\nval,1,a.png,0,640\n")
-    assert read_csv_tables({"": path})[3] == ["cat", "dog", "width"]
-    splits, _, image_column, columns = read_csv_tables({"": path}, label_columns=["dog", "cat"])
-    assert (list(splits), image_column, columns) == (["validation"], "path", ["dog", "cat"])
+    assert read_csv_tables({"": path}).label_columns == ["cat", "dog", "width"]
+    read = read_csv_tables({"": path}, label_columns=["dog", "cat"])
+    assert (list(read.splits), read.image_column, read.label_columns) == (["validation"], "path", ["dog", "cat"])
     with pytest.raises(ValueError, match=r"photos.csv, line 1 has no column 'cow', only split, cat, path"):
         read_csv_tables({"": path}, label_columns=["cow"])
     with pytest.raises(ValueError, match="missing_pictures='ignore' must be 'error' or 'skip'"):

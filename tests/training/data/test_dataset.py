@@ -17,13 +17,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image as PILImage
 
 import training.data.dataset as data
-import training.data.load as load
+import training.data.load as load_module
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
 from training.data.batches import MultiLabelCollator, SparseBatch, build_dataloader, normalize_pixels
-from training.data.dataset import MultiLabelDataset, class_counts
-from training.data.leave_out import find_unreadable, without_unreadable
-from training.data.load import load_multilabel_dataset
-from training.data.scenes import SCENE_LABELS, SceneDataset
+from training.data.dataset import MultiLabelDataset
+from training.data.leave_out import find_unreadable, leave_out_unreadable
+from training.data.load import load
+from training.data.scenes import SCENE_LABELS, SceneSplit
 
 NAMES = ["dog", "cat", "tv monitor"]
 LABELS = [["cat"], [], ["dog", "tv monitor"], ["cat", "dog"], ["tv monitor"]]
@@ -77,18 +77,17 @@ def squash(size, **kwargs):
 
 
 def test_an_image_folder_gives_names_in_class_order_and_checked_labels(image_folder):
-    splits, names = load_multilabel_dataset(image_folder)
+    loaded = load(image_folder)
+    splits, names = loaded.splits, loaded.label_names
     assert names == NAMES and set(splits) == {"train", "validation"}
-    assert splits["train"].features["labels"] == List(ClassLabel(names=NAMES))
-    assert splits["train"][3] == {
-        "image": {"bytes": None, "path": str(image_folder / "train/3.png")},
-        "labels": [0, 1],
-    }
+    row = splits["train"][3]
+    assert row["image"] == {"bytes": None, "path": str(image_folder / "train/3.png")}
+    assert row["labels"].is_sparse and row["labels"].indices().tolist() == [[0, 1]]
     assert np.array_equal(dense(splits["train"]), MULTI_HOT)
     assert np.array_equal(dense(splits["validation"]), MULTI_HOT[:3])
-    assert load_multilabel_dataset(image_folder, label_names=NAMES[::-1])[1] == NAMES[::-1]
+    assert load(image_folder, label_names=NAMES[::-1]).label_names == NAMES[::-1]
     (image_folder / "labels.txt").unlink()
-    assert load_multilabel_dataset(image_folder)[1] == ["cat", "dog", "tv monitor"]
+    assert load(image_folder).label_names == ["cat", "dog", "tv monitor"]
 
 
 IDS = [[NAMES.index(name) for name in labels] for labels in LABELS]
@@ -119,14 +118,15 @@ def test_every_label_format_and_container_gives_the_same(tmp_path, labels, featu
     else:
         (source if container == "saved_split" else DatasetDict(train=source)).save_to_disk(folder)
         loaded = folder
-    splits, names = load_multilabel_dataset(loaded, label_names=given, cache_dir=str(tmp_path / "cache"))
+    loaded = load(loaded, label_names=given, cache_dir=str(tmp_path / "cache"))
+    splits, names = loaded.splits, loaded.label_names
     assert names == NAMES
     dataset = MultiLabelDataset(splits["train"], names, MultiLabelImageProcessor(size={"height": 40, "width": 50}))
     for number in range(5):
         assert np.array_equal(dataset[number]["labels"].to_dense(), MULTI_HOT[number])
         assert np.array_equal(dataset[number]["pixel_values"].permute(1, 2, 0), np.asarray(picture(number)))
         assert dataset[number]["index"] == number
-    assert class_counts(dataset, 3).tolist() == class_counts(splits["train"], 3).tolist() == [2, 2, 2]
+    assert dataset.sparse_labels.positives().tolist() == [2, 2, 2]
 
 
 def test_text_and_label_columns_give_the_same_rows(tmp_path):
@@ -139,14 +139,15 @@ def test_text_and_label_columns_give_the_same_rows(tmp_path):
         (columns, {"label_columns": NAMES}),
         (columns, {"label_columns": sorted(NAMES), "label_names": NAMES}),
     ):
-        splits, names = load_multilabel_dataset(source, **options)
+        loaded = load(source, **options)
+        splits, names = loaded.splits, loaded.label_names
         assert names == NAMES and np.array_equal(dense(splits["train"]), MULTI_HOT)
-        assert splits["train"].features["labels"] == List(ClassLabel(names=NAMES))
-    assert load_multilabel_dataset(text)[1] == sorted(NAMES)
+        assert splits["train"].labels.values.size == MULTI_HOT.sum()
+    assert load(text).label_names == sorted(NAMES)
     with pytest.raises(ValueError, match="'tv monitor' is not among both the label columns and the label names"):
-        load_multilabel_dataset(columns, label_columns=["dog", "cat"], label_names=NAMES)
+        load(columns, label_columns=["dog", "cat"], label_names=NAMES)
     with pytest.raises(ValueError, match="no column 'cow', only image, dog, cat, tv monitor"):
-        load_multilabel_dataset(columns, label_columns=["dog", "cow"])
+        load(columns, label_columns=["dog", "cow"])
 
 
 @pytest.mark.parametrize("layout", ["text", "columns", "one_table"])
@@ -167,10 +168,12 @@ def test_csv_tables_are_read_where_they_are(image_folder, layout):
             path.unlink()
         (image_folder / "all.csv").write_text("\n".join(["file_name,split,labels", *rows]))
         with pytest.raises(ValueError, match=r"holds 2 pictures \(train/3.png, train/4.png\) without a row in a table"):
-            load_multilabel_dataset(image_folder / "all.csv")
-        splits, names = load_multilabel_dataset(image_folder / "all.csv", unlisted_pictures="skip")
+            load(image_folder / "all.csv")
+        loaded = load(image_folder / "all.csv", unlisted_pictures="skip")
+        splits, names = loaded.splits, loaded.label_names
     else:
-        splits, names = load_multilabel_dataset(image_folder)
+        loaded = load(image_folder)
+        splits, names = loaded.splits, loaded.label_names
     assert names == NAMES
     assert np.array_equal(dense(splits["train"]), MULTI_HOT[: len(splits["train"])])
     assert np.array_equal(dense(splits["validation"]), MULTI_HOT[:3])
@@ -183,8 +186,7 @@ def test_unknown_labels_in_columns_arrive(caplog):
         "cat": [0.0, float("nan"), None, 1.0, 0.0],
         "tv monitor": ["1", "", "?", "0", "0"],
     }
-    splits, _ = load_multilabel_dataset(Dataset.from_dict(columns).cast_column("image", Image()), label_columns=NAMES)
-    assert splits["train"].features["labels"] == List(Value("float32"))
+    splits = load(Dataset.from_dict(columns).cast_column("image", Image()), label_columns=NAMES).splits
     expected = [[1, 0, 1], [0, -100, -100], [-100] * 3, [-100, 1, 0], [1, 0, 0]]
     assert np.array_equal(dense(splits["train"]), expected)
 
@@ -200,25 +202,27 @@ def test_names_of_multi_hot_lists_come_from_the_repository(tmp_path, monkeypatch
         (tmp_path / "labels.txt").write_text("\n".join(NAMES))
         return str(tmp_path / "labels.txt")
 
-    monkeypatch.setattr(load, "load_dataset", load_dataset)
-    monkeypatch.setattr(load, "hf_hub_download", hf_hub_download)
-    splits, names = load_multilabel_dataset("user/photos", dataset_revision="0123abc")
+    monkeypatch.setattr(load_module, "load_dataset", load_dataset)
+    monkeypatch.setattr(load_module, "hf_hub_download", hf_hub_download)
+    loaded = load("user/photos", dataset_revision="0123abc")
+    splits, names = loaded.splits, loaded.label_names
     assert names == NAMES and np.array_equal(dense(splits["train"]), MULTI_HOT)
     with pytest.raises(ValueError, match=r"The labels of user/without .* carry no names"):
-        load_multilabel_dataset("user/without")
+        load("user/without")
 
 
-def test_splits_have_one_form():
+def test_one_soft_or_unknown_entry_makes_nothing_dense():
     known, unknown = MULTI_HOT.tolist(), [[1, None, 0], *MULTI_HOT[1:].tolist()]
     source = DatasetDict(train=embedded(unknown, List(Value("float32"))), test=embedded(known, List(Value("float32"))))
-    splits, _ = load_multilabel_dataset(source, label_names=NAMES)
-    assert splits["train"].features == splits["test"].features and np.array_equal(dense(splits["test"]), MULTI_HOT)
-    assert dense(splits["train"])[0].tolist() == [1, -100, 0]
+    splits = load(source, label_names=NAMES).splits
+    assert dense(splits["train"])[0].tolist() == [1, -100, 0] and np.array_equal(dense(splits["test"]), MULTI_HOT)
+    assert splits["test"].labels.values.size == MULTI_HOT.sum() and splits["train"].labels.values.size == 7
+    assert splits["train"][0]["labels"].is_sparse
 
 
 def test_ten_thousand_labels_stay_sparse_until_the_device():
     names = [f"label {number}" for number in range(10_000)]
-    splits, _ = load_multilabel_dataset(embedded([[9_999, 3], [], None, [5], [5]], List(ClassLabel(names=names))))
+    splits = load(embedded([[9_999, 3], [], None, [5], [5]], List(ClassLabel(names=names)))).splits
     dataset = MultiLabelDataset(splits["train"], names, squash(8))
     samples = [dataset[row] for row in range(4)]
     assert [sample["labels"].is_sparse for sample in samples] == [True, True, False, True]
@@ -237,32 +241,34 @@ def test_ten_thousand_labels_stay_sparse_until_the_device():
 
 
 def test_labels_are_hidden_in_the_dataset_alone(image_folder):
-    splits, names = load_multilabel_dataset(image_folder)
+    loaded = load(image_folder)
+    splits, names = loaded.splits, loaded.label_names
     hidden = MultiLabelDataset(splits["train"], names, squash(8), partial_labels={"single_positive": True, "seed": 3})
     labels = MultiLabelCollator(3)([hidden[row] for row in range(5)])["labels"].numpy()
     assert np.isin(labels, (1, -100)).all() and (MULTI_HOT[labels == 1] == 1).all()
     assert ((labels == 1).sum(1) == MULTI_HOT.any(1)).all()
     assert np.array_equal(dense(splits["train"]), MULTI_HOT)
-    assert class_counts(hidden, 3).sum() == 4
+    assert hidden.sparse_labels.positives().sum() == 4
     with pytest.raises(ValueError, match="set fresh_scenes to false"):
-        MultiLabelDataset(SceneDataset(3), SCENE_LABELS, squash(64), partial_labels={"known_fraction": 0.5})
+        MultiLabelDataset(SceneSplit(3), SCENE_LABELS, squash(64), partial_labels={"known_fraction": 0.5})
 
 
 def test_unknown_and_soft_labels_arrive(caplog):
     labels = [[0.5, None, float("nan")], [-100, 0, 1], None, [1, 1, 1], [0, 0, 0]]
     with caplog.at_level(logging.WARNING):
-        splits, _ = load_multilabel_dataset(embedded(labels, List(Value("float32"))), label_names=NAMES)
+        splits = load(embedded(labels, List(Value("float32"))), label_names=NAMES).splits
     assert "1 of 5 rows have null for labels" in caplog.text and "row 2 (2.png)" in caplog.text
     expected = [[0.5, -100, -100], [-100, 0, 1], [-100] * 3, [1, 1, 1], [0, 0, 0]]
     assert np.array_equal(dense(splits["train"]), expected)
-    assert class_counts(splits["train"], 3).tolist() == [2, 1, 2]
+    assert splits["train"].labels.positives().tolist() == [2, 1, 2]
     names_with_null = embedded([["cat"], None, [], ["dog"], []], List(Value("string")))
-    assert np.array_equal(dense(load_multilabel_dataset(names_with_null, label_names=NAMES)[0]["train"])[1], [-100] * 3)
+    assert np.array_equal(dense(load(names_with_null, label_names=NAMES).splits["train"])[1], [-100] * 3)
 
 
 def test_a_checkpoints_class_order_wins():
     order = ["tv monitor", "unseen", "cat", "dog"]
-    splits, names = load_multilabel_dataset(embedded(IDS, List(ClassLabel(names=NAMES))), label_names=order)
+    loaded = load(embedded(IDS, List(ClassLabel(names=NAMES))), label_names=order)
+    splits, names = loaded.splits, loaded.label_names
     assert names == order
     assert np.array_equal(dense(splits["train"], order)[:, [3, 2, 0, 1]], np.pad(MULTI_HOT, ((0, 0), (0, 1))))
 
@@ -276,19 +282,21 @@ def test_hub_ids_are_loaded_at_their_revision(monkeypatch):
             train=embedded(LABELS, List(Value("string"))).rename_columns({"image": "img", "labels": "tags"})
         )
 
-    monkeypatch.setattr(load, "load_dataset", load_dataset)
-    splits, names = load_multilabel_dataset(
-        "user/photos", revision="0123abc", config_name="small", image_column="img", label_column="tags"
+    monkeypatch.setattr(load_module, "load_dataset", load_dataset)
+    loaded = load(
+        "user/photos", dataset_revision="0123abc", dataset_config="small", image_column="img", label_column="tags"
     )
+    splits, names = loaded.splits, loaded.label_names
     assert asked == {"path": "user/photos", "revision": "0123abc", "name": "small", "cache_dir": None}
-    assert names == sorted(NAMES) and splits["train"].column_names == ["image", "labels"]
+    assert names == sorted(NAMES) and splits["train"].images.column_names == ["image"]
 
 
 def test_scenes_are_a_dataset_like_any_other():
     options = {"num_scenes": {"train": 6, "validation": 4}, "image_size": 32, "seed": 3}
-    splits, names = load_multilabel_dataset("scenes", scenes=options)
+    loaded = load("scenes", scenes=options)
+    splits, names = loaded.splits, loaded.label_names
     assert names == list(SCENE_LABELS) and {name: len(split) for name, split in splits.items()} == options["num_scenes"]
-    drawn = MultiLabelDataset(SceneDataset(6, image_size=32, seed=3), names, squash(32))
+    drawn = MultiLabelDataset(SceneSplit(6, image_size=32, seed=3), names, squash(32))
     built = MultiLabelDataset(splits["train"], names, squash(32))
     for index in range(6):
         assert torch.equal(drawn[index]["pixel_values"], built[index]["pixel_values"])
@@ -301,43 +309,43 @@ def test_scenes_are_a_dataset_like_any_other():
 def test_wrong_sources_and_splits_are_refused(image_folder, tmp_path):
     for source in ("./nowhere", tmp_path / "nowhere", image_folder / "labels.txt"):
         with pytest.raises(FileNotFoundError, match="is no folder"):
-            load_multilabel_dataset(source)
+            load(source)
     with pytest.raises(ValueError, match=r"photos has no split 'test', only train, validation"):
-        load_multilabel_dataset(image_folder, splits=["train", "test"])
-    assert list(load_multilabel_dataset(image_folder, splits=["validation"])[0]) == ["validation"]
+        load(image_folder, splits=["train", "test"])
+    assert list(load(image_folder, splits=["validation"]).splits) == ["validation"]
     for path in (image_folder / "validation").iterdir():
         path.unlink()
     (image_folder / "validation/metadata.jsonl").touch()
     with pytest.raises(ValueError, match=r"The split 'validation' of .*photos has no rows"):
-        load_multilabel_dataset(image_folder)
+        load(image_folder)
     with pytest.raises(ValueError, match=r"no column 'tags', only image, labels; name the right one"):
-        load_multilabel_dataset(embedded(LABELS, List(Value("string"))), label_column="tags")
+        load(embedded(LABELS, List(Value("string"))), label_column="tags")
     with pytest.raises(ValueError, match="carry no names; give label_names"):
-        load_multilabel_dataset(embedded(IDS, List(Value("int64"))))
+        load(embedded(IDS, List(Value("int64"))))
     with pytest.raises(ValueError, match="list 'dog' twice"):
-        load_multilabel_dataset(embedded(LABELS, List(Value("string"))), label_names=["dog", "cat", "dog"])
+        load(embedded(LABELS, List(Value("string"))), label_names=["dog", "cat", "dog"])
 
 
 def test_bad_labels_are_refused_with_file_and_row(image_folder):
     rows = (image_folder / "train/metadata.jsonl").read_text()
     (image_folder / "train/metadata.jsonl").write_text(rows.replace('["cat", "dog"]', '["cat", "dgo"]'))
     with pytest.raises(ValueError, match=r"metadata.jsonl, line 4 \(3.png\): label 'dgo' .*did you mean 'dog'"):
-        load_multilabel_dataset(image_folder)
+        load(image_folder)
     with pytest.raises(ValueError, match=r"split 'train', row 2 \(2.png\): label id 7 is out of range; use 0 to 2"):
-        load_multilabel_dataset(embedded([[0], [], [1, 7], [], []], List(Value("int64"))), label_names=NAMES)
+        load(embedded([[0], [], [1, 7], [], []], List(Value("int64"))), label_names=NAMES)
     bad = [[0, 1, 0], [0, 0, 0.5], [0, 1.1, 0], [1, 1, 1], [0, 0, 0]]
     with pytest.raises(ValueError, match=r"split 'train', row 2 \(2.png\): label 'cat' is 1.1, which is neither"):
-        load_multilabel_dataset(embedded(bad, List(Value("float64"))), label_names=NAMES)
+        load(embedded(bad, List(Value("float64"))), label_names=NAMES)
     with pytest.raises(ValueError, match=r"row 1 \(1.png\): label 'cow'"):
-        MultiLabelDataset(embedded([["cat"], ["cow"], [], [], []], List(Value("string"))), NAMES, squash(8))
+        load(embedded([["cat"], ["cow"], [], [], []], List(Value("string"))), label_names=NAMES)
 
 
 def test_unlisted_pictures_are_refused_or_told(image_folder, caplog):
     picture(9).save(image_folder / "train" / "extra.png")
     with pytest.raises(ValueError, match=r"holds 1 picture \(extra.png\) without a row"):
-        load_multilabel_dataset(image_folder)
+        load(image_folder)
     with caplog.at_level(logging.WARNING):
-        splits, _ = load_multilabel_dataset(image_folder, unlisted_pictures="skip")
+        splits = load(image_folder, unlisted_pictures="skip").splits
     assert len(splits["train"]) == 5 and "extra.png" in caplog.text
 
 
@@ -355,7 +363,8 @@ def test_unlisted_pictures_are_refused_or_told(image_folder, caplog):
     ids=["squash", "center_crop", "unit_range", "bytes"],
 )  # fmt: skip
 def test_evaluation_pixels_are_the_processors_own(image_folder, processor):
-    splits, names = load_multilabel_dataset(image_folder)
+    loaded = load(image_folder)
+    splits, names = loaded.splits, loaded.label_names
     batch = MultiLabelCollator(3)([MultiLabelDataset(splits["train"], names, processor)[index] for index in range(5)])
     assert batch["pixel_values"].dtype == torch.uint8
     expected = processor(images=[picture(number) for number in range(5)], return_tensors="pt")["pixel_values"]
@@ -365,7 +374,8 @@ def test_evaluation_pixels_are_the_processors_own(image_folder, processor):
 
 
 def test_a_margin_leaves_room_for_a_crop_and_loses_nothing(image_folder):
-    splits, names = load_multilabel_dataset(image_folder)
+    loaded = load(image_folder)
+    splits, names = loaded.splits, loaded.label_names
     sample = MultiLabelDataset(splits["train"], names, squash(32), margin=0.125)[1]
     expected = np.asarray(picture(1).resize((36, 36), squash(32).resample)).transpose(2, 0, 1)
     assert np.array_equal(sample["pixel_values"], expected)
@@ -383,6 +393,7 @@ def test_large_jpegs_are_decoded_at_reduced_size_in_training_alone(tmp_path):
         {"image": [str(tmp_path / "photo.jpg")], "labels": [["cat"]]},
         features=Features({"image": Image(decode=False), "labels": List(Value("string"))}),
     )
+    rows = load(rows, label_names=NAMES).splits["train"]
     sizes = []
     exact = MultiLabelDataset(rows, NAMES, squash(64))[0]["pixel_values"].float()
     quick = MultiLabelDataset(rows, NAMES, squash(64), margin=0.125)
@@ -406,7 +417,8 @@ def _noting(resize, sizes):
 
 
 def test_the_memory_cache_changes_no_pixel_and_decodes_once(image_folder, monkeypatch):
-    splits, names = load_multilabel_dataset(image_folder)
+    loaded = load(image_folder)
+    splits, names = loaded.splits, loaded.label_names
     plain = MultiLabelDataset(splits["train"], names, squash(24), margin=0.25)
     cached = MultiLabelDataset(splits["train"], names, squash(24), margin=0.25, cache_images="memory", num_workers=2)
     expected = [plain[index]["pixel_values"] for index in range(5)]
@@ -414,7 +426,7 @@ def test_the_memory_cache_changes_no_pixel_and_decodes_once(image_folder, monkey
     for index in range(5):
         assert torch.equal(cached[index]["pixel_values"], expected[index])
     with pytest.raises(ValueError, match="cannot be cached"):
-        MultiLabelDataset(SceneDataset(3), SCENE_LABELS, squash(64), cache_images="memory")
+        MultiLabelDataset(SceneSplit(3), SCENE_LABELS, squash(64), cache_images="memory")
     with pytest.raises(ValueError, match="cache_images='disk'"):
         MultiLabelDataset(splits["train"], names, squash(24), cache_images="disk")
 
@@ -422,22 +434,22 @@ def test_the_memory_cache_changes_no_pixel_and_decodes_once(image_folder, monkey
 @pytest.fixture
 def damaged(image_folder):
     """Row 1 truncated, row 2 no picture at all, row 4 gone after loading."""
-    splits, names = load_multilabel_dataset(image_folder)
+    loaded = load(image_folder)
     first = image_folder / "train/1.png"
     first.write_bytes(first.read_bytes()[:2000])
     (image_folder / "train/2.png").write_bytes(b"not a picture")
     (image_folder / "train/4.png").unlink()
-    return splits["train"], names
+    return loaded
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_unreadable_pictures_are_found_before_the_first_step(damaged, num_workers):
-    split = damaged[0]
-    found = find_unreadable(split, num_workers)
+    loaded = damaged
+    found = find_unreadable(loaded.splits["train"].images, num_workers)
     assert [(row, os.path.basename(name)) for row, name, _ in found] == [(1, "1.png"), (2, "2.png"), (4, "4.png")]
     assert all(reason for *_, reason in found)
     with pytest.raises(ValueError, match=r"3 of 5 pictures cannot be read \(.*1.png.*2.png.*4.png") as refusal:
-        without_unreadable(split, found)
+        leave_out_unreadable(loaded, "train", found)
     assert "on_unreadable='skip'" in str(refusal.value)
 
 
@@ -451,20 +463,25 @@ def test_unreadable_rows_are_numbered_in_the_whole_split():
 
 
 def test_unreadable_pictures_can_be_skipped_and_are_told(damaged, caplog):
-    split = damaged[0]
+    found = find_unreadable(damaged.splits["train"].images)
     with caplog.at_level(logging.WARNING):
-        kept = without_unreadable(split, find_unreadable(split), on_unreadable="skip")
+        leave_out_unreadable(damaged, "train", found, on_unreadable="skip")
     assert all(name in caplog.text for name in ("1.png", "2.png", "4.png"))
-    assert np.array_equal(dense(kept), MULTI_HOT[[0, 3]]) and find_unreadable(kept) == []
-    assert without_unreadable(kept, []) is kept
+    kept = damaged.splits["train"]
+    assert np.array_equal(dense(kept), MULTI_HOT[[0, 3]]) and find_unreadable(kept.images) == []
+    assert kept.row_name(1).endswith("metadata.jsonl, line 4 (3.png)"), "rows keep their names"
+    assert [each[:2] for each in damaged.left_out] == [("unreadable", "train")] * 3
+    assert "line 3 (2.png)" in damaged.left_out[1].row and damaged.left_out[1].message == found[1][2]
+    leave_out_unreadable(damaged, "train", [])
+    assert damaged.splits["train"] is kept
     with pytest.raises(ValueError, match="on_unreadable='ignore'"):
-        without_unreadable(kept, [], on_unreadable="ignore")
+        leave_out_unreadable(damaged, "train", [], on_unreadable="ignore")
 
 
 @pytest.mark.parametrize("index", [1, 2, 4])
 def test_a_picture_that_breaks_later_is_named(damaged, index):
-    with pytest.raises(ValueError, match=rf"row {index} \(.*{index}.png\) cannot be read: "):
-        MultiLabelDataset(*damaged, squash(8))[index]
+    with pytest.raises(ValueError, match=rf"metadata.jsonl, line {index + 1} \({index}.png\) cannot be read: "):
+        MultiLabelDataset(damaged.splits["train"], NAMES, squash(8))[index]
 
 
 def test_the_collator_holds_the_label_contract():
@@ -486,7 +503,7 @@ def order(loader):
 
 
 def test_the_order_of_pictures_depends_on_the_seed_alone():
-    dataset = MultiLabelDataset(SceneDataset(20, image_size=16, max_size=16), SCENE_LABELS, squash(16))
+    dataset = MultiLabelDataset(SceneSplit(20, image_size=16, max_size=16), SCENE_LABELS, squash(16))
 
     def build(seed, **kwargs):
         return build_dataloader(dataset, batch_size=6, shuffle=True, seed=seed, **kwargs)
@@ -509,7 +526,7 @@ def test_accelerate_controls_order_and_epoch():
     )
 
     def epochs(first, count, num_workers=0):
-        dataset = MultiLabelDataset(SceneDataset(12, image_size=16, max_size=16), SCENE_LABELS, squash(16))
+        dataset = MultiLabelDataset(SceneSplit(12, image_size=16, max_size=16), SCENE_LABELS, squash(16))
         loader = accelerator.prepare(build_dataloader(dataset, batch_size=4, shuffle=True, num_workers=num_workers))
         seen = []
         for epoch in range(first, first + count):
@@ -527,9 +544,10 @@ def test_accelerate_controls_order_and_epoch():
 @pytest.mark.slow
 def test_workers_may_be_spawned(image_folder):
     """Where processes do not fork (macOS, Windows, Python from 3.14 on) the dataset travels by pickling."""
-    splits, names = load_multilabel_dataset(image_folder)
+    loaded = load(image_folder)
+    splits, names = loaded.splits, loaded.label_names
     cached = MultiLabelDataset(splits["train"], names, squash(16), cache_images="memory")
-    scenes = MultiLabelDataset(SceneDataset(4, image_size=16, max_size=16), SCENE_LABELS, squash(16))
+    scenes = MultiLabelDataset(SceneSplit(4, image_size=16, max_size=16), SCENE_LABELS, squash(16))
     loader = torch.utils.data.DataLoader(
         torch.utils.data.ConcatDataset([cached, scenes]),
         batch_size=None,
@@ -546,13 +564,14 @@ def test_workers_may_be_spawned(image_folder):
 @needs_shared
 @pytest.mark.parametrize("name", ["voc", "coco"])
 def test_photographs_load_with_their_exact_counts(name):
-    splits, names = load_multilabel_dataset(SHARED / name)
+    loaded = load(SHARED / name)
+    splits, names = loaded.splits, loaded.label_names
     assert names == (SHARED / name / "labels.txt").read_text().split("\n")[: len(names)]
     for split in ("train", "validation"):
         rows = metadata_rows(SHARED / name / split)
         positives = Counter(label for row in rows for label in set(row["labels"]))
         assert len(splits[split]) == len(rows) > 0
-        assert class_counts(splits[split], len(names)).tolist() == [positives[label] for label in names]
+        assert splits[split].labels.positives().tolist() == [positives[label] for label in names]
         assert set(positives) <= set(names)
     batch = next(iter(build_dataloader(MultiLabelDataset(splits["validation"], names, squash(64)), batch_size=8)))
     assert batch["pixel_values"].shape == (8, 3, 64, 64) and batch["labels"].shape == (8, len(names))

@@ -28,7 +28,8 @@ def write_split(folder, rows=ROWS, pictures=("a.jpg", "deep/b.png", "c.JPG"), en
 @pytest.mark.parametrize("end", ["\n", "", " \n", "  ", "\n\n  \n"])
 def test_rows_come_in_order_whatever_the_file_ends_with(tmp_path, end):
     write_split(tmp_path / "train", end=end)
-    splits, words = read_image_folders(tmp_path)
+    table = read_image_folders(tmp_path)
+    splits, words = table.splits, table.row_names
     assert [row["labels"] for row in splits["train"]] == [["cat"], [], ["dog", "cat"]]
     assert splits["train"][1]["image"] == {"bytes": None, "path": str(tmp_path / "train" / "deep/b.png")}
     assert words["train"](2) == f"{tmp_path / 'train' / 'metadata.jsonl'}, line 3 (c.JPG)"
@@ -38,7 +39,8 @@ def test_byte_order_mark_blank_lines_and_hidden_files_are_no_rows(tmp_path):
     write_split(tmp_path, rows=["\ufeff" + json.dumps(ROWS[0]), "", json.dumps(ROWS[1]) + "  ", json.dumps(ROWS[2])])
     (tmp_path / "._a.jpg").write_bytes(b"macOS leaves these")
     (tmp_path / "notes.txt").write_text("no picture")
-    splits, words = read_image_folders(tmp_path)
+    table = read_image_folders(tmp_path)
+    splits, words = table.splits, table.row_names
     assert list(splits) == ["train"] and len(splits["train"]) == 3
     assert ", line 4 " in words["train"](2)
 
@@ -46,7 +48,7 @@ def test_byte_order_mark_blank_lines_and_hidden_files_are_no_rows(tmp_path):
 def test_usual_split_names_are_known_and_may_not_meet(tmp_path):
     for name in ("train", "val", "hidden"):
         write_split(tmp_path / name)
-    assert set(read_image_folders(tmp_path)[0]) == {"train", "validation", "hidden"}
+    assert set(read_image_folders(tmp_path).splits) == {"train", "validation", "hidden"}
     write_split(tmp_path / "dev")
     with pytest.raises(ValueError, match=r"two metadata.jsonl for the split 'validation'"):
         read_image_folders(tmp_path)
@@ -87,7 +89,7 @@ def test_splits_may_share_a_folder_of_pictures(tmp_path):
     (tmp_path / "images" / "metadata.jsonl").unlink()
     for split, name in (("train", "a.jpg"), ("test", "b.jpg")):
         write_split(tmp_path / split, rows=[{"file_name": f"../images/{name}", "labels": []}], pictures=[])
-    splits, _ = read_image_folders(tmp_path)
+    splits = read_image_folders(tmp_path).splits
     assert {name: [row["image"]["path"][-5:] for row in split] for name, split in splits.items()} == {
         "train": ["a.jpg"],
         "test": ["b.jpg"],
@@ -99,10 +101,16 @@ def test_mismatches_pass_when_asked_and_are_told(tmp_path, caplog):
     rows = [{"file_name": name, "labels": []} for name in ("gone.jpg", "0.jpg")]
     write_split(tmp_path / "train", rows=rows, pictures=names)
     with caplog.at_level(logging.WARNING):
-        splits, words = read_image_folders(tmp_path, unlisted_pictures="skip", missing_pictures="skip")
+        table = read_image_folders(tmp_path, unlisted_pictures="skip", missing_pictures="skip")
+    splits, words = table.splits, table.row_names
     assert [row["image"]["path"][-5:] for row in splits["train"]] == ["0.jpg"]
     assert "line 2 (0.jpg)" in words["train"](0)
     assert "6 pictures (1.jpg, 2.jpg, 3.jpg, 4.jpg, 5.jpg, ...)" in caplog.text and "gone.jpg" in caplog.text
+    folder = tmp_path / "train"
+    assert table.left_out == [
+        ("missing_picture", "train", "gone.jpg", f"{folder}/metadata.jsonl: gone.jpg"),
+        *(("unlisted_picture", "train", name, f"{folder}: {name}") for name in names[1:]),
+    ]
     with pytest.raises(ValueError, match="unlisted_pictures='drop' must be"):
         read_image_folders(tmp_path, unlisted_pictures="drop")
 

@@ -4,10 +4,11 @@ import logging
 
 import pytest
 from accelerate import Accelerator
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from training.config import TrainingConfig
-from training.data.leave_out import without_excluded, write_exclusions
+from training.data.leave_out import read_exclusions, write_exclusions
+from training.data.load import load
 from training.loop.setup import load_splits
 
 from .test_dataset import image_folder  # noqa: F401  a fixture
@@ -15,24 +16,32 @@ from .test_dataset import image_folder  # noqa: F401  a fixture
 
 def split_of(paths):
     images = [{"path": path, "bytes": b""} for path in paths]
-    features = Features({"image": Image(decode=False), "id": Value("int64")})
-    return Dataset.from_dict({"image": images, "id": list(range(len(paths)))}, features=features)
+    features = Features({"image": Image(decode=False), "labels": List(Value("int64"))})
+    return Dataset.from_dict({"image": images, "labels": [[row] for row in range(len(paths))]}, features=features)
 
 
-def splits():
-    return {"train": split_of(["a/train/0.png", "a/train/1.png", "a/train/2.png"]), "test": split_of([None, "x.png"])}
+def data():
+    return DatasetDict(
+        train=split_of(["a/train/0.png", "a/train/1.png", "a/train/2.png"]), test=split_of([None, "x.png"])
+    )
 
 
-def test_named_rows_are_left_out_and_counted(tmp_path, caplog):
+def test_named_rows_are_left_out_counted_and_told_as_values(tmp_path, caplog):
     path = tmp_path / "exclude.txt"
     entries = [("train", 1, "train/1.png", "cannot\nbe\tread"), ("test", 0, "", "copy"), ("validation", 7, "a.png", "")]
     write_exclusions(path, entries)
     with caplog.at_level(logging.WARNING):
-        left = without_excluded(splits(), path)
-    assert left["train"]["id"] == [0, 2] and left["test"]["id"] == [1]
+        loaded = load(data(), label_names=["a", "b", "c"], label_format="ids", exclude=path)
+    left = {name: split.labels.ids.tolist() for name, split in loaded.splits.items()}
+    assert left == {"train": [0, 2], "test": [1]}
     assert "Left out 1 of 3 pictures of train" in caplog.text and "1 of 2 pictures of test" in caplog.text
+    assert loaded.left_out == [
+        ("excluded", "train", "split 'train', row 1 (a/train/1.png)", "cannot be read"),
+        ("excluded", "test", "split 'test', row 0", "copy"),
+    ]
     path.write_text(path.read_text().replace("train\t1", "# train\t1"))
-    assert without_excluded(splits(), path)["train"]["id"] == [0, 1, 2]
+    loaded = load(data(), label_names=["a", "b", "c"], label_format="ids", exclude=path)
+    assert loaded.splits["train"].labels.ids.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -47,16 +56,17 @@ def test_named_rows_are_left_out_and_counted(tmp_path, caplog):
 def test_lists_about_other_data_are_refused_with_their_line(tmp_path, line, words):
     path = tmp_path / "exclude.txt"
     path.write_text(f"# a comment\n{line}\n")
+    splits = load(data(), label_names=["a", "b", "c"], label_format="ids").splits
     with pytest.raises(ValueError, match=words):
-        without_excluded(splits(), path)
+        read_exclusions(path, splits)
     with pytest.raises(FileNotFoundError, match="check_data"):
-        without_excluded(splits(), tmp_path / "none.txt")
+        read_exclusions(tmp_path / "none.txt", splits)
 
 
 def test_training_obeys_the_list(image_folder, tmp_path):  # noqa: F811
     path = tmp_path / "exclude.txt"
     write_exclusions(path, [("train", 0, "train/0.png", "copy"), ("train", 4, "train/4.png", "copy")])
     config = TrainingConfig(dataset=str(image_folder), exclude=str(path))
-    loaded, _ = load_splits(config, Accelerator())
-    assert [image["path"][-5:] for image in loaded["train"]["image"]] == ["1.png", "2.png", "3.png"]
+    loaded = load_splits(config, Accelerator()).splits
+    assert [image["path"][-5:] for image in loaded["train"].images["image"]] == ["1.png", "2.png", "3.png"]
     assert len(loaded["validation"]) == 3

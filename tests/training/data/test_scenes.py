@@ -10,7 +10,7 @@ from datasets import Image
 from PIL import Image as PILImage
 
 from training.data import scenes
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 from training.data.scenes import PARTNER, SCENE_LABELS, SPLITS, SceneDataset, build_scenes, source_digits
 
 
@@ -191,11 +191,12 @@ def test_scenes_are_written_as_an_image_folder(tmp_path, capsys):
     argv = [str(folder), "--num_scenes", "3", "--seed", "5", "--scenes", '{"image_size": 48}']
     assert scenes.main(argv) == 0
     expected = SceneDataset(3, seed=5, split="test", image_size=48)
-    splits, names = load_multilabel_dataset(str(tmp_path / "scenes"))
-    for index, row in enumerate(splits["test"]):
+    loaded = load(str(tmp_path / "scenes"))
+    splits, names = loaded.splits, loaded.label_names
+    for index in range(3):
         with PILImage.open(folder / f"{index:05d}.png") as image:
             assert np.array_equal(np.asarray(image), np.asarray(expected[index]["image"]))
-        assert [names[label] for label in row["labels"]] == sorted(expected[index]["labels"])
+        assert [names[label] for label in splits["test"].labels.entries(index)[0]] == sorted(expected[index]["labels"])
     with pytest.raises(SystemExit):
         scenes.main(argv)
     assert "--overwrite" in capsys.readouterr().err

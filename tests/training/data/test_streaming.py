@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
 from training.data.batches import MultiLabelCollator, build_dataloader
 from training.data.dataset import MultiLabelDataset
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 from training.data.streaming import StreamingMultiLabelDataset
 
 NAMES = ["dog", "cat", "tv monitor"]
@@ -51,7 +51,8 @@ def batch_of(dataset):
 )
 def test_a_stream_gives_what_the_rows_give(labels, feature, options):
     disk = rows(labels, feature)
-    splits, names = load_multilabel_dataset(disk, **{"label_names": NAMES, **options})
+    loaded = load(disk, **{"label_names": NAMES, **options})
+    splits, names = loaded.splits, loaded.label_names
     expected = MultiLabelDataset(splits["train"], names, PROCESSOR, margin=0.25)
     expected = MultiLabelCollator(3)([expected[row] for row in range(6)])
     options = {"label_names": NAMES, **options}
@@ -137,7 +138,7 @@ def test_workers_share_the_shards_of_a_folder_that_is_streamed(tmp_path):
 
 def test_a_stream_is_refused_where_rows_are_needed():
     with pytest.raises(ValueError, match="streaming data set has no rows to count and check"):
-        load_multilabel_dataset(rows(IDS, List(ClassLabel(names=NAMES))).to_iterable_dataset())
+        load(rows(IDS, List(ClassLabel(names=NAMES))).to_iterable_dataset())
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 6])

@@ -7,7 +7,7 @@ from sklearn import metrics as sk
 
 from modeling_hsvlt import losses_multilabel
 from training.metrics import ranking
-from training.metrics.functional import average_precision, multilabel_report, per_label_report
+from training.metrics.functional import average_precision, decision_report, multilabel_report, per_label_report
 
 TOLERANCE = 1e-9
 
@@ -195,6 +195,16 @@ def test_groups_average_their_rated_labels():
     assert report["mAP_medium"] == pytest.approx(ap[4])
     assert [report[f"num_labels_{name}"] for name in groups] == [3, 1, 0, 0]
     assert "mAP_tail" not in report and "mAP_none" not in report
+
+
+@pytest.mark.parametrize("threshold", [0.5, np.linspace(0.2, 0.8, 6)])
+def test_decisions_alone_are_those_of_the_whole_report(block_entries, threshold):
+    scores, labels = make(6, n=150, num_labels=6, unknown=0.2)
+    whole, decided = multilabel_report(scores, labels, threshold), decision_report(scores, labels, threshold)
+    assert decided.keys() >= {"CP", "CR", "CF1", "OP", "OR", "OF1", "f1_macro", "f1_micro"}
+    assert decided == {name: whole[name] for name in decided}
+    with pytest.raises(ValueError, match="nothing to measure"):
+        decision_report(scores, np.where(labels == 1, 0, labels), threshold)
 
 
 def test_per_label_report(block_entries):

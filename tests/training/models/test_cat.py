@@ -9,7 +9,14 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_hsvlt import HSVLTForImageClassification, MlTrConfig, MlTrForImageClassification
 from modeling_hsvlt.modeling_mltr import MlTrCrossWindowAttention
-from tests.test_modeling_mltr import naive_cross_attention, naive_linear, naive_norm, naive_pixel_attention
+from tests.test_modeling_mltr import (
+    naive_bicubic,
+    naive_cross_attention,
+    naive_linear,
+    naive_norm,
+    naive_pixel_attention,
+)
+from tests.tolerance import assert_close_outputs
 from training.config import TrainingConfig
 from training.convert import main
 from training.models.build import build_model
@@ -161,6 +168,43 @@ def test_the_same_window_keeps_every_tensor_but_the_position_embedding():
     assert all(torch.equal(same[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize(("old", "new"), [(3, 5), (5, 4)])
+def test_what_is_resized_is_resized_bicubically(old, new):
+    """Random tables and operators against the interpolation written out, entry by entry of what is not resized."""
+    fields = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "use_absolute_embeddings": True}
+    source, target = (
+        MlTrConfig(image_size=size, window_size=window, num_labels=2, **fields)
+        for size, window in ((4 * 8 * old, old), (4 * 8 * new, new))
+    )
+    torch.manual_seed(0)
+    model = MlTrForImageClassification(source)
+    state = {key: torch.randn_like(tensor) for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    resized = resize_windows(state, source, target)
+    layer = "mltr.encoder.stages.2.layers.0.sublayers"
+    positions = "mltr.embeddings.position_embeddings"
+    grid = state[positions].view(8 * old, 8 * old, 8)
+    assert_close_outputs(resized[positions], naive_bicubic(grid, 8 * new, 8 * new).view(1, -1, 8))
+    name = f"{layer}.0.attn.relative_position_bias.relative_position_bias_table"
+    table = naive_bicubic(state[name].view(2 * old - 1, 2 * old - 1, 2), 2 * new - 1, 2 * new - 1)
+    assert_close_outputs(resized[name], table.view(-1, 2))
+
+    def resize(operator, scale):  # rows are output pixels, columns input pixels, whose sum is over more of them
+        rows = naive_bicubic(operator.view(old, old, -1), new, new).view(new**2, -1)
+        if operator.ndim == 1:
+            return scale * rows[:, 0]
+        columns = naive_bicubic(rows.T.reshape(old, old, -1), new, new).view(new**2, -1).T
+        return scale * columns * (old / new) ** 2
+
+    for kind in ("weight", "bias"):
+        expected = [
+            resize(part, old / new if index == 0 else 1)
+            for index, part in enumerate(state[f"{layer}.1.attn.qkv.{kind}"].chunk(3))
+        ]
+        assert_close_outputs(resized[f"{layer}.1.attn.qkv.{kind}"], torch.cat(expected))
+        name = f"{layer}.1.attn.proj.{kind}"
+        assert_close_outputs(resized[name], resize(state[name], 1))
+
+
 def operator(window, weight_q, weight_k, weight_v, weight_o, bias):
     """A cross-window attention whose matrices are outer products of smooth maps over the window."""
     config = MlTrConfig(window_size=window)
@@ -256,7 +300,7 @@ def test_command_converts_and_transfers(tmp_path, capsys):
     assert pixel_values.shape == (1, 3, 48, 48)
     # and as HSVLT's trunk
     hsvlt = HSVLTForImageClassification.from_backbone(str(larger), num_labels=2, label_embedding_dim=12)
-    ours = hsvlt.hsvlt.trunk.backbone.state_dict()
+    ours = hsvlt.hsvlt.trunk.model.state_dict()
     for name, tensor in again.mltr.state_dict().items():
         assert name.startswith("layernorm") or torch.equal(ours[name], tensor), name
 

@@ -6,7 +6,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from training.check.imbalance import long_tail_groups
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 from training.prepare.long_tail import (
     PUBLISHED,
     co_occurrence_order,
@@ -142,6 +142,11 @@ def image_files(folder, names):
         Image.new("RGB", (8, 8), "red").save(folder / name)
 
 
+def lists(split):
+    """Ids of each row."""
+    return split.labels.lists(as_ids=True).to_pylist()
+
+
 def test_lists_command_writes_a_dataset(tmp_path, capsys):
     image_files(tmp_path / "pictures", ["VOCdevkit/1.jpg", "VOCdevkit/2.jpg", "VOCdevkit/3.jpg"])
     (tmp_path / "train.txt").write_text("VOCdevkit/1.jpg 0 19\nVOCdevkit/2.jpg 4")
@@ -149,9 +154,10 @@ def test_lists_command_writes_a_dataset(tmp_path, capsys):
     arguments = [str(tmp_path / name) for name in ("train.txt", "test.txt", "pictures", "target")]
     assert main(["lists", "voc", *arguments]) == 0
     assert "2 pictures, 3 labels: NOT the published split" in capsys.readouterr().out
-    splits, names = load_multilabel_dataset(tmp_path / "target")
+    loaded = load(tmp_path / "target")
+    splits, names = loaded.splits, loaded.label_names
     assert names == PUBLISHED["voc"].label_names
-    assert splits["train"]["labels"][:] == [[0, 19], [4]]
+    assert lists(splits["train"]) == [[0, 19], [4]]
     assert load_dataset(str(tmp_path / "target"))["test"][0]["image"].size == (8, 8)
     assert main(["lists", "voc", *arguments]) == 1
     assert "exists" in capsys.readouterr().err
@@ -185,12 +191,14 @@ def folder(tmp_path):
 
 def test_draw_command(folder, capsys):
     assert main(["draw", str(folder), str(folder.parent / "drawn"), "--largest", "30"]) == 0
-    before, names = load_multilabel_dataset(folder)
-    after, same_names = load_multilabel_dataset(folder.parent / "drawn")
+    loaded = load(folder)
+    before, names = loaded.splits, loaded.label_names
+    loaded = load(folder.parent / "drawn")
+    after, same_names = loaded.splits, loaded.label_names
     assert same_names == names == list("abcd")
     assert len(after["test"]) == 60
     assert 0 < len(after["train"]) < len(before["train"])
-    counts = np.bincount(np.concatenate(after["train"]["labels"][:]), minlength=4)
+    counts = np.bincount(np.concatenate(lists(after["train"])), minlength=4)
     assert counts.min() <= 3
     assert f"positives in train: {counts.tolist()}" in capsys.readouterr().out
 
@@ -200,20 +208,23 @@ def test_episodes_command(folder, mixed):
     target = folder.parent / "few"
     arguments = ["--novel", "d", "b", "--shots", "2", "--episodes", "2", "--mixed", mixed]
     assert main(["episodes", str(folder), str(target), *arguments]) == 0
-    source, names = load_multilabel_dataset(folder)
-    base, base_names = load_multilabel_dataset(target / "base")
+    loaded = load(folder)
+    source, names = loaded.splits, loaded.label_names
+    loaded = load(target / "base")
+    base, base_names = loaded.splits, loaded.label_names
     assert base_names == ["a", "c"]
     novel_ids = {names.index("b"), names.index("d")}
-    wanted = [set(row) for row in source["train"]["labels"][:]]
+    wanted = [set(row) for row in lists(source["train"])]
     wanted = [row for row in wanted if row - novel_ids and (mixed == "keep" or not row & novel_ids)]
     assert len(base["train"]) == len(wanted)
     for episode in ("episode-00", "episode-01"):
-        splits, novel_names = load_multilabel_dataset(target / episode)
+        loaded = load(target / episode)
+        splits, novel_names = loaded.splits, loaded.label_names
         assert novel_names == ["d", "b"]
-        counts = np.bincount(np.concatenate(splits["train"]["labels"][:]), minlength=2)
+        counts = np.bincount(np.concatenate(lists(splits["train"])), minlength=2)
         assert counts.min() == 2
         assert len(splits["train"]) <= 4
-        assert all(splits["test"]["labels"])
+        assert all(lists(splits["test"]))
 
 
 def test_episodes_command_names_an_unknown_label(folder, capsys):

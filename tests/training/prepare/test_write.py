@@ -1,10 +1,13 @@
 """Shards: every picture's bytes, in order; a folder that is complete or not there."""
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, List
+from datasets import Dataset, Features, Image
 
 import training.prepare.write as writing
+from training.data.rows import Split
+from training.data.sparse_labels import SparseLabels
 from training.prepare.write import write_dataset
 
 NAMES = ["cat", "dog"]
@@ -16,9 +19,12 @@ def rows(count, folder=None):
         for row, image in enumerate(pictures):
             (folder / image["path"]).write_bytes(image["bytes"])
             pictures[row] = {"bytes": None, "path": str(folder / image["path"])}
-    features = Features({"image": Image(decode=False), "labels": List(ClassLabel(names=NAMES))})
-    labels = [None if row == 1 else [row % 2] * (row > 2) for row in range(count)]
-    return Dataset.from_dict({"image": pictures, "labels": labels}, features=features)
+    images = Dataset.from_dict({"image": pictures}, features=Features({"image": Image(decode=False)}))
+    return Split(images, SparseLabels.from_arrow(pa.array(labels_of(count)), NAMES, label_format="ids"))
+
+
+def labels_of(count):
+    return [None if row == 1 else [row % 2] * (row > 2) for row in range(count)]
 
 
 @pytest.mark.parametrize("stored", ["bytes", "files"])
@@ -30,7 +36,7 @@ def test_shards_hold_every_picture_in_order(tmp_path, stored):
     tables = [pq.read_table(tmp_path / "out" / "data" / name).to_pylist() for name in names[1:]]
     read = [row for table in tables for row in table]
     assert [row["image"] for row in read] == [{"bytes": bytes([n]) * 100, "path": f"{n}.jpg"} for n in range(10)]
-    assert [row["labels"] for row in read] == split["labels"] and read[1]["labels"] is None
+    assert [row["labels"] for row in read] == labels_of(10) and read[1]["labels"] is None
     assert (tmp_path / "out" / "labels.txt").read_text() == "cat\ndog\n"
 
 
@@ -43,7 +49,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
     split = rows(10, tmp_path)
     calls = []
 
-    def write_shard(shard, path, progress):
+    def write_shard(shard, path, *_):
         calls.append(path)
         if len(calls) == 2:
             raise KeyboardInterrupt

@@ -17,8 +17,11 @@ from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
 from training.config import TrainingConfig
 from training.metrics.functional import multilabel_report, per_label_report
 from training.publish.card import escape, main, render_card
+from training.scoring.measured_with import fingerprints
 
 NAMES = ["dog", "a|b", "<b>bold</b> & [link](x)", "snake_case *star* `code`", "$5 bill", "#1\nline", "plain"]
+THRESHOLDS = [float(value) for value in np.linspace(0.1, 0.7, 7)]
+MEASURED_WITH = fingerprints({"id2label": dict(enumerate(NAMES)), "thresholds": THRESHOLDS})
 CONFIGS = {"hsvlt": HSVLTConfig, "mltr": MlTrConfig, "hp_dval": HPDVALConfig, "adapter": HPDVALConfig}
 PAPER = {  # what the specifications give as published, and where the rest of the template has figures of its own
     "hsvlt": {"91.58"},
@@ -34,13 +37,13 @@ def run(tmp_path):
     rng = np.random.default_rng(0)
     labels = (rng.random((90, 7)) < 0.3).astype(np.float32)
     scores = np.clip(0.4 * labels + 0.6 * rng.random((90, 7)), 0, 1).astype(np.float32)
-    thresholds = rng.random(7).astype(np.float32)
+    thresholds = np.array(THRESHOLDS, dtype=np.float32)
     groups = {"head": np.array([0, 1]), "medium": np.array([2, 3, 4]), "tail": np.array([5, 6])}
     results = {
         "best_epoch": 2,
         "steps": 123,
-        "thresholds": dict(zip(NAMES, thresholds.tolist(), strict=True)),
-        "positives_in_train": dict(zip(NAMES, range(211, 218), strict=True)),
+        "measured_with": MEASURED_WITH,
+        "positives_in_train": list(range(211, 218)),
     }
     for split, rows in (("validation", slice(0, 50)), ("test", slice(50, 90))):
         results[split] = multilabel_report(scores[rows], labels[rows], groups=groups)
@@ -50,7 +53,13 @@ def run(tmp_path):
     (run / "results.json").write_text(json.dumps(results))
     report = multilabel_report(scores[:60], labels[:60], 0.37)
     per_label = per_label_report(scores[:60], labels[:60], 0.37, label_names=NAMES)
-    record = {"split": "validation", "threshold": 0.37, "ap_definition": "non-interpolated", "metrics": report}
+    record = {
+        "split": "validation",
+        "threshold": 0.37,
+        "measured_with": MEASURED_WITH,
+        "ap_definition": "non-interpolated",
+        "metrics": report,
+    }
     (run / "evaluation" / "results.json").write_text(json.dumps(record))
     with (run / "evaluation" / "per_label.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -72,12 +81,12 @@ def run(tmp_path):
 
 def checkpoint(run: Path, kind: str, **options) -> Path:
     folder = run / "best"
-    thresholds = [float(value) for value in np.linspace(0.1, 0.7, 7)]
-    config = CONFIGS[kind].preset("nano", id2label=dict(enumerate(NAMES)), thresholds=thresholds, **options)
+    config = CONFIGS[kind].preset("nano", id2label=dict(enumerate(NAMES)), thresholds=THRESHOLDS, **options)
     config.save_pretrained(folder)
     save_file({"a": np.zeros((13, 17), np.float32)}, folder / "model.safetensors")
     size = {"height": 64, "width": 96}
     processor = {"image_processor": {"size": size, "resize_mode": "pad"}, "id2label": dict(enumerate(NAMES))}
+    processor["thresholds"] = THRESHOLDS
     (folder / "processor_config.json").write_text(json.dumps(processor))
     if kind == "adapter":
         (folder / "config.json").rename(run / "config.json")
@@ -144,12 +153,14 @@ def test_every_figure_is_the_run_s(run, kind):
         ]
         assert values == [text for mean, count in pairs for text in (rounded(mean), str(count))]
     measured = list(csv.DictReader((run / "evaluation" / "per_label.csv").open(newline="")))
-    for row, name, source in zip(found["label7"][1:], NAMES, measured, strict=True):
-        values = [results["thresholds"][name], *(float(source[key]) for key in ("AP", "precision", "recall", "f1"))]
-        assert row[0] == " ".join(name.split()) and row[2] == str(results["positives_in_train"][name])
+    assert found["label7"][0][-3:] == ["precision at 0.37", "recall at 0.37", "F1 at 0.37"]
+    for index, (row, name, source) in enumerate(zip(found["label7"][1:], NAMES, measured, strict=True)):
+        values = [THRESHOLDS[index], *(float(source[key]) for key in ("AP", "precision", "recall", "f1"))]
+        assert row[0] == " ".join(name.split()) and row[2] == str(results["positives_in_train"][index])
         assert [row[1], *row[3:]] == [rounded(value) for value in values]
     assert found["model5"][1] == ["hsvlt", "7", "8", "12.35", "1.234 (1.111 to 1.333)"]
-    assert f"threshold 0.37, mAP {rounded(record['metrics']['mAP'])}" in card.text
+    assert f"mAP {rounded(record['metrics']['mAP'])}" in card.text
+    assert f"at a score of 0.37: CF1 {rounded(record['metrics']['CF1'])}" in card.text
 
     # Outside the tables as well: whatever decimal number the card shows is one of those, or the paper's.
     text = card.text

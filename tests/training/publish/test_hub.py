@@ -14,6 +14,7 @@ from modeling_hsvlt import HSVLTForImageClassification
 from training.publish.build import build_folder
 from training.publish.hub import PushError, push_folder, push_run
 from training.push import main
+from training.scoring.measured_with import fingerprints
 
 from ...loopback_hub import TOKEN, Fault, LoopbackHub
 from ..tiny_checkpoint import NAMES, save_checkpoint
@@ -137,8 +138,8 @@ def run_folder(tmp_path):
     (run / "best" / "training_state").mkdir()
     for secret in ("training_state/tensors.safetensors", "optimizer.bin", "checkpoint.json", "notes.txt"):
         (run / "best" / secret).write_bytes(b"secret")
-    counts = dict(zip(NAMES, (5, 6, 7), strict=True))
-    (run / "results.json").write_text(json.dumps({"positives_in_train": counts}))
+    measured_with = fingerprints({"id2label": dict(enumerate(NAMES))})
+    (run / "results.json").write_text(json.dumps({"measured_with": measured_with, "positives_in_train": [5, 6, 7]}))
     options = {"output_dir": "/home/someone/run", "dataset": "/home/someone/photos", "learning_rate": 0.1, "seed": 0}
     options |= {"batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1, "weight_decay": 0, "loss_type": "bce"}
     (run / "config.yaml").write_text(yaml.safe_dump(options))

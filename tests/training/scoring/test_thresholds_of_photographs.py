@@ -23,7 +23,7 @@ from modeling_hsvlt import MultiLabelProcessor
 from modeling_hsvlt.losses_multilabel import binary_cross_entropy_loss
 from training.data.batches import build_dataloader
 from training.data.dataset import MultiLabelDataset
-from training.data.load import load_multilabel_dataset
+from training.data.load import load
 
 from ..tiny_run import reset_accelerate
 
@@ -58,9 +58,12 @@ def halves(folder):
 
 def train_a_head(folder):
     """ImageNet's EfficientNet-Lite0 at 64 px, and a linear head that has seen some photographs; with its processor."""
-    splits, names = load_multilabel_dataset(VOC, splits=["train"])
+    loaded = load(VOC, splits=["train"])
+    splits, names = loaded.splits, loaded.label_names
     processor = image_processor(64)
-    data = MultiLabelDataset(splits["train"].shuffle(seed=0).select(range(1000)), names, processor)
+    data = MultiLabelDataset(
+        splits["train"].select(np.random.default_rng(0).permutation(len(splits["train"]))[:1000]), names, processor
+    )
     torch.manual_seed(0)
     model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(id2label=dict(enumerate(names))))
     model.backbone.load_state_dict(load_backbone().state_dict())
