@@ -12,9 +12,9 @@ on.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from .checkpoint.atomic import atomic_folder
 from .checkpoint.folder import reseal
 from .checkpoint.loading import load_checkpoint
-from .options import add_scoring_arguments
+from .options import ScoringOptions, option, read_options
 from .scoring.calibration import (
     METHODS,
     SHRINKAGE,
@@ -41,7 +41,14 @@ from .scoring.reliability import NUM_BINS, reliability
 from .scoring.thresholds import fit_record
 
 
-def run(args: argparse.Namespace) -> Calibration:
+@dataclass(kw_only=True)
+class CalibrateOptions(ScoringOptions):
+    method: str = option("platt", "scale and bias, or scale", choices=METHODS)
+    shared: bool = option(False, "one scale and bias for all labels")
+    shrinkage: float = option(SHRINKAGE, "labels with about so few positives lie halfway to the fit of all labels")
+
+
+def run(args: CalibrateOptions) -> Calibration:
     """Predicts, fits, folds, writes and prints; returns what the checkpoint then holds."""
     folder = Path(args.checkpoint)
     if not (folder / "config.json").is_file():
@@ -96,23 +103,8 @@ def run(args: argparse.Namespace) -> Calibration:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_scoring_arguments(parser)
-    parser.add_argument("--method", choices=METHODS, default="platt", help="scale and bias, or scale; default: platt")
-    parser.add_argument("--shared", action="store_true", help="one scale and bias for all labels")
-    parser.add_argument(
-        "--shrinkage",
-        type=float,
-        default=SHRINKAGE,
-        help=f"labels with about so few positives lie halfway to the fit of all labels; default: {SHRINKAGE:g}",
-    )
     try:
-        run(parser.parse_args(argv))
+        run(read_options(CalibrateOptions, "calibrate", __doc__, argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

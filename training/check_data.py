@@ -10,11 +10,10 @@ cannot be read, and copies, of which the one in the most held-out split stays. E
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,26 @@ from .check.duplicates import MAX_DISTANCE
 from .check.findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_pictures
 from .check.imbalance import long_tail_groups, plot_imbalance
 from .data.leave_out import write_exclusions
-from .data.load import load_from_arguments
+from .data.load import load
 from .data.rows import PictureFiles, Split
-from .options import add_dataset_arguments
+from .options import DatasetOptions, dataset_options, option, read_options
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
+
+
+@dataclass(kw_only=True)
+class CheckOptions(DatasetOptions):
+    # Findings here, whatever training does about them, and rows keep their numbers.
+    missing_pictures: str = field(init=False, default="skip")
+    unlisted_pictures: str = field(init=False, default="skip")
+    exclude: str | None = field(init=False, default=None)
+    output: Path | None = option(None, "where to write; null: runs/check_data/NAME", metavar="DIR")
+    overwrite: bool = option(False, "replace a report that is in DIR")
+    examples: int = option(5, "of each kind to print")
+    text_encoder: str | None = option(None, "compare label names by their meaning as well", metavar="FOLDER")
+    max_distance: int = option(MAX_DISTANCE, "bits of 64 that copies differ in")
+    max_pixels: int = option(MAX_PIXELS, "larger pictures are refused, as in training")
+    num_workers: int = field(default_factory=os.cpu_count, metadata={"help": "threads that decode; all cores here"})
 
 
 def unlisted_pictures(folder: Path, splits: dict[str, Split]) -> list[str]:
@@ -49,10 +63,10 @@ def unlisted_pictures(folder: Path, splits: dict[str, Split]) -> list[str]:
     return [str(folder / name) for name in files.unlisted()] if listed else []
 
 
-def check(args: argparse.Namespace) -> dict:
+def check(args: CheckOptions) -> dict:
     """Loads, looks and says what report.json holds; findings that name rows get their file names."""
     try:
-        loaded = load_from_arguments(args, unlisted_pictures="skip", missing_pictures="skip")
+        loaded = load(args.dataset, **dataset_options(args))
     except ValueError as error:
         finding = Finding("data_that_cannot_be_loaded", True, "Correct this first; then check again.", [str(error)])
         return {"dataset": args.dataset, "findings": [asdict(finding)]}
@@ -134,7 +148,7 @@ def write_report(report: dict, folder: Path) -> None:
         write_exclusions(folder / "exclude.txt", report["excluded"])
 
 
-def run(args: argparse.Namespace) -> bool:
+def run(args: CheckOptions) -> bool:
     """Checks, prints and writes; returns whether training can start."""
     folder = args.output or Path("runs", "check_data", Path(args.dataset).resolve().name)
     existing = [name for name in REPORT_FILES if (folder / name).exists()]
@@ -153,29 +167,8 @@ def run(args: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when clean, 1 when something would break training, 2 when there is nothing to check."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.check_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_dataset_arguments(parser)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/check_data/NAME")
-    parser.add_argument("--overwrite", action="store_true", help="replace a report that is in DIR")
-    parser.add_argument("--examples", type=int, default=5, help="of each kind to print; default: 5")
-    parser.add_argument("--text_encoder", metavar="FOLDER", help="compare label names by their meaning as well")
-    parser.add_argument(
-        "--max_distance",
-        type=int,
-        default=MAX_DISTANCE,
-        help=f"bits of 64 that copies differ in; default: {MAX_DISTANCE}",
-    )
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help=f"default: {MAX_PIXELS}, as in training")
-    parser.add_argument(
-        "--num_workers", type=int, default=os.cpu_count(), help="threads that decode; default: all cores"
-    )
     try:
-        return 0 if run(parser.parse_args(argv)) else 1
+        return 0 if run(read_options(CheckOptions, "check_data", __doc__, argv)) else 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

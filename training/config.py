@@ -1,7 +1,8 @@
 """Every option of a training run, with the reason for its default; read from YAML and the command line."""
 
 import dataclasses
-import difflib
+import inspect
+import textwrap
 import types
 import typing
 from dataclasses import dataclass, field
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from .data.augment import check_augmentation_names
+from .options import DatasetOptions, nearest, read_list, read_text, read_yaml
 
 PATH = {"path": True}  # of an option that may hold a path of this machine: no push publishes that
 
@@ -20,7 +24,7 @@ def path(default: str | None = None):
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(DatasetOptions):
     # --- the run
     output_dir: str = path("runs/hsvlt")  # config.yaml, log.jsonl, best/, checkpoint-STEP/ and results.json go here
     overwrite: bool = False  # delete what output_dir holds; off, because it may be days of work
@@ -37,26 +41,13 @@ class TrainingConfig:
     project_name: str = "hsvlt"  # what those trackers call the project
 
     # --- data, see training/data/
-    dataset: str = path("scenes")  # Hub id, folder, or "scenes": the built-in data needs no download
-    dataset_revision: str | None = None  # commit or tag of a Hub dataset; pin it, data sets change
-    dataset_config: str | None = None  # the configuration of a Hub dataset that has several
-    label_names: list[str] | None = None  # class order; null: labels.txt, else what the dataset says
-    image_column: str = "image"  # the name that imagefolder gives
-    label_column: str = "labels"  # lists, or text
-    label_columns: list[str] | None = None  # one column a label in place of label_column: 1, 0, empty for unknown;
-    # null: in a CSV without label_column every column that is no file name
-    label_format: Literal["auto", "names", "ids", "multi_hot"] = "auto"
-    label_separator: str = ","  # between the labels of a text
-    picture_folder: str | None = path()  # where the file names of a CSV start; null: where the CSV is
-    scenes: dict = field(default_factory=dict)  # knobs of training.data.scenes.build_scenes, for dataset "scenes"
+    # how the dataset is read stands in training/options.py, where every command has it from
+    dataset: str = path("scenes")  # the built-in data needs no download
     fresh_scenes: bool = True  # new training scenes every epoch: drawing is free, memorising 6,000 scenes is easy
     check_pictures: bool = True  # decode every picture before the first step: one bad file ends an epoch otherwise
     on_unreadable: Literal["error", "skip"] = "error"  # skip: train without the pictures that cannot be decoded
     partial_labels: dict | None = None  # hide labels of train for experiments: {known_fraction: 0.1, seed: 0} or
     # {single_positive: true, seed: 0}, see training/data/sparse_labels.py; null: train on all labels there are
-    missing_pictures: Literal["error", "skip"] = "error"  # metadata rows whose file does not exist
-    unlisted_pictures: Literal["error", "skip"] = "error"  # files that no metadata row names
-    exclude: str | None = path()  # list of rows to leave out: exclude.txt of training.check_data
     cache_images: bool = False  # keep resized pictures in memory: faster where decoding is slower than the model
     num_workers: int = 4  # decoding processes (the official run's number); 0: decode in the training process
 
@@ -125,9 +116,9 @@ class TrainingConfig:
     hub_private: bool = True  # publishing is a decision of its own
 
     def __post_init__(self):
-        hints = typing.get_type_hints(TrainingConfig)
-        for key in dataclasses.fields(self):
-            setattr(self, key.name, _convert(key.name, getattr(self, key.name), hints[key.name]))
+        for key, value in _typed(vars(self)).items():
+            setattr(self, key, value)
+        super().__post_init__()
         counts = ("batch_size", "gradient_accumulation_steps", "epochs", "image_size", "log_every_steps")
         for key in (*counts, "keep_checkpoints"):
             if getattr(self, key) < 1:
@@ -154,8 +145,8 @@ class TrainingConfig:
 def parse_config(argv: list[str]) -> TrainingConfig:
     """Read `CONFIG.yaml [--key value ...]`; what comes later wins.
 
-    A value is read as YAML (`--label_names "[cat, dog]"`, `--max_grad_norm null`). A key alone means true. A dot
-    reaches into a dictionary: `--model.num_attention_heads 4`, `--augmentation.mixup 0.2`.
+    Values are spelled as `training.options` says. A key alone means true. A dot reaches into a dictionary:
+    `--model.num_attention_heads 4`, `--augmentation.mixup 0.2`.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type, a value without a key.
@@ -167,68 +158,84 @@ def parse_config(argv: list[str]) -> TrainingConfig:
         path = Path(arguments.pop(0))
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: the first argument is a YAML file of training options.")
-        values = yaml.safe_load(path.read_text()) or {}
+        try:
+            values = OmegaConf.to_container(OmegaConf.load(path))
+        except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+            raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold `key: value` lines.")
         _check_keys(values, str(path))
+    hints = typing.get_type_hints(TrainingConfig)
     while arguments:
         argument = arguments.pop(0)
         if not argument.startswith("--"):
             raise ValueError(f"{argument!r} follows no option: write --key value.")
         key, equals, text = argument[2:].partition("=")
-        if not equals:
-            text = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
+        words = [text] if equals else []
+        while arguments and not arguments[0].startswith("--"):
+            words.append(arguments.pop(0))
+        words = words or ["true"]
         key, _, inner = key.replace("-", "_").partition(".")
         _check_keys([key], "the command line")
-        value = yaml.safe_load(text)
+        kind = dict if inner else _kind(hints[key])[0]
+        if kind is list:
+            values[key] = read_list(words)
+            continue
+        if len(words) > 1:
+            raise ValueError(f"{words[1]!r} follows no option: write --key value.")
+        value = read_text(words[0]) if kind in (str, Literal) else read_yaml(words[0])
         if inner:
             for name in reversed(inner.split(".")):
                 value = {name: value}
-            value = _merge(values.get(key) or {}, value)
+            value = OmegaConf.to_container(OmegaConf.merge(values.get(key) or {}, value))
         values[key] = value
     return TrainingConfig(**values)
+
+
+def describe_options() -> str:
+    """Every option with its default and the reason, as its declaration says it."""
+    kinds = [kind for kind in reversed(TrainingConfig.__mro__) if dataclasses.is_dataclass(kind)]
+    sources = (inspect.getsource(kind).partition(":\n")[2].partition("\n    def ")[0] for kind in kinds)
+    return "\n\n".join(textwrap.dedent(source).rstrip() for source in sources)
 
 
 def _check_keys(keys, where: str) -> None:
     known = [entry.name for entry in dataclasses.fields(TrainingConfig)]
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "see training/config.py for all of them."
+            near = nearest(str(key), known)
+            hint = f"did you mean {near!r}?" if near else "see training/config.py for all of them."
             raise ValueError(f"Unknown option {key!r} in {where}: {hint}")
 
 
-def _merge(old: dict, new: dict) -> dict:
-    merged = dict(old)
-    for key, value in new.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _convert(key: str, value, hint):
-    """`value` as the type that `hint` says; YAML reads 1e-5 as text and 1 as an integer."""
+def _kind(hint) -> tuple[typing.Any, tuple]:
+    """What a value is where it is not None, a type or Literal; and what it, or an item of it, is chosen from."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
         hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value is False and "no" in options:  # YAML reads a bare `no` as false
-            value = "no"
-        if value not in options:
-            raise ValueError(f"{key} is {value!r}: choose {' or '.join(map(repr, options))}.")
-        return value
-    if origin is list and isinstance(value, list | tuple):
-        return [_convert(f"{key}[{index}]", item, options[0]) for index, item in enumerate(value)]
-    kind = origin or hint
-    if kind is float and not isinstance(value, bool):
+    kind = typing.get_origin(hint) or hint
+    item = typing.get_args(hint)[0] if kind is list else hint
+    return kind, typing.get_args(item) if typing.get_origin(item) is Literal else ()
+
+
+def _typed(values: dict) -> dict:
+    """The values as the fields' types; YAML reads 1 for a float, and a bare `no` as false.
+
+    Raises:
+        ValueError: a value of the wrong type.
+    """
+    typed = OmegaConf.structured(TrainingConfig)
+    for key, hint in typing.get_type_hints(TrainingConfig).items():
+        value, (kind, allowed) = values[key], _kind(hint)
+        value = list(value) if isinstance(value, tuple) else "no" if value is False and "no" in allowed else value
         try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # a folder or revision whose name is a number
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ValueError(f"{key} is {value!r}, but must be a value of type {kind.__name__}.")
+            # OmegaConf would make True the text "True", and 2 the switch True.
+            for item in value if kind is list and isinstance(value, list) else [value]:
+                if kind is not dict and item is not None and isinstance(item, bool) != (kind is bool):
+                    raise ValidationError()
+            OmegaConf.update(typed, key, value, merge=False)
+        except OmegaConfBaseException as error:
+            name = hint if kind is list else kind.__name__
+            if not allowed:
+                raise ValueError(f"{key} is {value!r}, but must be a value of type {name}.") from error
+            raise ValueError(f"{key} is {value!r}: choose {' or '.join(map(repr, allowed))}.") from error
+    return OmegaConf.to_container(typed)

@@ -18,9 +18,10 @@ Files are read without running code that they may hold (safetensors, or pickles 
 Tensors are only renamed, and 1x1 convolutions become the linear layers that they are.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,9 +41,33 @@ from .models.convnext import convert_convnext_state_dict, convnext_config
 from .models.official_hsvlt import hsvlt_to_official, official_to_hsvlt
 from .models.resolution import resize_model
 from .models.state_dicts import read_state_dict
+from .options import option, read_options
 
 
-def convert_to_hsvlt(args: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class ConvertOptions:
+    source: Path = option(
+        reason="file of a state dict; with --to official or mltr, a checkpoint folder of ours",
+        positional=True,
+        metavar="SOURCE",
+    )
+    target: Path = option(
+        reason="folder to write; with --to official also a .pth or .safetensors file", positional=True, metavar="TARGET"
+    )
+    to: Literal["hsvlt", "official", "convnext", "mltr"] = option("hsvlt", "what to write")
+    labels: Path | None = option(None, "label names in class order, one a line")
+    label_embeddings: Path | None = option(None, ".npy file of shape (num_labels, 768)")
+    text_encoder: str | None = option(
+        None, "folder or Hub id of the BERT that embeds --labels, in the official reading"
+    )
+    text_encoder_revision: str | None = option(None, "commit of a Hub id")
+    voc_label_text: bool = option(False, "embed diningtable, pottedplant and tvmonitor as two words each")
+    image_size: int | None = option(None, "of an MlTr: side of the pictures to come, in px")
+    window_size: int | None = option(None, "of an MlTr: side of the windows to come")
+    overwrite: bool = option(False, "replace TARGET where it exists")
+
+
+def convert_to_hsvlt(args: ConvertOptions) -> None:
     """Writes a checkpoint folder of ours from a state dict of the released HSVLT."""
     state_dict, config_kwargs = official_to_hsvlt(read_state_dict(args.source))
     if args.labels is not None:
@@ -86,7 +111,7 @@ def convert_to_hsvlt(args: argparse.Namespace) -> None:
         save_checkpoint(folder, model, processor)
 
 
-def convert_to_official(args: argparse.Namespace) -> None:
+def convert_to_official(args: ConvertOptions) -> None:
     """Writes the released layout of one of our checkpoints, and its label embeddings beside it."""
     model = HSVLTForImageClassification.from_pretrained(args.source, use_safetensors=True)
     state_dict = hsvlt_to_official(model.state_dict())
@@ -114,7 +139,7 @@ def convert_to_official(args: argparse.Namespace) -> None:
         )
 
 
-def convert_to_convnext(args: argparse.Namespace) -> None:
+def convert_to_convnext(args: ConvertOptions) -> None:
     """Writes a `ConvNextModel` folder from ConvNeXt weights of any of the three layouts."""
     state_dict = convert_convnext_state_dict(read_state_dict(args.source))
     model = ConvNextModel(ConvNextConfig(**convnext_config(state_dict)))
@@ -125,7 +150,7 @@ def convert_to_convnext(args: argparse.Namespace) -> None:
         model.save_pretrained(folder)
 
 
-def convert_to_mltr(args: argparse.Namespace) -> None:
+def convert_to_mltr(args: ConvertOptions) -> None:
     """Writes a checkpoint folder of MlTr: from a state dict of CAT, or from one of ours for another resolution."""
     if args.source.is_dir():
         model = MlTrForImageClassification.from_pretrained(args.source, use_safetensors=True)
@@ -173,31 +198,7 @@ def check_target(target: Path, overwrite: bool, is_checkpoint: bool = True) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "source", type=Path, help="file of a state dict; with --to official or mltr, a checkpoint folder of ours"
-    )
-    parser.add_argument(
-        "target", type=Path, help="folder to write; with --to official also a .pth or .safetensors file"
-    )
-    parser.add_argument(
-        "--to", choices=("hsvlt", "official", "convnext", "mltr"), default="hsvlt", help="what to write"
-    )
-    parser.add_argument("--labels", type=Path, help="label names in class order, one a line")
-    parser.add_argument("--label_embeddings", type=Path, help=".npy file of shape (num_labels, 768)")
-    parser.add_argument(
-        "--text_encoder", help="folder or Hub id of the BERT that embeds --labels, in the official reading"
-    )
-    parser.add_argument("--text_encoder_revision", help="commit of a Hub id")
-    parser.add_argument(
-        "--voc_label_text", action="store_true", help="embed diningtable, pottedplant and tvmonitor as two words each"
-    )
-    parser.add_argument("--image_size", type=int, help="of an MlTr: side of the pictures to come, in px")
-    parser.add_argument("--window_size", type=int, help="of an MlTr: side of the windows to come")
-    parser.add_argument("--overwrite", action="store_true", help="replace TARGET where it exists")
-    args = parser.parse_args(argv)
+    args = read_options(ConvertOptions, "convert", __doc__, argv)
     convert = {
         "hsvlt": convert_to_hsvlt,
         "official": convert_to_official,

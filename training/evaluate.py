@@ -10,9 +10,9 @@ the pictures over several devices and gives the same numbers.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import evaluate
@@ -21,12 +21,22 @@ from accelerate import Accelerator
 from .check.imbalance import long_tail_groups
 from .checkpoint.loading import load_checkpoint
 from .metrics.functional import per_label_report
-from .options import add_scoring_arguments, number_or_auto
+from .options import ScoringOptions, number_or_auto, option, read_options
 from .report.page import AP_DEFINITION, result_record, write_report
 from .scoring.predict import score_split
 
 METRIC = Path(__file__).with_name("metrics") / "multilabel_classification"
 RESULT_FILES = ("results.json", "per_label.csv", "report.html")
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(ScoringOptions):
+    threshold: float | str = option(0.5, "a number, or auto: the thresholds in the checkpoint", type=number_or_auto)
+    count_split: str | None = option(
+        None, "split whose positives make a label head, medium or tail, as a rule train; null: no groups"
+    )
+    output: Path | None = option(None, f"where to write {', '.join(RESULT_FILES)}", metavar="FOLDER")
+    overwrite: bool = option(False, "replace results that are in FOLDER")
 
 
 def format_report(report: dict, threshold_words: str, absent: Sequence[str], top_k: int = 3) -> str:
@@ -54,7 +64,7 @@ def format_report(report: dict, threshold_words: str, absent: Sequence[str], top
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: EvaluateOptions) -> dict:
     """Scores, prints and writes; returns what results.json holds (on the main process)."""
     existing = [name for name in RESULT_FILES if args.output is not None and (args.output / name).exists()]
     if existing and not args.overwrite:
@@ -115,27 +125,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_scoring_arguments(parser)
-    parser.add_argument(
-        "--threshold",
-        type=number_or_auto,
-        default=0.5,
-        help="a number, or auto: the thresholds in the checkpoint; default: 0.5",
-    )
-    parser.add_argument(
-        "--count_split",
-        help="split whose positives make a label head, medium or tail, as a rule train; default: no groups",
-    )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"where to write {', '.join(RESULT_FILES)}")
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are in FOLDER")
     try:
-        run(parser.parse_args(argv))
+        run(read_options(EvaluateOptions, "evaluate", __doc__, argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,13 +19,14 @@ come. Scores move a little with that, so its thresholds are fitted again on DATA
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -34,7 +35,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .checkpoint.loading import load_checkpoint
 from .metrics.functional import average_precision, decision_report
-from .options import add_scoring_arguments
+from .options import ScoringOptions, option, read_options
 from .publish.selected_tags import FILE_NAME as TAGS_FILE
 from .publish.selected_tags import write_selected_tags
 from .publish.to_onnx import (
@@ -50,11 +51,19 @@ from .publish.to_onnx import (
 from .scoring.predict import load_scored, score_split
 from .scoring.thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
 
-LAYOUTS = ("standard", "wd_tagger")
+
+@dataclass(kw_only=True)
+class ExportOptions(ScoringOptions):
+    target: Path = option(reason="folder to write into", positional=True, metavar="TARGET")
+    dataset: str | None = option(None, "fits the thresholds of --quantize again: folder, Hub id, or scenes")
+    layout: Literal["standard", "wd_tagger"] = option("standard", "see above")
+    opset: int | None = option(None, "ONNX operator set; null: the exporter's")
+    quantize: Literal["int8"] | None = option(None, "write model_int8.onnx as well; needs --dataset")
+    overwrite: bool = option(False, "replace files in TARGET")
 
 
 def _quantize_and_refit(
-    model: PreTrainedModel, processor: BaseImageProcessor, source: Path, target: Path, args: argparse.Namespace
+    model: PreTrainedModel, processor: BaseImageProcessor, source: Path, target: Path, args: ExportOptions
 ) -> None:
     """Writes the int8 file with thresholds fitted to its own scores, and prints what that costs."""
     quantize_int8(source, target)
@@ -91,7 +100,7 @@ def _quantize_and_refit(
     onnx.save(proto, target)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: ExportOptions) -> None:
     """Exports, checks, prints; puts the files into the target only when all went well."""
     names = [MODEL_FILE, TAGS_FILE] + ([INT8_FILE] if args.quantize else [])
     existing = [name for name in names if (args.target / name).exists()]
@@ -128,20 +137,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_scoring_arguments(parser, dataset="--dataset")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write into")
-    parser.add_argument("--layout", choices=LAYOUTS, default="standard", help="see above; default: standard")
-    parser.add_argument("--opset", type=int, help="ONNX operator set; default: the exporter's")
-    parser.add_argument("--quantize", choices=["int8"], help="write model_int8.onnx as well; needs --dataset")
-    parser.add_argument("--overwrite", action="store_true", help="replace files in TARGET")
     try:
-        run(parser.parse_args(argv))
+        run(read_options(ExportOptions, "export", __doc__, argv))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,8 +11,8 @@ what to expect elsewhere is printed as "held out": fitted on one half of the pic
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,22 @@ from accelerate import Accelerator
 from .checkpoint.folder import reseal
 from .checkpoint.loading import load_checkpoint
 from .metrics.functional import decision_report
-from .options import add_scoring_arguments
+from .options import ScoringOptions, option, read_options
 from .scoring.held_out import held_out_decisions
 from .scoring.predict import score_split
 from .scoring.thresholds import MIN_POSITIVES, OBJECTIVES, fit_thresholds, store_thresholds, threshold_info
 
 
-def run(args: argparse.Namespace) -> np.ndarray:
+@dataclass(kw_only=True)
+class FitOptions(ScoringOptions):
+    objective: str = option("f1", "what each label's threshold is best for", choices=OBJECTIVES)
+    target: float | None = option(
+        None, "the wanted precision or recall, or what a false positive costs in false negatives"
+    )
+    min_positives: int = option(MIN_POSITIVES, "labels with fewer lean on a threshold shared by all")
+
+
+def run(args: FitOptions) -> np.ndarray:
     """Predicts, fits, stores and prints; returns the thresholds."""
     folder = Path(args.checkpoint)
     if not (folder / "config.json").is_file():
@@ -71,25 +80,8 @@ def run(args: argparse.Namespace) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.fit_thresholds",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_scoring_arguments(parser)
-    parser.add_argument("--objective", choices=OBJECTIVES, default="f1", help="default: f1")
-    parser.add_argument(
-        "--target", type=float, help="the wanted precision or recall, or what a false positive costs in false negatives"
-    )
-    parser.add_argument(
-        "--min_positives",
-        type=int,
-        default=MIN_POSITIVES,
-        help=f"labels with fewer lean on a threshold shared by all; default: {MIN_POSITIVES}",
-    )
     try:
-        run(parser.parse_args(argv))
+        run(read_options(FitOptions, "fit_thresholds", __doc__, argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,49 +1,173 @@
-"""Options that several commands share: where a data set is and how to read it, and what is scored."""
+"""The options that commands share, each declared once with its reason, and how a command line is read.
+
+An option has one name and one spelling: in YAML, on the command line of every command, and as a keyword in Python. A
+text is taken as it is written, `--label_separator "|"`. A list is YAML's, `--label_names "[cat, dog]"`, and on a
+command line also its words, `--label_names cat dog`. A dictionary is YAML's, `--scenes "{seed: 1}"`. `null` means none.
+"""
+
+from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import HfArgumentParser
 
 
-def add_dataset_arguments(parser: argparse.ArgumentParser, name: str = "dataset") -> None:
-    """The options that `load_from_arguments` reads; as "--dataset" the data set itself is an option as well."""
-    parser.add_argument(name, metavar="DATASET", help="folder, Hub id, or scenes")
-    parser.add_argument("--dataset_revision", help="commit of a DATASET on the Hub")
-    parser.add_argument("--dataset_config", help="configuration of a DATASET on the Hub")
-    parser.add_argument(
-        "--label_names", nargs="+", help="class order; default: labels.txt, else what the data set says"
+def option(default: Any = dataclasses.MISSING, reason: str = "", *, positional: bool = False, **more) -> Any:
+    """A field of a command's options; default `list` or `dict`: a new one each time; `more` goes to `add_argument`.
+
+    `path=True` where it may hold a path of this machine: no push publishes that.
+    """
+    which = "default_factory" if default in (list, dict) else "default"
+    return dataclasses.field(**{which: default}, metadata={"help": reason, "positional": positional, **more})
+
+
+@dataclasses.dataclass(kw_only=True)
+class ImageOptions:
+    dataset_revision: str | None = option(None, "commit or tag of a dataset on the Hub; pin it, datasets change")
+    dataset_config: str | None = option(None, "the configuration of a dataset on the Hub that has several")
+    image_column: str = option("image", "the name that imagefolder gives")
+
+
+@dataclasses.dataclass(kw_only=True)
+class DatasetOptions(ImageOptions):
+    """Where a dataset is and how to read it; `training.data.load.load` takes the same as keywords."""
+
+    dataset: str = option(reason="Hub id, folder, or scenes: the built-in data", positional=True, metavar="DATASET")
+    label_names: list[str] | None = option(None, "class order; null: labels.txt, else what the dataset says")
+    label_column: str = option("labels", "lists, or text")
+    label_columns: list[str] | None = option(
+        None,
+        "one column a label in place of label_column: 1, 0, empty for unknown; null: in a CSV without label_column "
+        "every column that is no file name",
     )
-    parser.add_argument("--image_column", default="image", help="default: image")
-    parser.add_argument("--label_column", default="labels", help="default: labels")
-    parser.add_argument("--label_columns", nargs="+", help="one column a label, in place of label_column")
-    parser.add_argument("--label_separator", default=",", help="between the labels of a text; default: a comma")
-    parser.add_argument("--picture_folder", help="where the file names of a CSV start; default: where the CSV is")
-    parser.add_argument("--label_format", default="auto", help="names, ids or multi_hot; default: by the column's type")
+    label_format: Literal["auto", "names", "ids", "multi_hot"] = option("auto", "auto: by the column's type")
+    label_separator: str = option(",", "between the labels of a text; \\t is a tab")
+    picture_folder: str | None = option(None, "where the file names of a CSV start; null: where the CSV is", path=True)
+    scenes: dict = option(dict, "knobs of training.data.scenes.build_scenes, for the dataset scenes: {seed: 1}")
+    missing_pictures: Literal["error", "skip"] = option("error", "rows whose file does not exist; skip says how many")
+    unlisted_pictures: Literal["error", "skip"] = option("error", "files that no row names; skip says how many")
+    exclude: str | None = option(None, "list of rows to leave out: exclude.txt of training.check_data", path=True)
+
+    def __post_init__(self):
+        if not self.label_separator:
+            raise ValueError("label_separator is empty: give what stands between the labels of a text, quoted in YAML.")
+        self.label_separator = self.label_separator.replace("\\t", "\t")
 
 
-def add_scoring_arguments(parser: argparse.ArgumentParser, dataset: str = "dataset") -> None:
-    """The options that `load_checkpoint` and `score_split` read; `dataset` as in `add_dataset_arguments`."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id")
-    add_dataset_arguments(parser, dataset)
-    parser.add_argument("--split", default="validation", help="default: validation")
-    parser.add_argument("--revision", help="commit of a CHECKPOINT on the Hub")
-    parser.add_argument(
-        "--use_checkpoint_labels",
-        action="store_true",
-        help="read the labels with the checkpoint's vocabulary, for data that brings none of its own",
+@dataclasses.dataclass(kw_only=True)
+class CheckpointOptions:
+    checkpoint: str = option(reason="folder or Hub id", positional=True, metavar="CHECKPOINT")
+    revision: str | None = option(None, "commit of a CHECKPOINT on the Hub")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScoringOptions(DatasetOptions, CheckpointOptions):
+    """What `training.scoring.predict.score_split` reads."""
+
+    split: str = option("validation", "what to score")
+    use_checkpoint_labels: bool = option(
+        False, "read the labels with the checkpoint's vocabulary, for data that brings none of its own"
     )
-    parser.add_argument("--exclude", help="list of rows to leave out: exclude.txt of training.check_data")
-    for name, which in (("missing", "rows whose file does not exist"), ("unlisted", "files that no row names")):
-        parser.add_argument(
-            f"--{name}_pictures",
-            choices=("error", "skip"),
-            default="error",
-            help=f"{which}; skip leaves them out and says so; default: error",
-        )
-    parser.add_argument("--scenes", type=json.loads, help="knobs of the built-in scenes, as JSON: '{\"seed\": 1}'")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures per device; default: 32")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures; default: 0")
+    batch_size: int = option(32, "pictures per device")
+    num_workers: int = option(0, "processes that decode pictures; 0: this one")
+
+
+def dataset_options(options: Any) -> dict[str, Any]:
+    """The keywords of `training.data.load.load` among the options of a command."""
+    names = [field.name for field in dataclasses.fields(DatasetOptions) if field.name != "dataset"]
+    return {name: getattr(options, name) for name in names}
 
 
 def number_or_auto(text: str) -> float | str:
     """The type of --threshold."""
     return text if text == "auto" else float(text)
+
+
+# --- reading
+
+
+def read_text(word: str) -> str | None:
+    return None if word == "null" else word
+
+
+def read_yaml(text: str) -> Any:
+    """
+    Raises:
+        ValueError: not YAML.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{text!r} cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
+def read_list(words: Sequence[str]) -> Any:
+    """`[cat, dog]` as YAML, `cat dog` as it is written."""
+    return read_yaml(words[0]) if len(words) == 1 and (words[0][:1] == "[" or words[0] == "null") else list(words)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+class _ReadList(argparse.Action):
+    def __init__(self, *args, kind: type = str, allowed: Sequence[str] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kind, self.allowed = kind, allowed
+
+    def __call__(self, parser, namespace, words, option_string=None):
+        try:
+            items = read_list(words)
+            items = items if items is None else [self.kind(item) for item in items]
+        except (ValueError, TypeError) as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        for item in items or ():
+            if self.allowed is not None and item not in self.allowed:
+                raise argparse.ArgumentError(self, f"{item!r}: choose from {', '.join(self.allowed)}")
+        setattr(namespace, self.dest, items)
+
+
+class CommandParser(HfArgumentParser):
+    """`HfArgumentParser` that knows positional arguments, takes lists in both spellings, and shows defaults."""
+
+    def __init__(self, dataclass_types=None, **kwargs):
+        settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(dataclass_types, **settings | kwargs)
+
+    def add_argument(self, *names, positional: bool = False, path: bool = False, **kwargs):
+        if positional:
+            names = (names[0].removeprefix("--"),)
+            kwargs.pop("required", None)
+        default = kwargs.get("default")
+        if kwargs.get("nargs") == "+":
+            kwargs["action"] = partial(_ReadList, kind=kwargs.pop("type", str), allowed=kwargs.pop("choices", None))
+        elif kwargs.get("type") is str:
+            kwargs["type"] = read_text
+        elif kwargs.get("type") is dict:
+            kwargs["type"] = read_yaml
+        if "help" in kwargs and names[0] not in ("-h", "--help"):
+            shown = "" if default in (None, False, [], {}) else f"; default: {default}"
+            kwargs["help"] = (kwargs["help"] + shown).removeprefix("; ").replace("%", "%%")
+        return super().add_argument(*names, **kwargs)
+
+    def read(self, argv: Sequence[str] | None = None) -> Any:
+        """The options that `argv` gives; ends with status 2 where it cannot be read."""
+        options, rest = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        if rest:
+            wrong = next((word for word in rest if word.startswith("--")), rest[0]).partition("=")[0]
+            near = nearest(wrong.lstrip("-").replace("-", "_"), vars(options))
+            self.error(f"unknown option {wrong}" + (f": did you mean --{near}?" if near else ", see --help."))
+        return options
+
+
+def read_options(kind: type, command: str, description: str | None, argv: Sequence[str] | None) -> Any:
+    """The options of a command of this package, as the dataclass `kind`."""
+    return CommandParser(kind, prog=f"python -m training.{command}", description=description).read(argv)

@@ -11,36 +11,36 @@ checkpoint, or of a PEFT adapter. The repository is private unless you say --pub
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
 
+from .options import option, read_options
 from .publish.hub import push_run
+
+
+@dataclass(kw_only=True)
+class PushOptions:
+    run: Path = option(reason="or a checkpoint's or adapter's folder", positional=True, metavar="RUN_FOLDER")
+    repo_id: str = option(reason="where to", positional=True, metavar="org/name")
+    tag: str | None = option(None, "name of this version; null: the next free of v1, v2, ...")
+    public: bool = option(False, "make a new repository public; it is private otherwise")
+    license: str | None = option(None, "of the weights, as the Hub names it: apache-2.0, mit, ...")
+    adapter_of: str | None = option(None, "push the learned contexts alone, as its adapter", metavar="org/base")
+    adapter_revision: str | None = option(None, "commit or tag of org/base to check the adapter on")
+    pictures: bool = option(False, "pictures of the dataset may be shown on the card")
+    dry_run: bool = option(False, "build, check and list; send nothing")
+    folder: Path | None = option(None, "leave what was built here; null: nowhere")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused or did not arrive."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.push",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", metavar="RUN_FOLDER", type=Path, help="or a checkpoint's or adapter's folder")
-    parser.add_argument("repo_id", metavar="org/name")
-    parser.add_argument("--tag", help="name of this version; default: the next free of v1, v2, ...")
-    parser.add_argument("--public", action="store_true", help="make a new repository public; default: private")
-    parser.add_argument("--license", dest="licence", help="of the weights, as the Hub names it: apache-2.0, mit, ...")
-    parser.add_argument("--adapter_of", metavar="org/base", help="push the learned contexts alone, as its adapter")
-    parser.add_argument("--adapter_revision", help="commit or tag of org/base to check the adapter on")
-    parser.add_argument("--pictures", action="store_true", help="pictures of the data set may be shown on the card")
-    parser.add_argument("--dry_run", action="store_true", help="build, check and list; send nothing")
-    parser.add_argument("--folder", type=Path, help="leave what was built here; default: nowhere")
-    args = vars(parser.parse_args(argv))
+    args = vars(read_options(PushOptions, "push", __doc__, argv))
     try:
-        push_run(args.pop("run"), args.pop("repo_id"), private=not args.pop("public"), **args)
+        licence, private = args.pop("license"), not args.pop("public")
+        push_run(args.pop("run"), args.pop("repo_id"), private=private, licence=licence, **args)
     except (ValueError, OSError, HfHubHTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,33 +8,45 @@ on sparse labels, with one addition: a label with a positive for every split has
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from datasets import concatenate_datasets
 
 from .data.leave_out import same_picture
-from .data.load import load_from_arguments
+from .data.load import load
 from .data.rows import Split
 from .data.sparse_labels import SparseLabels
-from .options import add_dataset_arguments
+from .options import DatasetOptions, dataset_options, option, read_options
 from .prepare.stratify import positives_by_split, stratified_split
 from .prepare.write import write_dataset
 
 DEFAULT_NAMES = {2: ["train", "validation"], 3: ["train", "validation", "test"]}
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class SplitOptions(DatasetOptions):
+    target: Path = option(reason="new folder; parquet with the pictures in it", positional=True, metavar="TARGET")
+    fractions: list[float] = option(reason="share of each new split, sum 1")
+    names: list[str] | None = option(None, "of the new splits; null: train validation [test]")
+    divide: list[str] = field(
+        default_factory=lambda: ["train"], metadata={"help": "the splits to pool and divide; others are kept"}
+    )
+    duplicates: Path | None = option(None, "report.json of training.check_data: copies stay together", metavar="REPORT")
+    seed: int = option(0, "the same seed gives the same splits")
+
+
+def run(args: SplitOptions) -> None:
     """Loads, divides, prints and writes."""
     names = args.names or DEFAULT_NAMES.get(len(args.fractions))
     if names is None or len(names) != len(args.fractions) or len(set(names)) != len(names):
         raise ValueError(f"{len(args.fractions)} fractions need as many different --names.")
     if args.target.exists():
         raise FileExistsError(f"{args.target} exists: delete it, or choose another TARGET.")
-    data = load_from_arguments(args)
+    data = load(args.dataset, **dataset_options(args))
     loaded, label_names = data.splits, data.label_names
     for name in args.divide:
         if name not in loaded:
@@ -95,25 +107,8 @@ def _duplicate_groups(report: Path, splits: dict[str, Split]) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.split",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_dataset_arguments(parser)
-    parser.add_argument("target", metavar="TARGET", type=Path, help="new folder; parquet with the pictures in it")
-    parser.add_argument("--fractions", type=float, nargs="+", required=True, help="share of each new split, sum 1")
-    parser.add_argument("--names", nargs="+", help="of the new splits; default: train validation [test]")
-    parser.add_argument(
-        "--divide", nargs="+", default=["train"], help="the splits to pool and divide; others are kept; default: train"
-    )
-    parser.add_argument(
-        "--duplicates", type=Path, metavar="REPORT", help="report.json of training.check_data: copies stay together"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same splits; default: 0")
     try:
-        run(parser.parse_args(argv))
+        run(read_options(SplitOptions, "split", __doc__, argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,9 +19,9 @@ keywords for photo tools in 1.jpg.xmp. Files that exist are left alone, unless -
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,14 +32,37 @@ from transformers import PreTrainedModel
 from modeling_hsvlt.processing_multilabel import resolve_threshold
 
 from .checkpoint.loading import load_checkpoint
-from .options import number_or_auto
+from .options import CheckpointOptions, ImageOptions, number_or_auto, option, read_options
 from .tagging.loop import report, tag_share
 from .tagging.results import FORMATS, UNREADABLE_FILE, FolderLock, Results, fingerprint, summarise
 from .tagging.sidecars import WRITERS, check_sidecars, write_sidecars
 from .tagging.sources import DatasetSource, open_source
 
 
-def run(args: argparse.Namespace) -> None:
+def _free_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+@dataclass(kw_only=True)
+class TagOptions(ImageOptions, CheckpointOptions):
+    source: str = option(reason="folder, list of files, or dataset", positional=True, metavar="SOURCE")
+    output: Path = option(reason="folder to write into", positional=True, metavar="OUTPUT")
+    threshold: float | str = option("auto", "a number, or auto: the thresholds in the checkpoint", type=number_or_auto)
+    top_k: int | None = option(None, "at most so many labels a picture; null: all above the threshold")
+    format: str = option("parquet", "of the part files", choices=FORMATS)
+    batch_size: int = option(32, "pictures per device")
+    num_workers: int = field(
+        default_factory=_free_cores, metadata={"help": "processes that decode pictures, per device; by the cores here"}
+    )
+    part_size: int = option(1000, "pictures per part file")
+    sidecars: list[str] = option(list, f"write the labels beside each picture: {', '.join(WRITERS)}", choices=WRITERS)
+    overwrite_sidecars: bool = option(False, "replace text files that exist, and the keywords in XMP files that do")
+    overwrite: bool = option(False, "begin again, without the parts that are in OUTPUT")
+    split: str | None = option(None, "of a dataset that has several")
+
+
+def run(args: TagOptions) -> None:
     """Tags what has no record yet, prints, and writes sidecars and the list of unreadable pictures."""
     # Processes wait for the slowest, which may have the largest pictures.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
@@ -116,47 +139,8 @@ def _plan(args, model: PreTrainedModel, source, results: Results, lock: FolderLo
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused, 130 after Ctrl-C."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    parser = argparse.ArgumentParser(
-        prog="python -m training.tag",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id")
-    parser.add_argument("source", metavar="SOURCE", help="folder, list of files, or data set")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write into")
-    parser.add_argument("--revision", help="commit of a CHECKPOINT on the Hub")
-    parser.add_argument(
-        "--threshold",
-        type=number_or_auto,
-        default="auto",
-        help="a number, or auto: the thresholds in the checkpoint; default: auto",
-    )
-    parser.add_argument("--top_k", type=int, help="at most so many labels a picture; default: all above the threshold")
-    parser.add_argument("--format", choices=FORMATS, default="parquet", help="default: parquet")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures per device; default: 32")
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        default=max(1, min(8, cores // processes - 1)),
-        help="processes that decode pictures, per device; default: by the cores, here %(default)s",
-    )
-    parser.add_argument("--part_size", type=int, default=1000, help="pictures per part file; default: 1000")
-    parser.add_argument("--sidecars", nargs="+", choices=list(WRITERS), default=[], help="default: none")
-    parser.add_argument(
-        "--overwrite_sidecars",
-        action="store_true",
-        help="replace text files that exist, and the keywords in XMP files that do",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="begin again, without the parts that are in OUTPUT")
-    parser.add_argument("--split", help="of a data set that has several")
-    parser.add_argument("--image_column", default="image", help="of a data set; default: image")
-    parser.add_argument("--dataset_revision", help="commit of a data set on the Hub")
-    parser.add_argument("--dataset_config", help="configuration of a data set on the Hub")
     try:
-        run(parser.parse_args(argv))
+        run(read_options(TagOptions, "tag", __doc__, argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,16 +15,14 @@ after the step in hand, with everything saved and exit status 0.
 """
 
 import gc
-import inspect
 import sys
-import textwrap
 import traceback
 
 import transformers
 
 from .checkpoint.folder import CheckpointError
 from .checkpoint.series import checkpoints
-from .config import TrainingConfig, parse_config
+from .config import describe_options, parse_config
 from .loop.finish import finish
 from .loop.fit import fit
 from .loop.interruption import Stopped
@@ -41,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     if "-h" in arguments or "--help" in arguments:
-        options = inspect.getsource(TrainingConfig).partition(":\n")[2].partition("\n\n    def ")[0]
-        print(f"{__doc__}\nOptions, their defaults, and why:\n\n{textwrap.dedent(options)}")
+        print(f"{__doc__}\nOptions, their defaults, and why:\n\n{describe_options()}")
         return 0
     transformers.utils.logging.disable_progress_bar()  # one bar, ours
     try:

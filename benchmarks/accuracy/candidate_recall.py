@@ -9,9 +9,9 @@ A label that is left out scores 0, so recall at m bounds what the label stream c
 says what that costs in the ranking.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,14 @@ from accelerate import Accelerator
 
 from training.checkpoint.loading import load_checkpoint
 from training.metrics.functional import average_precision
-from training.options import add_scoring_arguments
+from training.options import CommandParser, ScoringOptions, option
 from training.scoring.predict import score_split
+
+
+@dataclass(kw_only=True)
+class CandidateOptions(ScoringOptions):
+    candidates: list[int] = option(reason="numbers of candidates to try", metavar="M")
+    json: Path | None = option(None, "write the table here as well")
 
 
 def candidate_recall(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -34,11 +40,8 @@ def candidate_recall(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_scoring_arguments(parser)
-    parser.add_argument("--candidates", type=int, nargs="+", required=True, metavar="M")
-    parser.add_argument("--json", type=Path, help="write the table here as well")
-    args = parser.parse_args(argv)
+    parser = CommandParser(CandidateOptions, description=__doc__)
+    args = parser.read(argv)
 
     model, processor = load_checkpoint(args)
     if getattr(model, "candidate_scorer", None) is None:

@@ -90,7 +90,8 @@ def options(variant: str, seed: int, args: argparse.Namespace) -> TrainingConfig
     if args.num_scenes is not None:
         scenes["num_scenes"] = {"train": args.num_scenes, "validation": 1000}
     fields |= {f"scenes.{knob}": value for knob, value in scenes.items()}
-    return parse_config([str(RECIPE), *(f"--{field}={yaml.safe_dump(value)}" for field, value in fields.items())])
+    words = {field: value if isinstance(value, str) else yaml.safe_dump(value) for field, value in fields.items()}
+    return parse_config([str(RECIPE), *(f"--{field}={text}" for field, text in words.items())])
 
 
 def train_once(config: TrainingConfig) -> float | None:

@@ -48,12 +48,12 @@ class Finding:
 
 
 def inspect_pictures(
-    images: dict[str, Dataset], *, max_pixels: int = MAX_PIXELS, num_workers: int = 1
+    splits: dict[str, Dataset], *, max_pixels: int = MAX_PIXELS, num_workers: int = 1
 ) -> tuple[dict[str, list[str]], dict[tuple[str, int], Fingerprint], list[Finding]]:
     """Decodes every picture in full, with a progress bar.
 
     Args:
-        images: Of each split, column `image`, not decoded.
+        splits: Column `image`, not decoded.
         max_pixels: The largest width * height that counts as readable; that of `load_image` is what training takes.
         num_workers: Threads (decoding releases Python's lock).
 
@@ -84,17 +84,17 @@ def inspect_pictures(
     names: dict[str, list[str]] = {}
     prints: dict[tuple[str, int], Fingerprint] = {}
     failures: dict[str, list] = {"missing": [], "corrupt": [], "oversized": [], "doubtful": []}
-    for name, of_split in images.items():
+    for name, column in splits.items():
         names[name] = []
         with (
             warnings.catch_warnings(),
             ThreadPoolExecutor(max(num_workers, 1)) as pool,
-            tqdm(total=len(of_split), desc=f"Checking pictures of {name}", unit="img") as progress,
+            tqdm(total=len(column), desc=f"Checking pictures of {name}", unit="img") as progress,
         ):
             warnings.simplefilter("always")  # of each picture, not of the first
             warnings.showwarning = hear  # in the thread that decodes; what `catch_warnings` records is of all of them
-            for start in range(0, len(of_split), 256):  # `pool.map` would queue the bytes of a whole data set
-                pictures = of_split[start : start + 256]["image"]
+            for start in range(0, len(column), 256):  # `pool.map` would queue the bytes of a whole data set
+                pictures = column[start : start + 256]["image"]
                 looks = zip(pictures, pool.map(look, pictures), strict=True)
                 for row, (image, (seen, warned)) in enumerate(looks, start):
                     progress.update()

@@ -1,6 +1,5 @@
 """Loading a checkpoint, with the code of this checkout, and what is refused before."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from transformers import (
 )
 
 import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
+
+from ..options import CheckpointOptions
 
 
 def refuse_leads_elsewhere(source: str | Path) -> None:
@@ -35,7 +36,7 @@ def refuse_leads_elsewhere(source: str | Path) -> None:
             )
 
 
-def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def load_checkpoint(args: CheckpointOptions) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model and image processor of `args.checkpoint`, with the code of this checkout and never with a pickle.
 
     Raises:

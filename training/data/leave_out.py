@@ -76,11 +76,11 @@ def same_picture(images: Dataset, row: int, file: str) -> bool:
     return row < len(images) and picture_name(images[row]["image"]) == file
 
 
-def find_unreadable(images: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
+def find_unreadable(rows: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
     """Decodes every picture in full, with a progress bar.
 
     Args:
-        images: Column `image`.
+        rows: With a column `image`.
         num_workers: Threads (decoding releases Python's lock).
 
     Returns:
@@ -94,7 +94,7 @@ def find_unreadable(images: Dataset, num_workers: int = 0) -> list[tuple[int, st
             return str(error)
         return None
 
-    column = undecoded(images, "image")
+    column = undecoded(rows, "image")
     unreadable = []
     with (
         ThreadPoolExecutor(max(num_workers, 1)) as pool,

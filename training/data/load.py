@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..options import DatasetOptions
 from .csv_table import find_csv_tables, read_csv_tables
 from .image_folder import read_image_folders
 from .label_names import read_label_names
@@ -32,28 +32,16 @@ logger = logging.getLogger(__name__)
 def load(
     source: str | Path | Dataset | DatasetDict,
     *,
-    revision: str | None = None,
-    config_name: str | None = None,
     splits: Sequence[str] | None = None,
-    label_names: Sequence[str] | None = None,
-    image_column: str = "image",
-    label_column: str = "labels",
-    label_columns: Sequence[str] | None = None,
-    label_format: str = "auto",
-    label_separator: str = ",",
-    picture_folder: str | Path | None = None,
-    unlisted_pictures: str = "error",
-    missing_pictures: str = "error",
     cache_dir: str | None = None,
-    exclude: str | Path | None = None,
-    scenes: dict | None = None,
     fresh_scenes: bool = False,
+    **options,
 ) -> Loaded:
     """Loads a multi-label image dataset and checks every label against the label contract.
 
     Args:
         source: One of
-            - a dataset id on the Hub (pin its `revision`; `config_name` is its configuration);
+            - a dataset id on the Hub (pin its `dataset_revision`);
             - a folder with `<split>/metadata.jsonl` (`imagefolder`: rows with `file_name` and `labels`; a `labels.txt`
               beside the splits gives the class order, one name a line);
             - a CSV file, or a folder of `<split>.csv` or `<split>/metadata.csv`, see `csv_table.read_csv_tables`;
@@ -63,18 +51,11 @@ def load(
             - a `Dataset` (taken as "train") or `DatasetDict`.
         splits: The splits to return, all of which must exist and have rows; None: all there are. Usual other names
             (`val`, `dev`, `testing`, ...) are known.
-        label_names: Vocabulary in class order, for example a checkpoint's. By default that of `labels.txt`, else of
-            the column's `ClassLabel`, else `label_columns`, else the sorted names that occur in the train split.
-        label_column: Lists of names, of ids, or multi-hot; or text, the labels of a picture in one string.
-        label_columns: One column a label in place of `label_column`: 1 present, 0 absent, null, NaN or -100 unknown.
-        label_format: "names", "ids", "multi_hot" or "auto", see `SparseLabels.from_arrow`; for text, what is between
-            the separators ("auto": names).
-        label_separator: Between the labels of a text.
-        picture_folder: Where the file names of a CSV start; by default where the CSV is.
-        unlisted_pictures: "error", or "skip" to leave out pictures of an image folder that no metadata row names.
-        missing_pictures: "error", or "skip" to leave out metadata rows whose picture does not exist.
-        exclude: A list of rows to leave out, see `leave_out`.
         fresh_scenes: Whether the train split of the scenes is drawn anew every epoch.
+        options: Fields of `training.options.DatasetOptions`, with its defaults. `label_names` is the vocabulary in
+            class order, for example a checkpoint's; by default that of `labels.txt`, else of the column's `ClassLabel`,
+            else `label_columns`, else the sorted names that occur in the train split. `label_format`: see
+            `SparseLabels.from_arrow`; for text, what is between the separators ("auto": names).
 
     Returns:
         The data set. A `null` list, or a `null`, NaN or -100 in a multi-hot list, means unknown.
@@ -87,19 +68,13 @@ def load(
             "A streaming data set has no rows to count and check: load it without streaming=True, or give its splits "
             "to training.data.streaming.StreamingMultiLabelDataset."
         )
+    options = DatasetOptions(dataset=source, **options)
+    label_names, revision = options.label_names, options.dataset_revision
     source_words = source if isinstance(source, str | Path) else "the dataset"
     if str(source_words) == "scenes":
-        table = read_scenes(splits, scenes, label_names=label_names, fresh=fresh_scenes)
+        table = read_scenes(splits, options.scenes, label_names=label_names, fresh=fresh_scenes)
     else:
-        table = _read(
-            source,
-            revision=revision,
-            config_name=config_name,
-            cache_dir=cache_dir,
-            columns={"image_column": image_column, "label_column": label_column, "label_columns": label_columns},
-            picture_folder=picture_folder,
-            policies={"unlisted_pictures": unlisted_pictures, "missing_pictures": missing_pictures},
-        )
+        table = _read(source, options, cache_dir)
     splits = list(splits or table.splits)
     to_read = [name for name in splits if name not in table.ready]
     _check_splits(table, to_read, source_words)
@@ -111,7 +86,7 @@ def load(
         images[name] = undecoded(table.splits[name], table.image_column)
         if name not in table.row_names:
             if name in to_read and isinstance(source, str | Path):
-                kept, left_out = without_missing(images[name], name, missing_pictures, str(source))
+                kept, left_out = without_missing(images[name], name, options.missing_pictures, str(source))
                 table.left_out += left_out
                 if kept is not None:
                     images[name], table.splits[name] = images[name].select(kept), table.splits[name].select(kept)
@@ -130,7 +105,7 @@ def load(
             return stack_columns(table.splits[name], table.label_columns, table.row_names[name])
         column = arrow_column(table.splits[name], table.label_column)
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            column = split_text(column, label_separator, label_format, table.row_names[name])
+            column = split_text(column, options.label_separator, options.label_format, table.row_names[name])
         return column
 
     label_names = list(label_names or table.label_names or _names_of_labels(table, lists, source_words, revision))
@@ -142,36 +117,29 @@ def load(
             lists(name),
             label_names,
             class_names=None if table.label_columns else class_names(table.splits[name], table.label_column),
-            label_format="multi_hot" if table.label_columns else label_format,
+            label_format="multi_hot" if table.label_columns else options.label_format,
             where=table.row_names[name],
         )
         ready[name] = Split(images[name], labels, table.row_names[name], table.drawn)
         _warn_of_unknown(ready[name])
     loaded = Loaded({name: ready[name] for name in splits}, label_names, table.left_out)
-    if exclude is not None:
-        for name, reasons in read_exclusions(exclude, {name: ready[name] for name in to_read}).items():
+    if options.exclude is not None:
+        for name, reasons in read_exclusions(options.exclude, {name: ready[name] for name in to_read}).items():
             loaded.leave_out("excluded", name, reasons)
     return loaded
 
 
-def _read(
-    source: str | Path | Dataset | DatasetDict,
-    *,
-    revision: str | None,
-    config_name: str | None,
-    cache_dir: str | None,
-    columns: dict,
-    picture_folder: str | Path | None,
-    policies: dict[str, str],
-) -> Table:
+def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, cache_dir: str | None) -> Table:
     """The rows of a source by the reader of its format, under the usual names of splits."""
     path = None if isinstance(source, Dataset | DatasetDict) else Path(source)
+    columns = {name: getattr(options, name) for name in ("image_column", "label_column", "label_columns")}
+    policies = {name: getattr(options, name) for name in ("unlisted_pictures", "missing_pictures")}
     names_file, on_hub = None, False
     if path is None:
         loaded = source
     elif tables := find_csv_tables(path):
         names_file = (path if path.is_dir() else path.parent) / "labels.txt"
-        loaded = read_csv_tables(tables, **columns, picture_folder=picture_folder, **policies)
+        loaded = read_csv_tables(tables, **columns, picture_folder=options.picture_folder, **policies)
     elif path.is_dir():
         names_file = path / "labels.txt"
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -181,13 +149,14 @@ def _read(
             loaded.label_columns = columns["label_columns"]
         else:
             _check_parquet(path)
-            loaded = load_dataset(str(path), name=config_name, cache_dir=cache_dir)
+            loaded = load_dataset(str(path), name=options.dataset_config, cache_dir=cache_dir)
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} is no folder; give a folder, the id of a dataset on the Hub, or 'scenes'.")
     else:
         on_hub = True
         try:
-            loaded = load_dataset(str(source), name=config_name, revision=revision, cache_dir=cache_dir)
+            where = {"name": options.dataset_config, "revision": options.dataset_revision}
+            loaded = load_dataset(str(source), **where, cache_dir=cache_dir)
         except (DatasetNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(f"{source} is neither a folder here nor a dataset within reach: {error}") from error
     if not isinstance(loaded, Table):
@@ -268,20 +237,3 @@ def _warn_of_unknown(split: Split) -> None:
             len(split),
             split.row_name(int(np.argmax(unknown))),
         )
-
-
-def load_from_arguments(args: argparse.Namespace, **kwargs) -> Loaded:
-    """`load` as `args` say; `kwargs` are passed on to it."""
-    return load(
-        args.dataset,
-        revision=args.dataset_revision,
-        config_name=args.dataset_config,
-        label_names=args.label_names,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        label_columns=args.label_columns,
-        label_separator=args.label_separator,
-        picture_folder=args.picture_folder,
-        label_format=args.label_format,
-        **kwargs,
-    )

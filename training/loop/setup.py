@@ -32,6 +32,7 @@ from ..data.leave_out import find_unreadable, leave_out_unreadable
 from ..data.load import load
 from ..data.rows import Loaded
 from ..models.build import build_model
+from ..options import dataset_options
 from .interruption import StopRequest
 from .log import JsonLinesTracker
 from .optim import build_ema, build_optimizer, build_scheduler
@@ -219,24 +220,9 @@ def _check_measurable(split: str, values: np.ndarray) -> None:
 def load_splits(config: TrainingConfig, accelerator: Accelerator) -> Loaded:
     """The train and validation split (and test, where asked for) with only pictures that can be read."""
     with accelerator.main_process_first():  # the others then find the cache
-        loaded = load(
-            config.dataset,
-            revision=config.dataset_revision,
-            config_name=config.dataset_config,
-            splits=["train", "validation", "test"] if config.evaluate_test else ["train", "validation"],
-            label_names=config.label_names,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            label_columns=config.label_columns,
-            label_format=config.label_format,
-            label_separator=config.label_separator,
-            picture_folder=config.picture_folder,
-            unlisted_pictures=config.unlisted_pictures,
-            missing_pictures=config.missing_pictures,
-            exclude=config.exclude,
-            scenes=config.scenes,
-            fresh_scenes=config.fresh_scenes,
-        )
+        splits = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
+        options = dataset_options(config)
+        loaded = load(config.dataset, splits=splits, fresh_scenes=config.fresh_scenes, **options)
     to_check = {name: split for name, split in loaded.splits.items() if config.check_pictures and not split.drawn}
     for name, split in to_check.items():
         count, rank = accelerator.num_processes, accelerator.process_index

@@ -24,10 +24,10 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..check.imbalance import long_tail_groups
-from ..data.load import load_from_arguments
+from ..data.load import load
 from ..data.rows import Split
 from ..data.sparse_labels import SparseLabels
-from ..options import add_dataset_arguments
+from ..options import CommandParser, DatasetOptions, dataset_options
 from .reading import Rows, checked, text_lines
 from .write import write_dataset
 
@@ -213,38 +213,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.prepare.long_tail",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="python -m training.prepare.long_tail", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     lists = kinds.add_parser("lists", help="COCO-LT or VOC-LT from the published lists")
     lists.add_argument("name", choices=tuple(PUBLISHED))
     lists.add_argument("train_list", type=Path, help="coco_lt_train.txt or voc_lt_train.txt")
     lists.add_argument("test_list", type=Path, help="coco_lt_test.txt or voc_lt_test.txt")
     lists.add_argument("pictures", type=Path, help="where the lists' paths start: holds train2017/ or VOCdevkit/")
-    lists.add_argument("--missing_pictures", choices=("error", "skip"), default="error", help="default: error")
-    draw = kinds.add_parser("draw", help="a long-tailed draw of a train split")
-    add_dataset_arguments(draw)
+    lists.add_argument("--missing_pictures", choices=("error", "skip"), default="error", help="listed but not there")
+    draw = kinds.add_parser("draw", dataclass_types=DatasetOptions, help="a long-tailed draw of a train split")
     draw.add_argument(
         "--largest", type=int, required=True, help="count of the most frequent label, about (VOC-LT: 800)"
     )
-    draw.add_argument("--smallest", type=int, default=1, help="default: 1")
-    draw.add_argument("--seed", type=int, default=0)
-    episodes = kinds.add_parser("episodes", help="few-shot episodes")
-    add_dataset_arguments(episodes)
+    draw.add_argument("--smallest", type=int, default=1, help="count of the rarest label")
+    draw.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    episodes = kinds.add_parser("episodes", dataclass_types=DatasetOptions, help="few-shot episodes")
     episodes.add_argument("--novel", nargs="+", required=True, metavar="LABEL", help="the labels of the episodes")
-    episodes.add_argument("--shots", type=int, default=1, help="pictures of each novel label; default: 1")
-    episodes.add_argument("--episodes", type=int, default=10, help="default: 10")
+    episodes.add_argument("--shots", type=int, default=1, help="pictures of each novel label")
+    episodes.add_argument("--episodes", type=int, default=10, help="how many")
     episodes.add_argument(
         "--mixed",
         choices=("keep", "drop"),
         default="keep",
         help="pictures with base and novel labels: keep, without the labels of the other side (LaSO's COCO split), or "
-        "drop (the VOC split); default: keep",
+        "drop (the VOC split)",
     )
-    episodes.add_argument("--seed", type=int, default=0)
+    episodes.add_argument("--seed", type=int, default=0, help="of what is drawn")
     for kind in (lists, draw, episodes):
         kind.add_argument("target", metavar="TARGET", type=Path, help="folder to make; refused if it exists")
     return parser
@@ -269,7 +263,7 @@ def _write_lists(args: argparse.Namespace) -> None:
 
 
 def _write_draw(args: argparse.Namespace) -> None:
-    loaded = load_from_arguments(args)
+    loaded = load(args.dataset, **dataset_options(args))
     splits, label_names = loaded.splits, loaded.label_names
     if "train" not in splits:
         raise ValueError(f"{args.dataset} has no train split to draw from, only {', '.join(splits)}.")
@@ -279,7 +273,7 @@ def _write_draw(args: argparse.Namespace) -> None:
 
 
 def _write_episodes(args: argparse.Namespace) -> None:
-    loaded = load_from_arguments(args)
+    loaded = load(args.dataset, **dataset_options(args))
     splits, label_names = loaded.splits, loaded.label_names
     query = next((name for name in ("test", "validation") if name in splits), None)
     if "train" not in splits or query is None:

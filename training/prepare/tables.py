@@ -24,8 +24,8 @@ SOURCE = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="commit of a SOURCE on the Hub")
-    parser.add_argument("--config_name", help="configuration of a SOURCE on the Hub")
+    parser.add_argument("--dataset_revision", help="commit of a SOURCE on the Hub")
+    parser.add_argument("--dataset_config", help="configuration of a SOURCE on the Hub")
     parser.add_argument(
         "--label_names", type=Path, help="class order: a labels.txt, one name a line, or a tagger's selected_tags.csv"
     )
@@ -52,8 +52,8 @@ def read(args: argparse.Namespace) -> Reading:
         raise FileNotFoundError(f"{source} is no folder; give one with SPLIT/metadata.jsonl beside the pictures.")
     loaded = load(
         args.source,
-        revision=args.revision,
-        config_name=args.config_name,
+        dataset_revision=args.dataset_revision,
+        dataset_config=args.dataset_config,
         label_names=read_label_names(args.label_names) if args.label_names else None,
         image_column=args.image_column,
         label_column=args.label_column,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,8 +16,9 @@ from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
 from ..data.batches import build_dataloader
 from ..data.dataset import MultiLabelDataset
-from ..data.load import load_from_arguments
+from ..data.load import load
 from ..data.rows import Loaded
+from ..options import ScoringOptions, dataset_options
 
 
 class ScoredSplit(NamedTuple):
@@ -100,13 +100,13 @@ def predict(
 def score_split(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
-    args: argparse.Namespace,
+    args: ScoringOptions,
     accelerator: Accelerator,
     *,
     loaded: Loaded | None = None,
     count_split: str | None = None,
 ) -> ScoredSplit:
-    """Predicts the split that `args`, parsed `add_scoring_arguments`, names.
+    """Predicts the split that `args` name.
 
     Args:
         loaded: Of `load_scored`; None loads it here.
@@ -130,20 +130,14 @@ def score_split(
 
 
 def load_scored(
-    config: PretrainedConfig, args: argparse.Namespace, accelerator: Accelerator, count_split: str | None = None
+    config: PretrainedConfig, args: ScoringOptions, accelerator: Accelerator, count_split: str | None = None
 ) -> Loaded:
-    """The splits to score and to count of the data set that `args`, parsed `add_scoring_arguments`, names."""
+    """The splits to score and to count of the data set that `args` name."""
     if args.use_checkpoint_labels:
         args.label_names = [config.id2label[index] for index in range(config.num_labels)]
     with accelerator.main_process_first():  # the others then find the cache
-        return load_from_arguments(
-            args,
-            splits=[args.split] if count_split in (None, args.split) else [args.split, count_split],
-            missing_pictures=args.missing_pictures,
-            unlisted_pictures=args.unlisted_pictures,
-            exclude=args.exclude,
-            scenes=args.scenes,
-        )
+        splits = [args.split] if count_split in (None, args.split) else [args.split, count_split]
+        return load(args.dataset, splits=splits, **dataset_options(args))
 
 
 def match_labels(label_names: Sequence[str], dataset_names: Sequence[str], checkpoint: str, dataset: str) -> list[int]:

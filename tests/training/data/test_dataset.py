@@ -204,7 +204,7 @@ def test_names_of_multi_hot_lists_come_from_the_repository(tmp_path, monkeypatch
 
     monkeypatch.setattr(load_module, "load_dataset", load_dataset)
     monkeypatch.setattr(load_module, "hf_hub_download", hf_hub_download)
-    loaded = load("user/photos", revision="0123abc")
+    loaded = load("user/photos", dataset_revision="0123abc")
     splits, names = loaded.splits, loaded.label_names
     assert names == NAMES and np.array_equal(dense(splits["train"]), MULTI_HOT)
     with pytest.raises(ValueError, match=r"The labels of user/without .* carry no names"):
@@ -283,7 +283,9 @@ def test_hub_ids_are_loaded_at_their_revision(monkeypatch):
         )
 
     monkeypatch.setattr(load_module, "load_dataset", load_dataset)
-    loaded = load("user/photos", revision="0123abc", config_name="small", image_column="img", label_column="tags")
+    loaded = load(
+        "user/photos", dataset_revision="0123abc", dataset_config="small", image_column="img", label_column="tags"
+    )
     splits, names = loaded.splits, loaded.label_names
     assert asked == {"path": "user/photos", "revision": "0123abc", "name": "small", "cache_dir": None}
     assert names == sorted(NAMES) and splits["train"].images.column_names == ["image"]

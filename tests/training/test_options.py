@@ -1,0 +1,158 @@
+"""One dialect: an option has one name and one spelling in YAML, on every command line, and in Python."""
+
+import csv
+import dataclasses
+import importlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training import check_data, options, split, train
+from training.config import TrainingConfig, parse_config
+from training.data.load import load
+from training.options import CommandParser, DatasetOptions, ScoringOptions, option
+
+COMMANDS = {
+    "evaluate": "EvaluateOptions",
+    "fit_thresholds": "FitOptions",
+    "calibrate": "CalibrateOptions",
+    "tag": "TagOptions",
+    "export": "ExportOptions",
+    "push": "PushOptions",
+    "check_data": "CheckOptions",
+    "split": "SplitOptions",
+    "convert": "ConvertOptions",
+}
+SEPARATORS = [("|", "|"), (",", ","), (":", ":"), ("\\t", "\t"), ("\t", "\t"), (";", ";"), (" / ", " / "), ("#", "#")]
+
+
+def table(folder, separator):
+    """Twenty pictures of which `train.csv` says in one text what they show."""
+    folder.mkdir()
+    rows = [["file_name", "labels"]]
+    for index in range(20):
+        pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        rows.append([f"{index}.png", separator.join(["cat", "dog"][: 1 + index % 2])])
+    with (folder / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+@pytest.mark.parametrize(("written", "meant"), SEPARATORS, ids=lambda text: repr(text))
+def test_a_separator_works_as_written(written, meant, tmp_path, capsys):
+    folder = table(tmp_path / "photos", meant)
+    flag = ["--label_separator", written]
+    assert check_data.main([str(folder), *flag, "--output", str(tmp_path / "out")]) < 2, capsys.readouterr()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["labels"] == ["cat", "dog"]
+    assert split.main([str(folder), str(tmp_path / "parts"), *flag, "--fractions", "[0.5, 0.5]"]) == 0
+    for command, kind in COMMANDS.items():
+        kind = getattr(importlib.import_module(f"training.{command}"), kind)
+        if issubclass(kind, ScoringOptions):
+            positionals = ["checkpoint", "target" if command == "export" else "dataset"]
+            assert CommandParser(kind).read([*positionals, *flag]).label_separator == meant
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"label_separator: {json.dumps(written)}\n")
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(parse_config([str(recipe)]).to_yaml())
+    for argv in (flag, [str(recipe)], [str(saved)], [f"--label-separator={written}"]):
+        assert parse_config(argv).label_separator == meant
+    assert load(folder, label_separator=written).label_names == ["cat", "dog"]
+
+
+def test_a_separator_reaches_training_from_its_command_line(tmp_path, capsys):
+    """As far as the missing validation split: the labels were read by then."""
+    folder = table(tmp_path / "photos", "|")
+    argv = ["--dataset", str(folder), "--output_dir", str(tmp_path / "run"), "--label_separator", "|"]
+    assert train.main(argv) == 2
+    assert "no split 'validation'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["[cat, dog]"], ["cat", "dog"], ['["cat","dog"]']])
+def test_a_list_has_the_same_spelling_everywhere(words):
+    assert parse_config(["--label_columns", *words, "--seed", "1"]).label_columns == ["cat", "dog"]
+    assert CommandParser(ScoringOptions).read(["a", "b", "--label_columns", *words]).label_columns == ["cat", "dog"]
+    fractions = CommandParser(split.SplitOptions).read(["a", "b", "--fractions", "[0.5, 1]", "--names", *words])
+    assert (fractions.fractions, fractions.names) == ([0.5, 1.0], ["cat", "dog"])
+
+
+def test_null_and_dictionaries_have_the_same_spelling_everywhere():
+    argv = ["--exclude", "null", "--scenes", "{seed: 1}", "--label_names", "null"]
+    for read in (parse_config(argv), CommandParser(ScoringOptions).read(["a", "b", *argv])):
+        assert (read.exclude, read.scenes, read.label_names) == (None, {"seed": 1}, None)
+
+
+def test_the_options_of_a_dataset_are_those_of_every_command_that_reads_one(monkeypatch):
+    shared = {field.name: field.default for field in dataclasses.fields(DatasetOptions)}
+    ours = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
+    assert {name: ours[name] for name in shared if name != "dataset"} == {
+        name: default for name, default in shared.items() if name != "dataset"
+    }
+    # A new one is declared once, and then reaches the loader from every command.
+    new = dataclasses.make_dataclass("New", [("new", str, option("x", "a reason"))], bases=(DatasetOptions,))
+    monkeypatch.setattr(options, "DatasetOptions", new)
+    assert options.dataset_options(new(dataset="d", new="y"))["new"] == "y"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_defaults_and_reasons(command, capsys):
+    module = importlib.import_module(f"training.{command}")
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for field in dataclasses.fields(getattr(module, COMMANDS[command])):
+        if field.init:
+            reason = field.metadata["help"]
+            assert len(reason) > 3 and " ".join(reason.split()) in shown, field.name
+    assert f"python -m training.{command}" in shown
+
+
+def test_help_of_training_shows_the_shared_options_too(capsys):
+    assert train.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("label_separator", "between the labels of a text", "learning_rate: float = 1e-4  # of what starts"):
+        assert words in shown
+    assert "def " not in shown.partition("Options,")[2] and "class " not in shown.partition("Options,")[2][:200]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a", "b", "--label_colum", "x"], "unknown option --label_colum: did you mean --label_column"),
+        (["a", "b", "--zzzz"], "unknown option --zzzz, see --help"),
+        (["a", "b", "--label_columns", "[a, b"], "cannot be read as YAML"),
+        (["a", "b", "--scenes", "{seed: 1"], "argument --scenes"),
+        (["a", "b", "--missing_pictures", "drop"], "invalid choice"),
+        (["a"], "required: DATASET"),
+    ],
+)
+def test_what_a_command_line_has_wrong_is_said(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        CommandParser(ScoringOptions).read(argv)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_empty_separator_and_broken_yaml_are_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("label_separator: |\n")  # what YAML makes of it: an empty text
+    with pytest.raises(ValueError, match="label_separator is empty"):
+        parse_config([str(tmp_path / "recipe.yaml")])
+    (tmp_path / "recipe.yaml").write_text("label_separator: ,\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml cannot be read as YAML"):
+        parse_config([str(tmp_path / "recipe.yaml")])
+    with pytest.raises(ValueError, match="cannot be read as YAML"):
+        parse_config(["--model", "{a: 1"])
+
+
+def test_odd_names_are_kept_as_they_are(tmp_path):
+    """To OmegaConf `???` is a value that is missing, and `${...}` one that stands elsewhere."""
+    names = ["???", "${other}", "^_^", "a: b", "|_|", "#x"]
+    config = TrainingConfig(label_names=names, label_template="${x}", label_text={"???": "???"})
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    for read in (config, parse_config([str(path)]), parse_config(["--label_names", *names, "--label_template=${x}"])):
+        assert read.label_names == names and read.label_template == "${x}"
+    assert parse_config([str(path)]) == config
