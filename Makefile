@@ -34,7 +34,7 @@ hub-test: .venv/installed
 peer-test: .venv/installed
 	$(BIN)/python -m tests.peer
 
-# Kills training and fills its disk; about ten minutes on two free cores. Pictures as no program writes them; a minute.
+# Kills training and fills its disk; about ten minutes on two free cores. Images as no program writes them; a minute.
 crash-test: .venv/installed
 	$(BIN)/python -m tests.crash
 

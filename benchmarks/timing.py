@@ -30,14 +30,14 @@ class CountMultiplyAdds(TorchDispatchMode):
 
 
 def multiply_adds(build_model: Callable[[], nn.Module], image_size: int) -> int:
-    """Multiply-adds of one picture in matrix products and convolutions, counted on the meta device."""
+    """Multiply-adds of one image in matrix products and convolutions, counted on the meta device."""
     with torch.device("meta"):
         model = build_model().eval().requires_grad_(False)
-        picture = torch.empty(1, 3, image_size, image_size)
+        image = torch.empty(1, 3, image_size, image_size)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, which a counter cannot look into
     with torch.no_grad(), CountMultiplyAdds() as counter:
-        model(picture)
+        model(image)
     torch.backends.mha.set_fastpath_enabled(fast_path)
     return counter.total
 

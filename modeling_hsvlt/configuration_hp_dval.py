@@ -13,7 +13,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_hp_dval.HPDVALForImageClassification",
     "AutoModelForImageClassification": "modeling_hp_dval.HPDVALForImageClassification",
 }
-STAGES = ("stage1", "stage2", "joint")
+PHASES = ("phase1", "phase2", "joint")
 # Image towers that give a class token and one token a patch, without others between.
 STUDENT_TYPES = ("clip_vision_model", "vit")
 
@@ -61,11 +61,11 @@ class HPDVALConfig(MultiLabelConfig):
             Image tower that is trained, the student: `clip_vision_model` (the released code) or `vit` (the paper starts
             from an ImageNet ViT). Default: CLIP's ViT-B/16.
         teacher_config (`dict` or `CLIPVisionConfig`, *optional*):
-            CLIP's own image tower, the frozen teacher of stage 1. None: like the student.
+            CLIP's own image tower, the frozen teacher of phase 1. None: like the student.
         projection_dim (`int`, defaults to 512):
-            Width of the space that pictures and texts share.
+            Width of the space that images and texts share.
         image_size (`int`, *optional*):
-            Side of the square picture that the checkpoint was trained on, in pixels. None: that of `vision_config`;
+            Side of the square image that the checkpoint was trained on, in pixels. None: that of `vision_config`;
             another one is reached by interpolating the position embeddings.
         embedding_head (`str`, *optional*):
             From student tokens to the shared space: `"clip"`, CLIP's visual projection (the code), or `"mlp"`, two
@@ -84,26 +84,26 @@ class HPDVALConfig(MultiLabelConfig):
             gives the loss more range; then choose a bias that puts the mean logit near what label frequency asks for,
             or the first steps go into moving all scores down.
         learn_logit_scale (`bool`, defaults to `False`):
-            Whether factor and bias are trained, in every stage. Read when a model is built, which then has two
+            Whether factor and bias are trained, in every phase. Read when a model is built, which then has two
             parameters more, without a dimension: FSDP2 does not take those.
         num_context_tokens (`int`, defaults to 4):
             Learned context tokens of a prompt, `M`, for each of the two views.
         class_specific_context (`bool`, defaults to `False`):
             Whether each label has contexts of its own. Not HP-DVAL; what LMPT and CoOp's "CSC" do.
         context_init (`str`, defaults to `"random"`):
-            Start of stage 2: `"random"`, N(0, 0.02) (paper), or `"template"`, the embeddings of the template's words in
-            front of the name (code), of which there must be `num_context_tokens`: stage 2 then starts at the
+            Start of phase 2: `"random"`, N(0, 0.02) (paper), or `"template"`, the embeddings of the template's words in
+            front of the name (code), of which there must be `num_context_tokens`: phase 2 then starts at the
             hand-written prompts. With few steps or a small learning rate take `"template"`.
         prompt_template (`str`, defaults to `"a photo of a {}."`):
             Hand-written prompt. What follows `{}` also follows the name in the learned prompts.
         prompt_length (`int`, defaults to 16):
             Tokens of the longest prompt, start and end included; set with the labels.
-        stage (`str`, defaults to `"stage1"`):
-            What is trained: `"stage1"` the student, `"stage2"` the context tokens, `"joint"` both (an ablation).
+        phase (`str`, defaults to `"phase1"`):
+            What is trained: `"phase1"` the student, `"phase2"` the context tokens, `"joint"` both (an ablation).
         distillation_weight (`float`, defaults to 1.0):
-            Weight of the L1 distance to the teacher in stage 1; 0 runs no teacher.
+            Weight of the L1 distance to the teacher in phase 1; 0 runs no teacher.
         semantic_consistency_weight (`float`, defaults to 1.0):
-            Weight of the L1 distance of the global learned text embeddings to the hand-written ones in stage 2.
+            Weight of the L1 distance of the global learned text embeddings to the hand-written ones in phase 2.
         has_teacher, has_text_model (`bool`, defaults to `True`):
             Whether the checkpoint holds the teacher and the text tower; inference needs neither.
         loss_type (`str`, defaults to `"bce"`):
@@ -162,7 +162,7 @@ class HPDVALConfig(MultiLabelConfig):
     context_init: str = "random"
     prompt_template: str = "a photo of a {}."
     prompt_length: int = 16
-    stage: str = "stage1"
+    phase: str = "phase1"
     distillation_weight: float | int = 1.0
     semantic_consistency_weight: float | int = 1.0
     has_teacher: bool = True
@@ -192,6 +192,8 @@ class HPDVALConfig(MultiLabelConfig):
         return cls(**fields)
 
     def __post_init__(self, **kwargs):
+        if "stage" in kwargs:  # its name before 0.1; for one release
+            self.phase = kwargs.pop("stage").replace("stage", "phase")
         super().__post_init__(**kwargs)
         if self.has_teacher and self.teacher_config is None and self.vision_config.model_type == "clip_vision_model":
             self.teacher_config = CLIPVisionConfig(**self.vision_config.to_dict())
@@ -230,7 +232,7 @@ class HPDVALConfig(MultiLabelConfig):
             "embedding_head": ("clip", "mlp"),
             "score_normalization": ("cosine", "class_l2"),
             "context_init": ("random", "template"),
-            "stage": STAGES,
+            "phase": PHASES,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -255,7 +257,7 @@ class HPDVALConfig(MultiLabelConfig):
         num_patches = (self.image_size // self.vision_config.patch_size) ** 2
         if not 1 <= self.local_top_k <= num_patches:
             raise ValueError(
-                f"local_top_k must be from 1 to the {num_patches} patches of a picture of {self.image_size} px, but it "
+                f"local_top_k must be from 1 to the {num_patches} patches of an image of {self.image_size} px, but it "
                 f"is {self.local_top_k}."
             )
         if self.logit_scale <= 0:

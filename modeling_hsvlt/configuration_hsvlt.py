@@ -14,8 +14,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_hsvlt.HSVLTForImageClassification",
     "AutoModelForImageClassification": "modeling_hsvlt.HSVLTForImageClassification",
 }
-# Trunks whose blocks are public, so that an interaction can follow every block, as published.
-BLOCK_TRUNKS = ("convnext", "convnextv2")
+# Backbones whose blocks are public, so that an interaction can follow every block, as published.
+BLOCK_BACKBONES = ("convnext", "convnextv2")
 
 # Depths and widths: specs of the released models. "nano" is this package's own, for tests and small data; the fields
 # it turns on (normalised tokens, torch's default init, layer scale 1) are what training from random weights needs:
@@ -51,19 +51,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 @strict
 class HSVLTConfig(MultiLabelConfig):
     r"""
-    Configuration of [`HSVLTModel`] and [`HSVLTForImageClassification`]: a four-stage visual trunk and a stream of label
+    Configuration of [`HSVLTModel`] and [`HSVLTForImageClassification`]: a four-stage backbone and a stream of label
     tokens that query its pixels (HSVLT, ACM MM 2023). Defaults are the released "small" model's reading, see
     [`HSVLTConfig.preset`] for the sizes.
 
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the trunk. ConvNeXt and ConvNeXtV2 are walked block by block as published; any other
+            Configuration of the backbone. ConvNeXt and ConvNeXtV2 are walked block by block as published; any other
             backbone of four stages (Swin, ResNet, MlTr, ...) is read at the output of each stage. Default: ConvNeXt.
         interaction_depths (`list[int]`, *optional*):
             Interactions on the output of each of the four stages. None puts one after every block of a ConvNeXt
-            (published), and one on each stage of any other trunk.
+            (published), and one on each stage of any other backbone.
         image_size (`int`, defaults to 448):
-            Side of the square picture that the checkpoint was trained on, in pixels; the trunk takes any size.
+            Side of the square image that the checkpoint was trained on, in pixels; the backbone takes any size.
         label_embedding_dim (`int`, defaults to 768):
             Width of the label embeddings; 768 is `bert-base-uncased`, the published encoder.
         num_attention_heads (`int`, defaults to 1):
@@ -93,13 +93,13 @@ class HSVLTConfig(MultiLabelConfig):
         label_chunk_size (`int`, *optional*):
             Labels processed at a time at inference; bounds memory for thousands of labels. None: all at once.
         candidate_labels (`int`, *optional*):
-            At inference, the label stream runs for only this many labels a picture, proposed by a linear scorer on the
+            At inference, the label stream runs for only this many labels an image, proposed by a linear scorer on the
             pooled last feature map. The others are NaN in `logits` and False in `evaluated`. None: all labels.
         candidate_loss_weight (`float`, defaults to 1.0):
             Weight of the scorer's own loss in training, where `candidate_labels` is set.
         residual_attention (`bool`, defaults to `False`):
             Whether class-specific residual attention on the last map shares in each label's logit; see
-            `HSVLTResidualAttention`. Not published; helps small data on a pretrained trunk.
+            `HSVLTResidualAttention`. Not published; helps small data on a pretrained backbone.
         residual_attention_weight (`float`, defaults to 0.5):
             Its share of the logit, between 0 and 1; the rest is the label stream's.
         loss_type (`str`, defaults to `"bce"`):
@@ -115,7 +115,7 @@ class HSVLTConfig(MultiLabelConfig):
             that its weights hold since, so that it can be undone. Nothing at inference reads it.
         label_text_encoder (`str`, *optional*):
             Text encoder that the label embeddings came from; None: random or unknown. Never loaded from.
-        label_reading (`str`, *optional*):
+        label_pooling (`str`, *optional*):
             How its states became embeddings, `"official"` or `"mean"` (see `label_prompts.encode_labels`).
         label_template (`str`, *optional*):
             Text that each name was put into, for example `"a photo of a {}"`.
@@ -141,7 +141,7 @@ class HSVLTConfig(MultiLabelConfig):
     ]
     label_fields = (
         *MultiLabelConfig.label_fields,
-        *("label_text_encoder", "label_reading", "label_template"),  # of the embeddings of these labels
+        *("label_text_encoder", "label_pooling", "label_template"),  # of the embeddings of these labels
     )
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
@@ -169,7 +169,7 @@ class HSVLTConfig(MultiLabelConfig):
     residual_attention: bool = False
     residual_attention_weight: float = 0.5
     label_text_encoder: str | None = None
-    label_reading: str | None = None
+    label_pooling: str | None = None
     label_template: str | None = None
 
     @classmethod
@@ -179,7 +179,7 @@ class HSVLTConfig(MultiLabelConfig):
         Args:
             name (`str`): the size.
             overrides: any field of the configuration. A `backbone_config` dict without `model_type` changes single
-                fields of the preset's trunk; with `model_type`, or as a config object, it replaces the trunk.
+                fields of the preset's backbone; with `model_type`, or as a config object, it replaces the backbone.
 
         Raises:
             ValueError: an unknown size.
@@ -187,18 +187,20 @@ class HSVLTConfig(MultiLabelConfig):
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; choose one of {list(PRESETS)}.")
         preset = copy.deepcopy(PRESETS[name])
-        trunk = overrides.pop("backbone_config", {})
-        if isinstance(trunk, dict) and "model_type" not in trunk:
-            trunk = {**preset["backbone_config"], **trunk}
-        return cls(**{**preset, **overrides, "backbone_config": trunk})
+        backbone = overrides.pop("backbone_config", {})
+        if isinstance(backbone, dict) and "model_type" not in backbone:
+            backbone = {**preset["backbone_config"], **backbone}
+        return cls(**{**preset, **overrides, "backbone_config": backbone})
 
     def __post_init__(self, **kwargs):
+        if "label_reading" in kwargs:  # its name before 0.1; for one release
+            self.label_pooling = kwargs.pop("label_reading")
         # A downloaded configuration must never name code or another repository to load from.
         for key in ("backbone", "use_pretrained_backbone", "use_timm_backbone", "backbone_kwargs"):
             if kwargs.pop(key, None):
                 raise ValueError(
-                    f"{key} is not accepted: describe the trunk in backbone_config; to start from pretrained weights "
-                    "use HSVLTForImageClassification.from_backbone."
+                    f"{key} is not accepted: describe the backbone in backbone_config; to start from pretrained "
+                    "weights use HSVLTForImageClassification.from_backbone."
                 )
         if isinstance(self.backbone_config, dict):
             self.backbone_config = dict(self.backbone_config)
@@ -208,15 +210,15 @@ class HSVLTConfig(MultiLabelConfig):
 
                 self.backbone_config = MlTrConfig(**self.backbone_config)
         super().__post_init__(**kwargs)
-        trunk = self.backbone_config
-        if trunk.model_type not in BLOCK_TRUNKS and len(getattr(trunk, "out_features", None) or []) != 4:
-            stage_names = getattr(trunk, "stage_names", None) or []
+        backbone = self.backbone_config
+        if backbone.model_type not in BLOCK_BACKBONES and len(getattr(backbone, "out_features", None) or []) != 4:
+            stage_names = getattr(backbone, "stage_names", None) or []
             if len(stage_names) < 4:
                 raise ValueError(
-                    f"backbone_config of type {trunk.model_type!r} has {len(stage_names)} stages; HSVLT reads four: "
+                    f"backbone_config of type {backbone.model_type!r} has {len(stage_names)} stages; HSVLT reads four: "
                     "choose a hierarchical backbone such as convnext, swin or resnet."
                 )
-            trunk.set_output_features_output_indices(out_features=stage_names[-4:], out_indices=None)
+            backbone.set_output_features_output_indices(out_features=stage_names[-4:], out_indices=None)
 
     def validate_architecture(self):
         """Cross-field checks; called by transformers after construction and before saving.

@@ -94,14 +94,14 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
 
     Args:
         image_size (`int`, defaults to 224):
-            Side of the square picture that the checkpoint was trained on, in pixels. With `window_size` it fixes the
-            window of each stage; the model takes any picture size.
+            Side of the square image that the checkpoint was trained on, in pixels. With `window_size` it fixes the
+            window of each stage; the model takes any image size.
         patch_size (`int`, defaults to 4):
             Side of a patch of the stem, in pixels; the four stages have strides of 1, 2, 4 and 8 patches.
         stem_kernel_size (`int`, *optional*):
             Side of the stem's convolution, where patches overlap; default: `patch_size`, as in all published sizes.
         num_channels (`int`, defaults to 3):
-            Channels of the picture.
+            Channels of the image.
         embed_dim (`int`, defaults to 96):
             Channels of the first stage; each further stage has twice as many.
         depths (`list[int]`, defaults to `(2, 2, 9, 2)`):
@@ -237,7 +237,7 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
 
     @property
     def grid_sizes(self) -> list[int]:
-        """Side of each stage's map for a picture of `image_size`, in pixels of the map."""
+        """Side of each stage's map for an image of `image_size`, in pixels of the map."""
         grid = -(-self.image_size // self.patch_size)
         return [-(-grid // 2**stage) for stage in range(4)]
 

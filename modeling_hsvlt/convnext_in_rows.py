@@ -15,7 +15,7 @@ def runs_in_rows(layer: nn.Module, hidden_state: torch.Tensor) -> bool:
     transformers' own layer with nothing on it or on its parts, whose calls it leaves out or does piece by piece.
     """
     return (
-        type(layer) is ConvNextLayer  # ConvNeXtV2's response normalisation needs all pixels of a picture at once
+        type(layer) is ConvNextLayer  # ConvNeXtV2's response normalisation needs all pixels of an image at once
         and hidden_state.device.type == "cpu"
         and layer.layer_scale_parameter is not None
         and not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())

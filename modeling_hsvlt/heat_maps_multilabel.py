@@ -9,7 +9,7 @@
 
 An attention map says where a label looked, for a label that is absent as well, not what it made of what it saw there.
 
-Shapes: B pictures, N labels, h x w cells of a map, H x W pixels.
+Shapes: B images, N labels, h x w cells of a map, H x W pixels.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def label_heat_maps(
 
     Args:
         model: `HSVLTForImageClassification`, `MlTrForImageClassification` or `HPDVALForImageClassification`.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images.
         class_ids (`torch.LongTensor` of shape `(N,)`, *optional*): only these labels, in this order. Without them all,
             also those that HSVLT's `candidate_labels` would leave out.
         stages (sequence of `int`, *optional*): HSVLT's stages to read, 0 to 3; None: all four.
@@ -51,7 +51,7 @@ def scored_heat_maps(
     class_ids: torch.Tensor | None = None,
     stages: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As [`label_heat_maps`], but of those labels alone that HSVLT's `candidate_labels` chooses for each picture.
+    """As [`label_heat_maps`], but of those labels alone that HSVLT's `candidate_labels` chooses for each image.
 
     Returns:
         Logits `(B, N)`, maps `(B, m, h, w)`, and the labels `(B, m)` that the maps are of.
@@ -107,7 +107,7 @@ def _activation_maps(model, pixel_values, class_ids, stages):
 
 def _patch_maps(model, pixel_values, class_ids, stages):
     if model.config.alpha == 1:
-        raise ValueError("This HP-DVAL scores the whole picture alone (alpha=1): it has no patch scores to show.")
+        raise ValueError("This HP-DVAL scores the whole image alone (alpha=1): it has no patch scores to show.")
     output = model(pixel_values=pixel_values, return_dict=True)
     text = model.hp_dval.text_embeds()[-1].float()  # the local view's, (N, E)
     patches = output.patch_embeds.float()  # (B, P, E)
@@ -121,13 +121,13 @@ def _select(logits, maps, class_ids):
     return (logits, maps, None) if class_ids is None else (logits[:, class_ids], maps[:, class_ids], None)
 
 
-def picture_box(image_processor, width: int, height: int) -> tuple[float, float, float, float]:
-    """Where a whole picture lies in what the image processor makes of it.
+def image_box(image_processor, width: int, height: int) -> tuple[float, float, float, float]:
+    """Where a whole image lies in what the image processor makes of it.
 
     Args:
-        image_processor: Resizes the picture as a whole, pads it evenly (`resize_mode="pad"`), or resizes it and crops
-            its centre, in which case the picture reaches beyond the box.
-        width, height: Of the picture, in px.
+        image_processor: Resizes the image as a whole, pads it evenly (`resize_mode="pad"`), or resizes it and crops
+            its centre, in which case the image reaches beyond the box.
+        width, height: Of the image, in px.
 
     Returns:
         Left, top, right and bottom as fractions of the input's width and height; `(0, 0, 1, 1)` fills it.
@@ -151,15 +151,15 @@ def picture_box(image_processor, width: int, height: int) -> tuple[float, float,
     return left / frame[0], top / frame[1], (left + resized[0]) / frame[0], (top + resized[1]) / frame[1]
 
 
-def resize_to_picture(
+def resize_to_image(
     maps: torch.Tensor, width: int, height: int, box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 ) -> torch.Tensor:
-    """Maps on the pixels of the picture that they belong to.
+    """Maps on the pixels of the image that they belong to.
 
     Args:
         maps (`torch.Tensor` of shape `(N, h, w)`): of the model's input.
-        width, height: Of the picture, in px.
-        box: Where the picture lies in the input, see [`picture_box`].
+        width, height: Of the image, in px.
+        box: Where the image lies in the input, see [`image_box`].
 
     Returns:
         `torch.Tensor` of shape `(N, height, width)`, between the cells bilinear; 0 where the model did not look.
@@ -173,4 +173,4 @@ def resize_to_picture(
     return sampled * seen
 
 
-__all__ = ["label_heat_maps", "picture_box", "resize_to_picture"]
+__all__ = ["image_box", "label_heat_maps", "resize_to_image"]

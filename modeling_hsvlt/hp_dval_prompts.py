@@ -63,7 +63,7 @@ def placeholder_prompts(config: HPDVALConfig) -> torch.Tensor:
 
 def choose_prompts(prompt_ids: torch.Tensor, context_rows: torch.Tensor) -> torch.Tensor:
     """Prompts (2, N, L) of the global and the local view: with their contexts, or as long as these are zeros, which
-    stage 2 has not started, the hand-written ones. Without a look at values in Python: a graph holds the choice."""
+    phase 2 has not started, the hand-written ones. Without a look at values in Python: a graph holds the choice."""
     learned = (context_rows != 0).any().to(prompt_ids.device)
     return torch.where(learned, prompt_ids[GLOBAL:], prompt_ids[HANDWRITTEN])
 

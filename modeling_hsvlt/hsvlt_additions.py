@@ -1,6 +1,6 @@
 """Additions to HSVLT; none of this is published HSVLT, and all of it is off by default.
 
-Class-specific residual attention helps small data on a pretrained trunk; candidates bound the cost of many labels.
+Class-specific residual attention helps small data on a pretrained backbone; candidates bound the cost of many labels.
 """
 
 import torch
@@ -41,7 +41,7 @@ class HSVLTResidualAttention(nn.Module):
 
     One linear classifier scores every pixel for every label, `s = LN(X) (W + W_text)^T + beta`. A label's logit is half
     the mean of its scores over the pixels and half their mean weighted by their own softmax: what is small in the
-    picture counts, and no query has to be learned. That is CSRA with `T = 1` and `lambda = 1`, halved, and with two
+    image counts, and no query has to be learned. That is CSRA with `T = 1` and `lambda = 1`, halved, and with two
     differences: pixels are normalised and labels have a bias, and scores are not divided by the norm of the
     classifier's rows. `W_text` is not trained, and zero until
     `HSVLTForImageClassification.set_text_classifier` sets it; weight decay then pulls towards it.
@@ -63,7 +63,7 @@ class HSVLTResidualAttention(nn.Module):
         Returns:
             `torch.Tensor` of shape `(B, N)`: logits.
         """
-        one_set = class_ids is None or class_ids.ndim == 1  # for all pictures
+        one_set = class_ids is None or class_ids.ndim == 1  # for all images
         scores = self.pixel_scores(feature_map, class_ids if one_set else None)
         logits = (scores.mean(1) + (scores.softmax(1) * scores).sum(1)) / 2
         return logits if one_set else logits.gather(1, class_ids)

@@ -1,7 +1,7 @@
 """Text embeddings that are kept as long as everything they depend on is the same, value by value.
 
 Versions, addresses and flags do not tell: fused optimizers, writes through `.data` and copies in inference mode change
-weights and leave no trace. So the weights themselves are read again, which takes a few per cent of one picture's pass
+weights and leave no trace. So the weights themselves are read again, which takes a few per cent of one image's pass
 through a tower of the same size, and what is more than its weights (hooks, adapters, quantised or offloaded layers) is
 not read but run.
 """

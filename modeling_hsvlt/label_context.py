@@ -44,7 +44,7 @@ class LabelContext(nn.Module):
 
     Args:
         text_encoder (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): as for `label_prompts.encode_labels`,
-            with `reading="mean"`; both are copied, and all of the encoder but the context rows is frozen.
+            with `pooling="mean"`; both are copied, and all of the encoder but the context rows is frozen.
         names (sequence of `str`): label names in the order of `id2label`. Underscores are read as spaces.
         num_tokens (`int`, defaults to 4): context tokens in front of a name, `M`.
         class_specific (`bool`, defaults to `False`): whether each label has a context of its own (CoOp's "CSC").

@@ -27,7 +27,7 @@ def encode_labels(
     text_encoder: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    reading: str = "mean",
+    pooling: str = "mean",
     template: str = DEFAULT_TEMPLATE,
     batch_size: int = 64,
     label_text: Mapping[str, str] | None = None,
@@ -39,7 +39,7 @@ def encode_labels(
         text_encoder (`PreTrainedModel`): a text encoder (BERT-like, `CLIPTextModel`, T5, ...), on any device and in
             any dtype. Of an encoder-decoder, the encoder is used. Its training mode is left as it was.
         tokenizer (`PreTrainedTokenizerBase`): the encoder's tokenizer.
-        reading (`str`, defaults to `"mean"`):
+        pooling (`str`, defaults to `"mean"`):
             `"mean"`: the name in `template`, and the mean of the last hidden states of the name's own tokens; the
             template's tokens and special tokens give context but are left out of the mean. Better for a new label set.
             `"official"`: as the released HSVLT, for its checkpoints and for parity (it takes `bert-base-uncased`):
@@ -54,24 +54,24 @@ def encode_labels(
 
     Raises:
         ValueError: no names, an empty or repeated name, a name that the tokenizer has no token for or that is too long
-            for it, a template without exactly one `{}`, an unknown reading, or the official reading with a tokenizer
+            for it, a template without exactly one `{}`, an unknown pooling, or the official pooling with a tokenizer
             that has no `[CLS]` token.
     """
     texts = _label_texts(names, label_text or {})
-    if reading == "mean":
+    if pooling == "mean":
         if template.count("{}") != 1:
             raise ValueError(f'template must hold {{}} once, where the name goes, but it is "{template}".')
         tokens = [_template_tokens(text, template, tokenizer) for text in texts]
-    elif reading == "official":
+    elif pooling == "official":
         if tokenizer.cls_token_id is None:
             raise ValueError(
-                f"reading='official' reads names of several pieces at a [CLS] token, as BERT has one, but the "
-                f"{type(tokenizer).__name__} of this {type(text_encoder).__name__} has none; use reading='mean'."
+                f"pooling='official' reads names of several pieces at a [CLS] token, as BERT has one, but the "
+                f"{type(tokenizer).__name__} of this {type(text_encoder).__name__} has none; use pooling='mean'."
             )
         # The released script gives its vector of ones as the attention mask, so token types are 0, BERT's own default.
         tokens = [_official_tokens(text, tokenizer) for text in texts]
     else:
-        raise ValueError(f"reading must be 'mean' or 'official', but it is {reading!r}.")
+        raise ValueError(f"pooling must be 'mean' or 'official', but it is {pooling!r}.")
 
     if text_encoder.config.is_encoder_decoder:
         text_encoder = text_encoder.get_encoder()
@@ -87,14 +87,14 @@ def encode_labels(
 def transfer_classifier(
     weight: torch.Tensor, class_embeddings: torch.Tensor, label_embeddings: torch.Tensor, temperature: float = 0.1
 ) -> torch.Tensor:
-    """Classifier weights for labels, from a trunk's pretrained classifier of other classes, by likeness of their names.
+    """Classifier weights for labels, from a backbone's pretrained classifier of other classes with similar names.
 
     With both sets of text embeddings centred on the classes' mean and normalised, a label's weights are the classes'
     (less what all share) averaged by `softmax(cosine / temperature)`. So "boat" starts as schooner, lifeboat, canoe.
     For `HSVLTForImageClassification.set_text_classifier`.
 
     Args:
-        weight (`torch.Tensor` of shape `(K, C)`): the linear classifier that the trunk was pretrained with.
+        weight (`torch.Tensor` of shape `(K, C)`): the linear classifier that the backbone was pretrained with.
         class_embeddings (`torch.Tensor` of shape `(K, D)`): text embeddings of its class names, see `encode_labels`.
         label_embeddings (`torch.Tensor` of shape `(N, D)`): text embeddings of the labels, by the same encoder.
         temperature (`float`, defaults to 0.1): lower trusts the closest name more.
@@ -124,7 +124,7 @@ def load_text_encoder(
     """A text encoder in fp32 on the CPU and its tokenizer, from safetensors alone; no code of the source is run.
 
     Args:
-        source (`str` or `os.PathLike`): folder, or Hub id. Of a model of pictures and text (CLIP, SigLIP), its text
+        source (`str` or `os.PathLike`): folder, or Hub id. Of a model of images and text (CLIP, SigLIP), its text
             tower is taken.
         revision (`str`, *optional*): commit (or tag) on the Hub; required for a Hub id.
 
@@ -176,14 +176,14 @@ def _label_texts(names: Iterable[str], label_text: Mapping[str, str]) -> list[st
 
 
 def _official_tokens(text: str, tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of `text` and the positions to read, `reading="official"`."""
+    """Token ids of `text` and the positions to read, `pooling="official"`."""
     pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
     _check_tokens(text, pieces, len(pieces) + 1, tokenizer)
     return [tokenizer.cls_token_id, *pieces], [1] if len(pieces) == 1 else [0]
 
 
 def _template_tokens(text: str, template: str, tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of the filled template and the positions of the name's own tokens, `reading="mean"`."""
+    """Token ids of the filled template and the positions of the name's own tokens, `pooling="mean"`."""
     prefix, suffix = template.split("{}")
     head = prefix + text
     full = tokenizer(head + suffix, return_offsets_mapping=tokenizer.is_fast)

@@ -213,11 +213,11 @@ def distribution_balanced_loss(
 ) -> torch.Tensor:
     """Distribution-balanced loss for long-tailed labels (DB: Wu et al., ECCV 2020), and HP-DVAL's DB* (eq. 11 to 15).
 
-    With `n_i` the positives of label i among `n` training pictures, `s` a logit and `L = negative_scale`:
+    With `n_i` the positives of label i among `n` training images, `s` a logit and `L = negative_scale`:
 
     - re-balanced weight `r_i = tau + sigmoid(beta (rhat_i - mu))`, `rhat_i = (1 / n_i) / sum_{j: y_j = 1} (1 / n_j)`:
-      undoes the sampling that co-occurrence brings along. A picture without a positive takes its limit, `1 + tau`.
-      (HP-DVAL prints that sum over all labels; the original, and the code of both, sum over the picture's positives.)
+      undoes the sampling that co-occurrence brings along. An image without a positive takes its limit, `1 + tau`.
+      (HP-DVAL prints that sum over all labels; the original, and the code of both, sum over the image's positives.)
     - class prior `v_i = kappa log(n / n_i - 1)`: a rare label is asked for a higher score.
     - `r_i [y softplus(-w_i (s - v_i)) + (1 - y) / L softplus(L (s - v_i))]`: negatives are tolerated.
 
@@ -228,7 +228,7 @@ def distribution_balanced_loss(
         labels (`torch.Tensor` of shape `(batch, num_labels)`): see the module's label contract.
         class_counts (list or tensor of shape `(num_labels,)`): `n_i`, positives of each label in the training set. A
             label that is never (or always) present counts as present (or absent) once, so that its prior is finite.
-        num_samples (`int`): `n`, pictures of the training set.
+        num_samples (`int`): `n`, images of the training set.
         tau, beta, mu (`float`): constants of the re-balanced weight; `mu` is 0.2 for COCO-LT, 0.3 for VOC-LT.
         negative_scale (`float`, defaults to 2.0): `L`; 2 for COCO-LT, 5 for VOC-LT.
         kappa (`float`, defaults to 0.025): scale of the prior, published as 0.05 / L: 0.025 and 0.01.
@@ -290,11 +290,11 @@ def _class_counts(class_counts, num_samples: int, logits: torch.Tensor) -> torch
 def zlpr_loss(logits: torch.Tensor, labels: torch.Tensor, *, reduction: str = "mean") -> torch.Tensor:
     """Zero-bounded log-sum-exp and pairwise rank-based loss (ZLPR: Su et al., 2022, arXiv 2208.02955).
 
-    `log(1 + sum_{y=1} e^-s) + log(1 + sum_{y=0} e^s)` of each picture: every positive ranks above 0, every negative
+    `log(1 + sum_{y=1} e^-s) + log(1 + sum_{y=0} e^s)` of each image: every positive ranks above 0, every negative
     below. A soft label `y` enters the two sums with weight `y` and `1 - y`.
 
     Args:
-        reduction (`str`, defaults to `"mean"`): `"mean"` over pictures with a known label, or `"sum"` over pictures.
+        reduction (`str`, defaults to `"mean"`): `"mean"` over images with a known label, or `"sum"` over images.
 
     Others as in [`binary_cross_entropy_loss`].
     """
@@ -308,12 +308,12 @@ def zlpr_loss(logits: torch.Tensor, labels: torch.Tensor, *, reduction: str = "m
 def two_way_loss(
     logits: torch.Tensor, labels: torch.Tensor, *, positive_temperature: float = 4.0, reduction: str = "mean"
 ) -> torch.Tensor:
-    """Two-way multi-label loss (Kobayashi, CVPR 2023): positives against negatives, along each picture (which labels)
-    and along each label (which pictures of the batch).
+    """Two-way multi-label loss (Kobayashi, CVPR 2023): positives against negatives, along each image (which labels)
+    and along each label (which images of the batch).
 
     `softplus(log sum_{y=0} e^s + T log sum_{y=1} e^(-s / T))`, `T = positive_temperature`, along every row and every
     column that has a positive. A soft label `y` enters the two sums with weight `1 - y` and `y`. The column part
-    compares the pictures of one batch, so it depends on the batch size.
+    compares the images of one batch, so it depends on the batch size.
 
     Args:
         positive_temperature (`float`, defaults to 4.0): `T`; above 1 a label's easy positives count as well.
@@ -346,17 +346,17 @@ def partial_binary_cross_entropy_loss(
     gamma: float = 1.0,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """Partial-BCE for pictures of which some labels are unknown (Durand, Mehrasa and Mori, CVPR 2019).
+    """Partial-BCE for images of which some labels are unknown (Durand, Mehrasa and Mori, CVPR 2019).
 
-    `g(p) / C * sum_{known} BCE`, `g(p) = alpha p^gamma + beta`, with `p` the known fraction of a picture's `C` labels:
-    a picture counts by how many labels it has, but less than in proportion. With every label known it is
-    binary cross-entropy if `alpha + beta` is 1. A picture with a positive and no known negative teaches to answer yes
+    `g(p) / C * sum_{known} BCE`, `g(p) = alpha p^gamma + beta`, with `p` the known fraction of an image's `C` labels:
+    an image counts by how many labels it has, but less than in proportion. With every label known it is
+    binary cross-entropy if `alpha + beta` is 1. An image with a positive and no known negative teaches to answer yes
     to everything; for single positives take [`weak_assume_negative_loss`].
 
     Args:
         alpha, beta, gamma (`float`): of `g`. The defaults, usual in public code, give `g(1) = 1` and `g(0.1) = 5`;
-            1, 0, -1 average over each picture's known labels.
-        reduction (`str`, defaults to `"mean"`): `"mean"` over pictures with a known label, or `"sum"` over pictures.
+            1, 0, -1 average over each image's known labels.
+        reduction (`str`, defaults to `"mean"`): `"mean"` over images with a known label, or `"sum"` over images.
 
     Others as in [`binary_cross_entropy_loss`].
     """
@@ -375,14 +375,14 @@ def weak_assume_negative_loss(
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Binary cross-entropy in which an unknown label is a negative of little weight (WAN: Cole et al., CVPR 2021), for
-    pictures with a single known positive: without any negative a model would learn to answer yes to everything.
+    images with a single known positive: without any negative a model would learn to answer yes to everything.
 
-    `1 / C * (sum_{known} BCE - w sum_{unknown} log(1 - p))` of each picture with `C` labels.
+    `1 / C * (sum_{known} BCE - w sum_{unknown} log(1 - p))` of each image with `C` labels.
 
     Args:
-        unknown_weight (`float`, *optional*): `w`; None is the paper's `1 / (C - 1)`, by which a picture's unknown
+        unknown_weight (`float`, *optional*): `w`; None is the paper's `1 / (C - 1)`, by which an image's unknown
             labels together weigh as much as its one positive. 1 takes unknown for absent, 0 leaves it out.
-        reduction (`str`, defaults to `"mean"`): `"mean"` over all entries, known or not, or `"sum"`. A picture of which
+        reduction (`str`, defaults to `"mean"`): `"mean"` over all entries, known or not, or `"sum"`. An image of which
             nothing is known gives no loss.
 
     Others as in [`binary_cross_entropy_loss`].
@@ -392,7 +392,7 @@ def weak_assume_negative_loss(
     used = known.any(1, keepdim=True).expand_as(known)
     if unknown_weight is None:
         unknown_weight = 1 / max(labels.shape[1] - 1, 1)
-    # An unknown label of a picture that is used becomes 0, absent; the others keep -100.
+    # An unknown label of an image that is used becomes 0, absent; the others keep -100.
     targets = torch.where(used & ~known, 0, labels) if unknown_weight else labels
     logits, targets, entered = _known_entries(logits, targets)
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * entered
@@ -426,9 +426,9 @@ def multilabel_loss(
         loss_kwargs (`dict`, *optional*): keyword arguments of that loss.
         num_items_in_batch (`int` or `torch.Tensor` of shape `()`, *optional*): known entries of a whole optimizer step,
             over all batches and processes, as Trainer counts them. The loss is then this batch's part of the step's, so
-            that the parts add up: entry by entry each known label counts once, wherever it is. A loss of whole pictures
-            (ZLPR, partial BCE, weak assume-negative) counts each picture by its known labels; the two-way loss, which
-            compares the pictures of a batch, each batch by its own. A configured `reduction="sum"` adds up by itself.
+            that the parts add up: entry by entry each known label counts once, wherever it is. A loss of whole images
+            (ZLPR, partial BCE, weak assume-negative) counts each image by its known labels; the two-way loss, which
+            compares the images of a batch, each batch by its own. A configured `reduction="sum"` adds up by itself.
 
     Raises:
         ValueError: an unknown `loss_type`.

@@ -1,12 +1,12 @@
-"""PyTorch HP-DVAL: a CLIP for long-tailed and few-shot multi-label pictures.
+"""PyTorch HP-DVAL: a CLIP for long-tailed and few-shot multi-label images.
 
-Hierarchical Prompt tuning and Dual-View Alignment Learning (IEEE TIP 2025, arXiv 2509.17747). Stage 1 aligns an image
-tower with the hand-written prompts in two views, the class token and the patches; stage 2 freezes it and learns one
+Hierarchical Prompt tuning and Dual-View Alignment Learning (IEEE TIP 2025, arXiv 2509.17747). Phase 1 aligns an image
+tower with the hand-written prompts in two views, the class token and the patches; phase 2 freezes it and learns one
 context for each view. Inference needs the image tower and two cached text embeddings a label.
 
 The paper's equations are followed; where the released code differs, the configuration offers its variant.
 
-Shapes: B pictures, P patches, N labels, M context tokens, L tokens of a prompt, E width of the shared space.
+Shapes: B images, P patches, N labels, M context tokens, L tokens of a prompt, E width of the shared space.
 """
 
 import math
@@ -31,7 +31,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
 
-from .configuration_hp_dval import STAGES, HPDVALConfig
+from .configuration_hp_dval import PHASES, HPDVALConfig
 from .hp_dval_prompts import (
     HANDWRITTEN,
     HPDVALPrompts,
@@ -60,7 +60,7 @@ class HPDVALModelOutput(ModelOutput):
     """Output of [`HPDVALModel`].
 
     Args:
-        image_embeds (`torch.FloatTensor` of shape `(B, E)`): the picture, not normalised.
+        image_embeds (`torch.FloatTensor` of shape `(B, E)`): the image, not normalised.
         patch_embeds (`torch.FloatTensor` of shape `(B, P, E)`): its patches, likewise; None with `alpha=1`.
         text_embeds (`torch.FloatTensor` of shape `(2, N, E)`): the labels as the global and the local view read them.
         hidden_states, attentions (`tuple` of `torch.FloatTensor`): of the student, as its transformers class gives
@@ -79,13 +79,13 @@ class HPDVALImageClassifierOutput(ModelOutput):
     """Output of [`HPDVALForImageClassification`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, fp32): with `labels`; in training with the stage's other losses.
+        loss (`torch.FloatTensor` of shape `()`, fp32): with `labels`; in training with the phase's other losses.
         logits (`torch.FloatTensor` of shape `(B, N)`, fp32): fused scores; their sigmoid is the label's probability.
-        distillation_loss (`torch.FloatTensor` of shape `()`): L1 distance to the teacher; training stage 1 and joint.
+        distillation_loss (`torch.FloatTensor` of shape `()`): L1 distance to the teacher; training phase 1 and joint.
         semantic_consistency_loss (`torch.FloatTensor` of shape `()`): L1 distance of the learned global text
-            embeddings to the hand-written ones; training stage 2 and joint.
+            embeddings to the hand-written ones; training phase 2 and joint.
         image_embeds, patch_embeds, hidden_states, attentions: see [`HPDVALModelOutput`]. All but losses have one row a
-            picture, as pipelines unroll it.
+            image, as pipelines unroll it.
     """
 
     loss: torch.FloatTensor | None = None
@@ -120,7 +120,7 @@ class HPDVALImageEncoder(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, patches: bool = True, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None, tuple | None]:
-        """Picture `(B, E)`, patches `(B, P, E)` where asked for, hidden states and attentions."""
+        """Image `(B, E)`, patches `(B, P, E)` where asked for, hidden states and attentions."""
         output = self.backbone(pixel_values, interpolate_pos_encoding=True, return_dict=True, **kwargs)
         states = output.last_hidden_state if patches else output.last_hidden_state[:, :1]
         if self.backbone.config.model_type == "clip_vision_model":
@@ -183,7 +183,7 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
         super().initialize_weights()
         table = getattr(self, self.base_model_prefix, self).get_input_embeddings()
         if table is not None and not getattr(table.weight, "_is_hf_initialized", False):
-            # Contexts of zeros are contexts that stage 2 has not started yet.
+            # Contexts of zeros are contexts that phase 2 has not started yet.
             table.weight[self.config.context_token_ids[0] :] = 0
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module | None:
@@ -215,7 +215,7 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
         **kwargs,
     ):
         """As in transformers, with text embeddings that fit the weights, and with the context tokens that
-        [`~HPDVALForImageClassification.set_stage`] put into an adapter written back into the embedding table: a plain
+        [`~HPDVALForImageClassification.set_phase`] put into an adapter written back into the embedding table: a plain
         checkpoint. (An adapter that was loaded with `load_adapter` is saved by itself, as in transformers.)
 
         With a `state_dict` of other weights than the model's own, an average for example, the embeddings are theirs;
@@ -252,7 +252,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
         self._freeze()
 
     def _freeze(self) -> None:
-        for tower in (self.teacher, self.text):  # in no stage they train
+        for tower in (self.teacher, self.text):  # in no phase they train
             if tower is not None:
                 tower.requires_grad_(False)
 
@@ -263,9 +263,9 @@ class HPDVALModel(HPDVALPreTrainedModel):
         self.text.text_model.embeddings.token_embedding = value
 
     def train(self, mode: bool = True):
-        """As in torch; what the stage keeps frozen stays in evaluation mode."""
+        """As in torch; what the phase keeps frozen stays in evaluation mode."""
         super().train(mode)
-        frozen = [self.teacher, self.text, self.student if self.config.stage == "stage2" else None]
+        frozen = [self.teacher, self.text, self.student if self.config.phase == "phase2" else None]
         for tower in frozen:
             if tower is not None:
                 tower.eval()
@@ -328,7 +328,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
 
     @torch.no_grad()
     def has_learned_context(self) -> bool:
-        """Whether stage 2 has started: the reserved rows are zeros before."""
+        """Whether phase 2 has started: the reserved rows are zeros before."""
         return bool((self.context_rows() != 0).any())
 
     @can_return_tuple
@@ -341,7 +341,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
     ) -> HPDVALModelOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures; H and W multiples of the patch size.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images; H and W multiples of the patch size.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`HPDVALModelOutput`].
             kwargs: what the student's attention takes; other names are left out, with a warning.
         """
@@ -366,7 +366,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
 
 
 class HPDVALForImageClassification(HPDVALPreTrainedModel):
-    """HP-DVAL's fused scores of a picture's labels, and the two stages of its training.
+    """HP-DVAL's fused scores of an image's labels, and the two phases of its training.
 
     Example:
 
@@ -377,7 +377,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
     >>> clip = CLIPModel.from_pretrained("path/to/clip-vit-base-patch16")
     >>> tokenizer = AutoTokenizer.from_pretrained("path/to/clip-vit-base-patch16")
     >>> model = HPDVALForImageClassification.from_clip(clip, tokenizer, ["cat", "dog"])
-    >>> model.set_stage("stage1")  # train, then model.set_stage("stage2") and train on
+    >>> model.set_phase("phase1")  # train, then model.set_phase("phase2") and train on
     ```
     """
 
@@ -408,7 +408,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 special_tokens=True)` would give it the context tokens, under the ids that the model has for them.
             label_names (sequence of `str`), label_text (`Mapping`, *optional*): see [`set_labels`].
             student (`ViTModel`, *optional*): image tower to train in place of CLIP's, as in the paper, which starts
-                from ImageNet. It must read pictures normalised like CLIP's.
+                from ImageNet. It must read images normalised like CLIP's.
             config_kwargs: fields of [`HPDVALConfig`].
 
         Raises:
@@ -506,15 +506,15 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         base.prompts.prompt_ids = build_prompts(config, template, tokens).to(base.prompts.prompt_ids.device)
         base.store_text_embeds()
 
-    # --- stages
+    # --- phases
 
-    def set_stage(self, stage: str) -> None:
+    def set_phase(self, phase: str) -> None:
         """Chooses what trains and which losses join the classification loss; what does not train is frozen.
 
-        | stage | trains | loss |
+        | phase | trains | loss |
         |---|---|---|
-        | `"stage1"` | student | classification + distillation (HP-DVAL eq. 16) |
-        | `"stage2"` | the context tokens | classification + semantic consistency (eq. 17) |
+        | `"phase1"` | student | classification + distillation (HP-DVAL eq. 16) |
+        | `"phase2"` | the context tokens | classification + semantic consistency (eq. 17) |
         | `"joint"` | both | classification + both |
 
         Contexts are rows of the text tower's embedding table, trained by peft's `TrainableTokensConfig`. A model that
@@ -523,16 +523,16 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         in its place. Call this before the optimizer is made; training in another state is refused.
 
         Raises:
-            ValueError: an unknown stage, or a tower that it needs and that was dropped.
+            ValueError: an unknown phase, or a tower that it needs and that was dropped.
         """
-        if stage not in STAGES:
-            raise ValueError(f"stage must be one of {STAGES}, but it is {stage!r}.")
-        if stage != "stage1" and self.hp_dval.text is None:
-            raise ValueError(f"{stage} trains contexts of the text tower, and this checkpoint holds none.")
-        if stage != "stage2" and self.hp_dval.teacher is None and self.config.distillation_weight:
-            raise ValueError(f"{stage} needs the teacher, which this checkpoint lacks: or set distillation_weight=0.")
-        self.config.stage = stage
-        if stage != "stage1":
+        if phase not in PHASES:
+            raise ValueError(f"phase must be one of {PHASES}, but it is {phase!r}.")
+        if phase != "phase1" and self.hp_dval.text is None:
+            raise ValueError(f"{phase} trains contexts of the text tower, and this checkpoint holds none.")
+        if phase != "phase2" and self.hp_dval.teacher is None and self.config.distillation_weight:
+            raise ValueError(f"{phase} needs the teacher, which this checkpoint lacks: or set distillation_weight=0.")
+        self.config.phase = phase
+        if phase != "phase1":
             self._start_contexts()
         self._freeze()
         self.train(self.training)
@@ -561,7 +561,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         save_file(rows, os.path.join(save_directory, "adapter_model.safetensors"), metadata={"format": "pt"})
 
     def drop_teacher(self) -> None:
-        """Leaves the teacher out of this model and its checkpoints; only stage 1 needs it."""
+        """Leaves the teacher out of this model and its checkpoints; only phase 1 needs it."""
         self.hp_dval.teacher = None
         self.config.has_teacher, self.config.teacher_config = False, None
 
@@ -593,31 +593,31 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         if layer is None:
             load_peft().inject_adapter_in_model(self.prompt_adapter_config(), self, adapter_name="prompts")
 
-    def _stage_parameters(self) -> list[nn.Parameter]:
-        """Parameters that the stage trains."""
+    def _phase_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the phase trains."""
         parameters = []
-        if self.config.stage != "stage2":
+        if self.config.phase != "phase2":
             student = self.hp_dval.student
             parameters += list(adapter_parameters(student)) or list(student.parameters())
-        if self.config.stage != "stage1" and self.hp_dval.text is not None:
+        if self.config.phase != "phase1" and self.hp_dval.text is not None:
             parameters += list(adapter_parameters(self.hp_dval.get_input_embeddings()))
         parameters += self.scale.parameters()  # with `learn_logit_scale`
         return parameters
 
     def _freeze(self) -> None:
-        trained = {id(parameter) for parameter in self._stage_parameters()}
+        trained = {id(parameter) for parameter in self._phase_parameters()}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in trained)
 
-    def _check_stage(self) -> None:
-        trained = {id(parameter) for parameter in self._stage_parameters()}
+    def _check_phase(self) -> None:
+        trained = {id(parameter) for parameter in self._phase_parameters()}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad and id(parameter) not in trained:
                 raise ValueError(
-                    f"{name} requires gradients, but {self.config.stage} keeps it frozen: call set_stage first."
+                    f"{name} requires gradients, but {self.config.phase} keeps it frozen: call set_phase first."
                 )
-        if self.config.stage != "stage1" and not self.hp_dval.has_text_adapter():
-            raise ValueError(f"the contexts that {self.config.stage} trains have no adapter yet: call set_stage first.")
+        if self.config.phase != "phase1" and not self.hp_dval.has_text_adapter():
+            raise ValueError(f"the contexts that {self.config.phase} trains have no adapter yet: call set_phase first.")
 
     # --- scores
 
@@ -648,7 +648,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 patches = patch_embeds.float()
                 if patches.shape[1] < self.config.local_top_k:
                     raise ValueError(
-                        f"a picture has {patches.shape[1]} patches, fewer than local_top_k={self.config.local_top_k}."
+                        f"an image has {patches.shape[1]} patches, fewer than local_top_k={self.config.local_top_k}."
                     )
                 if normalize == "cosine":
                     patches = F.normalize(patches, dim=-1)
@@ -672,7 +672,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
     ) -> HPDVALImageClassifierOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures; H and W multiples of the patch size.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images; H and W multiples of the patch size.
             labels (`torch.Tensor` of shape `(B, N)`, *optional*): multi-hot; 1 present, 0 absent, in between soft,
                 -100 unknown (no loss, no gradient).
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
@@ -682,12 +682,12 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
 
         Raises:
             ValueError: labels outside the contract (values are checked only outside `torch.compile`), or, in training,
-                parameters that the stage keeps frozen and that require gradients.
+                parameters that the phase keeps frozen and that require gradients.
         """
         config = self.config
         compiling = torch.compiler.is_compiling()
         if self.training and labels is not None and not compiling:
-            self._check_stage()
+            self._check_phase()
         output = self.hp_dval(pixel_values, output_hidden_states, output_attentions, return_dict=True, **kwargs)
         logits = self.scores(output.image_embeds, output.patch_embeds, output.text_embeds)
 
@@ -697,19 +697,19 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 validate_labels(labels, self.num_labels)
             labels = labels.to(logits.device)
             loss = multilabel_loss(logits, labels, config.loss_type, config.loss_kwargs, num_items_in_batch)
-            # What each picture counts in a mean over pictures; by its known labels where several batches make a step.
+            # What each image counts in a mean over images; by its known labels where several batches make a step.
             if num_items_in_batch is None:
                 share = logits.new_full((len(logits),), 1 / max(len(logits), 1))
             else:
                 share = (labels != UNKNOWN_LABEL).sum(1) / items_in_step(num_items_in_batch, logits)
-            if self.training and config.stage != "stage2" and config.distillation_weight:
+            if self.training and config.phase != "phase2" and config.distillation_weight:
                 with torch.no_grad():
                     teacher = self.hp_dval.teacher(pixel_values, interpolate_pos_encoding=True, return_dict=True)
                 # HP-DVAL eq. 2, of the class token in the shared space; a mean over its entries, as in the code.
                 distance = (output.image_embeds.float() - teacher.image_embeds.to(logits.device).float()).abs()
                 distillation_loss = share @ distance.mean(-1)
                 loss = loss + config.distillation_weight * distillation_loss
-            if self.training and config.stage != "stage1" and config.semantic_consistency_weight:
+            if self.training and config.phase != "phase1" and config.semantic_consistency_weight:
                 # HP-DVAL eq. 10: of the global prompts alone, which the code has as the local ones.
                 handwritten = self.hp_dval.handwritten_embeds().to(logits.device)
                 distance = F.l1_loss(output.text_embeds[0].float(), handwritten.float())

@@ -1,9 +1,9 @@
-"""PyTorch HSVLT: label tokens query the pixels of a four-stage visual trunk in every block.
+"""PyTorch HSVLT: label tokens query the pixels of a four-stage visual backbone in every block.
 
 HSVLT: Hierarchical Scale-Aware Vision-Language Transformer for Multi-Label Image Classification (ACM MM 2023,
 arXiv 2407.16244). Where the paper's text and the released code part ways, the code is followed: no pixel sees a label.
 
-Shapes: B pictures, N labels, D width of a label embedding, C channels, H x W pixels of a stage, P = H * W,
+Shapes: B images, N labels, D width of a label embedding, C channels, H x W pixels of a stage, P = H * W,
 h attention heads, d = C / h.
 """
 
@@ -24,7 +24,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .configuration_hsvlt import BLOCK_TRUNKS, HSVLTConfig
+from .configuration_hsvlt import BLOCK_BACKBONES, HSVLTConfig
 from .convnext_in_rows import convnext_layer_in_rows, runs_in_rows
 from .hsvlt_additions import HSVLTCandidateScorer, HSVLTResidualAttention, spread_candidates
 from .losses_multilabel import multilabel_loss, validate_labels
@@ -94,7 +94,7 @@ class HSVLTImageClassifierOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class HSVLTBlockTrunk(nn.Module):
+class HSVLTBlockBackbone(nn.Module):
     """A ConvNeXt or ConvNeXtV2 of transformers, read after every block (or only at the end of each stage).
 
     The parts of `ConvNextModel` under their own names, without its final norm, which nothing here would use.
@@ -104,16 +104,16 @@ class HSVLTBlockTrunk(nn.Module):
 
     def __init__(self, config: HSVLTConfig):
         super().__init__()
-        trunk = config.backbone_config
+        backbone = config.backbone_config
         embeddings, encoder = {
             "convnext": (ConvNextEmbeddings, ConvNextEncoder),
             "convnextv2": (ConvNextV2Embeddings, ConvNextV2Encoder),
-        }[trunk.model_type]
-        self.embeddings = embeddings(trunk)
-        self.encoder = encoder._from_config(trunk)
-        self.channels = list(trunk.hidden_sizes)
+        }[backbone.model_type]
+        self.embeddings = embeddings(backbone)
+        self.encoder = encoder._from_config(backbone)
+        self.channels = list(backbone.hidden_sizes)
         self.every_block = config.interaction_depths is None
-        self.interaction_depths = list(trunk.depths if self.every_block else config.interaction_depths)
+        self.interaction_depths = list(backbone.depths if self.every_block else config.interaction_depths)
 
     def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yields a (B, C_i, H_i, W_i) map, channels last in memory, for each interaction in order."""
@@ -161,7 +161,7 @@ class HSVLTBlockTrunk(nn.Module):
         return outputs
 
 
-class HSVLTStageTrunk(nn.Module):
+class HSVLTStageBackbone(nn.Module):
     """Any four-stage backbone of transformers, read at the output of each stage."""
 
     def __init__(self, config: HSVLTConfig):
@@ -287,9 +287,9 @@ class HSVLTAttention(nn.Module):
 
 
 def _times_head_weights(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`(B, h, N, x)` times the weight `(h, x, y)` of each head: one product a head over all pictures.
+    """`(B, h, N, x)` times the weight `(h, x, y)` of each head: one product a head over all images.
 
-    Broadcasting would copy the weights, and their gradient, for every picture.
+    Broadcasting would copy the weights, and their gradient, for every image.
     """
     batch, heads, num_labels, _ = states.shape
     product = torch.bmm(states.transpose(0, 1).reshape(heads, batch * num_labels, -1), weights)
@@ -392,7 +392,7 @@ class HSVLTLabelStream(nn.Module):
     ) -> tuple[list[torch.Tensor], ...]:
         """
         Args:
-            label_embeddings (`torch.Tensor` of shape `(N, D)`, or `(B, N, D)` for labels of each picture's own).
+            label_embeddings (`torch.Tensor` of shape `(N, D)`, or `(B, N, D)` for labels of each image's own).
             feature_maps: an iterable of `(B, C_i, H_i, W_i)` maps, one an interaction, in order.
             update_all (`bool`, defaults to `False`): whether the label tokens are wanted after the last interaction.
             output_attentions (`bool`, defaults to `False`): whether attentions are kept.
@@ -402,7 +402,7 @@ class HSVLTLabelStream(nn.Module):
             [`HSVLTModelOutput`].
         """
         feature_maps = iter(feature_maps)
-        # (1, N, D) until the labels meet the picture: no copy a picture before that.
+        # (1, N, D) until the labels meet the image: no copy an image before that.
         label_states = label_embeddings if label_embeddings.ndim == 3 else label_embeddings.unsqueeze(0)
         visual, label, multimodal, attentions = [], [], [], []
         for stage in self.stages:
@@ -505,7 +505,11 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
 
     config: HSVLTConfig
     base_model_prefix = "hsvlt"
-    renamed_weights = {r"label_embeddings$": "label_embeddings.weight"}
+    renamed_weights = {
+        r"label_embeddings$": "label_embeddings.weight",
+        r"^(hsvlt\.)?trunk\.backbone\.": r"hsvlt.backbone.model.",
+        r"^(hsvlt\.)?trunk\.": r"hsvlt.backbone.",
+    }
     _no_split_modules = ["HSVLTInteractionLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -542,10 +546,10 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
             init.copy_(module.weight, module.create().to(module.weight))
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
-        """As in transformers, except that a trunk without that attention (a ConvNeXt has none) keeps its own."""
-        trunk = getattr(self, self.base_model_prefix, self).trunk
-        trunk = trunk.encoder if isinstance(trunk, HSVLTBlockTrunk) else trunk.model
-        if attn_implementation == "sdpa" and not trunk._supports_sdpa:
+        """As in transformers, except that a backbone without that attention (a ConvNeXt has none) keeps its own."""
+        backbone = getattr(self, self.base_model_prefix, self).backbone
+        backbone = backbone.encoder if isinstance(backbone, HSVLTBlockBackbone) else backbone.model
+        if attn_implementation == "sdpa" and not backbone._supports_sdpa:
             attn_implementation = {"": "sdpa", "backbone_config": "eager"}
         super().set_attn_implementation(attn_implementation, **kwargs)
 
@@ -558,39 +562,39 @@ def _init_linear_as_torch(linear: nn.Linear) -> None:
 
 
 class HSVLTModel(HSVLTPreTrainedModel):
-    """Trunk, label stream and cross-scale aggregation, without a classifier."""
+    """Backbone, label stream and cross-scale aggregation, without a classifier."""
 
     def __init__(self, config: HSVLTConfig):
         super().__init__(config)
         if config.backbone_config._attn_implementation == "sdpa":
-            config.backbone_config._attn_implementation = None  # where it can; many trunks refuse it by name
-        trunk = HSVLTBlockTrunk if config.backbone_config.model_type in BLOCK_TRUNKS else HSVLTStageTrunk
-        self.trunk = trunk(config)
-        self.label_stream = HSVLTLabelStream(config, self.trunk.channels, self.trunk.interaction_depths)
+            config.backbone_config._attn_implementation = None  # where it can; many backbones refuse it by name
+        backbone = HSVLTBlockBackbone if config.backbone_config.model_type in BLOCK_BACKBONES else HSVLTStageBackbone
+        self.backbone = backbone(config)
+        self.label_stream = HSVLTLabelStream(config, self.backbone.channels, self.backbone.interaction_depths)
         aggregation: Any = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
-        self.aggregation = aggregation(self.trunk.channels)
+        self.aggregation = aggregation(self.backbone.channels)
         self.multimodal_norms = None
         if config.normalize_multimodal_states:
-            self.multimodal_norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.trunk.channels)
+            self.multimodal_norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.backbone.channels)
         self.label_embeddings = HSVLTLabelEmbeddings(config)
         self.post_init()
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
         # ConvNeXt the blocks are called one by one here, never a stage.
-        body = self.trunk.encoder if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.model
+        body = self.backbone.encoder if isinstance(self.backbone, HSVLTBlockBackbone) else self.backbone.model
         self._no_split_modules |= set(body._no_split_modules or ()) - {"ConvNextStage"}  # type: ignore[operator]  # a set here
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """The trunk's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
-        return getattr(self._trunk_embeddings(), "patch_embeddings", None)
+        """The backbone's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
+        return getattr(self._backbone_embeddings(), "patch_embeddings", None)
 
     def set_input_embeddings(self, value: nn.Module):
         if self.get_input_embeddings() is None:
-            raise ValueError("this trunk has no module patch_embeddings to set.")
-        self._trunk_embeddings().patch_embeddings = value
+            raise ValueError("this backbone has no module patch_embeddings to set.")
+        self._backbone_embeddings().patch_embeddings = value
 
-    def _trunk_embeddings(self) -> nn.Module | None:
-        trunk = self.trunk if isinstance(self.trunk, HSVLTBlockTrunk) else self.trunk.model.base_model
-        return getattr(trunk, "embeddings", None)
+    def _backbone_embeddings(self) -> nn.Module | None:
+        backbone = self.backbone if isinstance(self.backbone, HSVLTBlockBackbone) else self.backbone.model.base_model
+        return getattr(backbone, "embeddings", None)
 
     @can_return_tuple
     def forward(
@@ -604,17 +608,17 @@ class HSVLTModel(HSVLTPreTrainedModel):
     ) -> HSVLTModelOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images.
             text_embeddings (`torch.Tensor` of shape `(N, D)` or `(B, N, D)`, *optional*): label embeddings in place
                 of the checkpoint's.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`HSVLTModelOutput`].
-            feature_maps (*optional*): the trunk's maps, in place of `pixel_values`, so that several label sets can
-                share one visual pass: `list(model.trunk(pixel_values))`.
+            feature_maps (*optional*): the backbone's maps, in place of `pixel_values`, so that several label sets can
+                share one visual pass: `list(model.backbone(pixel_values))`.
         """
         warn_of_unknown_arguments(self, kwargs)
         output_hidden_states, output_attentions = output_flags(self.config, output_hidden_states, output_attentions)
         if feature_maps is None:
-            feature_maps = self.trunk(require_images(pixel_values))
+            feature_maps = self.backbone(require_images(pixel_values))
         if text_embeddings is None:
             text_embeddings = self.label_embeddings()
         if text_embeddings.shape[-1] != self.config.label_embedding_dim:
@@ -624,7 +628,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
                 + (f" ({self.config.label_text_encoder})." if self.config.label_text_encoder else ".")
             )
         if autocasts_to_fp16(text_embeddings):
-            feature_maps = list(feature_maps)  # runs the trunk, still under autocast
+            feature_maps = list(feature_maps)  # runs the backbone, still under autocast
         with no_fp16_autocast(text_embeddings):
             visual, label, multimodal, attentions = self.label_stream(
                 text_embeddings, feature_maps, wants_states(output_hidden_states), output_attentions
@@ -643,7 +647,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
 
 
 class HSVLTForImageClassification(HSVLTPreTrainedModel):
-    """HSVLT with its per-label (published) or shared linear classifier: multi-label scores of a picture.
+    """HSVLT with its per-label (published) or shared linear classifier: multi-label scores of an image.
 
     Example:
 
@@ -670,17 +674,17 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         self.label_context = None  # a `label_context.LabelContext` while one is learned
         self.candidate_scorer = None
         if config.candidate_labels is not None:
-            self.candidate_scorer = HSVLTCandidateScorer(self.hsvlt.trunk.channels[-1], config.num_labels)
+            self.candidate_scorer = HSVLTCandidateScorer(self.hsvlt.backbone.channels[-1], config.num_labels)
         self.residual_attention = None
         if config.residual_attention:
-            self.residual_attention = HSVLTResidualAttention(self.hsvlt.trunk.channels[-1], config.num_labels)
+            self.residual_attention = HSVLTResidualAttention(self.hsvlt.backbone.channels[-1], config.num_labels)
         self.post_init()
 
     @classmethod
     def from_backbone(
         cls, source: str, *, revision: str | None = None, config: HSVLTConfig | None = None, **config_kwargs
     ) -> "HSVLTForImageClassification":
-        """A new model on a pretrained trunk.
+        """A new model on a pretrained backbone.
 
         Args:
             source (`str`): folder or Hub id of any four-stage backbone in transformers' format (safetensors).
@@ -689,7 +693,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             config_kwargs: fields of a new [`HSVLTConfig`], where `config` is None.
 
         Raises:
-            ValueError: where the trunk's weights do not fit those of the source.
+            ValueError: where the backbone's weights do not fit those of the source.
         """
         backbone_config = AutoConfig.from_pretrained(source, revision=revision)
         if config is None:
@@ -698,24 +702,24 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             config = HSVLTConfig.from_dict({**config.to_dict(), "backbone_config": backbone_config.to_dict()})
         model = cls(config)
         load = {"revision": revision, "use_safetensors": True}
-        if config.backbone_config.model_type in BLOCK_TRUNKS:
+        if config.backbone_config.model_type in BLOCK_BACKBONES:
             state_dict = AutoModel.from_pretrained(source, **load).state_dict()
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("layernorm.")}
-            result = model.hsvlt.trunk.load_state_dict(state_dict, strict=False)
+            result = model.hsvlt.backbone.load_state_dict(state_dict, strict=False)
             if result.missing_keys or result.unexpected_keys:
                 raise ValueError(
-                    f"the weights of {source} do not fit the trunk: missing {result.missing_keys[:3]}, "
+                    f"the weights of {source} do not fit the backbone: missing {result.missing_keys[:3]}, "
                     f"unexpected {result.unexpected_keys[:3]}."
                 )
         else:
             # A checkpoint of the bare model has no norms in front of the feature maps; those start fresh.
             # Not AutoBackbone: it asks the Hub whether a local folder exists.
-            trunk = type(model.hsvlt.trunk.model).from_pretrained(
+            backbone = type(model.hsvlt.backbone.model).from_pretrained(
                 source, out_features=config.backbone_config.out_features, **load
             )
-            unused = [f"{trunk.base_model_prefix}.layernorm.{name}" for name in ("weight", "bias")]
-            state_dict = {key: value for key, value in trunk.state_dict().items() if key not in unused}
-            model.hsvlt.trunk.model.load_state_dict(state_dict)
+            unused = [f"{backbone.base_model_prefix}.layernorm.{name}" for name in ("weight", "bias")]
+            state_dict = {key: value for key, value in backbone.state_dict().items() if key not in unused}
+            model.hsvlt.backbone.model.load_state_dict(state_dict)
         return model
 
     def set_label_embeddings(
@@ -723,7 +727,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         label_embeddings: torch.Tensor,
         *,
         encoder: str | None = None,
-        reading: str | None = None,
+        pooling: str | None = None,
         template: str | None = None,
     ) -> None:
         """Sets the text embedding of each label, and notes in the configuration where it came from.
@@ -733,7 +737,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         Args:
             label_embeddings (`torch.Tensor` of shape `(num_labels, label_embedding_dim)`): in the order of `id2label`;
                 see `label_prompts.encode_labels`.
-            encoder, reading, template (`str`, *optional*): text encoder, its reading and the template.
+            encoder, pooling, template (`str`, *optional*): text encoder, its pooling and the template.
 
         Raises:
             ValueError: another shape, values that are not finite, or a learned label context that gives the embeddings.
@@ -759,14 +763,14 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             table.weight = label_embeddings.to(table.weight)
         self.num_labels = num_labels
         self.config.label_text_encoder = encoder
-        self.config.label_reading = reading
+        self.config.label_pooling = pooling
         self.config.label_template = template
 
     def set_text_classifier(self, weight: torch.Tensor) -> None:
         """Sets what `residual_attention` starts from and decays to; see `label_prompts.transfer_classifier`.
 
         Args:
-            weight (`torch.Tensor` of shape `(num_labels, C)`): C channels of the trunk's last map.
+            weight (`torch.Tensor` of shape `(num_labels, C)`): C channels of the backbone's last map.
 
         Raises:
             ValueError: a model without `residual_attention`, another shape, or values that are not finite.
@@ -813,7 +817,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
     ) -> HSVLTImageClassifierOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): pictures.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images.
             labels (`torch.Tensor` of shape `(B, N)`, *optional*): multi-hot; 1 present, 0 absent, in between soft,
                 -100 unknown (no loss, no gradient).
             text_embeddings (`torch.Tensor` of shape `(N, D)`, *optional*): embeddings in place of the checkpoint's;
@@ -821,7 +825,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
             class_ids (`torch.LongTensor` of shape `(N,)`, *optional*): score only these labels, in this order; `logits`
                 and `labels` then have their columns. A label's logit is the same whichever others are asked for.
-            feature_maps (*optional*): the trunk's maps, in place of `pixel_values`: `list(model.hsvlt.trunk(pixels))`.
+            feature_maps (*optional*): the backbone's maps, `list(model.hsvlt.backbone(pixels))`, for `pixel_values`.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): see `losses_multilabel.multilabel_loss`.
 
         Raises:
@@ -835,7 +839,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         if labels is not None and not torch.compiler.is_compiling():
             labels = validate_labels(labels, num_labels)
         if feature_maps is None:
-            feature_maps = self.hsvlt.trunk(require_images(pixel_values))
+            feature_maps = self.hsvlt.backbone(require_images(pixel_values))
         if self.residual_attention is not None or self.candidate_scorer is not None:
             feature_maps = list(feature_maps)
 

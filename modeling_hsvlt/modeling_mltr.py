@@ -4,7 +4,7 @@ MlTr: Multi-label Classification with Transformer (ICME 2022, arXiv 2106.06195).
 from the published parameter counts: no code was released. The two attentions are those of CAT (arXiv 2106.05786), to
 which the author points; the blocks and their number are this reconstruction's.
 
-Shapes: B pictures, H x W pixels of a stage's map, C channels, windows of M x M pixels, P = M * M, n windows a picture,
+Shapes: B images, H x W pixels of a stage's map, C channels, windows of M x M pixels, P = M * M, n windows an image,
 h heads, d = C / h. The residual stream of a stage is kept in windows, (B, n, P, C): no window is shifted, so one
 partition serves all blocks of the stage; norms and MLPs act on each pixel alone and do not care.
 """
@@ -42,7 +42,7 @@ from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: 
 # CUDA attention kernels take at most this many in the batch slot (pytorch issue 142228).
 MAX_ATTENTION_BATCH = 65535
 # Up to this many windows (all sizes at the published resolutions) plain products are faster than the fused kernel, see
-# benchmarks/cost/cross_window.py; beyond, the (B, C, n, n) weights of a large picture would not fit into memory.
+# benchmarks/cost/cross_window.py; beyond, the (B, C, n, n) weights of a large image would not fit into memory.
 MAX_PLAIN_WINDOWS = 64
 
 
@@ -106,7 +106,7 @@ def window_unpartition(windows: torch.Tensor, window_size: int, height: int, wid
 
 
 class MlTrPatchEmbeddings(nn.Module):
-    """Patches of the picture, each one linear map to a pixel of the first stage's map; they overlap where the kernel is
+    """Patches of the image, each one linear map to a pixel of the first stage's map; they overlap where the kernel is
     wider than a patch.
     """
 
@@ -198,7 +198,7 @@ class MlTrPatchMerging(nn.Module):
 
 
 class MlTrDropPath(nn.Module):
-    """Stochastic depth: in training, drops a branch for whole pictures and scales it up for the others."""
+    """Stochastic depth: in training, drops a branch for whole images and scales it up for the others."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -296,7 +296,7 @@ class MlTrPixelAttention(nn.Module):
         if output_attentions or torch.compiler.is_exporting():
             attend = eager_attention_forward
         dropout = self.attention_dropout if self.training else 0.0
-        # An exported graph would be tied to one number of chunks, so to few pictures.
+        # An exported graph would be tied to one number of chunks, so to few images.
         chunks = [qkv] if torch.compiler.is_exporting() else qkv.split(MAX_ATTENTION_BATCH, dim=1)
         outputs = [attend(self, *chunk.unbind(0), bias, scaling=self.scaling, dropout=dropout) for chunk in chunks]
         context = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs])
@@ -575,7 +575,7 @@ class MlTrModel(MlTrPreTrainedModel):
     ) -> MlTrModelOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): pictures of any size; those that do
+            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): images of any size; those that do
                 not fill whole patches and windows are padded with zeros at the right and the bottom.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`MlTrModelOutput`].
         """
@@ -596,7 +596,7 @@ class MlTrModel(MlTrPreTrainedModel):
 
 
 class MlTrForImageClassification(MlTrPreTrainedModel):
-    """MlTr with a linear classifier on the mean of the last stage: multi-label scores of a picture.
+    """MlTr with a linear classifier on the mean of the last stage: multi-label scores of an image.
 
     Example:
 
@@ -629,7 +629,7 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
     ) -> MlTrImageClassifierOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): pictures of any size.
+            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): images of any size.
             labels (`torch.Tensor` of shape `(B, num_labels)`, *optional*): multi-hot; 1 present, 0 absent, in between
                 soft, -100 unknown (no loss, no gradient).
             output_hidden_states, output_attentions (`bool`, *optional*): see [`MlTrModelOutput`].
@@ -663,7 +663,7 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
 
 
 class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):
-    """The stages' maps, each normalised, for models that stand on a trunk: `out_features` of the configuration."""
+    """The stages' maps, each normalised, for models that stand on a backbone: `out_features` of the configuration."""
 
     _keys_to_ignore_on_load_unexpected = [r"layernorm\.", r"classifier\."]
 
@@ -690,7 +690,7 @@ class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):
     ) -> BackboneOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): pictures of any size.
+            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): images of any size.
             output_hidden_states, output_attentions (`bool`, *optional*): see below.
 
         Returns:

@@ -110,9 +110,9 @@ def no_fp16_autocast(tensor: torch.Tensor):
 
 def require_images(pixel_values: torch.Tensor | None) -> torch.Tensor:
     if pixel_values is None:
-        raise ValueError("pixel_values is missing: give a batch of pictures of shape (batch, 3, height, width).")
+        raise ValueError("pixel_values is missing: give a batch of images of shape (batch, 3, height, width).")
     if pixel_values.shape[0] == 0:
-        raise ValueError("pixel_values holds no picture, and attention cannot run on none: leave the batch out.")
+        raise ValueError("pixel_values holds no image, and attention cannot run on none: leave the batch out.")
     return pixel_values
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Pipeline, PreTrainedModel, PreTrainedTok
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
-from .heat_maps_multilabel import picture_box, resize_to_picture, scored_heat_maps
+from .heat_maps_multilabel import image_box, resize_to_image, scored_heat_maps
 from .label_context import LabelContext, num_context_tokens
 from .label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder
 from .processing_multilabel import (
@@ -31,10 +31,10 @@ LOAD_PARAMETERS = ("max_pixels", "max_bytes", "size_hint", "timeout", "allow_pri
 
 class MultiLabelImageClassificationPipeline(Pipeline):
     r"""
-    Labels of pictures, by any multi-label classifier of transformers: `pipeline(model=..., trust_remote_code=True)`.
+    Labels of images, by any multi-label classifier of transformers: `pipeline(model=..., trust_remote_code=True)`.
 
     Beside the stock `image-classification` pipeline it has thresholds, gives every label unless told otherwise, and
-    reads pictures with [`load_image`]. Its parameters may be given to `pipeline(...)`, to a call, or to both.
+    reads images with [`load_image`]. Its parameters may be given to `pipeline(...)`, to a call, or to both.
 
     Args:
         threshold (`float`, `"auto"`, `list[float]` or `dict[str, float]`, *optional*):
@@ -42,7 +42,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             own threshold, fitted on validation and stored in the checkpoint. A list has a number for each label (of
             `labels`, where that is given), a dict one by name.
         top_k (`int`, *optional*):
-            At most so many labels a picture; None gives all of them.
+            At most so many labels an image; None gives all of them.
         labels (`list[str]`, *optional*):
             Only these labels, by name. Where that is exact (HSVLT), no others are computed.
         explain (`bool`, *optional*):
@@ -78,22 +78,22 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             )
 
     def __call__(self, inputs, image_column: str = "image", **kwargs):
-        """Labels pictures.
+        """Labels images.
 
         Args:
             inputs: Whatever [`load_image`] reads, a list or batch of it, a generator or torch `Dataset` of it, or a
-                `datasets.Dataset` or a column of one, whose pictures are decoded here and not by datasets.
-            image_column: The picture column of a `datasets.Dataset`.
+                `datasets.Dataset` or a column of one, whose images are decoded here and not by datasets.
+            image_column: The image column of a `datasets.Dataset`.
             kwargs: The pipeline's parameters, `batch_size`, and `num_workers` for a dataset.
 
         Returns:
-            For one picture, `{"label": ..., "score": ...}` from the highest score to the lowest; with `explain=True`
-            also `"heat_map"`, a float32 array of the decoded picture's height and width from 0 to 1, where 1 is the
+            For one image, `{"label": ..., "score": ...}` from the highest score to the lowest; with `explain=True`
+            also `"heat_map"`, a float32 array of the decoded image's height and width from 0 to 1, where 1 is the
             place that spoke most for this label. For a list a list of these; for a generator, dataset or column an
             iterator over them, which runs as it is asked.
 
         Raises:
-            ValueError: a picture cannot be read (the message names it), or a parameter is wrong.
+            ValueError: an image cannot be read (the message names it), or a parameter is wrong.
         """
         inputs = _stream(inputs, image_column)
         if is_many(inputs) and not isinstance(inputs, (Dataset, GeneratorType)):
@@ -116,7 +116,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 f"Unknown parameter {', '.join(parameters)}; there are threshold, top_k, labels, explain, "
                 f"batch_size, num_workers, image_column, {', '.join(LOAD_PARAMETERS[:-1])} and {LOAD_PARAMETERS[-1]}."
             )
-        # Told before the first picture and not after the last.
+        # Told before the first image and not after the last.
         given = {**getattr(self, "_postprocess_params", {}), **postprocess}
         self._cuts(given.get("threshold"), given.get("class_ids"))
         resolve_top_k(given.get("top_k"))
@@ -155,15 +155,15 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         inputs = self.image_processor(images=image, return_tensors="pt")
         inputs = inputs.to(self.dtype)  # fp16 and bf16 models take no fp32 pixels.
         if explain:
-            box = picture_box(self.image_processor, *image.size)
-            inputs["picture"] = torch.tensor([[*image.size, *box]], dtype=torch.float32)
+            box = image_box(self.image_processor, *image.size)
+            inputs["image"] = torch.tensor([[*image.size, *box]], dtype=torch.float32)
         return inputs
 
     def _forward(self, inputs, class_ids: list[int] | None = None, explain: bool = False):
         chosen = None if class_ids is None else torch.tensor(class_ids, device=self.device)
         if explain:
             logits, maps, scored = scored_heat_maps(self.model, inputs["pixel_values"], chosen)
-            return {"logits": logits, "maps": maps, "maps_of": scored, "picture": inputs["picture"]}
+            return {"logits": logits, "maps": maps, "maps_of": scored, "image": inputs["image"]}
         # The logits alone: feature maps would be copied to the CPU for nothing.
         if chosen is not None and "class_ids" in inspect.signature(self.model.forward).parameters:
             return {"logits": self.model(**inputs, class_ids=chosen).logits}
@@ -179,8 +179,8 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         if "maps" in outputs:
             place = {config.id2label[label]: index for index, label in enumerate(outputs["maps_of"][0].tolist())}
             maps = outputs["maps"][0, [place[result["label"]] for result in results]]
-            width, height, *box = outputs["picture"][0].tolist()
-            maps = resize_to_picture(maps, int(width), int(height), box).numpy() if len(results) else []
+            width, height, *box = outputs["image"][0].tolist()
+            maps = resize_to_image(maps, int(width), int(height), box).numpy() if len(results) else []
             for result, heat_map in zip(results, maps, strict=True):
                 result["heat_map"] = heat_map
         return results
@@ -199,7 +199,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         What to expect: the model scores a name it was not trained on by how its text embedding lies among those it was
         trained on. That helps near them (another word for a known thing) and is a guess far from them; scores of new
         labels are not calibrated, and the fitted thresholds are dropped, for they belong to the old names. Measure on
-        labelled pictures before relying on it.
+        labelled images before relying on it.
 
         Args:
             label_names: The new labels, in the order of the model's outputs.
@@ -230,7 +230,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             self._set_label_embeddings(names, text_encoder, revision, label_text, label_context)
         logger.warning(
             "The label set was exchanged by name: labels that the model was not trained on get uncalibrated scores. "
-            "Measure on labelled pictures before relying on them."
+            "Measure on labelled images before relying on them."
         )
 
     def _set_label_embeddings(self, names, text_encoder, revision, label_text, label_context) -> None:
@@ -253,7 +253,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             )
         provenance = {
             "encoder": config.label_text_encoder,
-            "reading": config.label_reading,
+            "pooling": config.label_pooling,
             "template": config.label_template,
         }
         template = config.label_template or DEFAULT_TEMPLATE
@@ -287,7 +287,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 names,
                 encoder,
                 tokenizer,
-                reading=config.label_reading or "mean",
+                pooling=config.label_pooling or "mean",
                 template=template,
                 label_text=label_text,
             )
@@ -316,7 +316,7 @@ def _stream(inputs, column: str):
             raise ValueError(f"This dataset has the splits {', '.join(inputs)}; give one of them.")
         if column not in (inputs.column_names or [column]):
             raise ValueError(
-                f"The dataset has no column {column!r}, only {', '.join(inputs.column_names)}; name the picture column "
+                f"The dataset has no column {column!r}, only {', '.join(inputs.column_names)}; name the image column "
                 "with image_column."
             )
     elif hasattr(inputs, "__next__") and not hasattr(inputs, "read"):

@@ -1,4 +1,4 @@
-"""Pictures to `pixel_values`, and logits to labels.
+"""Images to `pixel_values`, and logits to labels.
 
 A checkpoint carries this file and those that it imports: transformers, torch, NumPy and Pillow are enough for them.
 """
@@ -28,13 +28,13 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 
+from .image_urls import fetch_image
 from .losses_multilabel import NOT_EVALUATED
-from .picture_urls import fetch_picture
 
 # Where Pillow itself begins to warn of a decompression bomb: a quarter of a gibibyte of RGB. Pillow refuses only twice
 # as much, which a 20 KB file can reach in every worker of a data loader at once.
 MAX_PIXELS = 89_478_485
-MAX_BYTES = 2**28  # of an encoded picture: as many as the largest one that is decoded has in RGB
+MAX_BYTES = 2**28  # of an encoded image: as many as the largest one that is decoded has in RGB
 RESIZE_MODES = ("squash", "pad")
 
 
@@ -47,13 +47,13 @@ def load_image(
     timeout: float | None = 10.0,
     allow_private_addresses: bool = False,
 ) -> Image.Image:
-    """Decodes a picture to RGB as people see it.
+    """Decodes an image to RGB as people see it.
 
     The EXIF orientation is applied (and ignored where the EXIF data are broken), transparency is laid on white, CMYK is
     converted without its colour profile, and an animation gives its first frame. Grey and colour of more than 8 bits
     are scaled by the range they use: the bits that a TIFF declares if fewer than 16, else the fewest of 8, 10, 12, 14
     and 16 bits that hold the brightest pixel (16-bit files mostly carry 10 to 14 bits of a sensor); floats up to 1 by
-    1; and what is negative or beyond 16 bits by the picture's own minimum and maximum.
+    1; and what is negative or beyond 16 bits by the image's own minimum and maximum.
 
     Args:
         source: A path, a URL (`http://`, `https://`, `data:image/`), a base64 string, the bytes of a file, an open
@@ -63,7 +63,7 @@ def load_image(
         max_pixels: The largest width * height to decode; None leaves Pillow's own limit alone.
         max_bytes: The longest file or download to read; None for no limit. Of an animation one frame is read, however
             many there are.
-        size_hint: Side in px that the picture is going to be resized to. A JPEG whose two sides stay at least twice
+        size_hint: Side in px that the image is going to be resized to. A JPEG whose two sides stay at least twice
             that long is then decoded at 1/2, 1/4 or 1/8 of its size: several times faster for a photograph of 12
             megapixels, at the price of slightly different pixels.
         timeout: Seconds that a URL may take, to the last byte.
@@ -71,10 +71,10 @@ def load_image(
             not; proxies of the environment are not used.
 
     Returns:
-        An RGB picture; `source` itself if it is one that needs no change.
+        An RGB image; `source` itself if it is one that needs no change.
 
     Raises:
-        ValueError: the picture cannot be had, is too large, truncated or in no known format; the message names it.
+        ValueError: the image cannot be had, is too large, truncated or in no known format; the message names it.
     """
     name = _describe(source)
     if isinstance(source, np.ndarray) or torch.is_tensor(source):
@@ -89,13 +89,13 @@ def load_image(
 
 
 def _describe(source) -> str:
-    """How messages call a picture."""
+    """How messages call an image."""
     if isinstance(source, Mapping):
         return _describe(source.get("path") or source.get("bytes") or f"a dict of {', '.join(map(str, source))}")
     if isinstance(source, Image.Image) or hasattr(source, "read"):
         source = getattr(source, "filename", None) or getattr(source, "name", None) or f"a {type(source).__name__}"
     if isinstance(source, (bytes, bytearray)):
-        return f"a picture of {len(source)} bytes"
+        return f"an image of {len(source)} bytes"
     if isinstance(source, np.ndarray) or torch.is_tensor(source):
         return f"an array of shape {tuple(source.shape)}"
     # Escaped: a name must not steer the terminal that shows it.
@@ -123,12 +123,12 @@ def _open_source(source, name: str, max_bytes: int | None, timeout: float | None
         return source
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(
-            f"{name} ({type(source).__name__}) is no picture; give a path, URL, bytes, file, image, array or tensor."
+            f"{name} ({type(source).__name__}) is no image; give a path, URL, bytes, file, image, array or tensor."
         )
     text = os.fspath(source)
     if text.startswith(("http://", "https://")):
         try:
-            data = fetch_picture(text, timeout=timeout, max_bytes=max_bytes, allow_private=allow_private)
+            data = fetch_image(text, timeout=timeout, max_bytes=max_bytes, allow_private=allow_private)
         except TimeoutError as error:
             raise ValueError(f"{name} cannot be downloaded: {error}; raise timeout.") from error
         except Exception as error:  # http.client and ssl have their own, and an odd name gives a UnicodeError
@@ -139,7 +139,7 @@ def _open_source(source, name: str, max_bytes: int | None, timeout: float | None
         within_limit(os.path.getsize(text))
         return text
     if os.path.exists(text):
-        raise ValueError(f"{name} is a folder; give the picture files in it.")
+        raise ValueError(f"{name} is a folder; give the image files in it.")
     within_limit(len(text) * 3 // 4)
     try:
         encoded = text.split(",", 1)[1] if text.startswith("data:image/") else text
@@ -154,7 +154,7 @@ def _naming_failures(name: str):
     try:
         yield
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is in no picture format that Pillow reads; convert it or leave it out.") from error
+        raise ValueError(f"{name} is in no image format that Pillow reads; convert it or leave it out.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels.") from error
     except Exception as error:
@@ -192,7 +192,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int | None, size_hint: in
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # A picture with broken EXIF data is still a picture.
+    except Exception:  # An image with broken EXIF data is still an image.
         return 1
 
 
@@ -205,18 +205,18 @@ def _from_array(array, name: str, data_format: str | ChannelDimension | None = N
 
 
 def _channels_last(array, name: str, data_format: str | ChannelDimension | None) -> np.ndarray:
-    """(height, width) or (height, width, 3 or 4) of what `load_image` takes for a picture."""
+    """(height, width) or (height, width, 3 or 4) of what `load_image` takes for an image."""
     if torch.is_tensor(array):
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
     if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "buif":
-        raise ValueError(f"{name} is no picture; it needs numbers of shape (height, width) or 1, 3 or 4 channels.")
+        raise ValueError(f"{name} is no image; it needs numbers of shape (height, width) or 1, 3 or 4 channels.")
     if array.ndim == 3:
         with suppress(ValueError):  # no such number of channels
             data_format = data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
         array = np.moveaxis(array, 0, -1) if data_format == ChannelDimension.FIRST else array
         if array.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"{name} is no picture; it needs 1, 3 or 4 channels, first or last.")
+            raise ValueError(f"{name} is no image; it needs 1, 3 or 4 channels, first or last.")
         array = array[..., 0] if array.shape[-1] == 1 else array
     return array
 
@@ -256,7 +256,7 @@ def _to_uint8(pixels: np.ndarray, bits: int | None = None) -> np.ndarray:
 
 
 def _flat(images) -> Iterator:
-    """Each picture of what may be one or many."""
+    """Each image of what may be one or many."""
     if hasattr(images, "column_name") and hasattr(images, "source"):
         images = undecoded(images.source, images.column_name)[images.column_name]
     if not is_many(images):
@@ -267,9 +267,9 @@ def _flat(images) -> Iterator:
 
 
 def is_many(images) -> bool:
-    """Whether these are several pictures: a batch, or anything to iterate over that is not itself a picture."""
+    """Whether these are several images: a batch, or anything to iterate over that is not itself an image."""
     if isinstance(images, np.ndarray) or torch.is_tensor(images):
-        # (batch, height, width, channels), or an array of paths or pictures
+        # (batch, height, width, channels), or an array of paths or images
         return images.ndim == 4 or (images.ndim == 1 and isinstance(images, np.ndarray) and images.dtype.kind in "OUS")
     if isinstance(images, (str, bytes, bytearray, os.PathLike, Mapping, Image.Image)) or hasattr(images, "read"):
         return False
@@ -277,9 +277,9 @@ def is_many(images) -> bool:
 
 
 def undecoded(dataset, column: str):
-    """A `datasets` dataset in which the pictures of a column are left for [`load_image`] to decode, with its care."""
+    """A `datasets` dataset in which the images of a column are left for [`load_image`] to decode, with its care."""
     feature = (getattr(dataset, "features", None) or {}).get(column)
-    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"  # a user's own, of decoded pictures
+    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"  # a user's own, of decoded images
     if hasattr(feature, "decode") and hasattr(dataset, "cast_column") and not transformed:
         dataset = dataset.cast_column(column, type(feature)(decode=False))  # type: ignore[misc]
     return dataset
@@ -288,7 +288,7 @@ def undecoded(dataset, column: str):
 class MultiLabelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     r"""
     resize_mode (`str`, *optional*, defaults to `self.resize_mode`):
-        `"squash"` stretches the picture to `size`; `"pad"` keeps its aspect ratio and fills the rest evenly on both
+        `"squash"` stretches the image to `size`; `"pad"` keeps its aspect ratio and fills the rest evenly on both
         sides with the mean colour (letterbox).
     """
 
@@ -297,7 +297,7 @@ class MultiLabelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore
 
 class MultiLabelImageProcessor(PilBackend):
     r"""
-    Pictures to `pixel_values`, without torchvision: resized by Pillow (the very pixels of the stock Pillow processors,
+    Images to `pixel_values`, without torchvision: resized by Pillow (the very pixels of the stock Pillow processors,
     in about half the time: nothing is copied between Pillow and NumPy on the way), then scaled and normalised.
 
     Whatever [`load_image`] reads is accepted, one or a list. Defaults: squashed to 448 x 448 bicubically, ImageNet's
@@ -326,7 +326,7 @@ class MultiLabelImageProcessor(PilBackend):
     do_convert_rgb = do_resize = do_rescale = do_normalize = True
 
     def fetch_images(self, images):
-        """A flat list of pictures, from one or from any nesting of lists, iterators, batches and `datasets` columns;
+        """A flat list of images, from one or from any nesting of lists, iterators, batches and `datasets` columns;
         what is not an array yet is decoded with [`load_image`]."""
         return [
             image if isinstance(image, np.ndarray) or torch.is_tensor(image) else load_image(image)
@@ -339,7 +339,7 @@ class MultiLabelImageProcessor(PilBackend):
     def process_image(
         self, image, input_data_format: str | ChannelDimension | None = None, do_rescale: bool = True, **kwargs
     ) -> Image.Image | list[Image.Image]:
-        """One picture as RGB, or as three planes of floats that are not to be rescaled; `input_data_format` says where
+        """One image as RGB, or as three planes of floats that are not to be rescaled; `input_data_format` says where
         an array has its channels."""
         if isinstance(image, Image.Image):
             return image
@@ -354,7 +354,7 @@ class MultiLabelImageProcessor(PilBackend):
         if size.height and size.width:
             if resize_mode == "squash":
                 return image.resize((size.width, size.height), resample)
-            # Not ImageOps.pad, which loses a picture so long that it becomes less than half a pixel wide.
+            # Not ImageOps.pad, which loses an image so long that it becomes less than half a pixel wide.
             scale = min(size.height / image.height, size.width / image.width)
             inner = image.resize([max(round(side * scale), 1) for side in image.size], resample)
             canvas = Image.new(image.mode, (size.width, size.height), fill)
@@ -374,7 +374,7 @@ class MultiLabelImageProcessor(PilBackend):
         if kwargs.get("do_pad"):
             raise ValueError('do_pad is not supported; resize_mode="pad" pads to size.')
         if kwargs.get("do_convert_rgb") is False:
-            raise ValueError("do_convert_rgb=False is not supported: every picture becomes RGB, which the models read.")
+            raise ValueError("do_convert_rgb=False is not supported: every image becomes RGB, which the models read.")
         return kwargs | {"resize_mode": resize_mode}
 
     def _preprocess(
@@ -421,7 +421,7 @@ class MultiLabelImageProcessor(PilBackend):
         if return_tensors is None:
             return BatchFeature({"pixel_values": [pixels.numpy() for pixels in pixel_values[: len(images)]]})
         if len({pixels.shape for pixels in pixel_values}) > 1:
-            raise ValueError("Pictures of different sizes make no batch: give size a height and width, or crop.")
+            raise ValueError("Images of different sizes make no batch: give size a height and width, or crop.")
         batch = torch.stack(pixel_values)[: len(images)]
         return BatchFeature({"pixel_values": batch if return_tensors == "pt" else batch.numpy()}, return_tensors)
 
@@ -433,14 +433,14 @@ class _NoTokenizer:
     eos_token_id = bos_token_id = pad_token_id = None
 
     def __call__(self, *args, **kwargs):
-        raise ValueError("MultiLabelProcessor reads pictures and no text: give images alone.")
+        raise ValueError("MultiLabelProcessor reads images and no text: give images alone.")
 
     decode = batch_decode = __call__
 
 
 class MultiLabelProcessor(ProcessorMixin):
     r"""
-    A checkpoint's picture and label side: `processor(images=..., return_tensors="pt")` before the model,
+    A checkpoint's image and label side: `processor(images=..., return_tensors="pt")` before the model,
     [`~MultiLabelProcessor.post_process_multi_label_classification`] after it.
 
     Args:
@@ -485,17 +485,17 @@ class MultiLabelProcessor(ProcessorMixin):
         threshold: float | str | Sequence[float] | Mapping[str, float] | None = None,
         top_k: int | None = None,
     ) -> list[list[dict]]:
-        """The labels of each picture.
+        """The labels of each image.
 
         Args:
             outputs: The model's output, or its logits of shape (batch, num_labels).
             threshold: None gives every label, a number those that score at least that, `"auto"` those that score at
                 least their own fitted threshold; a list (or array) with a number for each label, or a dict with one for
                 each name, those that score at least theirs.
-            top_k: At most so many labels a picture; None gives all of them.
+            top_k: At most so many labels an image; None gives all of them.
 
         Returns:
-            For each picture, `{"label": name, "score": sigmoid of the logit}` from the highest score to the lowest.
+            For each image, `{"label": name, "score": sigmoid of the logit}` from the highest score to the lowest.
             Labels that were not evaluated are left out: those whose logit is NaN, -inf or `NOT_EVALUATED`.
 
         Raises:

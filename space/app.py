@@ -1,9 +1,9 @@
-"""A demo of multi-label checkpoints: drop a picture, see its labels, click one to see where it was found.
+"""A demo of multi-label checkpoints: drop an image, see its labels, click one to see where it was found.
 
     MODELS="org/name org/other@revision" python app.py
 
 MODELS names checkpoints of the Hub or folders; each brings its own code, which is run here, so list only those whose
-code you trust, and pin the revision. Pictures in `examples/` are offered as examples.
+code you trust, and pin the revision. Images in `examples/` are offered as examples.
 """
 
 import html
@@ -21,7 +21,7 @@ MODELS = os.environ.get("MODELS", "").replace(",", " ").split()
 EXAMPLES = sorted(str(path) for path in (Path(__file__).parent / "examples").glob("*.*"))
 SHOWN = 12  # labels, unless all are asked for
 MAX_SIDE = 1024  # px of a heat map
-WELCOME = "Drop a picture, paste one, or choose an example."
+WELCOME = "Drop an image, paste one, or choose an example."
 
 CSS = """
 .bars { display: flex; flex-direction: column; gap: 4px; }
@@ -63,7 +63,7 @@ element.addEventListener('click', event => {
 """
 
 
-class Picture(gr.Image):
+class UploadedImage(gr.Image):
     """An image that hands over the uploaded file as it is: the checkpoint decodes it, or says what is wrong with it."""
 
     is_template = True
@@ -83,7 +83,7 @@ def load(name: str):
 
 
 def decode(path: str, tagger) -> Image.Image:
-    """The picture as the checkpoint sees it: turned upright, on white, RGB."""
+    """The image as the checkpoint sees it: turned upright, on white, RGB."""
     try:
         return sys.modules[type(tagger).__module__].load_image(path)
     except ValueError as error:
@@ -120,7 +120,7 @@ def bars(results: list[dict], thresholds: dict[str, float], show_all: bool) -> s
 
 
 def tag(path: str | None, name: str, names: list[str], show_all: bool):
-    """The bars of a picture; clears the heat map and its caption."""
+    """The bars of an image; clears the heat map and its caption."""
     cleared = gr.Image(value=None, visible=False)
     if path is None:
         return message(WELCOME), cleared, ""
@@ -141,19 +141,19 @@ def show_heat_map(path: str | None, name: str, event: gr.SelectData):
         return gr.Image(value=None, visible=False), ""
     try:
         tagger = load(name)
-        picture = decode(path, tagger)
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
-        heat = tagger(picture, labels=[event.value], explain=True)[0]["heat_map"]  # (height, width), 0 to 1
+        image = decode(path, tagger)
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        heat = tagger(image, labels=[event.value], explain=True)[0]["heat_map"]  # (height, width), 0 to 1
     except (ValueError, OSError) as error:
         return gr.Image(value=None, visible=False), message(f"No heat map: {error}", problem=True)
     words = f"What spoke for “{event.value}”: the brighter, the more."
     caption = f'<p class="hint" role="status">{html.escape(words)}</p>'
-    return gr.Image(value=overlay(picture, heat), visible=True, alt_text=words), caption
+    return gr.Image(value=overlay(image, heat), visible=True, alt_text=words), caption
 
 
-def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The picture, darkened where the map is low and glowing where it is high."""
-    pixels = np.asarray(picture, np.float32)
+def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """The image, darkened where the map is low and glowing where it is high."""
+    pixels = np.asarray(image, np.float32)
     grey = pixels @ np.float32([0.299, 0.587, 0.114])
     cold = 0.35 * grey[..., None] + np.float32([10, 10, 40])
     stops = np.float32([0, 0.35, 0.7, 1])
@@ -179,17 +179,17 @@ def build() -> gr.Blocks:
         raise SystemExit('Name at least one checkpoint: MODELS="org/name" python app.py')
     labels = list(load(MODELS[0]).model.config.id2label.values())
     titles = [(name.rstrip("/").rpartition("/")[2], name) for name in MODELS]
-    with gr.Blocks(title="Many labels per picture", analytics_enabled=False) as demo:
+    with gr.Blocks(title="Many labels per image", analytics_enabled=False) as demo:
         gr.Markdown(
-            "# Many labels per picture\nEach label has its own score and its own threshold, fitted on validation data."
+            "# Many labels per image\nEach label has its own score and its own threshold, fitted on validation data."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                picture = Picture(
-                    label="Picture", sources=["upload", "webcam", "clipboard"], height=340, elem_id="picture"
+                image = UploadedImage(
+                    label="UploadedImage", sources=["upload", "webcam", "clipboard"], height=340, elem_id="image"
                 )
                 if EXAMPLES:
-                    gr.Examples([[path] for path in EXAMPLES], [picture], label="Examples", elem_id="examples")
+                    gr.Examples([[path] for path in EXAMPLES], [image], label="Examples", elem_id="examples")
                 model = gr.Radio(titles, value=MODELS[0], label="Checkpoint", visible=len(MODELS) > 1, elem_id="model")
                 only = gr.Dropdown(
                     labels, value=[], multiselect=True, label="Only these labels", info="Empty: all", elem_id="only"
@@ -207,14 +207,14 @@ def build() -> gr.Blocks:
                 )
         outputs = [found, heat_map, caption]
         gr.on(
-            [picture.change, only.change, show_all.change],
+            [image.change, only.change, show_all.change],
             tag,
-            [picture, model, only, show_all],
+            [image, model, only, show_all],
             outputs,
             show_progress="minimal",
         )
-        model.change(choose, [picture, model, show_all], [only, *outputs], show_progress="minimal")
-        found.select(show_heat_map, [picture, model], [heat_map, caption], show_progress="minimal")
+        model.change(choose, [image, model, show_all], [only, *outputs], show_progress="minimal")
+        found.select(show_heat_map, [image, model], [heat_map, caption], show_progress="minimal")
     return demo
 
 

@@ -1,4 +1,4 @@
-"""Draws the example pictures: python space/make_examples.py, from the root of the project."""
+"""Draws the example images: python space/make_examples.py, from the root of the project."""
 
 import sys
 from pathlib import Path

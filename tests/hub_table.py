@@ -38,12 +38,18 @@ print(json.dumps(outcomes))
 """
 
 
-def noisy_stage_trunk_model():
-    """HSVLT on a trunk that is read at its stages, an MlTr."""
+def noisy_stage_backbone_model():
+    """HSVLT on a backbone that is read at its stages, an MlTr."""
     torch.manual_seed(1)
-    trunk = {"model_type": "mltr", "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "image_size": 64}
+    backbone = {
+        "model_type": "mltr",
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+        "image_size": 64,
+    }
     config = HSVLTConfig.preset(
-        "nano", backbone_config=trunk, num_labels=7, id2label=NAMES, thresholds=THRESHOLDS, label_embedding_dim=16
+        "nano", backbone_config=backbone, num_labels=7, id2label=NAMES, thresholds=THRESHOLDS, label_embedding_dim=16
     )
     model = HSVLTForImageClassification(config).eval()
     with torch.no_grad():
@@ -104,7 +110,7 @@ class Scene:
         self.models = {}
         for family in families:
             if family == "hsvlt_stages":
-                self.models[family] = noisy_stage_trunk_model()
+                self.models[family] = noisy_stage_backbone_model()
             elif family != ADAPTER:
                 self.models[family] = checkpoint(family)
         if ADAPTER in families:
@@ -112,9 +118,9 @@ class Scene:
             self.models[ADAPTER] = other_contexts(model), processor
         for family, (model, processor) in self.models.items():
             save_run(folder / family, model, processor)
-        self.picture = folder / "picture.png"
+        self.image = folder / "image.png"
         pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(self.picture)
+        Image.fromarray(pixels).save(self.image)
         self.counter = 0
 
     def push(self, *calls: list[str], token: str | None = TOKEN) -> list[int]:
@@ -156,7 +162,7 @@ class Scene:
         script = "print(json.dumps({name: use(f'me/{name}') for name in sys.argv[1:]}))"
         results = self.load(script, *self.families, home="everything")
         for family in self.families:
-            check(results[family], *self.models[family], self.picture)
+            check(results[family], *self.models[family], self.image)
         if ADAPTER in self.families:
             assert results[ADAPTER]["logits"] != results[BASE]["logits"]
         return f"{len(results)} x AutoModel, ...ForImageClassification, AutoProcessor, 2 pipelines"
@@ -165,7 +171,7 @@ class Scene:
         environment = self.hub.environment(self.folder / "everything") | {"HF_HUB_OFFLINE": "1"}
         family = self.families[0]
         used = run(f"print(json.dumps(use('me/{family}')))", self.folder, **environment)
-        check(used, *self.models[family], self.picture)
+        check(used, *self.models[family], self.image)
 
     def revisions(self):
         family, (model, processor) = self.families[0], self.models[self.families[0]]
@@ -187,7 +193,7 @@ print(json.dumps({"tag": use(name, revision="v1"), "commit": use(name, revision=
         used = self.load(script, f"me/{family}", first)
         assert used["now"] == [0.5] * 7
         for key in ("tag", "commit"):
-            check(used[key], model, processor, self.picture)
+            check(used[key], model, processor, self.image)
 
     def refusals(self):
         family = self.families[0]
@@ -263,7 +269,7 @@ print(json.dumps(said))
         used = self.load(f"print(json.dumps(use('me/{family}')))")
         assert [fault.times for fault in self.hub.faults] == [0, 0]
         self.hub.faults = []
-        check(used, *self.models[family], self.picture)
+        check(used, *self.models[family], self.image)
         return "weights cut in half, a request refused: loaded all the same"
 
 

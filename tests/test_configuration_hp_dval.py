@@ -24,7 +24,7 @@ def test_class_specific_contexts_are_reserved_for_every_label():
 
 
 def test_round_trip(tmp_path):
-    config = HPDVALConfig.preset("nano", num_labels=3, stage="stage2", vision_config={"num_hidden_layers": 1})
+    config = HPDVALConfig.preset("nano", num_labels=3, phase="phase2", vision_config={"num_hidden_layers": 1})
     assert config.vision_config.hidden_size == 64
     config.save_pretrained(tmp_path)
     for load in (HPDVALConfig, AutoConfig):
@@ -49,10 +49,10 @@ def test_the_teacher_is_like_a_clip_student_and_must_be_given_for_another():
     ("fields", "message"),
     [
         ({"alpha": 1.5}, "alpha must be within"),
-        ({"local_top_k": 65}, "from 1 to the 64 patches of a picture of 64 px"),  # F3
+        ({"local_top_k": 65}, "from 1 to the 64 patches of an image of 64 px"),  # F3
         ({"local_top_k": 0}, "from 1 to the 64 patches"),
-        ({"image_size": 16}, "from 1 to the 4 patches of a picture of 16 px"),
-        ({"stage": "stage3"}, "stage must be one of"),
+        ({"image_size": 16}, "from 1 to the 4 patches of an image of 16 px"),
+        ({"phase": "phase3"}, "phase must be one of"),
         ({"score_normalization": "none"}, "score_normalization must be one of"),
         ({"context_init": "a photo of a"}, "context_init must be one of"),
         ({"embedding_head": "linear"}, "embedding_head must be one of"),

@@ -51,7 +51,7 @@ def test_preset_overrides():
     assert HSVLTConfig.preset("nano").backbone_config.hidden_sizes[0] == 32
 
 
-def test_other_trunks_read_four_stages():
+def test_other_backbones_read_four_stages():
     config = HSVLTConfig(backbone_config=SwinConfig(depths=[1, 1, 1, 1]))
     assert config.backbone_config.out_features == ["stage1", "stage2", "stage3", "stage4"]
     with pytest.raises(ValueError, match="stages; HSVLT reads four"):

@@ -15,7 +15,7 @@ FITTED = {
     "threshold_info": {"objective": "F1"},
     "calibration_info": {"method": "platt", "scale": [1.0, 2.0, 3.0]},
 }
-PROVENANCE = {"label_text_encoder": "some-encoder", "label_reading": "mean", "label_template": "a {}"}
+PROVENANCE = {"label_text_encoder": "some-encoder", "label_pooling": "mean", "label_template": "a {}"}
 CONFIGS = {
     "hsvlt": (HSVLTConfig, {**FITTED, **PROVENANCE}),
     "mltr": (MlTrConfig, FITTED),

@@ -7,7 +7,7 @@ from .fuzz.decoding import decode
 from .fuzz.malformed import KINDS, malformed
 
 
-def test_malformed_pictures_are_refused_by_name_or_decoded(tmp_path):
+def test_malformed_images_are_refused_by_name_or_decoded(tmp_path):
     outcomes = {}
     for file, data in malformed(10 * len(KINDS), seed=1):
         if "-bomb" in file and int(file[:4]) > 30:

@@ -327,7 +327,7 @@ def test_every_module_that_is_called_in_training_is_called_with_a_hook_on_it(nam
 def test_hooks_on_a_whole_encoder_or_stage():
     model, seen = make("hsvlt"), []
     before = scores(model, images())
-    encoder = model.hsvlt.trunk.encoder
+    encoder = model.hsvlt.backbone.encoder
     encoder.register_forward_hook(lambda module, args, output: seen.append("encoder"))
     encoder.stages[1].register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
     after = scores(model, images())
@@ -382,6 +382,7 @@ def test_exported_to_onnx_by_the_legacy_exporter(name, tmp_path):  # the other o
 @pytest.mark.parametrize("name", ["hsvlt", "hsvlt_every_option", "hsvlt_swin", "cat"])
 def test_compiled_as_one_graph(name):
     model = make(name)
+    torch.compiler.reset()  # after some models it compiles no more
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert_close_outputs(scores(compiled, images()), scores(model, images()), steps=1024)

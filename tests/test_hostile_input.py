@@ -1,5 +1,5 @@
 """Files from strangers, each with an attack in it: code that would run, addresses that would be fetched, sizes that
-would fill the memory. Pictures have tests/fuzz, URLs test_picture_urls.py, pickles of others' checkpoints
+would fill the memory. Images have tests/fuzz, URLs test_image_urls.py, pickles of others' checkpoints
 training/models/test_official_hsvlt.py."""
 
 import json
@@ -25,7 +25,7 @@ from training.data.image_folder import read_image_folders
 from training.data.label_names import MAX_LABEL_FILE, MAX_LABEL_NAME, read_label_names
 from training.models.build import build_model
 
-from .training.tiny_checkpoint import NAMES, save_checkpoint, save_pictures
+from .training.tiny_checkpoint import NAMES, save_checkpoint, save_images
 
 RAN = "HOSTILE_CODE_RAN"
 
@@ -78,15 +78,15 @@ def test_pickled_weights_are_refused_wherever_weights_are_read(checkpoint, tmp_p
     touched = tmp_path / "touched"
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(touched)))
-    trunk = tmp_path / "trunk"
-    ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]).save_pretrained(trunk)
-    shutil.copy(checkpoint / "pytorch_model.bin", trunk)
+    backbone = tmp_path / "backbone"
+    ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]).save_pretrained(backbone)
+    shutil.copy(checkpoint / "pytorch_model.bin", backbone)
     with pytest.raises(OSError, match="safetensors"):
         load(checkpoint)
     with pytest.raises(OSError, match="safetensors"):
         build_model(TrainingConfig(init_from=str(checkpoint)), NAMES)
     with pytest.raises(OSError, match="safetensors"):
-        build_model(TrainingConfig(preset=None, backbone=str(trunk)), NAMES)
+        build_model(TrainingConfig(preset=None, backbone=str(backbone)), NAMES)
     assert not touched.exists()
 
 
@@ -122,9 +122,9 @@ def test_a_config_that_names_code_gets_ours(checkpoint, where):
         {"backbone_kwargs": {"pretrained": True}},
     ],
 )
-def test_a_config_that_names_a_trunk_to_download_is_refused(checkpoint, values):
+def test_a_config_that_names_a_backbone_to_download_is_refused(checkpoint, values):
     edit(checkpoint, **values)
-    with pytest.raises(ValueError, match="is not accepted: describe the trunk in backbone_config"):
+    with pytest.raises(ValueError, match="is not accepted: describe the backbone in backbone_config"):
         load(checkpoint)
 
 
@@ -217,19 +217,19 @@ def test_names_with_path_parts_are_names_and_lead_nowhere(tmp_path):
 
 def test_rows_do_not_reach_out_of_the_data_set_and_are_not_endless(tmp_path):
     data, rows = tmp_path / "data", tmp_path / "data" / "validation" / "metadata.jsonl"
-    save_pictures(data)
+    save_images(data)
     whole = rows.read_text()
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     for name in ("../../secret.png", str(tmp_path / "secret.png")):
         rows.write_text(whole + "\n" + json.dumps({"file_name": name, "labels": []}))
-        with pytest.raises(ValueError, match=r"names 1 picture .*secret.png"):
+        with pytest.raises(ValueError, match=r"names 1 image .*secret.png"):
             read_image_folders(data)
     rows.write_text(json.dumps({"file_name": "0.png", "labels": ["x" * 2**24]}))
     with pytest.raises(ValueError, match="line 1 is longer than 16,777,216 letters; it is no row"):
         read_image_folders(data)
 
 
-# --- pictures: limits (kinds of damage are in tests/fuzz)
+# --- images: limits (kinds of damage are in tests/fuzz)
 
 
 def test_pixels_frames_and_bytes_are_limited(tmp_path, monkeypatch):

@@ -21,13 +21,13 @@ from transformers import ViTConfig, ViTModel
 from modeling_hsvlt import HPDVALForImageClassification
 from modeling_hsvlt.hp_dval_prompts import choose_prompts, encode_in_parts
 
-from .test_modeling_hp_dval import CLIP, NAMES, TOKENIZER, make_model, pictures, targets
+from .test_modeling_hp_dval import CLIP, NAMES, TOKENIZER, make_model, random_images, targets
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def with_contexts(model):
-    """Contexts as stage 2 leaves them."""
+    """Contexts as phase 2 leaves them."""
     table, ids = model.hp_dval.get_input_embeddings().weight, model.config.context_token_ids
     with torch.no_grad():
         table[ids] = torch.randn(len(ids), table.shape[1], generator=torch.Generator().manual_seed(0))
@@ -47,16 +47,16 @@ def inference_only():
     return model
 
 
-def in_stage_2():
+def in_phase_2():
     model = make_model()
-    model.set_stage("stage2")
+    model.set_phase("phase2")
     return model
 
 
 MODELS = {
     "clip": lambda: with_contexts(make_model()),
     "vit": vit_student,
-    "stage2": in_stage_2,
+    "phase2": in_phase_2,
     "inference only": inference_only,
 }
 
@@ -118,10 +118,10 @@ def average(model):
     own = [weight.detach().clone() for weight in model.parameters()]
     for weight in model.parameters():
         weight.data.copy_(1.1 * weight.data)
-    assert not torch.equal(model(pictures()).logits, model.kept)
+    assert not torch.equal(model(random_images()).logits, model.kept)
     for weight, value in zip(model.parameters(), own, strict=True):
         weight.data.copy_(value)
-    torch.testing.assert_close(model(pictures()).logits, model.kept)
+    torch.testing.assert_close(model(random_images()).logits, model.kept)
     layer(model).weight.data.mul_(1.5)
 
 
@@ -158,37 +158,37 @@ TEXT_CHANGES = {
 @torch.no_grad()
 def test_no_change_of_the_text_tower_leaves_old_embeddings(change, tmp_path):
     model = make_model()
-    model.kept = model(pictures()).logits
-    assert torch.equal(model(pictures()).logits, model.kept)
+    model.kept = model(random_images()).logits
+    assert torch.equal(model(random_images()).logits, model.kept)
     TEXT_CHANGES[change](model)
-    logits = model(pictures()).logits
+    logits = model(random_images()).logits
     assert not torch.allclose(logits, model.kept, atol=1e-5)
-    torch.testing.assert_close(logits, plain_logits(model, pictures()))
+    torch.testing.assert_close(logits, plain_logits(model, random_images()))
     # Nor what is left when the text tower goes.
     model.drop_text_model()
-    torch.testing.assert_close(model(pictures()).logits, logits)
+    torch.testing.assert_close(model(random_images()).logits, logits)
 
 
 def test_a_global_hook_is_seen():
     model = make_model()
-    before = model(pictures()).logits
+    before = model(random_images()).logits
     seen = []
     handle = register_module_forward_hook(lambda module, args, output: seen.append(module) and None)
     try:
-        model(pictures())
+        model(random_images())
     finally:
         handle.remove()
     assert layer(model) in seen
-    torch.testing.assert_close(model(pictures()).logits, before)
+    torch.testing.assert_close(model(random_images()).logits, before)
 
 
-def test_hand_written_embeddings_follow_the_text_tower_in_stage_2():
+def test_hand_written_embeddings_follow_the_text_tower_in_phase_2():
     model = make_model()
-    model.set_stage("stage2")
+    model.set_phase("phase2")
     model.train()
-    model(pictures(), labels=targets())
+    model(random_images(), labels=targets())
     layer(model).weight.data.mul_(1.5)
-    output = model(pictures(), labels=targets())
+    output = model(random_images(), labels=targets())
     assert output.semantic_consistency_loss < 1e-6  # contexts are still the template's words
     assert output.semantic_consistency_loss.requires_grad
 
@@ -196,9 +196,9 @@ def test_hand_written_embeddings_follow_the_text_tower_in_stage_2():
 def test_the_caller_may_write_into_what_it_gets():
     model = make_model()
     with torch.no_grad():
-        before = model(pictures()).logits
-        model.hp_dval(pictures()).text_embeds.zero_()
-        assert torch.equal(model(pictures()).logits, before)
+        before = model(random_images()).logits
+        model.hp_dval(random_images()).text_embeds.zero_()
+        assert torch.equal(model(random_images()).logits, before)
 
 
 # ---- the model is handled
@@ -215,7 +215,7 @@ class Logits(nn.Module):
 
 def onnx_logits(model, pixels, folder, **how):
     path = folder / "model.onnx"
-    torch.onnx.export(Logits(model), (pictures(2, seed=7),), path, input_names=["p"], verbose=False, **how)
+    torch.onnx.export(Logits(model), (random_images(2, seed=7),), path, input_names=["p"], verbose=False, **how)
     (logits,) = onnxruntime.InferenceSession(path).run(None, {"p": pixels.numpy()})
     return torch.from_numpy(logits)
 
@@ -230,7 +230,7 @@ def dynamo_onnx(model, pixels, folder):
 
 
 def jit_trace(model, pixels, folder):
-    return torch.jit.trace(Logits(model), (pictures(2, seed=7),))(pixels)
+    return torch.jit.trace(Logits(model), (random_images(2, seed=7),))(pixels)
 
 
 def export(model, pixels, folder):
@@ -238,6 +238,7 @@ def export(model, pixels, folder):
 
 
 def compiled(model, pixels, folder):
+    torch.compiler.reset()  # after some models it compiles no more
     return torch.compile(model, backend="eager", fullgraph=True)(pixels).logits
 
 
@@ -327,9 +328,9 @@ HANDLINGS = [
 @pytest.mark.parametrize("handling", HANDLINGS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_handling_gives_the_plain_result(kind, handling, tmp_path):
-    model, pixels = MODELS[kind](), pictures(3)
+    model, pixels = MODELS[kind](), random_images(3)
     expected = copy.deepcopy(model)(pixels).logits
-    if kind == "stage2" and handling in (on_the_cpu, on_disk, dispatched):
+    if kind == "phase2" and handling in (on_the_cpu, on_disk, dispatched):
         with pytest.raises(ValueError, match="peft's adapter of the contexts cannot read"):
             handling(model, pixels, tmp_path)
         return
@@ -342,7 +343,7 @@ def test_dynamic_quantisation(kind):
     """int8 arithmetic gives other scores, near the plain ones."""
     model = MODELS[kind]()
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    torch.testing.assert_close(quantised(pictures()).logits, model(pictures()).logits, atol=0.05, rtol=0)
+    torch.testing.assert_close(quantised(random_images()).logits, model(random_images()).logits, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -351,7 +352,7 @@ def test_hooks_are_called_on_every_module_that_computes(kind):
     called = set()
     for module in model.modules():
         module.register_forward_hook(lambda module, args, output: called.add(module))
-    model(pictures())
+    model(random_images())
     towers = [model.hp_dval.student] + ([model.hp_dval.text] if model.hp_dval.text is not None else [])
     silent = [
         name
@@ -370,12 +371,12 @@ DTYPES = {torch.bfloat16: 0.05, torch.float16: 0.005, torch.float64: 1e-5}
 @pytest.mark.parametrize(("kind", "dtype"), itertools.product(("clip", "vit"), DTYPES))
 def test_other_precisions_load_cast_and_train(kind, dtype, tmp_path):
     model = MODELS[kind]()
-    expected = model(pictures()).logits
+    expected = model(random_images()).logits
     model.save_pretrained(tmp_path)
     loaded = HPDVALForImageClassification.from_pretrained(tmp_path, dtype=dtype).eval()
     cast = copy.deepcopy(model).to(dtype)
     for other in (loaded, cast):
-        logits = other(pictures().to(dtype)).logits
+        logits = other(random_images().to(dtype)).logits
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, expected, atol=DTYPES[dtype], rtol=0)
     assert {name: t.dtype for name, t in loaded.state_dict().items()} == {
@@ -384,9 +385,9 @@ def test_other_precisions_load_cast_and_train(kind, dtype, tmp_path):
     if dtype == torch.float16:
         half = copy.deepcopy(model).half().state_dict()
         assert all(torch.equal(value, half[name]) for name, value in cast.state_dict().items())
-    for stage in ("stage1", "stage2", "joint"):
-        cast.set_stage(stage)
-        cast.train()(pictures().to(dtype), labels=targets()).loss.backward()
+    for phase in ("phase1", "phase2", "joint"):
+        cast.set_phase(phase)
+        cast.train()(random_images().to(dtype), labels=targets()).loss.backward()
         gradients = [weight.grad for weight in cast.parameters() if weight.requires_grad]
         assert gradients and all(gradient.isfinite().all() for gradient in gradients)
         cast.zero_grad()

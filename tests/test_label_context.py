@@ -40,8 +40,8 @@ ENCODER, TOKENIZER = tiny_bert()
 
 def make_model(context=None, **config):
     torch.manual_seed(0)
-    trunk = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]}
-    fields = {"backbone_config": trunk, "label_embedding_dim": 16, "image_size": 32, "num_labels": 3, **config}
+    backbone = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]}
+    fields = {"backbone_config": backbone, "label_embedding_dim": 16, "image_size": 32, "num_labels": 3, **config}
     model = HSVLTForImageClassification(HSVLTConfig(**fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # large, so that logits differ visibly between labels
@@ -50,7 +50,7 @@ def make_model(context=None, **config):
     return model
 
 
-def pictures():
+def random_images():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -59,7 +59,7 @@ def train(model, steps=2, fused=True):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
     for _ in range(steps):
         optimizer.zero_grad()
-        model(pictures(), labels=torch.tensor([[1.0, 0, 0], [0, 1, 1]])).loss.backward()
+        model(random_images(), labels=torch.tensor([[1.0, 0, 0], [0, 1, 1]])).loss.backward()
         optimizer.step()
     return model
 
@@ -110,18 +110,18 @@ def test_gradients_equal_splicing_the_rows_into_the_sentence():
     ENCODER.zero_grad()
 
 
-@pytest.mark.parametrize("frozen", [None, "trunk", "model"])
+@pytest.mark.parametrize("frozen", [None, "backbone", "model"])
 def test_training_moves_the_rows_and_what_is_not_frozen(frozen):
     model = make_model(LabelContext(ENCODER, TOKENIZER, NAMES))
     if frozen is not None:
-        for part in (model.hsvlt.trunk,) if frozen == "trunk" else (model.hsvlt, model.classifier):
+        for part in (model.hsvlt.backbone,) if frozen == "backbone" else (model.hsvlt, model.classifier):
             part.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     train(model)
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     (rows,) = (key for key in moved if key.startswith("label_context."))
     assert rows.endswith("trainable_tokens_delta.default")
-    assert any(".trunk." in key for key in moved) == (frozen is None)
+    assert any(".backbone." in key for key in moved) == (frozen is None)
     assert any("label_stream" in key for key in moved) == (frozen != "model")
 
 
@@ -138,23 +138,23 @@ def test_embeddings_are_kept_while_the_rows_are_the_same(monkeypatch):
 
     def logits():
         with torch.inference_mode():
-            result = model(pictures()).logits
+            result = model(random_images()).logits
         with torch.no_grad():
-            assert_close_outputs(result, model(pictures(), text_embeddings=fresh(context)).logits)
+            assert_close_outputs(result, model(random_images(), text_embeddings=fresh(context)).logits)
         return result
 
     start = logits()
     calls.clear()
     assert_close_outputs(logits(), start)
     with torch.no_grad():
-        model(pictures())
+        model(random_images())
     assert len(calls) == 1  # by `fresh`
     train(model)
     trained = logits()
     assert not close_outputs(trained, start)
     # A fused step in evaluation mode, between two looks.
     model.eval()
-    model(pictures()).logits.sum().backward()
+    model(random_images()).logits.sum().backward()
     torch.optim.AdamW([p for p in context.parameters() if p.requires_grad], lr=0.1, fused=True).step()
     assert not close_outputs(logits(), trained)
     with context.encoder.disable_adapter():
@@ -213,11 +213,11 @@ def test_checkpoints_are_plain_and_the_adapter_serves_other_labels(tmp_path):
     context = LabelContext(ENCODER, TOKENIZER, NAMES)
     model = train(make_model(context)).eval()
     with torch.no_grad():
-        expected = model(pictures()).logits
+        expected = model(random_images()).logits
     model.save_pretrained(tmp_path)
     plain, info = HSVLTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert plain.label_context is None and not info["unexpected_keys"] and not info["missing_keys"]
-    assert_close_outputs(plain(pictures()).logits, expected)
+    assert_close_outputs(plain(random_images()).logits, expected)
 
     folder = tmp_path / "label_context"
     assert (folder / "adapter_model.safetensors").stat().st_size < 4 * 16 * 4 + 500
@@ -239,10 +239,10 @@ def test_other_weights_are_saved_with_their_own_embeddings(tmp_path):
     model = train(make_model(context))
     copied = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
-        expected = model.eval()(pictures()).logits
+        expected = model.eval()(random_images()).logits
     train(model)
     model.save_pretrained(tmp_path, state_dict=copied)
-    assert_close_outputs(HSVLTForImageClassification.from_pretrained(tmp_path)(pictures()).logits, expected)
+    assert_close_outputs(HSVLTForImageClassification.from_pretrained(tmp_path)(random_images()).logits, expected)
 
 
 def test_saving_by_position_and_beside_the_main_process(tmp_path):
@@ -252,7 +252,7 @@ def test_saving_by_position_and_beside_the_main_process(tmp_path):
     for folder in ("main", "weights"):
         assert (tmp_path / folder / "label_context" / "adapter_model.safetensors").exists()
         plain = HSVLTForImageClassification.from_pretrained(tmp_path / folder)
-        assert_close_outputs(plain(pictures()).logits, model(pictures()).logits)
+        assert_close_outputs(plain(random_images()).logits, model(random_images()).logits)
     model.save_pretrained(tmp_path / "beside", False)
     model.save_pretrained(tmp_path / "beside", is_main_process=False)
     assert not list((tmp_path / "beside").rglob("*"))

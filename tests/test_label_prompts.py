@@ -66,7 +66,7 @@ def test_official_reading_as_the_released_script_reads(bert):
             states = model(ids, torch.ones_like(ids))[0]
         expected.append(states[0, 1] if len(tokens) == 2 else states[0, 0])  # one piece: that piece; else [CLS]
     expected = torch.stack(expected)
-    embeddings = encode_labels(NAMES, model, tokenizer, reading="official", template="ignored")
+    embeddings = encode_labels(NAMES, model, tokenizer, pooling="official", template="ignored")
     assert embeddings.dtype == torch.float32 and embeddings.device.type == "cpu"
     torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-6)
     # The details matter: with [SEP], or with token type 1, the result is another one.
@@ -133,7 +133,7 @@ def test_clip_text_encoder_of_byte_pairs(tmp_path):
         dog = model(input_ids=torch.tensor(ids[:1])).last_hidden_state[0, 2]
     assert_close_outputs(embeddings[0], dog)
 
-    # A model of pictures and text, saved whole, gives its text tower.
+    # A model of images and text, saved whole, gives its text tower.
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**size, "image_size": 8, "patch_size": 4}))
     clip.text_model.load_state_dict(model.state_dict())
     clip.save_pretrained(tmp_path)
@@ -156,20 +156,20 @@ def test_encoder_of_an_encoder_decoder():
 
 def test_an_embedding_does_not_depend_on_its_company(bert):
     model, tokenizer = bert
-    for reading in ("mean", "official"):
-        together = encode_labels(NAMES, model, tokenizer, reading=reading)
-        alone = torch.cat([encode_labels([name], model, tokenizer, reading=reading) for name in NAMES])
-        small_batches = encode_labels(NAMES[::-1], model, tokenizer, reading=reading, batch_size=1).flip(0)
+    for pooling in ("mean", "official"):
+        together = encode_labels(NAMES, model, tokenizer, pooling=pooling)
+        alone = torch.cat([encode_labels([name], model, tokenizer, pooling=pooling) for name in NAMES])
+        small_batches = encode_labels(NAMES[::-1], model, tokenizer, pooling=pooling, batch_size=1).flip(0)
         assert_close_outputs(together, alone)
         assert_close_outputs(together, small_batches)
 
 
 def test_text_of_a_name(bert):
     model, tokenizer = bert
-    for reading in ("mean", "official"):
-        plain = encode_labels(["traffic light", "potted plant"], model, tokenizer, reading=reading)
+    for pooling in ("mean", "official"):
+        plain = encode_labels(["traffic light", "potted plant"], model, tokenizer, pooling=pooling)
         names = ["traffic_light", "pottedplant"]
-        assert_close_outputs(encode_labels(names, model, tokenizer, reading=reading, label_text=VOC_LABEL_TEXT), plain)
+        assert_close_outputs(encode_labels(names, model, tokenizer, pooling=pooling, label_text=VOC_LABEL_TEXT), plain)
     assert set(VOC_LABEL_TEXT) == {"diningtable", "pottedplant", "tvmonitor"}
 
 
@@ -199,11 +199,11 @@ def test_encoder_is_left_as_it_was(bert):
         (["dog"], {"template": "a photo"}, r"must hold \{\} once"),
         (["dog"], {"template": "{} and {}"}, r"must hold \{\} once"),
         (["dog", "\u200b"], {}, "no token for the label"),
-        (["dog", "\u200b"], {"reading": "official"}, "no token for the label"),
+        (["dog", "\u200b"], {"pooling": "official"}, "no token for the label"),
         (["dog", "zebra"], {}, "no token for the label 'zebra'"),
-        (["dog", "zebra"], {"reading": "official"}, "no token for the label 'zebra'"),
+        (["dog", "zebra"], {"pooling": "official"}, "no token for the label 'zebra'"),
         (["dog " * 40], {}, "takes 46 tokens, but the text encoder reads at most 32"),
-        (["dog"], {"reading": "last"}, "reading must be 'mean' or 'official'"),
+        (["dog"], {"pooling": "last"}, "pooling must be 'mean' or 'official'"),
     ],
 )
 def test_refusals(bert, names, options, message):
@@ -217,13 +217,13 @@ def test_official_reading_needs_a_cls_token_and_one_token_type(bert):
     model, tokenizer = bert
     without = BertTokenizer(vocab=BERT_VOCAB, cls_token=None)
     with pytest.raises(ValueError, match=r"\[CLS\] token.*the BertTokenizer of this BertModel has none"):
-        encode_labels(["dog"], model, without, reading="official")
+        encode_labels(["dog"], model, without, pooling="official")
     one_type = BertModel(BertConfig(**{**model.config.to_dict(), "type_vocab_size": 1})).eval()
     state = {**model.state_dict()}
     key = "embeddings.token_type_embeddings.weight"
     one_type.load_state_dict({**state, key: state[key][:1]})
-    expected = encode_labels(["dog"], model, tokenizer, reading="official")
-    torch.testing.assert_close(encode_labels(["dog"], one_type, tokenizer, reading="official"), expected)
+    expected = encode_labels(["dog"], model, tokenizer, pooling="official")
+    torch.testing.assert_close(encode_labels(["dog"], one_type, tokenizer, pooling="official"), expected)
 
 
 def test_load_text_encoder(bert, tmp_path):

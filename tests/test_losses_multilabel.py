@@ -206,7 +206,7 @@ def test_distribution_balanced_matches_a_loop(kwargs):
 
 
 def test_class_positive_weight_nearly_removes_the_gradient_of_rare_positives():
-    # Fixture F2: gradient of the positive term at s = v, for classes of 1128, 100, 20 and 6 pictures.
+    # Fixture F2: gradient of the positive term at s = v, for classes of 1128, 100, 20 and 6 images.
     counts, num_samples = [1128, 100, 20, 6], 1909
     prior = [0.025 * log(num_samples / n - 1) for n in counts]
     logits = torch.tensor([prior], requires_grad=True)
@@ -238,12 +238,12 @@ def test_distribution_balanced_names_what_is_wrong(kwargs, message):
         distribution_balanced_loss(**{**F1, **kwargs})
 
 
-# --- losses that compare the labels of a picture ------------------------------------------------------------------
+# --- losses that compare the labels of an image ------------------------------------------------------------------
 
 
 def test_zlpr_matches_a_loop():
     logits, labels, _ = example()
-    labels[1] = UNKNOWN_LABEL  # a row without any known label is no picture of the mean
+    labels[1] = UNKNOWN_LABEL  # a row without any known label is no image of the mean
     losses = []
     for scores, targets in zip(logits.tolist(), labels.tolist(), strict=True):
         pairs = [(s, y) for s, y in zip(scores, targets, strict=True) if y != UNKNOWN_LABEL]
@@ -262,7 +262,7 @@ def test_zlpr_of_one_label_is_bce():
     torch.testing.assert_close(zlpr_loss(logits, labels), binary_cross_entropy_loss(logits, labels))
 
 
-def test_two_way_picture_without_negatives_has_no_loss():
+def test_two_way_image_without_negatives_has_no_loss():
     logits = torch.tensor([[-300.0, -300.0, 0.0]], requires_grad=True)
     loss = two_way_loss(logits, torch.tensor([[1, 1, UNKNOWN_LABEL]]))
     loss.backward()
@@ -292,7 +292,7 @@ def test_two_way_matches_a_loop():
     assert summed == pytest.approx(total, rel=1e-5)
 
 
-# --- partly labelled pictures -------------------------------------------------------------------------------------
+# --- partly labelled images -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"alpha": 1, "beta": 0, "gamma": -1}, {"alpha": -2, "beta": 3, "gamma": 0.5}])
@@ -343,15 +343,15 @@ def test_weak_assume_negative_pushes_unknown_labels_down_where_something_is_know
     labels = torch.full((2, 5), UNKNOWN_LABEL)
     labels[0, 2] = 1
     weak_assume_negative_loss(logits, labels, reduction="sum").backward()
-    # The four unknown labels of a picture weigh together what its positive weighs.
+    # The four unknown labels of an image weigh together what its positive weighs.
     assert logits.grad.tolist() == [[0.125, 0.125, -0.5, 0.125, 0.125], [0] * 5]
 
 
 def test_only_a_loss_with_negatives_learns_from_single_positives():
-    """Each picture shows what its coordinates say, and one present label of it is known."""
+    """Each image shows what its coordinates say, and one present label of it is known."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(512, 4, generator=generator)
-    truth = pictures > 0
+    images = torch.randn(512, 4, generator=generator)
+    truth = images > 0
     first = torch.where(truth, torch.rand(512, 4, generator=generator), -1.0).argmax(1)
     labels = torch.full((512, 4), float(UNKNOWN_LABEL))
     labels[torch.arange(512), first] = 1
@@ -362,9 +362,9 @@ def test_only_a_loss_with_negatives_learns_from_single_positives():
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
         for _ in range(150):
             optimizer.zero_grad()
-            multilabel_loss(model(pictures), labels, name).backward()
+            multilabel_loss(model(images), labels, name).backward()
             optimizer.step()
-        answers = model(pictures) > 0
+        answers = model(images) > 0
         accuracy[name] = ((answers == truth).float().mean().item(), answers.float().mean().item())
     assert accuracy["partial_bce"][1] > 0.8  # yes to nearly everything, while half is absent
     assert accuracy["weak_assume_negative"][0] > 0.75
@@ -533,8 +533,8 @@ def test_validate_labels_names_the_entry(labels, message):
 
 @pytest.mark.parametrize("candidates", [None, 2])
 def test_models_take_labels_of_every_kind(candidates):
-    trunk = {"hidden_sizes": [8] * 4, "depths": [1] * 4}
-    config = HSVLTConfig.preset("nano", backbone_config=trunk, num_labels=3, candidate_labels=candidates)
+    backbone = {"hidden_sizes": [8] * 4, "depths": [1] * 4}
+    config = HSVLTConfig.preset("nano", backbone_config=backbone, num_labels=3, candidate_labels=candidates)
     for model in (
         HSVLTForImageClassification(config),
         MlTrForImageClassification(MlTrConfig.preset("nano", num_labels=3)),

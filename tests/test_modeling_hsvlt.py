@@ -43,7 +43,7 @@ def make_model(**overrides):
     return HSVLTForImageClassification(make_config(**overrides)).eval()
 
 
-def pictures(batch=2, size=32, seed=1):
+def random_images(batch=2, size=32, seed=1):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -51,7 +51,7 @@ def targets(batch=2):
     return (torch.rand(batch, N, generator=torch.Generator().manual_seed(2)) > 0.5).float()
 
 
-def trunk_config(kind):
+def backbone_config_of(kind):
     if kind == "swin":
         return SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, patch_size=2)
     if kind == "resnet":
@@ -83,9 +83,9 @@ def test_multiply_adds_are_the_published_ones(name, num_labels, projected, absor
         with torch.device("meta"):
             config = HSVLTConfig.preset(name, num_labels=num_labels, attn_implementation="eager", **fields)
             model = HSVLTForImageClassification(config).eval()
-            picture = torch.empty(1, 3, 448, 448)
+            image = torch.empty(1, 3, 448, 448)
         with torch.no_grad(), CountMultiplyAdds() as counter:
-            model(picture)
+            model(image)
         return counter.total
 
     widths = HSVLTConfig.preset(name).backbone_config.hidden_sizes
@@ -99,7 +99,7 @@ def test_multiply_adds_are_the_published_ones(name, num_labels, projected, absor
     # The spec's absorbed figures fold Wq Wk^T and Wv Wo, which would have to be kept up to date with the weights.
     depths = HSVLTConfig.preset(name).backbone_config.depths
     unfolded = 2 * num_labels * sum(depth * width**2 for depth, width in zip(depths, widths, strict=True))
-    # They also take the labels' first projections, the same for every picture, from a cache.
+    # They also take the labels' first projections, the same for every image, from a cache.
     first_projections = num_labels * (768 * widths[0] + 2 * widths[0] ** 2)
     assert count() - first_projections - unfolded == pytest.approx(absorbed, abs=1e6)
 
@@ -108,15 +108,15 @@ def test_multiply_adds_are_the_published_ones(name, num_labels, projected, absor
 
 
 def naive_logits(model, pixel_values):
-    """HSVLT from the equations, one picture and one label at a time, on the model's own weights (one head)."""
+    """HSVLT from the equations, one image and one label at a time, on the model's own weights (one head)."""
     state, config = model.state_dict(), model.config
 
     def linear(x, name):
         return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
 
     logits = pixel_values.new_zeros(len(pixel_values), config.num_labels)
-    for b, picture in enumerate(pixel_values):
-        maps = list(model.hsvlt.trunk(picture[None]))
+    for b, image in enumerate(pixel_values):
+        maps = list(model.hsvlt.backbone(image[None]))
         for n in range(config.num_labels):
             label, states, step = state["hsvlt.label_embeddings.weight"][n], [], 0
             for i, depth in enumerate(config.backbone_config.depths):
@@ -155,8 +155,8 @@ def test_logits_equal_the_equations(absorb, normalize, label_update):
     for layer in (layer for stage in model.hsvlt.label_stream.stages for layer in stage.layers):
         for parameter in layer.parameters():  # so that every step shows in the logits
             parameter.mul_(2)
-    expected = naive_logits(model, pictures().double())
-    torch.testing.assert_close(model(pictures().double()).logits, expected, atol=1e-9, rtol=1e-9)
+    expected = naive_logits(model, random_images().double())
+    torch.testing.assert_close(model(random_images().double()).logits, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_without_a_gate_there_is_none():
@@ -171,10 +171,10 @@ def test_without_a_gate_there_is_none():
 @pytest.mark.parametrize(
     ("config_class", "model_class"), [(ConvNextConfig, ConvNextModel), (ConvNextV2Config, ConvNextV2Model)]
 )
-def test_trunk_is_transformers_own(config_class, model_class, tmp_path):
-    trunk = config_class(hidden_sizes=[8, 12, 16, 20], depths=[1, 2, 2, 1], out_features=["stage1", "stage4"])
+def test_backbone_is_transformers_own(config_class, model_class, tmp_path):
+    backbone = config_class(hidden_sizes=[8, 12, 16, 20], depths=[1, 2, 2, 1], out_features=["stage1", "stage4"])
     torch.manual_seed(3)
-    reference = model_class(trunk).eval()
+    reference = model_class(backbone).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             if "grn" in name or "layer_scale" in name:
@@ -182,8 +182,8 @@ def test_trunk_is_transformers_own(config_class, model_class, tmp_path):
     reference.save_pretrained(tmp_path)
     model = HSVLTForImageClassification.from_backbone(tmp_path, num_labels=N, label_embedding_dim=12).eval()
     with torch.no_grad():
-        maps = model(pictures(size=64), output_hidden_states=True).hidden_states
-        expected = reference(pictures(size=64), output_hidden_states=True).hidden_states[-4:]
+        maps = model(random_images(size=64), output_hidden_states=True).hidden_states
+        expected = reference(random_images(size=64), output_hidden_states=True).hidden_states[-4:]
     for ours, theirs in zip(maps, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -194,10 +194,10 @@ def test_from_backbone_keeps_the_given_config(tmp_path):
     model = HSVLTForImageClassification.from_backbone(tmp_path, config=config)
     assert model.config.aggregation == "topdown" and model.config.id2label[2] == "name 2"
     swin = tmp_path / "swin"
-    SwinModel(trunk_config("swin")).save_pretrained(swin)
+    SwinModel(backbone_config_of("swin")).save_pretrained(swin)
     model = HSVLTForImageClassification.from_backbone(swin, num_labels=N, label_embedding_dim=12)
     weights = SwinModel.from_pretrained(swin).state_dict()
-    ours = model.hsvlt.trunk.model.state_dict()
+    ours = model.hsvlt.backbone.model.state_dict()
     name = next(key for key in weights if "attention" in key and key.endswith("weight"))
     match = [value for key, value in ours.items() if key.endswith(name)]
     assert len(match) == 1 and torch.equal(match[0], weights[name])
@@ -217,14 +217,14 @@ def test_absorbed_equals_projected_forward_and_gradients(heads, implementation):
             module.config = projected.config
     results = []
     for model in (absorbed, projected):
-        output = model(pictures().double(), labels=targets())
+        output = model(random_images().double(), labels=targets())
         output.loss.backward()
         results.append((output.logits, {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=1e-5)
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(gradient, results[1][1][name], atol=1e-6, rtol=1e-5, msg=name)
     with torch.no_grad():
-        torch.testing.assert_close(absorbed(pictures().double()).logits, results[1][0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(absorbed(random_images().double()).logits, results[1][0], atol=1e-6, rtol=1e-5)
 
 
 def test_absorption_is_chosen_by_the_rule_of_the_shapes():
@@ -241,9 +241,9 @@ def test_lora_on_a_projection_is_not_bypassed():
     config = peft.LoraConfig(target_modules=["key", "value"], r=2, init_lora_weights=False)
     tuned = peft.get_peft_model(copy.deepcopy(model), config).eval()
     with torch.no_grad():
-        adapted = tuned(pictures()).logits
-        assert (adapted - model(pictures()).logits).abs().max() > 1e-4
-        torch.testing.assert_close(tuned.merge_and_unload()(pictures()).logits, adapted, atol=1e-5, rtol=1e-5)
+        adapted = tuned(random_images()).logits
+        assert (adapted - model(random_images()).logits).abs().max() > 1e-4
+        torch.testing.assert_close(tuned.merge_and_unload()(random_images()).logits, adapted, atol=1e-5, rtol=1e-5)
 
 
 # ---- labels do not interact
@@ -253,16 +253,16 @@ def test_label_subset_and_permutation_reproduce_logits():
     model = make_model(label_chunk_size=None)
     ids = torch.tensor([3, 0, 4])
     with torch.no_grad():
-        logits = model(pictures()).logits
-        torch.testing.assert_close(model(pictures(), class_ids=ids).logits, logits[:, ids], atol=1e-6, rtol=1e-5)
+        logits = model(random_images()).logits
+        torch.testing.assert_close(model(random_images(), class_ids=ids).logits, logits[:, ids], atol=1e-6, rtol=1e-5)
         order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
         permuted = copy.deepcopy(model)
         permuted.hsvlt.label_embeddings.weight.copy_(model.hsvlt.label_embeddings.weight[order])
         permuted.classifier.weight.copy_(model.classifier.weight[order])
         permuted.classifier.bias.copy_(model.classifier.bias[order])
-        torch.testing.assert_close(permuted(pictures()).logits, logits[:, order], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(permuted(random_images()).logits, logits[:, order], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(
-            model(pictures(), class_ids=ids, labels=targets()[:, ids]).loss,
+            model(random_images(), class_ids=ids, labels=targets()[:, ids]).loss,
             F.binary_cross_entropy_with_logits(logits[:, ids], targets()[:, ids]),
         )
 
@@ -270,9 +270,9 @@ def test_label_subset_and_permutation_reproduce_logits():
 def test_label_chunks_give_the_whole():
     model = make_model()
     with torch.no_grad():
-        whole = model(pictures(), output_hidden_states=True, output_attentions=True)
+        whole = model(random_images(), output_hidden_states=True, output_attentions=True)
         model.config.label_chunk_size = 2
-        chunked = model(pictures(), output_hidden_states=True, output_attentions=True)
+        chunked = model(random_images(), output_hidden_states=True, output_attentions=True)
     torch.testing.assert_close(chunked.logits, whole.logits, atol=1e-6, rtol=1e-5)
     for field in ("hidden_states", "label_hidden_states", "multimodal_states", "attentions"):
         for ours, theirs in zip(getattr(chunked, field), getattr(whole, field), strict=True):
@@ -282,10 +282,10 @@ def test_label_chunks_give_the_whole():
 def test_candidate_labels_are_exact_and_the_rest_is_not_a_score():
     model = make_model(candidate_labels=2)
     with torch.no_grad():
-        output = model(pictures(), labels=targets())
-        scores = model.candidate_scorer(list(model.hsvlt.trunk(pictures()))[-1])
+        output = model(random_images(), labels=targets())
+        scores = model.candidate_scorer(list(model.hsvlt.backbone(random_images()))[-1])
         model.config.candidate_labels = N
-        full = model(pictures())
+        full = model(random_images())
     chosen = torch.zeros(2, N, dtype=torch.bool).scatter(1, scores.topk(2).indices, True)
     assert torch.equal(output.class_ids, scores.topk(2).indices.sort().values)
     assert torch.equal(output.logits == NOT_EVALUATED, ~chosen)
@@ -297,9 +297,9 @@ def test_candidate_labels_are_exact_and_the_rest_is_not_a_score():
 
 def test_candidate_scorer_trains_with_the_rest():
     model = make_model(candidate_labels=2, candidate_loss_weight=0.5).train()
-    output = model(pictures(), labels=targets())
+    output = model(random_images(), labels=targets())
     assert output.class_ids is None and not (output.logits == NOT_EVALUATED).any()
-    scores = model.candidate_scorer(list(model.hsvlt.trunk(pictures()))[-1])
+    scores = model.candidate_scorer(list(model.hsvlt.backbone(random_images()))[-1])
     expected = [F.binary_cross_entropy_with_logits(x, targets()) for x in (output.logits, scores)]
     torch.testing.assert_close(output.loss, expected[0] + 0.5 * expected[1])
     output.loss.backward()
@@ -319,10 +319,10 @@ def with_residual_attention(**overrides):
 def naive_residual_attention(model, pixel_values):
     """Pixel by pixel and label by label, from the equations of Zhu & Wu (2021) with lambda = 1, halved."""
     module = model.residual_attention
-    last = list(model.hsvlt.trunk(pixel_values))[-1]
+    last = list(model.hsvlt.backbone(pixel_values))[-1]
     logits = torch.empty(len(last), N)
-    for picture in range(len(last)):
-        pixels = [last[picture, :, y, x] for y in range(last.shape[2]) for x in range(last.shape[3])]
+    for image in range(len(last)):
+        pixels = [last[image, :, y, x] for y in range(last.shape[2]) for x in range(last.shape[3])]
         for label in range(N):
             scores = []
             for pixel in pixels:
@@ -331,17 +331,17 @@ def naive_residual_attention(model, pixel_values):
             weights = [score.exp() for score in scores]
             average = sum(scores) / len(scores)
             attended = sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
-            logits[picture, label] = (average + attended) / 2
+            logits[image, label] = (average + attended) / 2
     return logits
 
 
 @torch.no_grad()
 def test_residual_attention_equals_the_equations():
-    model, pixel_values = with_residual_attention(), pictures(size=64)  # a last map of 4 x 4
+    model, pixel_values = with_residual_attention(), random_images(size=64)  # a last map of 4 x 4
     attention = naive_residual_attention(model, pixel_values)
     expected = 0.7 * naive_logits(model, pixel_values) + 0.3 * attention
     torch.testing.assert_close(model(pixel_values).logits, expected, rtol=1e-4, atol=1e-5)
-    maps = list(model.hsvlt.trunk(pixel_values))
+    maps = list(model.hsvlt.backbone(pixel_values))
     torch.testing.assert_close(model(feature_maps=maps).logits, expected, rtol=1e-4, atol=1e-5)
     ids = torch.tensor([3, 0, 4])
     torch.testing.assert_close(model(pixel_values, class_ids=ids).logits, expected[:, ids], rtol=1e-4, atol=1e-5)
@@ -351,7 +351,7 @@ def test_residual_attention_equals_the_equations():
 
 @torch.no_grad()
 def test_residual_attention_of_candidate_labels():
-    model, pixel_values = with_residual_attention(candidate_labels=2), pictures(size=64)
+    model, pixel_values = with_residual_attention(candidate_labels=2), random_images(size=64)
     output = model(pixel_values)
     full = with_residual_attention()
     full.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("candidate_scorer")})
@@ -361,9 +361,9 @@ def test_residual_attention_of_candidate_labels():
 
 
 def test_with_residual_attention_each_path_learns_by_its_own_loss():
-    model, pixel_values, labels = with_residual_attention().train(), pictures(), targets()
+    model, pixel_values, labels = with_residual_attention().train(), random_images(), targets()
     output = model(pixel_values, labels=labels)
-    attention = model.residual_attention(list(model.hsvlt.trunk(pixel_values))[-1])
+    attention = model.residual_attention(list(model.hsvlt.backbone(pixel_values))[-1])
     stream = (output.logits - 0.3 * attention) / 0.7
     expected = (
         F.binary_cross_entropy_with_logits(stream, labels) + F.binary_cross_entropy_with_logits(attention, labels)
@@ -382,7 +382,7 @@ def test_residual_attention_starts_even_and_is_saved(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = HSVLTForImageClassification.from_pretrained(tmp_path).eval()
     with torch.inference_mode():
-        assert_close_outputs(loaded(pictures()).logits, model(pictures()).logits)
+        assert_close_outputs(loaded(random_images()).logits, model(random_images()).logits)
 
 
 def test_a_text_classifier_that_does_not_fit_is_refused():
@@ -399,23 +399,23 @@ def test_label_embeddings_can_be_exchanged_with_a_shared_classifier():
     model = make_model(classifier="shared")
     other = torch.randn(9, 12)
     with torch.no_grad():
-        logits = model(pictures(), text_embeddings=other).logits
+        logits = model(random_images(), text_embeddings=other).logits
         assert logits.shape == (2, 9)
-        torch.testing.assert_close(model(pictures(), text_embeddings=other[[7]]).logits, logits[:, [7]])
+        torch.testing.assert_close(model(random_images(), text_embeddings=other[[7]]).logits, logits[:, [7]])
     with pytest.raises(ValueError, match=r"9 labels do not fit.*classifier='shared'"):
-        make_model()(pictures(), text_embeddings=other)
+        make_model()(random_images(), text_embeddings=other)
     with pytest.raises(ValueError, match=r"text_embeddings are 3 wide.*label_embedding_dim=12"):
-        model(pictures(), text_embeddings=torch.randn(N, 3))
+        model(random_images(), text_embeddings=torch.randn(N, 3))
 
 
-# ---- outputs and trunks
+# ---- outputs and backbones
 
 
 def test_outputs_have_their_shapes_and_attention_sums_to_one():
     model = make_model(num_attention_heads=2)
     with torch.no_grad():
-        output = model(pictures(), output_hidden_states=True, output_attentions=True)
-        plain = model(pictures())
+        output = model(random_images(), output_hidden_states=True, output_attentions=True)
+        plain = model(random_images())
     sides, widths = [16, 8, 4, 2], [8, 12, 16, 20]
     for i in range(4):
         assert output.hidden_states[i].shape == (2, widths[i], sides[i], sides[i])
@@ -425,16 +425,16 @@ def test_outputs_have_their_shapes_and_attention_sums_to_one():
         torch.testing.assert_close(output.attentions[i].sum((-2, -1)), torch.ones(2, 2, N))
     torch.testing.assert_close(output.logits, plain.logits, atol=1e-6, rtol=1e-5)
     assert plain.hidden_states is None and plain.attentions is None and plain.multimodal_states is None
-    as_tuple = model(pictures(), labels=targets(), return_dict=False)
+    as_tuple = model(random_images(), labels=targets(), return_dict=False)
     assert isinstance(as_tuple, tuple) and as_tuple[0].ndim == 0 and as_tuple[1].shape == (2, N)
-    base = model.hsvlt(pictures(), output_hidden_states=True)
+    base = model.hsvlt(random_images(), output_hidden_states=True)
     torch.testing.assert_close(torch.cat(base.multimodal_states, -1), base.last_hidden_state)
 
 
 def test_attention_maps_are_those_of_the_equations():
     model = make_model()
     with torch.no_grad():
-        output = model(pictures(), output_attentions=True, output_hidden_states=True)
+        output = model(random_images(), output_attentions=True, output_hidden_states=True)
         layer = model.hsvlt.label_stream.stages[0].layers[0]
         labels = model.hsvlt.label_stream.stages[0].projection(model.hsvlt.label_embeddings.weight)
         pixels = output.hidden_states[0].flatten(2).transpose(1, 2)
@@ -444,12 +444,12 @@ def test_attention_maps_are_those_of_the_equations():
 
 @pytest.mark.parametrize("kind", ["swin", "resnet", "convnextv2"])
 @pytest.mark.parametrize("interaction_depths", [None, [1, 2, 1, 1]])
-def test_any_four_stage_trunk(kind, interaction_depths, tmp_path):
-    model = make_model(backbone_config=trunk_config(kind), interaction_depths=interaction_depths)
+def test_any_four_stage_backbone(kind, interaction_depths, tmp_path):
+    model = make_model(backbone_config=backbone_config_of(kind), interaction_depths=interaction_depths)
     depths = interaction_depths or ([1, 1, 2, 1] if kind == "convnextv2" else [1, 1, 1, 1])
     assert [len(stage.layers) for stage in model.hsvlt.label_stream.stages] == depths
     model.train()
-    output = model(pictures(size=64), labels=targets(), output_hidden_states=True)
+    output = model(random_images(size=64), labels=targets(), output_hidden_states=True)
     assert len(output.hidden_states) == 4
     output.loss.backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None]
@@ -457,7 +457,7 @@ def test_any_four_stage_trunk(kind, interaction_depths, tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = HSVLTForImageClassification.from_pretrained(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(again(pictures(size=64)).logits, model(pictures(size=64)).logits)
+        torch.testing.assert_close(again(random_images(size=64)).logits, model(random_images(size=64)).logits)
 
 
 def test_pixels_reach_the_labels_without_a_copy():
@@ -467,7 +467,7 @@ def test_pixels_reach_the_labels_without_a_copy():
     original = attention.forward
     attention.forward = lambda labels, pixels, *rest: (seen.append(pixels), original(labels, pixels, *rest))[1]
     with torch.no_grad():
-        maps = model(pictures(), output_hidden_states=True).hidden_states
+        maps = model(random_images(), output_hidden_states=True).hidden_states
     for feature_map in maps:
         assert feature_map.is_contiguous(memory_format=torch.channels_last)
     assert seen[0].data_ptr() == maps[2].data_ptr() and seen[0].is_contiguous()
@@ -479,7 +479,7 @@ def test_labels_are_not_copied_to_the_batch_before_they_meet_it():
     shapes = []
     layer.gate.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
     with torch.no_grad():
-        model(pictures(7))
+        model(random_images(7))
     assert shapes == [(1, N, 8)]
 
 
@@ -496,7 +496,7 @@ def test_a_gradient_reaches_every_parameter(aggregation, classifier, label_updat
         normalize_label_tokens=normalize,
         normalize_multimodal_states=normalize,
     ).train()
-    model(pictures(), labels=targets()).loss.backward()
+    model(random_images(), labels=targets()).loss.backward()
     # With an absorbed query the gradient of a key bias would be zero; there is none, so all must be above it.
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
@@ -514,11 +514,11 @@ def test_topdown_aggregation_by_hand():
     assert x.shape == (2, N, 10)  # half the width of the last stage
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_a_image_does_not_depend_on_its_batch():
     model = make_model()
     with torch.no_grad():
-        together = model(pictures(4)).logits
-        alone = torch.cat([model(picture[None]).logits for picture in pictures(4)])
+        together = model(random_images(4)).logits
+        alone = torch.cat([model(image[None]).logits for image in random_images(4)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -529,10 +529,10 @@ def test_eager_equals_sdpa(heads):
     sdpa = make_model(num_attention_heads=heads, attn_implementation="sdpa", absorb_projections=False)
     assert eager.config._attn_implementation == "eager" and sdpa.config._attn_implementation == "sdpa"
     with torch.no_grad():
-        expected = eager(pictures()).logits
-        torch.testing.assert_close(sdpa(pictures()).logits, expected, atol=1e-5, rtol=1e-5)
+        expected = eager(random_images()).logits
+        torch.testing.assert_close(sdpa(random_images()).logits, expected, atol=1e-5, rtol=1e-5)
         sdpa.set_attn_implementation("eager")
-        assert_close_outputs(sdpa(pictures()).logits, expected)
+        assert_close_outputs(sdpa(random_images()).logits, expected)
         sdpa.set_attn_implementation("sdpa")
         assert sdpa.config._attn_implementation == "sdpa"
 
@@ -542,7 +542,7 @@ def test_eager_equals_sdpa(heads):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool, torch.float64])
 def test_loss_is_that_of_the_returned_logits(dtype):
-    output = make_model()(pictures(), labels=targets().to(dtype))
+    output = make_model()(random_images(), labels=targets().to(dtype))
     assert output.loss.dtype == torch.float32
     torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, targets()))
 
@@ -551,7 +551,7 @@ def test_loss_type_comes_from_the_config():
     from modeling_hsvlt import asymmetric_loss
 
     kwargs = {"gamma_neg": 2.0, "clip": 0.1, "reduction": "sum"}
-    output = make_model(loss_type="asl", loss_kwargs=kwargs)(pictures(), labels=targets())
+    output = make_model(loss_type="asl", loss_kwargs=kwargs)(random_images(), labels=targets())
     torch.testing.assert_close(output.loss, asymmetric_loss(output.logits, targets(), **kwargs))
 
 
@@ -560,12 +560,12 @@ def test_unknown_labels_have_exactly_no_gradient():
     labels = targets()
     labels[:, 1] = -100
     labels[0, 2] = -100
-    output = model(pictures(), labels=labels)
+    output = model(random_images(), labels=labels)
     output.logits.retain_grad()
     output.loss.backward()
     assert torch.equal(output.logits.grad == 0, labels == -100)
     assert not model.classifier.weight.grad[1].any()
-    all_unknown = model(pictures(), labels=torch.full((2, N), -100))
+    all_unknown = model(random_images(), labels=torch.full((2, N), -100))
     assert all_unknown.loss.item() == 0
     all_unknown.loss.backward()
 
@@ -577,14 +577,14 @@ def test_a_value_outside_the_contract_is_named(row, column, value):
     labels = targets()
     labels[row, column] = value
     with pytest.raises(ValueError, match=rf"labels\[{row}, {column}\].*neither in \[0, 1\] nor -100"):
-        make_model()(pictures(), labels=labels)
+        make_model()(random_images(), labels=labels)
 
 
 def test_labels_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"shape \(batch, 5\)"):
-        make_model()(pictures(), labels=torch.ones(2, 4))
+        make_model()(random_images(), labels=torch.ones(2, 4))
     with pytest.raises(ValueError, match="multi-hot"):
-        make_model()(pictures(), labels=torch.tensor([1, 2]))
+        make_model()(random_images(), labels=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="pixel_values is missing"):
         make_model()(labels=targets())
 
@@ -612,7 +612,7 @@ def test_save_load_save_is_identical(tmp_path):
         else:
             assert first.read_bytes() == second.read_bytes(), name
     with torch.no_grad():
-        assert_close_outputs(again(pictures()).logits, model(pictures()).logits)
+        assert_close_outputs(again(random_images()).logits, model(random_images()).logits)
     assert again.config.thresholds == [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
@@ -621,13 +621,13 @@ def test_the_base_model_loads_from_the_classifier_and_back(tmp_path):
     model.save_pretrained(tmp_path / "classifier")
     base = HSVLTModel.from_pretrained(tmp_path / "classifier")
     with torch.no_grad():
-        expected = model.hsvlt(pictures()).last_hidden_state
-        torch.testing.assert_close(base(pictures()).last_hidden_state, expected)
+        expected = model.hsvlt(random_images()).last_hidden_state
+        torch.testing.assert_close(base(random_images()).last_hidden_state, expected)
     base.save_pretrained(tmp_path / "base")
     again, info = HSVLTForImageClassification.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
     with torch.no_grad():
-        torch.testing.assert_close(again.hsvlt(pictures()).last_hidden_state, expected)
+        torch.testing.assert_close(again.hsvlt(random_images()).last_hidden_state, expected)
 
 
 def test_missing_weights_are_initialised_not_garbage(tmp_path):
@@ -636,7 +636,7 @@ def test_missing_weights_are_initialised_not_garbage(tmp_path):
     model = make_model(initializer_range=0.02, aggregation="topdown", normalize_label_tokens=True)
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    kept = {key: value for key, value in state.items() if "trunk.embeddings" in key}
+    kept = {key: value for key, value in state.items() if "backbone.embeddings" in key}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     again = HSVLTForImageClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(again.hsvlt.label_embeddings.weight, model.hsvlt.label_embeddings.weight)  # by seed
@@ -659,8 +659,8 @@ def uniform_up_to(tensor, bound):
 @pytest.mark.parametrize("initializer_range", [0.02, None])
 def test_initialisation_of_the_label_stream(initializer_range):
     """Gate, multi-modal layer and classifier as torch starts a linear layer, whatever the range of the others."""
-    trunk = ConvNextConfig(hidden_sizes=[40, 48, 56, 64], depths=[1, 1, 1, 1])
-    model = make_model(backbone_config=trunk, label_embedding_dim=64, initializer_range=initializer_range)
+    backbone = ConvNextConfig(hidden_sizes=[40, 48, 56, 64], depths=[1, 1, 1, 1])
+    model = make_model(backbone_config=backbone, label_embedding_dim=64, initializer_range=initializer_range)
     for stage in model.hsvlt.label_stream.stages:
         layer = stage.layers[0]
         bound = layer.gate.in_features**-0.5
@@ -676,7 +676,7 @@ def test_initialisation_of_the_label_stream(initializer_range):
                 assert abs(linear.weight.std() / 0.02 - 1) < 0.1 and (linear.weight.abs() > 0.04).any()
                 assert linear.bias is None or not linear.bias.any()
     assert uniform_up_to(model.classifier.weight, 208**-0.5) and model.classifier.bias.any()
-    shared = make_model(classifier="shared", backbone_config=trunk, initializer_range=initializer_range).classifier
+    shared = make_model(classifier="shared", backbone_config=backbone, initializer_range=initializer_range).classifier
     assert uniform_up_to(shared.weight, 208**-0.5) and shared.bias.any()
 
 
@@ -690,7 +690,7 @@ def test_what_a_checkpoint_holds_is_kept_beside_what_it_lacks(tmp_path):
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     lost = [key for key in state if key.endswith(("query.weight", "gate.bias", "classifier.bias", "attention.weight"))]
-    lost = [key for key in lost if "trunk" not in key]
+    lost = [key for key in lost if "backbone" not in key]
     assert len(lost) == 5 + 5 + 1 + 1
     kept = {key: value for key, value in state.items() if key not in lost}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -707,7 +707,7 @@ def test_meta_device_then_load(tmp_path):
     pytest.importorskip("accelerate")
     again = HSVLTForImageClassification.from_pretrained(tmp_path, device_map="cpu")
     with torch.no_grad():
-        assert_close_outputs(again(pictures()).logits, model(pictures()).logits)
+        assert_close_outputs(again(random_images()).logits, model(random_images()).logits)
 
 
 def test_another_number_of_labels(tmp_path):
@@ -717,7 +717,7 @@ def test_another_number_of_labels(tmp_path):
     model = HSVLTForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
     assert model.hsvlt.label_embeddings.weight.shape == (9, 12) and model.config.thresholds is None
     with torch.no_grad():
-        logits = model(pictures()).logits
+        logits = model(random_images()).logits
     assert logits.shape == (2, 9) and torch.isfinite(logits).all()
 
 
@@ -728,7 +728,7 @@ def test_training_lowers_the_loss_and_is_deterministic():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         history = []
         for _ in range(20):
-            loss = model(pictures(4), labels=targets(4)).loss
+            loss = model(random_images(4), labels=targets(4)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -747,7 +747,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
     original = layer.attention.forward
     layer.attention.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
     for model in (plain, checkpointed):
-        model(pictures(), labels=targets()).loss.backward()
+        model(random_images(), labels=targets()).loss.backward()
     assert len(calls) == 2  # once forward, once more in backward
     for (name, p), (_, q) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-5, msg=name)
@@ -756,26 +756,27 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_a_graph_break(training):
     model = make_model().train(training)
+    torch.compiler.reset()  # after some models it compiles no more
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    expected = model(pictures(), labels=targets())
-    output = compiled(pictures(), labels=targets())
+    expected = model(random_images(), labels=targets())
+    output = compiled(random_images(), labels=targets())
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss, expected.loss)
-    torch.testing.assert_close(compiled(pictures(5)).logits, model(pictures(5)).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled(random_images(5)).logits, model(random_images(5)).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_stays_finite_and_close(dtype, tmp_path):
     model = make_model()
     with torch.no_grad():
-        expected = model(pictures()).logits
+        expected = model(random_images()).logits
         model.save_pretrained(tmp_path)
         half = HSVLTForImageClassification.from_pretrained(tmp_path, dtype=dtype)
-        assert half.hsvlt.trunk.embeddings.patch_embeddings.weight.dtype == dtype
-        torch.testing.assert_close(half(pictures().to(dtype)).logits.float(), expected, atol=0.03, rtol=0.03)
+        assert half.hsvlt.backbone.embeddings.patch_embeddings.weight.dtype == dtype
+        torch.testing.assert_close(half(random_images().to(dtype)).logits.float(), expected, atol=0.03, rtol=0.03)
         with torch.autocast("cpu", dtype=dtype):
-            torch.testing.assert_close(model(pictures()).logits.float(), expected, atol=0.03, rtol=0.03)
-    loss = half(pictures().to(dtype), labels=targets()).loss
+            torch.testing.assert_close(model(random_images()).logits.float(), expected, atol=0.03, rtol=0.03)
+    loss = half(random_images().to(dtype), labels=targets()).loss
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in half.parameters())
@@ -787,20 +788,20 @@ def test_a_label_stream_beyond_fp16_stays_finite(way, tmp_path):
     with torch.no_grad():
         for layer in (layer for stage in model.hsvlt.label_stream.stages for layer in stage.layers):
             layer.multimodal.bias.fill_(2e5)  # beyond the largest fp16, 65504
-        expected = model(pictures()).logits
+        expected = model(random_images()).logits
         if way == "from_pretrained":
             model.save_pretrained(tmp_path)
-            output = HSVLTForImageClassification.from_pretrained(tmp_path, dtype=torch.float16)(pictures().half())
+            output = HSVLTForImageClassification.from_pretrained(tmp_path, dtype=torch.float16)(random_images().half())
         elif way == "half":
-            output = copy.deepcopy(model).half()(pictures().half())
+            output = copy.deepcopy(model).half()(random_images().half())
         else:
             with torch.autocast("cpu", dtype=torch.float16):
-                output = model(pictures())
+                output = model(random_images())
     assert torch.isfinite(output.logits).all()
     torch.testing.assert_close(output.logits.float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
-def test_any_picture_size():
+def test_any_image_size():
     model = make_model()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 48, 80)).logits.shape == (1, N)
@@ -809,9 +810,9 @@ def test_any_picture_size():
 def test_set_label_embeddings():
     model = make_model()
     embeddings = torch.randn(N, 12)
-    model.set_label_embeddings(embeddings, encoder="some-encoder", reading="mean", template="a {}")
+    model.set_label_embeddings(embeddings, encoder="some-encoder", pooling="mean", template="a {}")
     assert torch.equal(model.hsvlt.label_embeddings.weight, embeddings)
-    assert (model.config.label_text_encoder, model.config.label_reading) == ("some-encoder", "mean")
+    assert (model.config.label_text_encoder, model.config.label_pooling) == ("some-encoder", "mean")
     with pytest.raises(ValueError, match=r"shape \(5, 13\).*\(5, 12\)"):
         model.set_label_embeddings(torch.randn(N, 13))
     with pytest.raises(ValueError, match="not finite"):
@@ -829,22 +830,22 @@ def test_other_labels_of_a_shared_classifier(tmp_path):
     embeddings = torch.randn(7, 12)
     embeddings[3] = table[1]
     with torch.no_grad():
-        before = model(pictures(), text_embeddings=table).logits
-        model.set_label_embeddings(embeddings, encoder="another", reading="official", template="{}")
-        output = model(pictures(), labels=torch.ones(2, 7))
+        before = model(random_images(), text_embeddings=table).logits
+        model.set_label_embeddings(embeddings, encoder="another", pooling="official", template="{}")
+        output = model(random_images(), labels=torch.ones(2, 7))
         assert_close_outputs(output.logits[:, 3], before[:, 1])
         assert_close_outputs(output.loss, F.softplus(-output.logits).mean())
     assert model.num_labels == model.config.num_labels == 7 and model.config.label_template == "{}"
     model.save_pretrained(tmp_path)
     again = HSVLTForImageClassification.from_pretrained(tmp_path)
-    assert list(again.config.id2label.values()) == names and again.config.label_reading == "official"
+    assert list(again.config.id2label.values()) == names and again.config.label_pooling == "official"
     with torch.no_grad():
-        assert_close_outputs(again(pictures()).logits, output.logits)
+        assert_close_outputs(again(random_images()).logits, output.logits)
     # As many labels as before: in place, so that whatever holds the table holds the new one.
     table = model.hsvlt.label_embeddings.weight
     model.set_label_embeddings(torch.zeros(7, 12))
     assert model.hsvlt.label_embeddings.weight is table and not table.any()
-    assert model.config.label_text_encoder is model.config.label_reading is model.config.label_template is None
+    assert model.config.label_text_encoder is model.config.label_pooling is model.config.label_template is None
 
 
 def test_renamed_labels_of_a_model_lose_their_thresholds(tmp_path):

@@ -135,9 +135,9 @@ def test_arguments_that_no_model_knows(name, caplog):
 
 
 @pytest.mark.parametrize("name", [*MODELS, "backbone", "hp_dval"])
-def test_no_pictures(name):
+def test_no_images(name):
     for model, *_ in parts(name) if name != "hp_dval" else [(make_hp_dval(),)]:
-        with pytest.raises(ValueError, match=r"holds no picture.*leave the batch out"):
+        with pytest.raises(ValueError, match=r"holds no image.*leave the batch out"):
             model(images(0))
         with pytest.raises(ValueError, match="pixel_values is missing"):
             model()
@@ -212,7 +212,7 @@ def test_every_way_to_fp16_keeps_the_same_parts_in_fp32(name, tmp_path):
 
 # ---- every known label counts once, wherever it is
 
-LOSSES = sorted(MULTILABEL_LOSSES.keys() - {"two_way"})  # which compares the pictures of a batch
+LOSSES = sorted(MULTILABEL_LOSSES.keys() - {"two_way"})  # which compares the images of a batch
 LOSS_KWARGS = {"distribution_balanced": {"class_counts": [5, 1, 9, 3, 0], "num_samples": 20}}
 TRAINED = {
     "hsvlt": lambda **fields: hsvlt(residual_attention=True, candidate_labels=2, **fields).train(),
@@ -233,7 +233,7 @@ def trained(name, loss_type):
 
 
 def partly_known(batch=6):
-    """Labels of which as few as none of a picture are known, one of them soft."""
+    """Labels of which as few as none of an image are known, one of them soft."""
     generator = torch.Generator().manual_seed(4)
     labels = (torch.rand(batch, 5, generator=generator) > 0.5).float()
     labels[torch.rand(batch, 5, generator=generator) > 0.4] = -100
@@ -258,11 +258,11 @@ def test_the_parts_of_any_split_add_up(name, loss_type):
         return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     whole = step([6], known)
-    # Each picture alone: the mean over its labels, as often as it has known ones.
+    # Each image alone: the mean over its labels, as often as it has known ones.
     alone = [model(images(6)[i : i + 1], labels=labels[i : i + 1]).loss.item() for i in range(6)]
     counts = (labels != -100).sum(1).tolist()
     assert whole[0] == pytest.approx(sum(x * n for x, n in zip(alone, counts, strict=True)) / known.item(), rel=1e-4)
-    # 1 to 6: a batch of the second picture, of which nothing is known, is a part as well.
+    # 1 to 6: a batch of the second image, of which nothing is known, is a part as well.
     for sizes, items in (([3, 3], known), ([1, 1, 4], known.item()), ([1] * 6, known.view(1))):
         loss, gradients = step(sizes, items)
         assert loss == pytest.approx(whole[0], rel=1e-4)
@@ -290,7 +290,7 @@ def test_no_known_label_gives_no_loss(name, loss_type):
 
 @torch.no_grad()
 def test_what_candidates_give_can_be_told_apart():
-    """Each row of a picture's states is that of the label `class_ids` names, as a model without candidates gives it."""
+    """Each row of an image's states is that of the label `class_ids` names, as a model without candidates gives it."""
     torch.manual_seed(0)
     model = hsvlt(candidate_labels=3, num_attention_heads=2).eval()
     pixels = images(4, seed=5)
@@ -301,14 +301,14 @@ def test_what_candidates_give_can_be_told_apart():
     model.config.candidate_labels = 5
     every = model(pixels, **ASKED)
     assert every.class_ids is None
-    for picture in range(4):
-        for row, label in enumerate(ids[picture].tolist()):
-            assert_close_outputs(found.logits[picture, label], every.logits[picture, label])
+    for image in range(4):
+        for row, label in enumerate(ids[image].tolist()):
+            assert_close_outputs(found.logits[image, label], every.logits[image, label])
             for stage in range(4):
                 for key in ("label_hidden_states", "multimodal_states"):
-                    ours, expected = found[key][stage][picture, row], every[key][stage][picture, label]
+                    ours, expected = found[key][stage][image, row], every[key][stage][image, label]
                     assert_close_outputs(ours, expected)
-                ours, expected = found.attentions[stage][picture, :, row], every.attentions[stage][picture, :, label]
+                ours, expected = found.attentions[stage][image, :, row], every.attentions[stage][image, :, label]
                 assert_close_outputs(ours, expected)
     assert not close_outputs(every.multimodal_states[3][:, 0], every.multimodal_states[3][:, 1])
     known = partly_known(4).gather(1, ids)

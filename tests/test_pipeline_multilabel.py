@@ -27,9 +27,9 @@ from modeling_hsvlt import (
 from modeling_hsvlt.heat_maps_multilabel import (
     _activation_maps,
     _patch_maps,
+    image_box,
     label_heat_maps,
-    picture_box,
-    resize_to_picture,
+    resize_to_image,
 )
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels
@@ -51,15 +51,15 @@ def encoded(image, format="PNG", **kwargs):
     return stream.getvalue()
 
 
-def picture(seed, height=40, width=56):
+def image(seed, height=40, width=56):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def tiny_model(**kwargs):
     torch.manual_seed(0)
-    trunk = {"model_type": "convnext", "hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "patch_size": 2}
+    backbone = {"model_type": "convnext", "hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "patch_size": 2}
     config = HSVLTConfig.preset(
-        "nano", backbone_config=trunk, label_embedding_dim=16, num_labels=5, id2label=NAMES, image_size=32, **kwargs
+        "nano", backbone_config=backbone, label_embedding_dim=16, num_labels=5, id2label=NAMES, image_size=32, **kwargs
     )
     model = HSVLTForImageClassification(config).eval()
     with torch.no_grad():  # A fresh head gives scores that hardly differ.
@@ -98,75 +98,75 @@ def assert_same(result, expected):
 
 def test_the_task_is_registered_and_gives_every_label(tagger, model, image_processor):
     assert type(tagger) is MultiLabelImageClassificationPipeline and tagger.task == TASK
-    result = tagger(picture(0))
+    result = tagger(image(0))
     assert len(result) == 5
-    assert_same(result, by_hand(model, image_processor, picture(0)))
+    assert_same(result, by_hand(model, image_processor, image(0)))
 
 
 def test_thresholds_and_top_k_at_the_call_and_at_the_start(model, image_processor):
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu", threshold="auto", top_k=1)
-    expected = by_hand(model, image_processor, picture(0), lambda index, score: score >= model.config.thresholds[index])
+    expected = by_hand(model, image_processor, image(0), lambda index, score: score >= model.config.thresholds[index])
     assert 1 < len(expected) < 5
-    assert_same(tagger(picture(0)), expected[:1])
-    assert_same(tagger(picture(0), top_k=None), expected)
-    assert_same(tagger(picture(0), top_k=None, threshold=None), by_hand(model, image_processor, picture(0)))
-    half = by_hand(model, image_processor, picture(0), lambda index, score: score >= 0.5)
-    assert_same(tagger(picture(0), top_k=9, threshold=0.5), half)
-    assert tagger(picture(0), threshold=1.0) == []
-    assert_same(tagger(picture(0)), expected[:1])
+    assert_same(tagger(image(0)), expected[:1])
+    assert_same(tagger(image(0), top_k=None), expected)
+    assert_same(tagger(image(0), top_k=None, threshold=None), by_hand(model, image_processor, image(0)))
+    half = by_hand(model, image_processor, image(0), lambda index, score: score >= 0.5)
+    assert_same(tagger(image(0), top_k=9, threshold=0.5), half)
+    assert tagger(image(0), threshold=1.0) == []
+    assert_same(tagger(image(0)), expected[:1])
 
 
 def test_thresholds_and_labels_of_every_kind(tagger, model, image_processor):
-    everything = by_hand(model, image_processor, picture(0))
+    everything = by_hand(model, image_processor, image(0))
     scores = {label["label"]: label["score"] for label in everything}
     cuts = dict(zip(scores, [0.0, 1.0, 0.0, 0.0, 1.0], strict=True))
     own = [cuts[name] for name in NAMES.values()]
     expected = [label for label in everything if cuts[label["label"]] == 0]
     for threshold in (own, tuple(own), np.array(own), torch.tensor(own), cuts):
-        assert_same(tagger(picture(0), threshold=threshold), expected)
-        assert_same(tagger(picture(0), threshold=threshold, top_k=np.int64(2)), expected[:2])
-    assert_same(tagger(picture(0), threshold=np.float32(0)), everything)
+        assert_same(tagger(image(0), threshold=threshold), expected)
+        assert_same(tagger(image(0), threshold=threshold, top_k=np.int64(2)), expected[:2])
+    assert_same(tagger(image(0), threshold=np.float32(0)), everything)
     # With some labels alone: a number for each of them, or by name, which may name more.
     names = [expected[1]["label"], everything[1]["label"], expected[0]["label"]]
     for labels in (names, tuple(names), np.array(names), iter(names), dict.fromkeys(names)):
-        assert_same(tagger(picture(0), labels=labels, threshold=[0, 1, 0]), expected[:2])
-    assert_same(tagger(picture(0), labels=names, threshold=cuts), expected[:2])
-    assert_same(tagger(picture(0), labels=names, threshold={name: cuts[name] for name in names}), expected[:2])
+        assert_same(tagger(image(0), labels=labels, threshold=[0, 1, 0]), expected[:2])
+    assert_same(tagger(image(0), labels=names, threshold=cuts), expected[:2])
+    assert_same(tagger(image(0), labels=names, threshold={name: cuts[name] for name in names}), expected[:2])
     some = pipeline(TASK, model=model, image_processor=image_processor, device="cpu", labels=names)
-    assert_same(some(picture(0), threshold=[0, 1, 0]), expected[:2])
+    assert_same(some(image(0), threshold=[0, 1, 0]), expected[:2])
     with pytest.raises(ValueError, match="5 numbers for 3 labels"):
-        some(picture(0), threshold=own)
+        some(image(0), threshold=own)
     with pytest.raises(ValueError, match="no number for 'tree'"):
-        tagger(picture(0), threshold={"cat": 0.5, "dog": 0.5, "bird": 0.5, "boat": 0.5})
+        tagger(image(0), threshold={"cat": 0.5, "dog": 0.5, "bird": 0.5, "boat": 0.5})
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     def __len__(self):
         return 5
 
     def __getitem__(self, index):
-        return picture(index)
+        return image(index)
 
 
 def test_batches_lists_generators_and_datasets(tagger, model, image_processor, tmp_path):
-    expected = [by_hand(model, image_processor, picture(seed)) for seed in range(5)]
+    expected = [by_hand(model, image_processor, image(seed)) for seed in range(5)]
     rows = datasets.Dataset.from_dict(
-        {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in range(5)], "photo": ["x"] * 5},
+        {"image": [{"bytes": encoded(image(seed)), "path": None} for seed in range(5)], "photo": ["x"] * 5},
         features=datasets.Features({"image": datasets.Image(), "photo": datasets.Value("string")}),
     )
     paths = []
     for seed in range(5):
         paths.append(str(tmp_path / f"{seed}.png"))
-        picture(seed).save(paths[-1])
+        image(seed).save(paths[-1])
     renamed = rows.remove_columns("photo").rename_column("image", "photo")
     decoded = rows.with_transform(lambda batch: {"image": [image.copy() for image in batch["image"]]})
     sources = {
-        "list": lambda: [picture(seed) for seed in range(5)],
+        "list": lambda: [image(seed) for seed in range(5)],
         "tuple": lambda: tuple(paths),
-        "arrays": lambda: [np.asarray(picture(seed)) for seed in range(5)],
-        "bytes": lambda: [encoded(picture(seed)) for seed in range(5)],
-        "generator": lambda: (picture(seed) for seed in range(5)),
-        "torch": Pictures,
+        "arrays": lambda: [np.asarray(image(seed)) for seed in range(5)],
+        "bytes": lambda: [encoded(image(seed)) for seed in range(5)],
+        "generator": lambda: (image(seed) for seed in range(5)),
+        "torch": Images,
         "datasets": lambda: rows,
         "key": lambda: KeyDataset(rows, "image"),
         "streaming": rows.to_iterable_dataset,
@@ -175,12 +175,12 @@ def test_batches_lists_generators_and_datasets(tagger, model, image_processor, t
         "column of a transformed dataset": lambda: decoded["image"],
         "transformed": lambda: decoded,
         "iterator": lambda: iter(paths),
-        "map": lambda: map(picture, range(5)),
+        "map": lambda: map(image, range(5)),
         "list of Path": lambda: [tmp_path / f"{seed}.png" for seed in range(5)],
-        "list of rows": lambda: [{"bytes": encoded(picture(seed))} for seed in range(5)],
+        "list of rows": lambda: [{"bytes": encoded(image(seed))} for seed in range(5)],
         "array of paths": lambda: np.array(paths),
-        "batch": lambda: np.stack([np.asarray(picture(seed)) for seed in range(5)]),
-        "batch of tensors": lambda: torch.stack([torch.from_numpy(np.array(picture(seed))) for seed in range(5)]),
+        "batch": lambda: np.stack([np.asarray(image(seed)) for seed in range(5)]),
+        "batch of tensors": lambda: torch.stack([torch.from_numpy(np.array(image(seed))) for seed in range(5)]),
     }
     lists = ("list", "list of Path", "list of rows", "tuple", "arrays", "array of paths", "bytes", "batch")
     for batch_size in (1, 2, 8):
@@ -195,35 +195,35 @@ def test_batches_lists_generators_and_datasets(tagger, model, image_processor, t
     for batch_size in (1, 2):
         for nothing in ([], (), iter([]), np.zeros((0, 4, 5, 3)), none, none["image"], KeyDataset(none, "image")):
             assert list(tagger(nothing, batch_size=batch_size)) == []
-    for one in (tmp_path / "0.png", {"path": paths[0]}, rows["image"][0], np.asarray(picture(0))):
+    for one in (tmp_path / "0.png", {"path": paths[0]}, rows["image"][0], np.asarray(image(0))):
         assert_same(tagger(one), expected[0])
     with open(paths[0], "rb") as file:
         assert_same(tagger(file), expected[0])
     with pytest.raises(ValueError, match="has the splits train, test; give one of them"):
         tagger(datasets.DatasetDict({"train": rows, "test": rows}))
-    with pytest.raises(ValueError, match=r"\(list\) is no picture; give a path"):
+    with pytest.raises(ValueError, match=r"\(list\) is no image; give a path"):
         tagger([paths[:2], paths[2:]])
-    with pytest.raises(ValueError, match="no column 'drawing', only image, photo; name the picture column"):
+    with pytest.raises(ValueError, match="no column 'drawing', only image, photo; name the image column"):
         tagger(rows, image_column="drawing")
 
 
-def test_datasets_pictures_are_read_with_the_same_care(tagger):
+def test_datasets_images_are_read_with_the_same_care(tagger):
     deep = Image.fromarray(np.linspace(0, 65535, 40 * 56).astype(np.uint16).reshape(40, 56))
-    column = [{"bytes": encoded(deep), "path": None}, {"bytes": b"no picture", "path": "bad.jpg"}]
+    column = [{"bytes": encoded(deep), "path": None}, {"bytes": b"no image", "path": "bad.jpg"}]
     rows = datasets.Dataset.from_dict({"image": column}, features=datasets.Features({"image": datasets.Image()}))
     results = iter(tagger(rows))
     assert_same(next(results), tagger(deep))
-    with pytest.raises(ValueError, match=r"bad\.jpg is in no picture format"):
+    with pytest.raises(ValueError, match=r"bad\.jpg is in no image format"):
         next(results)
 
 
-def test_pictures_are_read_by_load_image(tagger, tmp_path):
+def test_images_are_read_by_load_image(tagger, tmp_path):
     four = np.random.default_rng(0).integers(0, 256, (40, 56, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[274] = 6
     sources = {
         "deep.png": (Image.fromarray(np.linspace(0, 65535, 2240).astype(np.uint16).reshape(40, 56)), {}),
-        "turned.jpg": (picture(1), {"exif": exif}),
+        "turned.jpg": (image(1), {"exif": exif}),
         "clear.png": (Image.fromarray(four), {}),
         "inked.tif": (
             Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 56, 4), dtype=np.uint8), "CMYK"),
@@ -235,18 +235,18 @@ def test_pictures_are_read_by_load_image(tagger, tmp_path):
         assert_same(tagger(str(tmp_path / name)), tagger(np.asarray(load_image(tmp_path / name))))
     with pytest.raises(ValueError, match="more than the limit of 100; shrink it or raise max_pixels"):
         tagger(str(tmp_path / "deep.png"), max_pixels=100)
-    big = encoded(picture(0, 400, 640), "JPEG")
+    big = encoded(image(0, 400, 640), "JPEG")
     assert_same(tagger(big, size_hint=32), tagger(load_image(big, size_hint=32)))
     with pytest.raises(ValueError, match=r"gone\.jpg does not exist"):
-        tagger([picture(0), "gone.jpg"])
+        tagger([image(0), "gone.jpg"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(dtype, image_processor):
-    expected = by_hand(tiny_model(), image_processor, picture(0))
+    expected = by_hand(tiny_model(), image_processor, image(0))
     tagger = pipeline(TASK, model=tiny_model().to(dtype), image_processor=image_processor, device="cpu")
     assert tagger.dtype == dtype
-    scores = {label["label"]: label["score"] for label in tagger([picture(0), picture(1)], batch_size=2)[0]}
+    scores = {label["label"]: label["score"] for label in tagger([image(0), image(1)], batch_size=2)[0]}
     for label in expected:
         assert scores[label["label"]] == pytest.approx(label["score"], abs=0.03)
 
@@ -254,10 +254,10 @@ def test_half_precision_models(dtype, image_processor):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu(dtype, image_processor):
-    expected = by_hand(tiny_model(), image_processor, picture(0))
+    expected = by_hand(tiny_model(), image_processor, image(0))
     tagger = pipeline(TASK, model=tiny_model().to(dtype), image_processor=image_processor, device=0)
     assert tagger.model.device.type == "cuda"
-    for result in (tagger(picture(0)), tagger([picture(0)] * 3, batch_size=2)[2]):
+    for result in (tagger(image(0)), tagger([image(0)] * 3, batch_size=2)[2]):
         scores = {label["label"]: label["score"] for label in result}
         for label in expected:
             assert scores[label["label"]] == pytest.approx(label["score"], abs=0.03)
@@ -286,16 +286,16 @@ def test_on_a_gpu(dtype, image_processor):
         ({"threshold": float("nan")}, "threshold must be"),
     ],
 )
-def test_parameters_that_cannot_work_are_refused_before_the_first_picture(kwargs, message, image_processor):
+def test_parameters_that_cannot_work_are_refused_before_the_first_image(kwargs, message, image_processor):
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
         pipeline(TASK, model=model, image_processor=image_processor, device="cpu", **kwargs)
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
     with pytest.raises(ValueError, match=message):
-        tagger((picture(seed) for seed in range(2)), **kwargs)
+        tagger((image(seed) for seed in range(2)), **kwargs)
 
 
-def test_a_model_of_one_label_a_picture_is_refused(image_processor):
+def test_a_model_of_one_label_a_image_is_refused(image_processor):
     model = tiny_model()
     model.config.problem_type = "single_label_classification"
     with pytest.raises(ValueError, match="single_label_classification, whose scores are no sigmoids"):
@@ -304,7 +304,7 @@ def test_a_model_of_one_label_a_picture_is_refused(image_processor):
 
 def test_equals_the_stock_pipeline(model, image_processor, tagger):
     stock = pipeline("image-classification", model=model, image_processor=image_processor, device="cpu")
-    assert_same(stock(picture(0), top_k=3), tagger(picture(0), top_k=3))
+    assert_same(stock(image(0), top_k=3), tagger(image(0), top_k=3))
 
 
 def test_a_saved_pipeline_loads_with_every_auto_class(tagger, tmp_path, model):
@@ -318,7 +318,7 @@ def test_a_saved_pipeline_loads_with_every_auto_class(tagger, tmp_path, model):
     for task, trust in ((TASK, None), (None, None), (TASK, False), (None, True)):
         again = pipeline(task, model=str(tmp_path), device="cpu", trust_remote_code=trust)
         assert type(again) is MultiLabelImageClassificationPipeline
-        assert_same(again(picture(0), threshold="auto"), tagger(picture(0), threshold="auto"))
+        assert_same(again(image(0), threshold="auto"), tagger(image(0), threshold="auto"))
     again.save_pretrained(tmp_path / "again")
     saved = [
         json.loads((tmp_path / folder / "config.json").read_text())["custom_pipelines"] for folder in (".", "again")
@@ -329,19 +329,19 @@ def test_a_saved_pipeline_loads_with_every_auto_class(tagger, tmp_path, model):
 def test_a_processor_alone_is_enough(model, image_processor, tagger):
     processor = MultiLabelProcessor(image_processor, NAMES)
     alone = MultiLabelImageClassificationPipeline(model=model, processor=processor, device="cpu")
-    pictures = [picture(seed) for seed in range(3)]
-    for one, other in zip(alone(pictures, batch_size=2), tagger(pictures, batch_size=2), strict=True):
+    images = [image(seed) for seed in range(3)]
+    for one, other in zip(alone(images, batch_size=2), tagger(images, batch_size=2), strict=True):
         assert_same(one, other)
 
 
 def test_labels_restrict_and_only_they_are_computed(image_processor):
     model = tiny_model()
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
-    everything = {label["label"]: label["score"] for label in tagger(picture(0))}
+    everything = {label["label"]: label["score"] for label in tagger(image(0))}
     asked = []
     model.hsvlt.register_forward_pre_hook(lambda *args: asked.append(args[2]["text_embeddings"]), with_kwargs=True)
     names = ["tree", "cat", "boat"]
-    for result in tagger([picture(0), picture(0)], labels=names, batch_size=2):
+    for result in tagger([image(0), image(0)], labels=names, batch_size=2):
         assert {label["label"] for label in result} == set(names)
         assert [label["score"] for label in result] == sorted((label["score"] for label in result), reverse=True)
         for label in result:
@@ -350,17 +350,17 @@ def test_labels_restrict_and_only_they_are_computed(image_processor):
 
 
 def test_thresholds_belong_to_their_labels_when_restricted(tagger, model):
-    found = {label["label"] for label in tagger(picture(0), threshold="auto")}
+    found = {label["label"] for label in tagger(image(0), threshold="auto")}
     names = ["boat", "dog", "cat"]
-    assert {label["label"] for label in tagger(picture(0), threshold="auto", labels=names)} == found & set(names)
+    assert {label["label"] for label in tagger(image(0), threshold="auto", labels=names)} == found & set(names)
     assert found & set(names) not in (set(), set(names))
-    assert len(tagger(picture(0), labels=names, top_k=2)) == 2
+    assert len(tagger(image(0), labels=names, top_k=2)) == 2
 
 
 @pytest.mark.parametrize("residual_attention", [False, True])
 def test_candidates_alone_are_given_and_explained_unless_others_are_asked_for(residual_attention, image_processor):
     model = tiny_model(candidate_labels=2, residual_attention=residual_attention, thresholds=[0.0] * 5)
-    with torch.no_grad():  # Pictures whose candidates differ, and attention that differs between labels.
+    with torch.no_grad():  # Images whose candidates differ, and attention that differs between labels.
         model.candidate_scorer.linear.weight.normal_(std=9)
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -370,13 +370,13 @@ def test_candidates_alone_are_given_and_explained_unless_others_are_asked_for(re
     whole.config.candidate_labels = whole.candidate_scorer = None
     whole.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("candidate_scorer")})
     tagger, full = (pipeline(TASK, model=m, image_processor=image_processor, device="cpu") for m in (model, whole))
-    pictures = [picture(seed) for seed in range(8)]
-    every = [{label["label"]: label for label in result} for result in full(pictures, explain=True, batch_size=4)]
+    images = [image(seed) for seed in range(8)]
+    every = [{label["label"]: label for label in result} for result in full(images, explain=True, batch_size=4)]
     chosen = set()
     for threshold in (None, 0.0, "auto", [0.0] * 5):
         for explain in (False, True):
             for result, right in zip(
-                tagger(pictures, threshold=threshold, explain=explain, batch_size=4), every, strict=True
+                tagger(images, threshold=threshold, explain=explain, batch_size=4), every, strict=True
             ):
                 assert len(result) == 2, "what was not scored is no result, whatever the threshold"
                 chosen.add(frozenset(label["label"] for label in result))
@@ -388,13 +388,13 @@ def test_candidates_alone_are_given_and_explained_unless_others_are_asked_for(re
     assert len(chosen) > 1
     names = ["tree", "cat", "boat"]
     for explain in (False, True):
-        for result, right in zip(tagger(pictures, labels=names, explain=explain), every, strict=True):
+        for result, right in zip(tagger(images, labels=names, explain=explain), every, strict=True):
             assert {label["label"] for label in result} == set(names)
             for label in result:
                 assert label["score"] == pytest.approx(right[label["label"]]["score"], abs=1e-5)
                 if explain:
                     np.testing.assert_allclose(label["heat_map"], right[label["label"]]["heat_map"], atol=1e-4)
-    pixels = image_processor(images=pictures[:2], return_tensors="pt")["pixel_values"]
+    pixels = image_processor(images=images[:2], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         for ours, theirs in zip(label_heat_maps(model, pixels), label_heat_maps(whole, pixels), strict=True):
             assert ours.shape[:2] == (2, 5), "all labels, also those that are no candidates"
@@ -405,14 +405,14 @@ def test_labels_of_a_model_without_class_ids(image_processor):
     torch.manual_seed(0)
     model = MlTrForImageClassification(MlTrConfig.preset("nano", num_labels=5, id2label=NAMES, image_size=32)).eval()
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
-    everything = {label["label"]: label["score"] for label in tagger(picture(0))}
-    for label in tagger([picture(0)] * 2, labels=["tree", "dog"], batch_size=2)[1]:
+    everything = {label["label"]: label["score"] for label in tagger(image(0))}
+    for label in tagger([image(0)] * 2, labels=["tree", "dog"], batch_size=2)[1]:
         assert label["score"] == pytest.approx(everything[label["label"]], abs=1e-6)
 
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
-        data = encoded(picture(3))
+        data = encoded(image(3))
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -422,13 +422,13 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
 
-def test_pictures_by_url(tagger):
+def test_images_by_url(tagger):
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/picture.png"
+        url = f"http://127.0.0.1:{server.server_port}/image.png"
         # This very computer is refused unless allowed: a stranger's URL must not lead into a network.
         local = {"allow_private_addresses": True} if "allow_private_addresses" in LOAD_PARAMETERS else {}
-        assert_same(tagger([url, picture(3)], batch_size=2, **local)[0], tagger(picture(3)))
+        assert_same(tagger([url, image(3)], batch_size=2, **local)[0], tagger(image(3)))
         server.shutdown()
 
 
@@ -436,7 +436,7 @@ def test_pictures_by_url(tagger):
 
 
 def test_hsvlt_s_maps_are_its_attention(model, image_processor):
-    pixels = image_processor(images=[picture(0), picture(1)], return_tensors="pt")["pixel_values"]
+    pixels = image_processor(images=[image(0), image(1)], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         logits, maps = label_heat_maps(model, pixels)
         output = model(pixel_values=pixels, output_attentions=True)
@@ -505,7 +505,7 @@ def test_a_model_without_maps_says_so(tagger):
     tagger.model.config.__class__.model_type, before = "resnet", tagger.model.config.model_type
     try:
         with pytest.raises(ValueError, match="type 'resnet' has no heat maps; HSVLT, MlTr and HP-DVAL have"):
-            tagger(picture(0), explain=True)
+            tagger(image(0), explain=True)
     finally:
         tagger.model.config.__class__.model_type = before
 
@@ -519,15 +519,15 @@ def test_a_model_without_maps_says_so(tagger):
         ({"do_resize": False}, (0, 0, 1, 1)),
     ],
 )
-def test_a_place_in_the_picture_is_found_again(options, box):
-    """A bright square goes through the real processor; what it leaves in the input is brought back onto the picture."""
+def test_a_place_in_the_image_is_found_again(options, box):
+    """A bright square goes through the real processor; what it leaves in the input is brought back onto the image."""
     canvas = np.zeros((60, 120, 3), np.uint8)
     canvas[24:36, 66:84] = 255
     processor = MultiLabelImageProcessor(**options, do_normalize=False, resample=0)
     seen = processor(images=canvas, return_tensors="pt")["pixel_values"][0, :1]
-    found = picture_box(processor, 120, 60)
+    found = image_box(processor, 120, 60)
     assert box is None or found == box
-    back = resize_to_picture(seen, 120, 60, found)[0]
+    back = resize_to_image(seen, 120, 60, found)[0]
     assert back.shape == (60, 120)
     rows, columns = (back > 0.5).nonzero(as_tuple=True)
     assert (rows.min(), rows.max()) == (pytest.approx(24, abs=2), pytest.approx(35, abs=2))
@@ -536,16 +536,16 @@ def test_a_place_in_the_picture_is_found_again(options, box):
 
 def test_what_a_centre_crop_cut_off_is_not_marked():
     processor = MultiLabelImageProcessor(size={"shortest_edge": 32}, do_center_crop=True, crop_size=32)
-    map_ = resize_to_picture(torch.ones(1, 4, 4), 120, 60, picture_box(processor, 120, 60))[0]
+    map_ = resize_to_image(torch.ones(1, 4, 4), 120, 60, image_box(processor, 120, 60))[0]
     assert (map_[:, :29] == 0).all() and (map_[:, 91:] == 0).all() and (map_[:, 32:88] > 0.99).all()
 
 
 def test_explain_through_the_pipeline(tagger, model, image_processor):
     sizes = [(40, 56), (64, 30), (20, 20)]
-    pictures = [picture(seed, *size) for seed, size in enumerate(sizes)]
-    alone = [tagger(each, explain=True) for each in pictures]
-    batched = tagger(pictures, explain=True, batch_size=3)
-    for each, size, one, many in zip(pictures, sizes, alone, batched, strict=True):
+    images = [image(seed, *size) for seed, size in enumerate(sizes)]
+    alone = [tagger(each, explain=True) for each in images]
+    batched = tagger(images, explain=True, batch_size=3)
+    for each, size, one, many in zip(images, sizes, alone, batched, strict=True):
         assert_same(one, tagger(each))
         with torch.no_grad():
             maps = label_heat_maps(model, **image_processor(images=each, return_tensors="pt"))[1][0]
@@ -555,11 +555,11 @@ def test_explain_through_the_pipeline(tagger, model, image_processor):
             index = list(NAMES.values()).index(label["label"])
             np.testing.assert_allclose(label["heat_map"], expected[index], atol=1e-5)
             np.testing.assert_allclose(label["heat_map"], same["heat_map"], atol=1e-5)
-    (only,) = tagger(pictures[0], explain=True, labels=["boat"])
+    (only,) = tagger(images[0], explain=True, labels=["boat"])
     np.testing.assert_allclose(
         only["heat_map"], next(label for label in alone[0] if label["label"] == "boat")["heat_map"], atol=1e-5
     )
-    assert tagger(pictures[0], explain=True, threshold=1.0) == []
+    assert tagger(images[0], explain=True, threshold=1.0) == []
 
 
 # Other label sets
@@ -570,7 +570,7 @@ def with_shared_head(template=None, **kwargs):
     encoder = tiny_clip(tokenizer).text_model
     model = tiny_model(classifier="shared", thresholds=[0.5] * 5, **kwargs)
     embeddings = encode_labels(NAMES.values(), encoder, tokenizer, template=template or "a photo of a {}")
-    model.set_label_embeddings(embeddings, encoder="tiny", reading="mean", template=template)
+    model.set_label_embeddings(embeddings, encoder="tiny", pooling="mean", template=template)
     return model, encoder, tokenizer
 
 
@@ -584,16 +584,16 @@ def states(encoder, tokenizer, words, **kwargs):
 def test_a_shared_head_scores_new_names(image_processor, tmp_path):
     model, encoder, tokenizer = with_shared_head()
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
-    before = {label["label"]: label["score"] for label in tagger(picture(0))}
+    before = {label["label"]: label["score"] for label in tagger(image(0))}
     tagger.set_labels(["plant", "dog", "potted plant"], (encoder, tokenizer))
-    after = {label["label"]: label["score"] for label in tagger(picture(0))}
+    after = {label["label"]: label["score"] for label in tagger(image(0))}
     assert set(after) == {"plant", "dog", "potted plant"}
     assert after["dog"] == pytest.approx(before["dog"], abs=1e-6), "a label's score does not depend on the others"
     assert len({round(score, 6) for score in after.values()}) == 3
     assert model.config.thresholds is None and model.config.num_labels == model.num_labels == 3
     tagger.save_pretrained(tmp_path)
     again = pipeline(TASK, model=str(tmp_path), device="cpu")
-    assert_same(again(picture(0)), tagger(picture(0)))
+    assert_same(again(image(0)), tagger(image(0)))
 
 
 def test_new_names_are_encoded_as_the_checkpoint_s_were(image_processor):
@@ -613,10 +613,10 @@ def test_new_names_are_encoded_as_the_checkpoint_s_were(image_processor):
             expected = states(encoder, tokenizer, words)[first : first + len(texts[1])].mean(0)
             assert_close_outputs(model.hsvlt.label_embeddings.weight[row], expected)
         config = model.config
-        assert (config.label_text_encoder, config.label_reading, config.label_template) == ("tiny", "mean", template)
+        assert (config.label_text_encoder, config.label_pooling, config.label_template) == ("tiny", "mean", template)
     # Read as the released HSVLT reads BERT: [CLS] and the name, at the name if it is one piece.
     model = tiny_model(classifier="shared")
-    model.set_label_embeddings(torch.randn(5, 16), encoder="tiny", reading="official")
+    model.set_label_embeddings(torch.randn(5, 16), encoder="tiny", pooling="official")
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
     tagger.set_labels(["dog", "red bird"], (BERT, BERT_TOKENIZER))
     one, two = (states(BERT, BERT_TOKENIZER, ["[CLS]", *words]) for words in (["dog"], ["red", "bird"]))
@@ -631,7 +631,7 @@ def test_names_with_a_learned_context(image_processor, tmp_path):
     with torch.no_grad():
         next(p for p in model.label_context.parameters() if p.requires_grad).normal_()
     rows = model.label_context.rows().detach()
-    model.config.label_text_encoder, model.config.label_reading = "tiny", "mean"
+    model.config.label_text_encoder, model.config.label_pooling = "tiny", "mean"
     (model.config.label_template,) = model.label_context.templates
     text = (BERT, BERT_TOKENIZER)
     learning = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
@@ -642,7 +642,7 @@ def test_names_with_a_learned_context(image_processor, tmp_path):
     embeddings = tagger.model.hsvlt.label_embeddings
     cat = embeddings.weight[0].clone()
     assert_close_outputs(cat, model.label_context()[0].detach())
-    scores = {label["label"]: label["score"] for label in tagger(picture(0))}
+    scores = {label["label"]: label["score"] for label in tagger(image(0))}
 
     with pytest.raises(ValueError, match=r"learned a context for its label names, .*; give label_context, the folder"):
         tagger.set_labels(["red bird", "cat"], text)
@@ -659,7 +659,7 @@ def test_names_with_a_learned_context(image_processor, tmp_path):
         sentence = torch.cat((start, rows, red, bird, dot, end))[None]
         expected = BERT(inputs_embeds=sentence).last_hidden_state[0, 3:5].mean(0)
     assert_close_outputs(embeddings.weight, torch.stack((expected, cat)))
-    after = {label["label"]: label["score"] for label in tagger(picture(0))}
+    after = {label["label"]: label["score"] for label in tagger(image(0))}
     assert set(after) == {"red bird", "cat"} and after["cat"] == pytest.approx(scores["cat"], abs=1e-5)
 
     tagger.model.config.label_template = "<context_0_0><context_0_1> {}, and so on for each label"
@@ -682,7 +682,7 @@ def test_what_belongs_to_names_goes_with_them(names, image_processor, tmp_path):
     else:
         assert model.config.thresholds is None and model.config.calibration_info is None
         with pytest.raises(ValueError, match="this checkpoint has none"):
-            tagger(picture(0), threshold="auto")
+            tagger(image(0), threshold="auto")
     tagger.save_pretrained(tmp_path)
     assert AutoProcessor.from_pretrained(tmp_path).id2label == dict(enumerate(names))
 
@@ -711,10 +711,10 @@ def test_hp_dval_s_labels_are_exchanged_by_its_own_text_tower(tmp_path):
     model, tokenizer = hp_dval()
     processor = MultiLabelImageProcessor(size=32)
     tagger = pipeline(TASK, model=model, image_processor=processor, device="cpu")
-    before = {label["label"]: label["score"] for label in tagger(picture(0))}
+    before = {label["label"]: label["score"] for label in tagger(image(0))}
     tokenizer.save_pretrained(tmp_path)
     tagger.set_labels(["potted plant", "dog"], str(tmp_path))
-    after = {label["label"]: label["score"] for label in tagger(picture(0), explain=True)}
+    after = {label["label"]: label["score"] for label in tagger(image(0), explain=True)}
     assert set(after) == {"potted plant", "dog"} and after["dog"] == pytest.approx(before["dog"], abs=1e-5)
     with pytest.raises(ValueError, match="needs revision"):
         tagger.set_labels(["dog"], "org/clip")

@@ -47,7 +47,7 @@ def pixels(source, **kwargs):
     return np.asarray(image).astype(int)
 
 
-# load_image: what a picture may be, and how it looks
+# load_image: what an image may be, and how it looks
 
 
 # EXIF orientation -> from the stored array to the upright one (EXIF 2.32, tag 274).
@@ -76,7 +76,7 @@ def test_exif_orientation_is_applied_once(orientation):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_broken_exif_data_leave_a_picture_readable(format):
+def test_broken_exif_data_leave_a_image_readable(format):
     for garbage in (
         b"Exif\0\0garbage!",
         b"Exif\0\0II",
@@ -132,16 +132,16 @@ def test_grey_of_more_than_8_bits_is_scaled_by_its_own_range():
     expected = np.arange(256).reshape(16, 16, 1).repeat(3, -1)
     for depth, top in ((16, 65535), (14, 16383), (12, 4095), (10, 1023)):
         grey = np.rint(ramp * (top / 65535)).astype(np.uint16)
-        for picture in (
+        for image in (
             encoded(Image.fromarray(grey)),
             encoded(Image.fromarray(grey), "TIFF"),
             Image.fromarray(grey),
             grey,
         ):
-            np.testing.assert_allclose(pixels(picture), expected, atol=1, err_msg=f"{depth} bits")
+            np.testing.assert_allclose(pixels(image), expected, atol=1, err_msg=f"{depth} bits")
     big_endian = Image.frombytes("I;16B", (16, 16), ramp.astype(">u2").tobytes())
     np.testing.assert_allclose(pixels(big_endian), expected, atol=1)
-    # A 32-bit picture that holds 16 bits (as Pillow opens PGM), one that is signed, and floats up to 1.
+    # A 32-bit image that holds 16 bits (as Pillow opens PGM), one that is signed, and floats up to 1.
     np.testing.assert_allclose(pixels(Image.fromarray(ramp.astype(np.int32))), expected, atol=1)
     np.testing.assert_allclose(pixels(Image.fromarray(ramp.astype(np.int32) - 30000)), expected, atol=1)
     floats = (ramp / 65535).astype(np.float32)
@@ -168,7 +168,7 @@ def test_the_bits_that_a_tiff_declares_are_its_range():
     assert pixels(tiff_of_12_bits([0, 1000, 500, 1000]))[0, :, 0].tolist() == [0, 62, 31, 62]
 
 
-def test_bilevel_grey_and_animated_pictures():
+def test_bilevel_grey_and_animated_images():
     assert pixels(encoded(Image.fromarray(np.array([[True, False]])))).tolist() == [[[255] * 3, [0] * 3]]
     grey = noise(4, 5, 0)
     assert np.array_equal(pixels(encoded(Image.fromarray(grey))), grey[..., None].repeat(3, -1))
@@ -187,13 +187,13 @@ class Slow(BaseHTTPRequestHandler):
             self.server.released.wait(5)
         self.send_response(404 if self.path == "/nothing.png" else 200)
         self.end_headers()
-        self.wfile.write(self.server.picture)
+        self.wfile.write(self.server.image)
 
 
 @pytest.fixture
 def site():
     server = HTTPServer(("127.0.0.1", 0), Slow)
-    server.picture, server.released = encoded(Image.fromarray(noise(6, 9))), threading.Event()
+    server.image, server.released = encoded(Image.fromarray(noise(6, 9))), threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.released.set()
@@ -201,16 +201,16 @@ def site():
     server.server_close()
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path, site):
+def test_every_kind_of_source_gives_the_same_image(tmp_path, site):
     array = noise(6, 9)
     data = encoded(Image.fromarray(array))
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(data)
     text = base64.b64encode(data).decode()
     sources = {
         "path": path, "text": str(path), "bytes": data, "bytearray": bytearray(data), "stream": BytesIO(data),
         "embedded": {"bytes": data, "path": None}, "linked": {"bytes": None, "path": str(path)},
-        "url": f"{site}/picture.png", "data": f"data:image/png;base64,{text}", "base64": text,
+        "url": f"{site}/image.png", "data": f"data:image/png;base64,{text}", "base64": text,
         "pil": Image.fromarray(array), "lazy": Image.open(path), "array": array, "first": array.transpose(2, 0, 1),
         "tensor": torch.from_numpy(array), "tensor_first": torch.from_numpy(array).permute(2, 0, 1),
         "unit": array / 255, "unit_tensor": torch.from_numpy(array).permute(2, 0, 1) / 255,
@@ -229,7 +229,7 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path, site):
         assert np.array_equal(pixels(grey), array[..., :1].repeat(3, -1))
 
 
-def test_a_picture_that_needs_no_change_is_not_copied():
+def test_a_image_that_needs_no_change_is_not_copied():
     image = Image.fromarray(noise(4, 4))
     assert load_image(image) is image
 
@@ -251,7 +251,7 @@ def test_the_pixel_limit_holds_before_decoding():
         ValueError, match="12000 x 12000 pixels, more than the limit of 89478485; shrink it or raise max"
     ):
         load_image(png(12000, 12000))
-    with pytest.raises(ValueError, match=r"a picture of \d+ bytes.*raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels"):
+    with pytest.raises(ValueError, match=r"an image of \d+ bytes.*raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels"):
         load_image(png(60000, 60000))
     with pytest.raises(ValueError, match="cannot be decoded"):
         load_image(png(9000, 9000))
@@ -271,8 +271,8 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path):
         "truncated.png": (encoded(Image.fromarray(good))[:3000], "cannot be decoded"),
         "cut.gif": (encoded(Image.fromarray(good[..., 0]), "GIF")[:900], "cannot be decoded"),
         "header.webp": (encoded(Image.fromarray(good), "WEBP")[:40], ""),
-        "page.jpg": (b"<html>404 Not Found</html>", "no picture format"),
-        "empty.png": (b"", "no picture format"),
+        "page.jpg": (b"<html>404 Not Found</html>", "no image format"),
+        "empty.png": (b"", "no image format"),
         "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", "EPS"),
     }
     for name, (data, reason) in broken.items():
@@ -294,16 +294,16 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path):
     [
         ("missing/photo.jpg", r"missing/photo\.jpg does not exist; check the path"),
         (Path("missing.jpg"), r"missing\.jpg does not exist"),
-        ("photo", r"photo is in no picture format|photo does not exist"),
+        ("photo", r"photo is in no image format|photo does not exist"),
         ("data:image/png;base64,@@@", "data:image/png.* does not exist"),
-        (".", "folder; give the picture files in it"),
+        (".", "folder; give the image files in it"),
         ("no\0name", "does not exist"),
-        (7, r"7 \(int\) is no picture; give a path"),
-        (None, r"None \(NoneType\) is no picture"),
-        ({"bytes": None, "path": None}, "is no picture"),
-        (np.zeros((2, 3, 4, 5)), r"array of shape \(2, 3, 4, 5\) is no picture"),
+        (7, r"7 \(int\) is no image; give a path"),
+        (None, r"None \(NoneType\) is no image"),
+        ({"bytes": None, "path": None}, "is no image"),
+        (np.zeros((2, 3, 4, 5)), r"array of shape \(2, 3, 4, 5\) is no image"),
         (np.zeros((5, 6, 2)), "needs 1, 3 or 4 channels"),
-        (np.zeros((0, 4, 3)), "is no picture"),
+        (np.zeros((0, 4, 3)), "is no image"),
         (np.full((4, 4, 3), -0.5), "negative pixels, so it seems normalised"),
         (np.full((4, 4, 3), np.nan), "NaN"),
         (np.zeros((4, 4), dtype=complex), "needs numbers of shape"),
@@ -312,7 +312,7 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path):
         ("\x1b[2Jphoto\n.jpg", r"^\\x1b\[2Jphoto\\n\.jpg does not exist"),
     ],
 )  # fmt: skip
-def test_what_is_no_picture_is_told(source, message):
+def test_what_is_no_image_is_told(source, message):
     with pytest.raises(ValueError, match=message):
         load_image(source)
 
@@ -324,7 +324,7 @@ def test_a_url_that_fails_is_told_in_time(site):
     with pytest.raises(ValueError, match=r"slow\.png cannot be downloaded: .*raise timeout"):
         load_image(f"{site}/slow.png", timeout=0.2, **inside)
     with pytest.raises(ValueError, match="cannot be downloaded"):
-        load_image("http://127.0.0.1:1/picture.png", **inside)
+        load_image("http://127.0.0.1:1/image.png", **inside)
 
 
 def test_a_size_hint_decodes_less_and_changes_little():
@@ -427,7 +427,7 @@ def test_batches_lists_arrays_and_types():
         assert torch.equal(processor(images=batch, return_tensors="pt")["pixel_values"], expected)
     first = processor(images=stacked.transpose(0, 3, 1, 2), return_tensors="np")["pixel_values"]
     assert isinstance(first, np.ndarray) and np.array_equal(first, expected)
-    strip = noise(4, 6, 3)  # Four rows, or the four channels of a picture of 6 x 3
+    strip = noise(4, 6, 3)  # Four rows, or the four channels of an image of 6 x 3
     for data_format, rgb in (("channels_last", strip), ("channels_first", load_image(strip.transpose(1, 2, 0)))):
         values = processor(images=[strip], input_data_format=data_format, return_tensors="pt")["pixel_values"]
         same = processor(images=Image.fromarray(np.asarray(rgb)), return_tensors="pt")["pixel_values"]
@@ -463,9 +463,9 @@ def test_without_rescaling_values_stay_as_in_the_stock_processor(kind, do_resize
     # Stock Pillow processors resize 8 bits, down to which they cut what is not; ours resizes floats.
     steps = {"unit": 2 / 255, "bytes": 2.0}.get(kind, 0) if do_resize else 0
     for channels in (3, 1, 4):
-        picture = noise(20, 30, channels)
-        floats = {"unit": picture / 255, "bytes": picture.astype(float), "normalised": picture / 127.5 - 1}
-        array = floats.get(kind, picture)
+        image = noise(20, 30, channels)
+        floats = {"unit": image / 255, "bytes": image.astype(float), "normalised": image / 127.5 - 1}
+        array = floats.get(kind, image)
         if (channels == 4 and kind in ("bytes", "normalised")) or (kind == "normalised" and do_resize):
             continue  # which the stock processor refuses
         for dtype in (array.dtype, np.float32, np.float16) if array.dtype.kind == "f" else (np.uint8,):
@@ -508,15 +508,15 @@ class Names:
         return iter(self.items)
 
 
-def column(pictures, **features):
+def column(images, **features):
     rows = datasets.Dataset.from_dict(
-        {"image": [{"bytes": encoded(one), "path": None} for one in pictures]},
+        {"image": [{"bytes": encoded(one), "path": None} for one in images]},
         features=datasets.Features({"image": datasets.Image(**features)}),
     )
     return rows["image"]
 
 
-def test_pictures_come_in_any_container(tmp_path):
+def test_images_come_in_any_container(tmp_path):
     images = [Image.fromarray(noise(9, 12, seed=seed)) for seed in range(4)]
     arrays = [np.asarray(image) for image in images]
     paths = [tmp_path / f"{index}.png" for index in range(4)]
@@ -548,11 +548,11 @@ def test_pictures_come_in_any_container(tmp_path):
     grey = arrays[0][..., 0]
     same = processor(images=[grey[..., None]], return_tensors="pt")["pixel_values"]
     assert torch.equal(processor(images=[grey], return_tensors="pt")["pixel_values"], same)
-    with pytest.raises(ValueError, match=r"a dict of image \(dict\) is no picture"):
+    with pytest.raises(ValueError, match=r"a dict of image \(dict\) is no image"):
         processor(images=column(images).source)
 
 
-def test_the_pictures_of_a_column_are_read_with_care():
+def test_the_images_of_a_column_are_read_with_care():
     deep = Image.fromarray(np.linspace(0, 65535, 80).astype(np.uint16).reshape(8, 10))
     processor = MultiLabelImageProcessor(do_resize=False, do_normalize=False)
     pixels = processor(images=column([deep]))["pixel_values"][0]
@@ -567,7 +567,7 @@ def test_the_pictures_of_a_column_are_read_with_care():
         ({"do_resize": False}, (1, 1)),
     ],
 )
-def test_no_pictures_make_an_empty_batch(options, shape):
+def test_no_images_make_an_empty_batch(options, shape):
     processor = MultiLabelProcessor(MultiLabelImageProcessor(**options), NAMES)
     for nothing in ([], (), iter([]), np.zeros((0, 5, 6, 3), np.uint8), torch.zeros(0, 3, 5, 6), column([])):
         batch = processor(images=nothing, return_tensors="pt")["pixel_values"]
@@ -578,7 +578,7 @@ def test_no_pictures_make_an_empty_batch(options, shape):
         assert processor.post_process_multi_label_classification(logits, 0.5, top_k=2) == []
 
 
-def test_the_picture_care_holds_in_the_processor():
+def test_the_image_care_holds_in_the_processor():
     processor = MultiLabelImageProcessor(do_resize=False, do_normalize=False)
     rgba = Image.fromarray(noise(6, 7, 4))
     exif = Image.Exif()
@@ -598,7 +598,7 @@ def test_the_picture_care_holds_in_the_processor():
         ({"do_pad": True, "pad_size": {"height": 8, "width": 8}}, "do_pad is not supported"),
         ({"size": {"longest_edge": 8}}, "size must have height and width, or shortest_edge"),
         ({"size": {"shortest_edge": 8}}, "different sizes make no batch"),
-        ({"do_convert_rgb": False}, "do_convert_rgb=False is not supported: every picture becomes RGB"),
+        ({"do_convert_rgb": False}, "do_convert_rgb=False is not supported: every image becomes RGB"),
     ],
 )
 def test_options_that_cannot_work_are_refused(kwargs, message):
@@ -627,9 +627,7 @@ def test_floats_that_cannot_stay_are_told(array, message):
 
 @pytest.mark.parametrize("do_rescale", [False, True])
 def test_channels_where_they_are_said_to_be_and_are_not_are_told(do_rescale):
-    with pytest.raises(
-        ValueError, match=r"shape \(5, 6, 3\) is no picture; it needs 1, 3 or 4 channels, first or last"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(5, 6, 3\) is no image; it needs 1, 3 or 4 channels, first or last"):
         MultiLabelImageProcessor()(
             images=np.zeros((5, 6, 3)), do_rescale=do_rescale, input_data_format="channels_first"
         )
@@ -779,7 +777,7 @@ def test_a_top_k_that_is_no_number_of_labels_is_refused(top_k):
         processor_of().post_process_multi_label_classification(LOGITS, top_k=top_k)
 
 
-def test_a_processor_reads_pictures_like_its_image_processor():
+def test_a_processor_reads_images_like_its_image_processor():
     processor = processor_of()
     data = encoded(Image.fromarray(noise(12, 9, 4)))
     for options in ({}, {"resize_mode": "pad"}, {"size": {"height": 6, "width": 5}}, {"do_normalize": False}):
@@ -797,8 +795,8 @@ def test_saving_and_loading_keeps_everything(tmp_path):
     )
     MultiLabelProcessor(image_processor, id2label=NAMES, thresholds=[0.1, 0.2, 0.3, 0.4]).save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "image_urls.py",
         "losses_multilabel.py",
-        "picture_urls.py",
         "processing_multilabel.py",
         "processor_config.json",
     ]
@@ -885,6 +883,6 @@ def test_trainer_takes_it_as_its_processing_class(tmp_path):
 def test_it_has_no_text_side():
     processor = processor_of()
     for use in (partial(processor, text="cat"), partial(processor.decode, [1]), partial(processor.batch_decode, [[1]])):
-        with pytest.raises(ValueError, match="reads pictures and no text: give images alone"):
+        with pytest.raises(ValueError, match="reads images and no text: give images alone"):
             use()
     assert processor.model_input_names == ["pixel_values"]

@@ -66,7 +66,7 @@ def use(repo, **kwargs):
     image_processor = AutoImageProcessor.from_pretrained(repo, **TRUST, **kwargs)
     autos = (AutoModel, AutoModelForImageClassification)
     models = [auto.from_pretrained(repo, **TRUST, **kwargs).eval() for auto in autos]
-    pixels = [one(images="picture.png", return_tensors="pt")["pixel_values"] for one in (processor, image_processor)]
+    pixels = [one(images="image.png", return_tensors="pt")["pixel_values"] for one in (processor, image_processor)]
     assert torch.equal(*pixels)
     with torch.no_grad():
         outputs = [model(pixel_values=pixels[0]) for model in models]
@@ -79,9 +79,9 @@ def use(repo, **kwargs):
         "logits": [output.logits.tolist() for output in outputs],
         "labels": processor.post_process_multi_label_classification(outputs[0], threshold="auto")[0],
         "task": tagger.task,
-        "tagger": tagger("picture.png"),
-        "auto": tagger(["picture.png"] * 3, threshold="auto", batch_size=2)[2],
-        "stock": stock("picture.png"),
+        "tagger": tagger("image.png"),
+        "auto": tagger(["image.png"] * 3, threshold="auto", batch_size=2)[2],
+        "stock": stock("image.png"),
         "thresholds": [models[0].config.thresholds, processor.thresholds],
     }
 """
@@ -110,8 +110,8 @@ def checkpoint(family):
     return model, MultiLabelProcessor(image_processor, config.id2label, config.thresholds)
 
 
-def check(used, model, processor, picture):
-    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+def check(used, model, processor, image):
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
     assert torch.equal(torch.tensor(used["pixels"]), pixels)
     with torch.no_grad():
         logits = model(pixel_values=pixels).logits
@@ -128,8 +128,8 @@ def check(used, model, processor, picture):
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
+def image(tmp_path):
+    path = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(path)
     return path
 
@@ -147,7 +147,7 @@ def imported_files(folder: Path, name: str) -> set[str]:
     return reached
 
 
-def test_folders_load_and_save_and_load_without_the_package(tmp_path, picture):
+def test_folders_load_and_save_and_load_without_the_package(tmp_path, image):
     checkpoints = {family: checkpoint(family) for family in FAMILIES}
     for family, (model, processor) in checkpoints.items():
         model.save_pretrained(tmp_path / family)
@@ -167,7 +167,7 @@ print(json.dumps(results))
     results = run(script, tmp_path, *FAMILIES)
     for name, used in results.items():
         family = name.removesuffix("_again").removesuffix("_piped")
-        check(used, *checkpoints[family], picture)
+        check(used, *checkpoints[family], image)
         # The code that travels is the package's, to the byte, however often it was saved.
         code = sorted(path.name for path in (tmp_path / name).glob("*.py"))
         needed = imported_files(PACKAGE, f"modeling_{family}.py")
@@ -182,7 +182,7 @@ print(json.dumps(results))
     assert again == json.loads((tmp_path / "hsvlt/processor_config.json").read_text())
 
 
-def test_code_is_not_run_unless_it_is_trusted(tmp_path, picture):
+def test_code_is_not_run_unless_it_is_trusted(tmp_path, image):
     model, processor = checkpoint("hsvlt")
     model.save_pretrained(tmp_path / "hsvlt")
     processor.save_pretrained(tmp_path / "hsvlt")
@@ -199,7 +199,7 @@ print(json.dumps(refused))
     assert run(script, tmp_path) == [True] * 4
 
 
-def test_with_the_package_its_own_code_runs_and_none_of_the_checkpoint_s(tmp_path, picture):
+def test_with_the_package_its_own_code_runs_and_none_of_the_checkpoint_s(tmp_path, image):
     model, processor = checkpoint("hsvlt")
     model.save_pretrained(tmp_path / "hsvlt")
     processor.save_pretrained(tmp_path / "hsvlt")
@@ -219,19 +219,19 @@ results = []
 for kwargs in ({}, {"trust_remote_code": False}, {"task": None}, {"task": None, "trust_remote_code": True}):
     tagger = pipeline(**{"task": "multi-label-image-classification", "model": "hsvlt", "device": "cpu"} | kwargs)
     assert type(tagger) is modeling_hsvlt.MultiLabelImageClassificationPipeline
-    results.append(tagger("picture.png"))
-pipeline("image-classification", model="evil", device="cpu")("picture.png")
+    results.append(tagger("image.png"))
+pipeline("image-classification", model="evil", device="cpu")("image.png")
 assert not any(name.startswith("transformers_modules") for name in sys.modules)
 print(json.dumps(results))
 """
-    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = processor.post_process_multi_label_classification(model(pixel_values=pixels))[0]
     for result in run("import sys\n" + script, tmp_path, package=True, PYTHONPATH=str(PACKAGE.parent)):
         assert [label["label"] for label in result] == [label["label"] for label in expected]
 
 
-def test_pushed_checkpoints_load_from_the_hub_without_the_package(tmp_path, picture):
+def test_pushed_checkpoints_load_from_the_hub_without_the_package(tmp_path, image):
     model, processor = checkpoint("hsvlt")
     model.save_pretrained(tmp_path / "local")
     processor.save_pretrained(tmp_path / "local")
@@ -271,7 +271,7 @@ print(json.dumps(results))
     offline = reader | {"HF_HUB_OFFLINE": "1"}
     cached = run('print(json.dumps(use("me/tagger", revision="v1")))', tmp_path, **offline)
     for used in (results["tag"], results["copy"], results["piped"], seen, cached):
-        check(used, model, processor, picture)
+        check(used, model, processor, image)
     assert results["main"] == [0.5] * 7
     assert "me/nothing is not a local folder and is not a valid model identifier" in results["me/nothing@None"]
     assert "v2 is not a valid git identifier" in results["me/tagger@v2"]

@@ -33,7 +33,7 @@ LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index
 SIZE = 32
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """Noise, brighter in the quarter of each label that is present."""
 
     def __init__(self, count, known_fraction=1.0, seed=0):
@@ -64,7 +64,7 @@ def mltr():
 def hp_dval():
     tokenizer = tiny_clip_tokenizer()
     model = HPDVALForImageClassification.from_clip(tiny_clip(tokenizer), tokenizer, NAMES, local_top_k=4)
-    model.set_stage("stage1")
+    model.set_phase("phase1")
     return model
 
 
@@ -127,8 +127,8 @@ def test_trains_evaluates_and_keeps_the_best(name, processor, tmp_path):
             load_best_model_at_end=True,
             metric_for_best_model="mAP",
         ),
-        train_dataset=Pictures(22, known_fraction=0.8),
-        eval_dataset=Pictures(12, seed=1),
+        train_dataset=Images(22, known_fraction=0.8),
+        eval_dataset=Images(12, seed=1),
         compute_metrics=compute_metrics,
         processing_class=processor,
     )
@@ -158,17 +158,17 @@ def test_trains_evaluates_and_keeps_the_best(name, processor, tmp_path):
 
 
 def first_step(name, folder, batch_size, accumulated):
-    """(loss, gradient norm) of a step of 16 pictures with a fifth of their labels known."""
+    """(loss, gradient norm) of a step of 16 images with a fifth of their labels known."""
     options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated, "max_steps": 1}
-    trainer = Trainer(build(name), arguments(folder, **options), train_dataset=Pictures(48, known_fraction=0.2))
+    trainer = Trainer(build(name), arguments(folder, **options), train_dataset=Images(48, known_fraction=0.2))
     trainer.train()
     line = trainer.state.log_history[0]
     return [line["loss"], line["grad_norm"]]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_is_the_same_however_its_pictures_are_divided(name, tmp_path):
-    """Each known label counts once, and each picture as often in what HP-DVAL adds to the loss."""
+def test_a_step_is_the_same_however_its_images_are_divided(name, tmp_path):
+    """Each known label counts once, and each image as often in what HP-DVAL adds to the loss."""
     whole = first_step(name, tmp_path, 16, 1)
     for batch_size in (8, 4):
         divided = first_step(name, tmp_path, batch_size, 16 // batch_size)

@@ -20,7 +20,7 @@ import torch
 STEPS, STEPS_OF_16_BITS = 256, 8
 
 # Scores that were computed again may put two neighbours of a ranking in the other order; a metric of a few dozen
-# pictures moves by less than this, and by far more where anything is wrong.
+# images moves by less than this, and by far more where anything is wrong.
 METRIC = 0.01
 
 

@@ -2,11 +2,11 @@
 
     python -m training.calibrate CHECKPOINT DATASET --split validation [--method platt] [--shared]
 
-Of the pictures to which a calibrated label gives 0.8, eight in ten show it. The last layer is linear, so that
+Of the images to which a calibrated label gives 0.8, eight in ten show it. The last layer is linear, so that
 `scale * logit + bias` is exactly another classifier: afterwards every way of using the checkpoint (pipelines,
-AutoModel, ONNX) gives calibrated scores, at no cost. A label's ranking of the pictures, and so its AP, stays as it was;
+AutoModel, ONNX) gives calibrated scores, at no cost. A label's ranking of the images, and so its AP, stays as it was;
 thresholds in the checkpoint are moved along, so that they decide as before. What was folded in is kept in
-`config.calibration_info`: a second run starts from the raw scores again. Fit on pictures that the model was not trained
+`config.calibration_info`: a second run starts from the raw scores again. Fit on images that the model was not trained
 on.
 """
 
@@ -93,7 +93,7 @@ def run(args: CalibrateOptions) -> Calibration:
             print(f"{words:<12}{bins.ece():>8.4f}{values[0]:>15.4f}{values[1]:>10.4f}")
         print(
             f"ECE: {NUM_BINS} bins of equal width, all known entries in common; per label: the mean over labels of "
-            f"each one's own. {len(found):,} pictures; held out: fitted on one half of them, applied to the other, and "
+            f"each one's own. {len(found):,} images; held out: fitted on one half of them, applied to the other, and "
             "back."
         )
         print(f"Written: the classifier and config.json of {folder}")

@@ -1,9 +1,9 @@
-"""Look a data set over before training: pictures, labels, duplicates.
+"""Look a data set over before training: images, labels, duplicates.
 
     python -m training.check_data DATASET --output DIR
 
 Nothing is changed and nothing is left out here. DIR gets report.json (every finding in full), imbalance.png, and
-exclude.txt, a list of pictures that `training.train CONFIG.yaml --exclude DIR/exclude.txt` leaves out: those that
+exclude.txt, a list of images that `training.train CONFIG.yaml --exclude DIR/exclude.txt` leaves out: those that
 cannot be read, and copies, of which the one in the most held-out split stays. Ends with 0 when training can start, with
 1 when something would break it, and with 2 when there is nothing to check.
 """
@@ -22,11 +22,11 @@ from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
 from modeling_hsvlt.processing_multilabel import MAX_PIXELS
 
 from .check.duplicates import MAX_DISTANCE
-from .check.findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_pictures
+from .check.findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_images
 from .check.imbalance import long_tail_groups, plot_imbalance
 from .data.leave_out import write_exclusions
 from .data.load import load
-from .data.rows import PictureFiles, Split
+from .data.rows import ImageFiles, Split
 from .options import DatasetOptions, dataset_options, option, read_options
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
@@ -35,23 +35,23 @@ REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
 @dataclass(kw_only=True)
 class CheckOptions(DatasetOptions):
     # Findings here, whatever training does about them, and rows keep their numbers.
-    missing_pictures: str = field(init=False, default="skip")
-    unlisted_pictures: str = field(init=False, default="skip")
+    missing_images: str = field(init=False, default="skip")
+    unlisted_images: str = field(init=False, default="skip")
     exclude: str | None = field(init=False, default=None)
     output: Path | None = option(None, "where to write; null: runs/check_data/NAME", metavar="DIR")
     overwrite: bool = option(False, "replace a report that is in DIR")
     examples: int = option(5, "of each kind to print")
     text_encoder: str | None = option(None, "compare label names by their meaning as well", metavar="FOLDER")
     max_distance: int = option(MAX_DISTANCE, "bits of 64 that copies differ in")
-    max_pixels: int = option(MAX_PIXELS, "larger pictures are refused, as in training")
+    max_pixels: int = option(MAX_PIXELS, "larger images are refused, as in training")
     num_workers: int = field(default_factory=os.cpu_count, metadata={"help": "threads that decode; all cores here"})
 
 
-def unlisted_pictures(folder: Path, splits: dict[str, Split]) -> list[str]:
-    """Picture files in `folder` that no row names; empty where the rows hold their pictures."""
+def unlisted_images(folder: Path, splits: dict[str, Split]) -> list[str]:
+    """Image files in `folder` that no row names; empty where the rows hold their images."""
     if not folder.is_dir():
         return []
-    files, listed = PictureFiles(folder), False
+    files, listed = ImageFiles(folder), False
     for split in splits.values():
         if (split.images[0]["image"] or {}).get("bytes") is not None:
             continue  # and do not read gigabytes to learn the same of the others
@@ -77,19 +77,19 @@ def check(args: CheckOptions) -> dict:
         encoder, tokenizer = load_text_encoder(args.text_encoder)
         embeddings = encode_labels(label_names, encoder, tokenizer).numpy()
     images = {name: split.images for name, split in splits.items()}
-    names, prints, findings = inspect_pictures(images, max_pixels=args.max_pixels, num_workers=args.num_workers)
+    names, prints, findings = inspect_images(images, max_pixels=args.max_pixels, num_workers=args.num_workers)
     duplicates = find_duplicates(prints, names, labels, label_names, args.max_distance)
 
     folder = Path(args.dataset)
-    findings[0].examples += [each.message for each in loaded.left_out if each.kind == "missing_picture"]
+    findings[0].examples += [each.message for each in loaded.left_out if each.kind == "missing_image"]
     strict = any(folder.glob("metadata.jsonl")) or any(folder.glob("*/metadata.jsonl"))
     findings.insert(
         1,
         Finding(
-            "pictures_without_a_row",
+            "images_without_a_row",
             strict,
             "They take no part; add rows or take them out.",
-            unlisted_pictures(Path(args.picture_folder or folder), splits),
+            unlisted_images(Path(args.image_folder or folder), splits),
         ),
     )
     excluded = exclusions(findings, duplicates)
@@ -114,10 +114,10 @@ def print_report(report: dict, examples: int) -> None:
     """Counts first, then the worst of each kind."""
     if "splits" in report:
         print(f"{report['dataset']}: {len(report['labels'])} labels")
-        for name, pictures in report["splits"].items():
+        for name, images in report["splits"].items():
             positives = np.array(report["positives"][name])
             print(
-                f"  {name:<12}{pictures:>10,} pictures, {positives.sum() / pictures:.2f} labels a picture; a label has "
+                f"  {name:<12}{images:>10,} images, {positives.sum() / images:.2f} labels an image; a label has "
                 f"{positives.min():,} to {positives.max():,} positives"
             )
         groups = long_tail_groups(np.array(report["positives"].get("train", [])))

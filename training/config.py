@@ -44,35 +44,35 @@ class TrainingConfig(DatasetOptions):
     # how the dataset is read stands in training/options.py, where every command has it from
     dataset: str = path("scenes")  # the built-in data needs no download
     fresh_scenes: bool = True  # new training scenes every epoch: drawing is free, memorising 6,000 scenes is easy
-    check_pictures: bool = True  # decode every picture before the first step: one bad file ends an epoch otherwise
-    on_unreadable: Literal["error", "skip"] = "error"  # skip: train without the pictures that cannot be decoded
+    check_images: bool = True  # decode every image before the first step: one bad file ends an epoch otherwise
+    on_unreadable: Literal["error", "skip"] = "error"  # skip: train without the images that cannot be decoded
     partial_labels: dict | None = None  # hide labels of train for experiments: {known_fraction: 0.1, seed: 0} or
     # {single_positive: true, seed: 0}, see training/data/sparse_labels.py; null: train on all labels there are
-    cache_images: bool = False  # keep resized pictures in memory: faster where decoding is slower than the model
+    cache_images: bool = False  # keep resized images in memory: faster where decoding is slower than the model
     num_workers: int = 4  # decoding processes (the official run's number); 0: decode in the training process
 
-    # --- pictures
-    image_size: int = 448  # side in px, as published; a multiple of the trunk's stride (32)
+    # --- images
+    image_size: int = 448  # side in px, as published; a multiple of the backbone's stride (32)
     image_mean: list[float] | None = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's, which
-    image_std: list[float] | None = field(default_factory=lambda: [0.229, 0.224, 0.225])  # pretrained trunks expect;
+    image_std: list[float] | None = field(default_factory=lambda: [0.229, 0.224, 0.225])  # pretrained backbones expect;
     # both null: pixels stay in [0, 1], as in the official HSVLT run
     resize_mode: Literal["squash", "pad"] = "squash"  # as published: no label's object is lost, none is made smaller
-    resample: Literal["bilinear", "bicubic"] = "bicubic"  # what pretrained trunks saw; the official run: bilinear
+    resample: Literal["bilinear", "bicubic"] = "bicubic"  # what pretrained backbones saw; the official run: bilinear
     augmentation: dict | None = field(
         default_factory=dict
     )  # options of training.data.augment.build_augmentation; null: none
-    crop_margin: float = 0.125  # pictures reach the random crop this much larger, so that it need not enlarge them
+    crop_margin: float = 0.125  # images reach the random crop this much larger, so that it need not enlarge them
 
     # --- model
     model_type: str = "hsvlt"  # hsvlt, mltr or hp_dval
     preset: str | None = "small"  # the published size with a published number
     model: dict = field(default_factory=dict)  # any field of the model's configuration
-    backbone: str | None = path()  # pretrained trunk: folder or Hub id in transformers' format; null: random weights
+    backbone: str | None = path()  # pretrained backbone: folder or Hub id in transformers' format; null: random weights
     backbone_revision: str | None = None  # required for a Hub id: a commit (config.yaml gets the commit of a branch)
     label_encoder: str | None = path()  # text encoder of the label names: folder or Hub id; null: random by seed
     label_encoder_revision: str | None = None
-    label_reading: Literal["mean", "official"] = "mean"  # "official" is the released embedding script's, for parity
-    label_template: str = "a photo of a {}"  # CLIP's prompt; unused by the official reading
+    label_pooling: Literal["mean", "official"] = "mean"  # "official" is the released embedding script's, for parity
+    label_template: str = "a photo of a {}"  # CLIP's prompt; unused by the official pooling
     label_text: dict = field(default_factory=dict)  # what to encode in place of a name: {tvmonitor: tv monitor}
     label_context: dict | None = field(default=None, metadata=PATH)  # to learn in front of the names, see
     # training.models.build.add_label_context
@@ -88,11 +88,11 @@ class TrainingConfig(DatasetOptions):
     # --- optimisation, see training/loop/optim.py
     epochs: int = 20  # fine-tuning converges within these (the official COCO curve is flat from epoch 10 on)
     max_steps: int | None = None  # stop after this many optimizer steps, for a quick try
-    batch_size: int = 16  # pictures a process and step
+    batch_size: int = 16  # images a process and step
     eval_batch_size: int | None = None  # null: batch_size
     gradient_accumulation_steps: int = 1  # effective batch = processes * batch_size * this
     learning_rate: float = 1e-4  # of what starts from random weights
-    backbone_lr_multiplier: float = 1.0  # 0.1 spares a pretrained trunk: that is 1e-5, the published rate
+    backbone_lr_multiplier: float = 1.0  # 0.1 spares a pretrained backbone: that is 1e-5, the published rate
     weight_decay: float = 1e-4  # as published
     decay_all: bool = False  # true decays norms, biases and scales as well, as the official run did
     scheduler: Literal["cosine", "plateau"] = "cosine"  # cosine needs no luck with patience; plateau is as published
@@ -126,10 +126,10 @@ class TrainingConfig(DatasetOptions):
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other: give one of them.")
         if self.init_from and self.backbone:
-            raise ValueError("init_from already brings a trunk: leave backbone out, or init_from.")
-        if self.label_context is not None and (self.label_encoder is None or self.label_reading != "mean"):
-            raise ValueError("label_context needs the label_encoder that reads it, with label_reading mean.")
-        if self.text_classifier and not (self.backbone and self.label_encoder and self.label_reading == "mean"):
+            raise ValueError("init_from already brings a backbone: leave backbone out, or init_from.")
+        if self.label_context is not None and (self.label_encoder is None or self.label_pooling != "mean"):
+            raise ValueError("label_context needs the label_encoder that reads it, with label_pooling mean.")
+        if self.text_classifier and not (self.backbone and self.label_encoder and self.label_pooling == "mean"):
             raise ValueError("text_classifier needs a backbone with a classifier, and a label_encoder, reading mean.")
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std belong together: give both, or null for both.")

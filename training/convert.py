@@ -58,11 +58,11 @@ class ConvertOptions:
     labels: Path | None = option(None, "label names in class order, one a line")
     label_embeddings: Path | None = option(None, ".npy file of shape (num_labels, 768)")
     text_encoder: str | None = option(
-        None, "folder or Hub id of the BERT that embeds --labels, in the official reading"
+        None, "folder or Hub id of the BERT that embeds --labels, in the official pooling"
     )
     text_encoder_revision: str | None = option(None, "commit of a Hub id")
     voc_label_text: bool = option(False, "embed diningtable, pottedplant and tvmonitor as two words each")
-    image_size: int | None = option(None, "of an MlTr: side of the pictures to come, in px")
+    image_size: int | None = option(None, "of an MlTr: side of the images to come, in px")
     window_size: int | None = option(None, "of an MlTr: side of the windows to come")
     overwrite: bool = option(False, "replace TARGET where it exists")
 
@@ -85,10 +85,10 @@ def convert_to_hsvlt(args: ConvertOptions) -> None:
     elif args.text_encoder is not None and args.labels is not None:
         text_encoder, tokenizer = load_text_encoder(args.text_encoder, args.text_encoder_revision)
         label_text = VOC_LABEL_TEXT if args.voc_label_text else None
-        embeddings = encode_labels(names, text_encoder, tokenizer, reading="official", label_text=label_text)
+        embeddings = encode_labels(names, text_encoder, tokenizer, pooling="official", label_text=label_text)
         encoder = Path(args.text_encoder)
         # Of a folder only the name: checkpoints are published, paths of one's own disk are not.
-        provenance = {"encoder": encoder.name if encoder.is_dir() else args.text_encoder, "reading": "official"}
+        provenance = {"encoder": encoder.name if encoder.is_dir() else args.text_encoder, "pooling": "official"}
     else:
         raise ValueError(
             f"'{args.source}' needs its label embeddings, which released checkpoints do not hold: give "
@@ -98,7 +98,7 @@ def convert_to_hsvlt(args: ConvertOptions) -> None:
     model = HSVLTForImageClassification(HSVLTConfig(**config_kwargs))
     model.set_label_embeddings(embeddings, **provenance)
     model.load_state_dict(state_dict | {"hsvlt.label_embeddings.weight": model.hsvlt.label_embeddings.weight})
-    # The released code squashes a picture to a square, bilinearly, and feeds pixels in [0, 1].
+    # The released code squashes an image to a square, bilinearly, and feeds pixels in [0, 1].
     side = model.config.image_size
     image_processor = MultiLabelImageProcessor(
         size={"height": side, "width": side},
@@ -143,7 +143,7 @@ def convert_to_convnext(args: ConvertOptions) -> None:
     """Writes a `ConvNextModel` folder from ConvNeXt weights of any of the three layouts."""
     state_dict = convert_convnext_state_dict(read_state_dict(args.source))
     model = ConvNextModel(ConvNextConfig(**convnext_config(state_dict)))
-    # A feature extractor's weights lack the final norm; HSVLT's trunk does not read it.
+    # A feature extractor's weights lack the final norm; HSVLT's backbone does not read it.
     state_dict = {**{f"layernorm.{k}": v for k, v in model.layernorm.state_dict().items()}, **state_dict}
     model.load_state_dict(state_dict)
     with atomic_folder(args.target) as folder:

@@ -5,7 +5,7 @@
 CHECKPOINT and DATASET are folders or Hub ids. Prints mAP, CP/CR/CF1 and OP/OR/OF1 at the threshold and among the top 3;
 with --output writes results.json (all metrics), per_label.csv and report.html, a page with plots and the most confident
 mistakes that opens without a server. `accelerate launch -m training.evaluate ...` spreads
-the pictures over several devices and gives the same numbers.
+the images over several devices and gives the same numbers.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def run(args: EvaluateOptions) -> dict:
     absent = [name for name, positives in zip(label_names, per_label["positives"], strict=True) if not positives]
     words = "fitted thresholds" if args.threshold == "auto" else f"score >= {args.threshold:g}"
     print(
-        f"{args.checkpoint} on {args.dataset}, split {args.split}: {len(scores):,} pictures, "
+        f"{args.checkpoint} on {args.dataset}, split {args.split}: {len(scores):,} images, "
         f"{len(label_names)} labels\n" + format_report(report, words, absent)
     )
     if args.output is not None:

@@ -82,7 +82,7 @@ def _quantize_and_refit(
         "min_positives": info.get("min_positives", MIN_POSITIVES),
     }
     fitted = fit_thresholds(split.scores, split.labels, label_names=split.label_names, **fit)
-    print(f"On {args.dataset}, split {args.split}, {len(split.scores):,} pictures:")
+    print(f"On {args.dataset}, split {args.split}, {len(split.scores):,} images:")
     for name, (mean_ap, size, seconds) in rows.items():
         print(f"  {name}: mAP {mean_ap:.4f}, {size / 1e6:.1f} MB, {seconds:.1f} s with decoding")
     print(f"  int8 loses {100 * (rows['fp32'][0] - rows['int8'][0]):.2f} points of mAP.")

@@ -5,8 +5,8 @@
     python -m training.fit_thresholds CHECKPOINT DATASET --objective cost --target 5  # a false alarm costs 5 misses
 
 Afterwards `pipeline(..., threshold="auto")` and `python -m training.evaluate ... --threshold auto` use them. Fit on
-pictures that the model was not trained on. On the pictures they were fitted to thresholds look better than they are;
-what to expect elsewhere is printed as "held out": fitted on one half of the pictures, applied to the other, and back.
+images that the model was not trained on. On the images they were fitted to thresholds look better than they are;
+what to expect elsewhere is printed as "held out": fitted on one half of the images, applied to the other, and back.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def run(args: FitOptions) -> np.ndarray:
             print(f"{words:<10}{''.join(values)}{report['f1_macro']:>10.4f}{report['f1_micro']:>10.4f}")
         few = int(((labels == 1).sum(0) < args.min_positives).sum())
         print(
-            f"On the {len(scores):,} pictures they were fitted to; held out: fitted on one half of them, applied to "
+            f"On the {len(scores):,} images they were fitted to; held out: fitted on one half of them, applied to "
             f"the other, and back. Labels with fewer than {args.min_positives} positives, which lean on the shared "
             f"threshold: {few} of {len(label_names)}."
         )

@@ -50,10 +50,10 @@ class DatasetOptions(ImageOptions):
     )
     label_format: Literal["auto", "names", "ids", "multi_hot"] = option("auto", "auto: by the column's type")
     label_separator: str = option(",", "between the labels of a text; \\t is a tab")
-    picture_folder: str | None = option(None, "where the file names of a CSV start; null: where the CSV is", path=True)
+    image_folder: str | None = option(None, "where the file names of a CSV start; null: where the CSV is", path=True)
     scenes: dict = option(dict, "knobs of training.data.scenes.build_scenes, for the dataset scenes: {seed: 1}")
-    missing_pictures: Literal["error", "skip"] = option("error", "rows whose file does not exist; skip says how many")
-    unlisted_pictures: Literal["error", "skip"] = option("error", "files that no row names; skip says how many")
+    missing_images: Literal["error", "skip"] = option("error", "rows whose file does not exist; skip says how many")
+    unlisted_images: Literal["error", "skip"] = option("error", "files that no row names; skip says how many")
     exclude: str | None = option(None, "list of rows to leave out: exclude.txt of training.check_data", path=True)
 
     def __post_init__(self):
@@ -76,8 +76,8 @@ class ScoringOptions(DatasetOptions, CheckpointOptions):
     use_checkpoint_labels: bool = option(
         False, "read the labels with the checkpoint's vocabulary, for data that brings none of its own"
     )
-    batch_size: int = option(32, "pictures per device")
-    num_workers: int = option(0, "processes that decode pictures; 0: this one")
+    batch_size: int = option(32, "images per device")
+    num_workers: int = option(0, "processes that decode images; 0: this one")
 
 
 def dataset_options(options: Any) -> dict[str, Any]:

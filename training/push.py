@@ -30,7 +30,7 @@ class PushOptions:
     license: str | None = option(None, "of the weights, as the Hub names it: apache-2.0, mit, ...")
     adapter_of: str | None = option(None, "push the learned contexts alone, as its adapter", metavar="org/base")
     adapter_revision: str | None = option(None, "commit or tag of org/base to check the adapter on")
-    pictures: bool = option(False, "pictures of the dataset may be shown on the card")
+    images: bool = option(False, "images of the dataset may be shown on the card")
     dry_run: bool = option(False, "build, check and list; send nothing")
     folder: Path | None = option(None, "leave what was built here; null: nowhere")
 

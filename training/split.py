@@ -1,4 +1,4 @@
-"""Divide labelled pictures into splits in which every label keeps its share.
+"""Divide labelled images into splits in which every label keeps its share.
 
     python -m training.split DATASET TARGET --fractions 0.8 0.1 0.1
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from datasets import concatenate_datasets
 
-from .data.leave_out import same_picture
+from .data.leave_out import same_image
 from .data.load import load
 from .data.rows import Split
 from .data.sparse_labels import SparseLabels
@@ -29,7 +29,7 @@ DEFAULT_NAMES = {2: ["train", "validation"], 3: ["train", "validation", "test"]}
 
 @dataclass(kw_only=True)
 class SplitOptions(DatasetOptions):
-    target: Path = option(reason="new folder; parquet with the pictures in it", positional=True, metavar="TARGET")
+    target: Path = option(reason="new folder; parquet with the images in it", positional=True, metavar="TARGET")
     fractions: list[float] = option(reason="share of each new split, sum 1")
     names: list[str] | None = option(None, "of the new splits; null: train validation [test]")
     divide: list[str] = field(
@@ -69,7 +69,7 @@ def run(args: SplitOptions) -> None:
 
     counts = positives_by_split(labels, split_of_row, len(names))
     print(
-        f"{'':<12}{'pictures':>10}{'share':>8}{'labels absent':>15}{'positives of a label off by, mean':>36}{'most':>8}"
+        f"{'':<12}{'images':>10}{'share':>8}{'labels absent':>15}{'positives of a label off by, mean':>36}{'most':>8}"
     )
     for i, (name, fraction) in enumerate(zip(names, args.fractions, strict=True)):
         off = np.abs(counts[i] - fraction * counts.sum(0))
@@ -96,7 +96,7 @@ def _duplicate_groups(report: Path, splits: dict[str, Split]) -> np.ndarray:
             name, row, file = member["split"], member["row"], member["file"]
             if name not in splits:
                 continue
-            if not same_picture(splits[name].images, row, file):
+            if not same_image(splits[name].images, row, file):
                 raise ValueError(
                     f"{report}: row {row} of {name} is not {file!r} (any more); run training.check_data again."
                 )

@@ -1,19 +1,19 @@
-"""Label any number of pictures, on all devices, in a run that may be killed and started again.
+"""Label any number of images, on all devices, in a run that may be killed and started again.
 
     accelerate launch -m training.tag CHECKPOINT SOURCE OUTPUT
     accelerate launch -m training.tag CHECKPOINT photos tags --threshold 0.5 --top_k 20 --format jsonl
     accelerate launch -m training.tag CHECKPOINT photos tags --sidecars txt xmp
 
-SOURCE is a folder of pictures (with the folders in it), a text file that names one picture a line, or a data set (a
+SOURCE is a folder of images (with the folders in it), a text file that names one image a line, or a data set (a
 folder that `datasets` wrote, a folder of parquet files, or a Hub id). OUTPUT gets part files, complete or not there:
-`file_name` (or `row`, for a data set), `labels` and `scores` from the highest score on, and `error` for a picture that
+`file_name` (or `row`, for a data set), `labels` and `scores` from the highest score on, and `error` for an image that
 cannot be read; those are listed in `unreadable.txt` as well. Read them all with
 `datasets.load_dataset("parquet", data_files="OUTPUT/part-*.parquet")`.
 
-The same command again goes on where the last one was killed, with any number of processes, and tags pictures that came
-since. Each picture has one record, whatever happened. At the end it prints where the time went.
+The same command again goes on where the last one was killed, with any number of processes, and tags images that came
+since. Each image has one record, whatever happened. At the end it prints where the time went.
 
---sidecars writes the labels beside each picture when all are tagged: `txt`, a line `dog, sofa` in 1.txt, and `xmp`,
+--sidecars writes the labels beside each image when all are tagged: `txt`, a line `dog, sofa` in 1.txt, and `xmp`,
 keywords for photo tools in 1.jpg.xmp. Files that exist are left alone, unless --overwrite_sidecars says otherwise.
 """
 
@@ -49,22 +49,22 @@ class TagOptions(ImageOptions, CheckpointOptions):
     source: str = option(reason="folder, list of files, or dataset", positional=True, metavar="SOURCE")
     output: Path = option(reason="folder to write into", positional=True, metavar="OUTPUT")
     threshold: float | str = option("auto", "a number, or auto: the thresholds in the checkpoint", type=number_or_auto)
-    top_k: int | None = option(None, "at most so many labels a picture; null: all above the threshold")
+    top_k: int | None = option(None, "at most so many labels an image; null: all above the threshold")
     format: str = option("parquet", "of the part files", choices=FORMATS)
-    batch_size: int = option(32, "pictures per device")
+    batch_size: int = option(32, "images per device")
     num_workers: int = field(
-        default_factory=_free_cores, metadata={"help": "processes that decode pictures, per device; by the cores here"}
+        default_factory=_free_cores, metadata={"help": "processes that decode images, per device; by the cores here"}
     )
-    part_size: int = option(1000, "pictures per part file")
-    sidecars: list[str] = option(list, f"write the labels beside each picture: {', '.join(WRITERS)}", choices=WRITERS)
+    part_size: int = option(1000, "images per part file")
+    sidecars: list[str] = option(list, f"write the labels beside each image: {', '.join(WRITERS)}", choices=WRITERS)
     overwrite_sidecars: bool = option(False, "replace text files that exist, and the keywords in XMP files that do")
     overwrite: bool = option(False, "begin again, without the parts that are in OUTPUT")
     split: str | None = option(None, "of a dataset that has several")
 
 
 def run(args: TagOptions) -> None:
-    """Tags what has no record yet, prints, and writes sidecars and the list of unreadable pictures."""
-    # Processes wait for the slowest, which may have the largest pictures.
+    """Tags what has no record yet, prints, and writes sidecars and the list of unreadable images."""
+    # Processes wait for the slowest, which may have the largest images.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     model, processor = load_checkpoint(args)
     model = model.to(accelerator.device).eval()
@@ -89,7 +89,7 @@ def run(args: TagOptions) -> None:
     try:
         if accelerator.is_main_process:
             plan = _plan(args, model, source, results, lock)
-        # One list for all, though pictures may come and go while it is made.
+        # One list for all, though images may come and go while it is made.
         todo, run_number = broadcast_object_list(plan)
         if isinstance(todo, str):
             raise ValueError(todo)
@@ -102,7 +102,7 @@ def run(args: TagOptions) -> None:
         if accelerator.is_main_process:
             name = str if isinstance(source, DatasetSource) else lambda key: os.path.abspath(source.path(key))
             total, unreadable = summarise(results, name)
-            print(f"{args.output}: {total:,} pictures, {unreadable:,} of them unreadable ({UNREADABLE_FILE}).")
+            print(f"{args.output}: {total:,} images, {unreadable:,} of them unreadable ({UNREADABLE_FILE}).")
         if args.sidecars:
             write_sidecars(source, results, args, accelerator)
     finally:
@@ -133,7 +133,7 @@ def _plan(args, model: PreTrainedModel, source, results: Results, lock: FolderLo
     except (ValueError, OSError) as error:
         return [str(error), None]
     todo = [key for key in source.keys if key not in done]
-    print(f"{args.source}: {len(source.keys):,} pictures, {len(todo):,} of them to be tagged.")
+    print(f"{args.source}: {len(source.keys):,} images, {len(todo):,} of them to be tagged.")
     return [todo, results.next_run()]
 
 

@@ -1,7 +1,7 @@
-"""Feature maps of a frozen trunk, computed once for every picture of a split and its mirror image.
+"""Feature maps of a frozen backbone, computed once for every image of a split and its mirror image.
 
-They lie as fp16 in memory-mapped files, one a map, in a folder named after what they were computed from (pictures,
-size, trunk); a head then trains in minutes on two cores.
+They lie as fp16 in memory-mapped files, one a map, in a folder named after what they were computed from (images,
+size, backbone); a head then trains in minutes on two cores.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from benchmarks.peers.efficientnet_lite import EfficientNetLiteBackbone
 from training.data.batches import build_dataloader, normalize_pixels
 from training.data.dataset import MultiLabelDataset
 
-VIEWS = 2  # the picture and its mirror image
+VIEWS = 2  # the image and its mirror image
 
 
 def default_cache() -> Path:
@@ -37,7 +37,7 @@ class FeatureCache:
 
     Attributes:
         labels (`torch.Tensor` of shape `(n, num_labels)`): the label contract.
-        maps: memory-mapped `(VIEWS, n, H_i, W_i, C_i)` fp16 arrays, one for each of the trunk's `out_features`.
+        maps: memory-mapped `(VIEWS, n, H_i, W_i, C_i)` fp16 arrays, one for each of the backbone's `out_features`.
     """
 
     def __init__(self, dataset: MultiLabelDataset, backbone: EfficientNetLiteBackbone, cache: Path, name: str):
@@ -106,8 +106,8 @@ class FeatureCache:
             raise
 
 
-class PictureCache:
-    """Decoded pictures of a split in memory, where the trunk is trained as well; read as a `FeatureCache` is."""
+class ImageCache:
+    """Decoded images of a split in memory, where the backbone is trained as well; read as a `FeatureCache` is."""
 
     def __init__(self, dataset: MultiLabelDataset):
         self.labels = dense_labels(dataset)
@@ -119,7 +119,7 @@ class PictureCache:
         return len(self.labels)
 
     def batch(self, rows: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalised pictures (B, 3, H, W) of some rows, those in `mirrored` (B,) as mirror images."""
+        """Normalised images (B, 3, H, W) of some rows, those in `mirrored` (B,) as mirror images."""
         pixels = torch.stack([self.dataset[row]["pixel_values"] for row in rows.tolist()])
         if mirrored is not None:
             pixels[mirrored] = pixels[mirrored].flip(-1)

@@ -1,4 +1,4 @@
-"""Heads on one trunk: how each is built, trained and scored, from cached maps (trunk frozen) or from pictures."""
+"""Heads on one backbone: how each is built, trained and scored, from cached maps (backbone frozen) or from images."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ class Recipe:
     batch_size: int = 64
     ema_decay: float = 0.99
     warmup: float = 0.1  # part of all steps
-    backbone: tuple[float, float] = (1e-4, 0.05)  # learning rate and weight decay of a trunk that is trained
+    backbone: tuple[float, float] = (1e-4, 0.05)  # learning rate and weight decay of a backbone that is trained
     loss_type: str = "bce"
     loss_kwargs: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)  # fields of HSVLT's configuration, arguments of a peer's head
@@ -48,7 +48,7 @@ def build_head(
     seed: int,
     text_classifier: torch.Tensor | None = None,
 ) -> PreTrainedModel:
-    """A model on a copy of the trunk, with a head that `seed` starts.
+    """A model on a copy of the backbone, with a head that `seed` starts.
 
     HSVLT is the package's own model on four maps; the peers stand on the last one, as published.
 
@@ -75,7 +75,7 @@ def build_head(
             biases.append(model.residual_attention.bias)
             if text_classifier is not None:
                 model.set_text_classifier(text_classifier)
-        model.hsvlt.trunk.model.load_state_dict(backbone.state_dict())
+        model.hsvlt.backbone.model.load_state_dict(backbone.state_dict())
     else:
         arguments = dict(recipe.model)
         if text_classifier is not None:
@@ -91,26 +91,26 @@ def build_head(
     return model
 
 
-def freeze_trunk(model: PreTrainedModel) -> None:
-    """Leaves the trunk out of training."""
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """Leaves the backbone out of training."""
     for module in model.modules():
         if isinstance(module, EfficientNetLiteBackbone):
             module.requires_grad_(False)
 
 
 def run_head(model: PreTrainedModel, maps: tuple[torch.Tensor, ...] | torch.Tensor, labels: torch.Tensor | None = None):
-    """The model's output, with the loss where labels are given, from the trunk's maps or from pictures (B, 3, H, W)."""
+    """The model's output, with the loss where labels are given, from the backbone's maps or images (B, 3, H, W)."""
     if isinstance(maps, torch.Tensor):
         return model(pixel_values=maps, labels=labels)
     return model(feature_maps=maps, labels=labels)
 
 
 def train_head(model: PreTrainedModel, recipe: Recipe, cache, rows: torch.Tensor, seed: int):
-    """Trains on these rows of a `FeatureCache` or `PictureCache`, half of them mirrored; returns the averaged model."""
+    """Trains on these rows of a `FeatureCache` or `ImageCache`, half of them mirrored; returns the averaged model."""
     generator = torch.Generator().manual_seed(seed)
     groups = parameter_groups(model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
     for group in groups:
-        if group["name"].startswith("trunk/"):
+        if group["name"].startswith("backbone/"):
             group["lr"], decay = recipe.backbone
             group["weight_decay"] = decay if group["weight_decay"] else 0.0
     attention = getattr(model, "residual_attention", None)

@@ -1,13 +1,13 @@
-"""Accuracy of HSVLT's label stream beside the heads people would pick instead: same trunk, pictures and budget.
+"""Accuracy of HSVLT's label stream beside the heads people would pick instead: same backbone, images and budget.
 
     python -m benchmarks.accuracy.heads --dataset ../shared/data/voc --budget frozen \
         --heads linear ml_decoder query2label hsvlt --seeds 3 --json FILE
     python -m benchmarks.accuracy.heads --dataset ../shared/data/voc --ablation --seeds 3
 
-The trunk is EfficientNet-Lite0 with its real ImageNet weights, label texts are read by the real MiniLM (extra `bench`).
-"frozen": the trunk's maps are computed once, only the head is trained. "finetune": trunk and head, on pictures.
+The backbone is EfficientNet-Lite0 with its ImageNet weights; label texts come from MiniLM (extra `bench`).
+"frozen": the backbone's maps are computed once, only the head is trained. "finetune": backbone and head, on images.
 DATASET is an imagefolder with the splits train and validation. Scores are measured on validation, or, with --test, on
-that folder of pictures, which is used for nothing else. Thresholds for F1 come from validation: where validation itself
+that folder of images, which is used for nothing else. Thresholds for F1 come from validation: where validation itself
 is measured, each half is decided by thresholds of the other half.
 """
 
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.accuracy.features import FeatureCache, PictureCache, default_cache
-from benchmarks.accuracy.frozen import Recipe, build_head, freeze_trunk, score_head, train_head
+from benchmarks.accuracy.features import FeatureCache, ImageCache, default_cache
+from benchmarks.accuracy.frozen import Recipe, build_head, freeze_backbone, score_head, train_head
 from benchmarks.accuracy.hsvlt_parts import ABLATIONS, Ablation
 from benchmarks.peers.efficientnet_lite import IMAGE_SIZE, image_processor, load_backbone, load_classifier
 from benchmarks.timing import device_name, multiply_adds
@@ -35,7 +35,7 @@ from training.data.load import load
 from training.metrics.functional import decision_report, multilabel_report
 from training.scoring.thresholds import fit_thresholds
 
-# The trunk's last four maps: strides 8, 16, 32 and the last convolution, which peers and HSVLT's last stage share.
+# The backbone's last four maps: strides 8, 16, 32 and the last convolution, which peers and HSVLT's last stage share.
 OUT_FEATURES = ["stage2", "stage3", "stage4", "head"]
 TEXT_ENCODER = "all-MiniLM-L6-v2"
 METRICS = ("mAP", "head", "medium", "tail", "macro_f1")
@@ -63,7 +63,7 @@ RECIPES = {
     ),
 }
 
-# With the trunk trained as well, the heads' recipes stay; few epochs, since pictures pass the trunk every time.
+# With the backbone trained as well, the heads' recipes stay; few epochs, since images pass the backbone every time.
 FINETUNE_EPOCHS = 3
 
 
@@ -116,7 +116,7 @@ def read_label_texts(label_names: list[str], cache: Path) -> torch.Tensor:
         from all_minilm_l6_v2 import extract_model
 
         extract_model(str(cache))
-    return encode_labels(label_names, *load_text_encoder(folder), reading="mean", template=DEFAULT_TEMPLATE)
+    return encode_labels(label_names, *load_text_encoder(folder), pooling="mean", template=DEFAULT_TEMPLATE)
 
 
 def loss_arguments(recipe: Recipe, labels: torch.Tensor) -> dict:
@@ -128,7 +128,7 @@ def loss_arguments(recipe: Recipe, labels: torch.Tensor) -> dict:
 
 
 def save_run(model, folder: Path, label_names: list[str], thresholds: np.ndarray) -> None:
-    """A checkpoint for `benchmarks.accuracy.with_trunk`, which knows the trunk: no checkpoint holds its code."""
+    """A checkpoint for `benchmarks.accuracy.with_backbone`, which knows the backbone: no checkpoint holds its code."""
     model.config.thresholds = thresholds.tolist()
     model.save_pretrained(folder)
     image_processor().save_pretrained(folder)
@@ -173,11 +173,11 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     label_embeddings = read_label_texts(label_names, cache_folder)
     backbone = load_backbone(OUT_FEATURES)
     datasets = {name: MultiLabelDataset(split, label_names, image_processor()) for name, split in splits.items()}
-    print(f"{args.dataset}: " + ", ".join(f"{name} {len(each):,} pictures" for name, each in datasets.items()))
+    print(f"{args.dataset}: " + ", ".join(f"{name} {len(each):,} images" for name, each in datasets.items()))
     if args.budget == "frozen":
         caches = {name: FeatureCache(each, backbone, cache_folder, name) for name, each in datasets.items()}
     else:
-        caches = {name: PictureCache(each) for name, each in datasets.items()}
+        caches = {name: ImageCache(each) for name, each in datasets.items()}
     counts = (caches["train"].labels == 1).sum(0).numpy()
     groups = label_groups(counts)
     for name, group in groups.items():
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
             if ablation.tweak is not None:
                 ablation.tweak(model)
             if args.budget == "frozen":
-                freeze_trunk(model)
+                freeze_backbone(model)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             model = train_head(model, recipe, caches["train"], torch.arange(len(caches["train"])), seed)
             scores = {split: score_head(model, caches[split]) for split in {"validation", measured}}
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="*",
         choices=list(ABLATIONS),
         metavar="NAME",
-        help=f"HSVLT's ablations in place of the heads, on the frozen trunk; none named: all of {', '.join(ABLATIONS)}",
+        help=f"HSVLT's ablations in place of the heads, on the frozen backbone; no name: all of {', '.join(ABLATIONS)}",
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ...")
     parser.add_argument("--epochs", type=int, help="in place of the recipes' own")

@@ -22,7 +22,7 @@ class Ablation:
 
 
 def last_scale_only(model: HSVLTForImageClassification) -> None:
-    """Labels see the picture on the last map alone; the others are shown as zeros."""
+    """Labels see the image on the last map alone; the others are shown as zeros."""
 
     def hide(module, args):
         label_embeddings, maps, *rest = args

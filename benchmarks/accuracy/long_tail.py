@@ -1,4 +1,4 @@
-"""What each step of HP-DVAL buys on long-tailed labels, from CLIP zero-shot to both stages: one command, several seeds.
+"""What each step of HP-DVAL buys on long-tailed labels, from CLIP zero-shot to both phases: one command, several seeds.
 
     # the built-in scenes and a small CLIP that is trained here first, from scratch, on a CPU or a GPU
     python -m benchmarks.accuracy.long_tail --seeds 3 --json FILE
@@ -11,11 +11,11 @@
 | linear_probe | a logistic regression a label on the frozen image tower; its strength chosen on validation |
 | coop | one context for all labels (CoOp), on the frozen CLIP |
 | class_contexts | one context a label (as LMPT, without its captions), on the frozen CLIP |
-| stage1 | HP-DVAL's student in two views, with distillation |
-| stage1_stage2 | then, on the frozen student, HP-DVAL's two contexts |
+| phase1 | HP-DVAL's student in two views, with distillation |
+| phase1_phase2 | then, on the frozen student, HP-DVAL's two contexts |
 
 A seed draws the long-tailed train split anew (`training.prepare.long_tail`) and the order of training; the last step
-counts, nothing is chosen on the split that is measured. Labels are head with at least 100 pictures in train, medium
+counts, nothing is chosen on the split that is measured. Labels are head with at least 100 images in train, medium
 with 20 to 99, tail with fewer.
 """
 
@@ -60,7 +60,7 @@ PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 class Recipe:
     """How a method is trained. `config` are fields of `HPDVALConfig`."""
 
-    stage: str
+    phase: str
     epochs: int
     learning_rate: float
     config: dict = field(default_factory=dict)
@@ -70,10 +70,10 @@ PROMPTS_ALONE = {"alpha": 1.0, "semantic_consistency_weight": 0.0, "context_init
 # Chosen on the validation split of seed 0, for prompts as for the student. Contexts that start at random, as CoOp's do,
 # stayed far below zero-shot here in as many epochs.
 RECIPES = {
-    "coop": Recipe("stage2", 20, 2e-4, PROMPTS_ALONE),
-    "class_contexts": Recipe("stage2", 20, 2e-4, {**PROMPTS_ALONE, "class_specific_context": True}),
-    "stage1": Recipe("stage1", 20, 1e-3, {"alpha": 0.7}),
-    "stage2": Recipe("stage2", 20, 2e-4, {"context_init": "template"}),
+    "coop": Recipe("phase2", 20, 2e-4, PROMPTS_ALONE),
+    "class_contexts": Recipe("phase2", 20, 2e-4, {**PROMPTS_ALONE, "class_specific_context": True}),
+    "phase1": Recipe("phase1", 20, 1e-3, {"alpha": 0.7}),
+    "phase2": Recipe("phase2", 20, 2e-4, {"context_init": "template"}),
 }
 # The recipes of each method, one after the other.
 METHODS = {
@@ -81,14 +81,14 @@ METHODS = {
     "linear_probe": (),
     "coop": ("coop",),
     "class_contexts": ("class_contexts",),
-    "stage1": ("stage1",),
-    "stage1_stage2": ("stage1", "stage2"),
+    "phase1": ("phase1",),
+    "phase1_phase2": ("phase1", "phase2"),
 }
 
 
 @dataclass
 class Split:
-    """Pictures of a split in memory: uint8 pixels `(N, 3, H, W)`, labels `(N, num_labels)`."""
+    """Images of a split in memory: uint8 pixels `(N, 3, H, W)`, labels `(N, num_labels)`."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -96,7 +96,7 @@ class Split:
     @classmethod
     def read(cls, split, label_names: list[str], processor) -> "Split":
         rows = MultiLabelDataset(split, label_names, processor)
-        rows = [rows[index] for index in tqdm(range(len(rows)), "Reading pictures", unit="img", leave=False)]
+        rows = [rows[index] for index in tqdm(range(len(rows)), "Reading images", unit="img", leave=False)]
         return cls(
             torch.stack([row["pixel_values"] for row in rows]), torch.stack([row["labels"].to_dense() for row in rows])
         )
@@ -170,7 +170,7 @@ class Benchmark:
     def fit(self, model: HPDVALForImageClassification, train: Split, recipe: Recipe, seed: int) -> None:
         """Trains `model` as `recipe` says; AdamW, cosine, random crops."""
         torch.manual_seed(seed)
-        model.set_stage(recipe.stage)
+        model.set_phase(recipe.phase)
         model.train()
         epochs = max(1, round(recipe.epochs * self.args.epochs))
         batches = -(-len(train.pixels) // self.args.batch_size)

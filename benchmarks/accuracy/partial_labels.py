@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy.partial_labels --dataset ../shared/data/voc --seeds 3
 
-Labels of the train split are hidden by seed: all but a fraction, or all but one present label a picture. The head
+Labels of the train split are hidden by seed: all but a fraction, or all but one present label an image. The head
 stands on EfficientNet-Lite0's pooled last map (ImageNet weights, 224 px), which is computed once and kept. Printed is
 mAP on the whole validation split, of which nothing is hidden; mean and standard deviation over seeds.
 """

@@ -4,8 +4,8 @@
         [--json FILE]
 
 (Zhang et al., "Top-down Neural Attention by Excitation Backprop", IJCV 2018.) Every label that is present is asked for
-once; its peak is a hit inside any box of that label. "centre" guesses the middle of the picture, "area" is the share
-of the picture that the boxes cover, what a random pixel would hit. Scenes are drawn as the checkpoint's own were: the
+once; its peak is a hit inside any box of that label. "centre" guesses the middle of the image, "area" is the share
+of the image that the boxes cover, what a random pixel would hit. Scenes are drawn as the checkpoint's own were: the
 knobs are those of training/configs/quickstart.yaml unless --scenes says otherwise. Maps of HSVLT are shown for each
 stage and for all four, which is what the pipeline's `explain=True` gives.
 """
@@ -22,7 +22,7 @@ from datasets import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import modeling_hsvlt  # noqa: F401  (registers the model types)
-from modeling_hsvlt.heat_maps_multilabel import label_heat_maps, picture_box, resize_to_picture
+from modeling_hsvlt.heat_maps_multilabel import image_box, label_heat_maps, resize_to_image
 from modeling_hsvlt.processing_multilabel import load_image
 from training.data.scenes import build_scenes
 
@@ -59,21 +59,21 @@ def play(model, image_processor, scenes, batch_size: int = 50) -> dict[str, list
     scenes = scenes.cast_column("image", Image(decode=False))
     for start in range(0, len(scenes), batch_size):
         rows = scenes[start : start + batch_size]
-        pictures = [load_image(image) for image in rows["image"]]
-        pixels = image_processor(images=pictures, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        images = [load_image(image) for image in rows["image"]]
+        pixels = image_processor(images=images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
         maps = {name: label_heat_maps(model, pixels, stages=stages)[1].cpu() for name, stages in kinds.items()}
-        for index, (picture, boxes) in enumerate(zip(pictures, rows["boxes"], strict=True)):
+        for index, (image, boxes) in enumerate(zip(images, rows["boxes"], strict=True)):
             labels = sorted({box["label"] for box in boxes})
-            box_in_input = picture_box(image_processor, *picture.size)
+            box_in_input = image_box(image_processor, *image.size)
             for label in labels:
-                outcome["centre"].append(contains(boxes, label, picture.width / 2, picture.height / 2))
-                covered = np.zeros((picture.height, picture.width), dtype=bool)
+                outcome["centre"].append(contains(boxes, label, image.width / 2, image.height / 2))
+                covered = np.zeros((image.height, image.width), dtype=bool)
                 for box in boxes:
                     if box["label"] == label:
                         covered[box["y"] : box["y"] + box["h"], box["x"] : box["x"] + box["w"]] = True
                 outcome["area"].append(float(covered.mean()))
             for name, each in maps.items():
-                resized = resize_to_picture(each[index, labels], *picture.size, box_in_input)
+                resized = resize_to_image(each[index, labels], *image.size, box_in_input)
                 outcome[name] += hits(resized, boxes, labels)
     return outcome
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.cost.cached_text --num_labels 80 --batch_size 1 8 --json FILE
 
-Random weights of CLIP's ViT-B/16 size, noise pictures, one process, interleaved: every round times each of them once,
+Random weights of CLIP's ViT-B/16 size, noise images, one process, interleaved: every round times each of them once,
 in turn, and a ratio is the median of the ratios round by round. "tower" is `CLIPVisionModelWithProjection`, "hp_dval"
 the classifier with its two views, and "zero_shot" what the pipeline `zero-shot-image-classification` runs for each
-picture: `CLIPModel` on it and on all label texts. With --pipelines both pipelines themselves, on a photograph that they
+image: `CLIPModel` on it and on all label texts. With --pipelines both pipelines themselves, on a photograph that they
 resize.
 """
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             steps = {
                 "tower": lambda pixels=pixels: tower(pixels),
                 "hp_dval": lambda pixels=pixels: model(pixels),
-                # The pipeline hands over one picture at a time, each with all texts.
+                # The pipeline hands over one image at a time, each with all texts.
                 "zero_shot": lambda pixels=pixels: [clip(pixel_values=one[None], **texts) for one in pixels],
             }
             if args.pipelines and batch_size == 1:
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append({**row, "ms": 1000 * statistics.median(seconds[name])})
 
     print(f"{device_name(device)}, {args.num_labels} labels of {texts['input_ids'].shape[1]} tokens")
-    print("| pictures | what | over | ratio | least to most | ms |\n|---|---|---|---|---|---|")
+    print("| images | what | over | ratio | least to most | ms |\n|---|---|---|---|---|---|")
     for row in rows:
         low, high = row["ratio_spread"]
         print(

@@ -1,4 +1,4 @@
-"""The arithmetic of a large run, computed and not measured: memory and work of a picture, traffic of a step.
+"""The arithmetic of a large run, computed and not measured: memory and work of an image, traffic of a step.
 
     python -m benchmarks.cost.cluster [--preset base] [--image_size 448] [--gpus 64] [--batch_size 16]
 
@@ -15,7 +15,7 @@ from benchmarks.timing import CountMultiplyAdds
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 
 
-def kept_for_backward(model, pictures: int, image_size: int) -> int:
+def kept_for_backward(model, images: int, image_size: int) -> int:
     """Bytes of distinct tensors, weights apart, that autograd keeps for the backward pass of one forward."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -27,7 +27,7 @@ def kept_for_backward(model, pictures: int, image_size: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        inputs = torch.empty(pictures, 3, image_size, image_size, device="meta")
+        inputs = torch.empty(images, 3, image_size, image_size, device="meta")
         model(pixel_values=inputs).logits.sum()
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image_size", type=int, default=448)
     parser.add_argument("--labels", type=int, default=80)
     parser.add_argument("--gpus", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures a GPU and step")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a GPU and step")
     parser.add_argument("--tflops", type=float, default=312, help="assumed peak of a GPU in bf16 (A100: 312)")
     parser.add_argument("--share", type=float, default=0.3, help="assumed part of the peak that is reached")
     parser.add_argument("--gigabytes", type=float, default=25, help="assumed GB/s of network a GPU (200 Gbit/s: 25)")
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     with CountMultiplyAdds() as counter:
         model(pixel_values=torch.empty(1, 3, args.image_size, args.image_size, device="meta"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    two, four = (kept_for_backward(model, pictures, args.image_size) for pictures in (2, 4))
-    picture = (four - two) / 2 / 2**20
+    two, four = (kept_for_backward(model, images, args.image_size) for images in (2, 4))
+    image = (four - two) / 2 / 2**20
     work = 3 * 2 * counter.total  # backward is twice forward
     step = args.batch_size * work / (args.tflops * 1e12 * args.share)
     traffic = 2 * (args.gpus - 1) / args.gpus * 4 * parameters  # ring all-reduce of fp32 gradients
@@ -61,17 +61,17 @@ def main(argv: list[str] | None = None) -> int:
     for name, size in fixed.items():
         print(f"| {name}, fp32 | {size * parameters / 2**30:.2f} GiB |")
     print(f"| all of these with FSDP2 over {args.gpus} | {20 * parameters / args.gpus / 2**30:.3f} GiB |")
-    print(f"| kept for backward, a picture, fp32 | {picture:,.0f} MiB |")
-    print(f"| the same in bf16, at the least | {picture / 2:,.0f} MiB |")
-    print(f"| {args.batch_size} pictures in bf16 | {args.batch_size * picture / 2 / 2**10:.1f} GiB |")
-    print(f"| work of a picture, forward and backward | {work / 1e12:.2f} TFLOP |")
+    print(f"| kept for backward, an image, fp32 | {image:,.0f} MiB |")
+    print(f"| the same in bf16, at the least | {image / 2:,.0f} MiB |")
+    print(f"| {args.batch_size} images in bf16 | {args.batch_size * image / 2 / 2**10:.1f} GiB |")
+    print(f"| work of an image, forward and backward | {work / 1e12:.2f} TFLOP |")
     print(f"| gradients sent by a GPU in a step (DDP) | {traffic / 2**30:.2f} GiB |")
     print("\n| assumed | computed from it |\n|---|---|")
-    print(f"| {args.share:.0%} of {args.tflops:g} TFLOP/s | {args.batch_size / step:,.0f} pictures/s a GPU |")
+    print(f"| {args.share:.0%} of {args.tflops:g} TFLOP/s | {args.batch_size / step:,.0f} images/s a GPU |")
     everywhere = args.gpus * args.batch_size / step
-    print(f"| the same on {args.gpus} GPUs | {everywhere:,.0f} pictures/s, {step:.2f} s a step |")
+    print(f"| the same on {args.gpus} GPUs | {everywhere:,.0f} images/s, {step:.2f} s a step |")
     print(f"| {args.gigabytes:g} GB/s of network a GPU | {network:.3f} s a step, {network / step:.0%} of its work |")
-    print(f"| pictures of 60 KB on disk | {everywhere * 60e3 / 1e9:.2f} GB/s to read |")
+    print(f"| images of 60 KB on disk | {everywhere * 60e3 / 1e9:.2f} GB/s to read |")
     return 0
 
 

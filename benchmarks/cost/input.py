@@ -1,8 +1,8 @@
-"""Does decoding keep up with the model? Pictures a second of every step from file to prediction.
+"""Does decoding keep up with the model? Images a second of every step from file to prediction.
 
-    python -m benchmarks.cost.input --pictures ../shared/data/voc/validation --image_size 224 --json FILE
+    python -m benchmarks.cost.input --images ../shared/data/voc/validation --image_size 224 --json FILE
 
-One process on one machine, every step over the same pictures, in turn: decoding in full and at reduced scale (JPEG
+One process on one machine, every step over the same images, in turn: decoding in full and at reduced scale (JPEG
 draft mode), this package's processor and the stock Pillow processor of transformers, the data loader with 0, 1, 2, ...
 workers (decode, resize and batch), batch augmentation, and the model. It is enough when the loader outruns the model.
 """
@@ -32,7 +32,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, required=True, help="a folder of pictures")
+    parser.add_argument("--images", type=Path, required=True, help="a folder of images")
     parser.add_argument("--limit", type=int, default=256, help="at most so many of them")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--preset", default="tiny", help="the model whose speed is to be reached")
@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
 
-    files = sorted(file for file in args.pictures.rglob("*") if file.suffix.lower() in SUFFIXES)[: args.limit]
+    files = sorted(file for file in args.images.rglob("*") if file.suffix.lower() in SUFFIXES)[: args.limit]
     if not files:
-        parser.error(f"{args.pictures} holds no picture ({', '.join(sorted(SUFFIXES))}).")
+        parser.error(f"{args.images} holds no image ({', '.join(sorted(SUFFIXES))}).")
     torch.set_num_threads(args.threads)
     device, size = torch.device(args.device), {"height": args.image_size, "width": args.image_size}
     processor = MultiLabelImageProcessor(size=size)
@@ -109,16 +109,16 @@ def main(argv: list[str] | None = None) -> int:
     reference = medians[f"model ({args.preset})"]
     average = [sum(side) / len(images) for side in zip(*(image.size for image in images), strict=True)]
     print(
-        f"\n{len(files)} pictures of {average[0]:.0f} x {average[1]:.0f} px on average to {args.image_size} px, "
+        f"\n{len(files)} images of {average[0]:.0f} x {average[1]:.0f} px on average to {args.image_size} px, "
         f"{device_name(device)}, torch {torch.__version__}, {args.rounds} rounds\n"
     )
-    print("| step | pictures/s (min-max) | times the model's |\n|---|---|---|")
+    print("| step | images/s (min-max) | times the model's |\n|---|---|---|")
     for name, values in rates.items():
         span = f"{min(values):,.1f}-{max(values):,.1f}"
         print(f"| {name} | {medians[name]:,.1f} ({span}) | {medians[name] / reference:,.1f} |")
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"device": device_name(device), "pictures_per_second": rates}, indent=1))
+        args.json.write_text(json.dumps({"device": device_name(device), "images_per_second": rates}, indent=1))
     return 0
 
 

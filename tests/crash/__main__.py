@@ -1,12 +1,12 @@
 """What training loses when it is hit: `make crash-test`, or `python -m tests.crash [--kills 20] [--seed 0]`.
 
-A tiny model trains on a small folder of pictures with weight average, accumulation, mixup, RandAugment, random crops
+A tiny model trains on a small folder of images with weight average, accumulation, mixup, RandAugment, random crops
 and a data worker. Then, on one and on two processes:
 
 - SIGKILL at random points of the run, a third of the times while a checkpoint is being written (told by the temporary
   folder, which is still there after the kill), and a restart after each;
 - SIGTERM and SIGINT, which must end a run with exit status 0;
-- a disk that fills up (a small tmpfs), a file that cannot be written to its end (RLIMIT_FSIZE), a picture that
+- a disk that fills up (a small tmpfs), a file that cannot be written to its end (RLIMIT_FSIZE), an image that
   disappears in the middle of an epoch, one of two processes killed under `accelerate launch`.
 
 Every run is carried on to its end and compared with one that nothing happened to: all tensors of the last checkpoint
@@ -50,15 +50,15 @@ class Bench:
         scenes = json.dumps({"image_size": 32, "max_objects": 2, "max_size": 20})
         for split, count in (("train", 44), ("validation", 14)):
             write_scenes(
-                [str(folder / "pictures" / split), "--split", split, "--num_scenes", str(count), "--scenes", scenes]
+                [str(folder / "images" / split), "--split", split, "--num_scenes", str(count), "--scenes", scenes]
             )
 
     def recipe(self, processes: int) -> Path:
-        """44 pictures by batches of 3: the last batch is uneven for one process and for two."""
+        """44 images by batches of 3: the last batch is uneven for one process and for two."""
         path = self.folder / f"recipe{processes}.yaml"
         options = {
             **TINY,
-            "dataset": str(self.folder / "pictures"),
+            "dataset": str(self.folder / "images"),
             "augmentation": {"horizontal_flip": 0.5, "crop_scale": [0.8, 1.0], "rand_augment": True, "mixup": 0.3},
             "batch_size": 3,
             "gradient_accumulation_steps": 2,
@@ -256,18 +256,18 @@ def cut_a_file(bench: Bench) -> list[str]:
     return told("a save that fails half way", problems + ended(bench, run))
 
 
-def lose_a_picture(bench: Bench) -> list[str]:
-    run, picture = bench.folder / "picture", bench.folder / "pictures" / "train" / "00017.png"
+def lose_a_image(bench: Bench) -> list[str]:
+    run, image = bench.folder / "image", bench.folder / "images" / "train" / "00017.png"
     training = bench.start(run, 1)
     training.wait_until(lambda: step_of(run) >= 12)
-    picture.rename(picture.with_suffix(".away"))
+    image.rename(image.with_suffix(".away"))
     try:
         status, problems = training.wait(), []
     finally:
-        picture.with_suffix(".away").rename(picture)
+        image.with_suffix(".away").rename(image)
     if status != [1] or "00017.png" not in training.tail():
         problems.append(f"it ended with {status}: {training.tail(500)}")
-    return told("a picture that disappears", problems + ended(bench, run))
+    return told("an image that disappears", problems + ended(bench, run))
 
 
 def kill_one_of_two(bench: Bench) -> list[str]:
@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         if some[1] < 5 <= args.kills // 3:
             problems.append(f"only {some[1]} of {some[0]} kills on {processes} process(es) were inside a save")
         problems += stop_by_signal(bench, processes)
-    for attack in (fill_the_disk, cut_a_file, lose_a_picture, kill_one_of_two):
+    for attack in (fill_the_disk, cut_a_file, lose_a_image, kill_one_of_two):
         problems += attack(bench)
     if args.folder is None and not (problems or lost) and same:
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Decodes pictures in a process that may crash, hang or want too much memory, and tells which of it happened."""
+"""Decodes images in a process that may crash, hang or want too much memory, and tells which of it happened."""
 
 import multiprocessing
 import resource
@@ -6,7 +6,7 @@ import time
 import warnings
 from pathlib import Path
 
-SECONDS = 10.0  # for one picture, on a machine that does other work as well
+SECONDS = 10.0  # for one image, on a machine that does other work as well
 # 89 million pixels at 4 bytes, once as decoded and once more as converted, and what Python and its libraries take.
 MEMORY = 3 * 2**30
 

@@ -1,4 +1,4 @@
-"""Pictures as no program writes them, from a seed."""
+"""Images as no program writes them, from a seed."""
 
 import random
 import struct
@@ -14,7 +14,7 @@ KINDS = ("truncated", "bit_flipped", "wrong_header", "bomb", "zero_bytes", "huge
 
 
 def valid(image_format: str, chance: random.Random, side: int = 48) -> bytes:
-    """A small picture with edges and noise."""
+    """A small image with edges and noise."""
     pixels = np.random.default_rng(chance.getrandbits(32)).integers(0, 256, (side, side, 3), dtype=np.uint8)
     pixels[: side // 2] = chance.randrange(256)
     file = BytesIO()
@@ -123,7 +123,7 @@ def animated(chance: random.Random) -> tuple[str, bytes]:
 
 
 def malformed(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) of `count` pictures, the kinds in turn."""
+    """(file name, content) of `count` images, the kinds in turn."""
     makers = [globals()[kind] for kind in KINDS]
     for number in range(count):
         chance = random.Random(f"{seed} {number}")

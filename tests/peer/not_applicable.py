@@ -73,7 +73,7 @@ NOT_APPLICABLE = [
     NotApplicable(
         "test_training_gradient_checkpointing*[[]HPDVALForImageClassification]",
         ("HPDVALTest", "HPDVALViTTest"),
-        "requires gradients, but stage1 keeps it frozen",
+        "requires gradients, but phase1 keeps it frozen",
         "It unfreezes the teacher, which no stage trains; HPDVALInferenceTest has none and runs it.",
     ),
     NotApplicable(
@@ -96,7 +96,7 @@ NOT_APPLICABLE = [
     ),
     # Processors
     *(
-        NotApplicable(test, ("ProcessorTest",), "reads pictures and no text", "It gives text, which is refused.")
+        NotApplicable(test, ("ProcessorTest",), "reads images and no text", "It gives text, which is refused.")
         for test in (
             "test_flat_kwarg_applied_when_modality_dict_lacks_it",
             "test_model_input_names",
@@ -113,7 +113,7 @@ NOT_APPLICABLE = [
         "test_call_numpy_4_channels",
         ("ImageProcessorTest",),
         "do_convert_rgb=False is not supported",
-        "Every picture becomes RGB, and who wants another is told so.",
+        "Every image becomes RGB, and who wants another is told so.",
     ),
     NotApplicable(
         "test_new_models_require_torchvision_backend",

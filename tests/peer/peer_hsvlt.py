@@ -78,7 +78,7 @@ class SwinTester(HSVLTTester):
     }
 
 
-class MlTrTrunkTester(HSVLTTester):
+class MlTrBackboneTester(HSVLTTester):
     backbone_config = {
         "model_type": "mltr",
         "image_size": 32,
@@ -114,5 +114,5 @@ class HSVLTSwinTest(HSVLTTest):
 
 
 class HSVLTMlTrTest(HSVLTTest):
-    tester_class = MlTrTrunkTester
+    tester_class = MlTrBackboneTester
     _is_composite = True

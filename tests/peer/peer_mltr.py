@@ -52,7 +52,7 @@ class MlTrTest(ModelTest):
     common_properties = ("hidden_size", "num_attention_heads")
 
     def test_attention_outputs(self):
-        # Windows attend, not the picture.
+        # Windows attend, not the image.
         self.model_tester.seq_length = self.model_tester.window_size**2
         super().test_attention_outputs()
 

@@ -14,8 +14,8 @@ class ImagePipelineTests(unittest.TestCase):
 
     def get_test_pipeline(self, model, tokenizer=None, image_processor=None, dtype="float32", **kwargs):
         rng = np.random.default_rng(0)
-        pictures = [Image.fromarray(rng.integers(0, 256, (40, side, 3), dtype=np.uint8)) for side in (30, 50)]
-        return ImageClassificationPipeline(model=model, image_processor=image_processor, dtype=dtype, top_k=2), pictures
+        images = [Image.fromarray(rng.integers(0, 256, (40, side, 3), dtype=np.uint8)) for side in (30, 50)]
+        return ImageClassificationPipeline(model=model, image_processor=image_processor, dtype=dtype, top_k=2), images
 
     def run_pipeline_test(self, pipeline, examples):
         names = set(pipeline.model.config.id2label.values())

@@ -95,13 +95,13 @@ def page(request, address, browser):
     page.set_default_timeout(90_000)
     page.shot = lambda name: SHOTS and page.screenshot(path=f"{SHOTS}/{request.param}-{name}.png", full_page=True)
     page.goto(address)
-    page.get_by_text("Drop a picture, paste one").wait_for()
+    page.get_by_text("Drop an image, paste one").wait_for()
     yield page
     page.close()
 
 
 def upload(page, path):
-    page.locator("#picture input[type=file]").first.set_input_files(path)
+    page.locator("#image input[type=file]").first.set_input_files(path)
 
 
 def test_from_upload_to_heat_map(page):
@@ -160,16 +160,16 @@ def test_examples(page):
     page.locator("#labels button[data-label]").first.wait_for()
 
 
-def test_what_is_no_picture_gets_a_friendly_message(page, tmp_path):
-    # A text file under its own name is refused by the page, one that calls itself a picture by the checkpoint.
+def test_what_is_no_image_gets_a_friendly_message(page, tmp_path):
+    # A text file under its own name is refused by the page, one that calls itself an image by the checkpoint.
     honest, dishonest = tmp_path / "notes.txt", tmp_path / "notes.png"
     for path in (honest, dishonest):
-        path.write_text("This is no picture.")
+        path.write_text("This is no image.")
     upload(page, honest)
     page.get_by_text("Invalid file type").first.wait_for()
     page.shot("text-file")
     upload(page, dishonest)
-    page.get_by_role("alert").get_by_text("notes.png is in no picture format").wait_for()
+    page.get_by_role("alert").get_by_text("notes.png is in no image format").wait_for()
     page.shot("text-file-named-png")
     assert page.locator("#labels button").count() == 0
     # And nothing is broken by it.

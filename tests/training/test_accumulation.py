@@ -47,7 +47,7 @@ def train(recipe, folder, *options):
     return curve_of(folder)
 
 
-def test_a_step_is_the_same_however_its_pictures_are_divided(recipe, tmp_path):
+def test_a_step_is_the_same_however_its_images_are_divided(recipe, tmp_path):
     curves = [
         train(recipe, tmp_path / f"{batch_size}", *PLAIN, *divided(batch_size, 16 // batch_size), "--max_steps", "1")
         for batch_size in (16, 8, 4)
@@ -58,7 +58,7 @@ def test_a_step_is_the_same_however_its_pictures_are_divided(recipe, tmp_path):
 
 
 def test_the_last_step_of_an_epoch_has_what_is_left(recipe, tmp_path):
-    """45 pictures, 32 a step: the second step has 13, as 8 and 5, or as one batch that is not full."""
+    """45 images, 32 a step: the second step has 13, as 8 and 5, or as one batch that is not full."""
     options = [*PLAIN, "--scenes.num_scenes.train", "45", "--epochs", "1"]
     curves = [train(recipe, tmp_path / f"{size}", *options, *divided(size, 32 // size)) for size in (8, 16, 32)]
     assert len(curves[0]) == 2
@@ -78,11 +78,11 @@ def test_the_count_is_that_of_the_labels_the_model_gets(recipe, tmp_path, monkey
     monkeypatch.setattr(HSVLTForImageClassification, "forward", forward)
     options = [*PARTLY_KNOWN, *divided(8, 4), "--epochs", "1", "--augmentation", "{mixup: 0.4}"]
     assert main([recipe, "--output_dir", str(tmp_path / "run"), *options]) == 0
-    assert len(seen) == 6  # of the 48 pictures, 32 in the first step
+    assert len(seen) == 6  # of the 48 images, 32 in the first step
     for step in (seen[:4], seen[4:]):
         counted, known = zip(*step, strict=True)
         assert len(set(counted)) == 1 and counted[0] == sum(known)
-        assert sum(known) < 0.1 * 10 * 8 * len(step), "mixing two pictures leaves 4 % known"
+        assert sum(known) < 0.1 * 10 * 8 * len(step), "mixing two images leaves 4 % known"
 
 
 @pytest.mark.slow
@@ -101,6 +101,6 @@ def test_two_processes_take_the_same_step(recipe, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     double = curve_of(tmp_path / "two")
-    assert len(single) == 3, "of 16, 16 and 13 pictures"
+    assert len(single) == 3, "of 16, 16 and 13 images"
     np.testing.assert_allclose(double[0], single[0], rtol=1e-5)
     np.testing.assert_allclose(double, single, rtol=2e-4)

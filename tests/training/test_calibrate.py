@@ -12,7 +12,7 @@ from training.scoring.calibration import (
 )
 from training.scoring.thresholds import store_thresholds
 
-from .tiny_checkpoint import save_checkpoint, save_pictures, tiny_model
+from .tiny_checkpoint import save_checkpoint, save_images, tiny_model
 
 
 def logits_of(folder):
@@ -25,7 +25,7 @@ def logits_of(folder):
 def test_the_command_folds_and_can_be_repeated(tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint"
     save_checkpoint(checkpoint)
-    save_pictures(tmp_path / "photos")
+    save_images(tmp_path / "photos")
     store_thresholds(checkpoint, [0.25, 0.5, 0.75], {"objective": "f1"})
     (checkpoint / "README.md").write_text("the card")
     before, _ = logits_of(checkpoint)
@@ -58,7 +58,7 @@ def test_the_command_folds_and_can_be_repeated(tmp_path, capsys):
 
 
 def test_the_command_refuses_in_one_sentence(tmp_path, capsys):
-    save_pictures(tmp_path / "photos")
+    save_images(tmp_path / "photos")
     model = tiny_model(classifier="shared")
     save_checkpoint(tmp_path / "checkpoint")
     model.save_pretrained(tmp_path / "checkpoint")

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from training.check.findings import check_labels, exclusions, inspect_pictures
+from training.check.findings import check_labels, exclusions, inspect_images
 from training.check.imbalance import long_tail_groups, plot_imbalance
 from training.check_data import main
 from training.config import TrainingConfig
@@ -63,7 +63,7 @@ def ill(tmp_path_factory):
             ("empty.png", 4, []),
             ("gone.png", None, ["dog"]),
             ("huge.png", bomb(20_000), ["dog"]),
-            ("text.png", b"not a picture", ["dogs"]),
+            ("text.png", b"not an image", ["dogs"]),
             ("e.png", 5, ["horse"]),
         ],
         extra=[("stray.png", 6)],
@@ -87,36 +87,36 @@ def files(finding):
     return [(each["split"], each["row"], each["file"]) for each in finding["examples"]]
 
 
-def test_unreadable_pictures_are_told_apart(report, ill):
+def test_unreadable_images_are_told_apart(report, ill):
     findings = found(report)
     # Rows are counted without gone.png, which the loader leaves out.
-    assert files(findings["corrupt_pictures"]) == [("train", 4, "train/cut.jpg"), ("train", 7, "train/text.png")]
-    assert "truncated" in findings["corrupt_pictures"]["examples"][0]["reason"]
-    assert files(findings["oversized_pictures"]) == [("train", 6, "train/huge.png")]
-    assert findings["rows_without_a_picture"]["examples"] == [f"{ill}/train/metadata.jsonl: gone.png"]
-    assert findings["pictures_without_a_row"]["examples"] == [f"{ill}/train/stray.png"]
-    for kind in ("corrupt_pictures", "oversized_pictures", "rows_without_a_picture", "pictures_without_a_row"):
+    assert files(findings["corrupt_images"]) == [("train", 4, "train/cut.jpg"), ("train", 7, "train/text.png")]
+    assert "truncated" in findings["corrupt_images"]["examples"][0]["reason"]
+    assert files(findings["oversized_images"]) == [("train", 6, "train/huge.png")]
+    assert findings["rows_without_a_image"]["examples"] == [f"{ill}/train/metadata.jsonl: gone.png"]
+    assert findings["images_without_a_row"]["examples"] == [f"{ill}/train/stray.png"]
+    for kind in ("corrupt_images", "oversized_images", "rows_without_a_image", "images_without_a_row"):
         assert findings[kind]["breaks_training"]
 
 
-def test_what_a_decoder_warns_of_is_told_of_its_picture():
+def test_what_a_decoder_warns_of_is_told_of_its_image():
     rows = []
     for row in range(8):
         file = io.BytesIO()  # EXIF data that promise a hundred entries and hold none
         photo(row).save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0d\0" if row in (2, 5) else b"")
         rows.append({"bytes": file.getvalue(), "path": f"{row}.jpg"})
     split = Dataset.from_dict({"image": rows}, features=Features({"image": Image(decode=False)}))
-    _, prints, findings = inspect_pictures({"train": split}, num_workers=2)
+    _, prints, findings = inspect_images({"train": split}, num_workers=2)
     assert len(prints) == 8, "they decode"
     (finding,) = (each for each in findings if each.examples)
-    assert finding.kind == "pictures_that_decode_with_a_warning" and not finding.breaks_training
+    assert finding.kind == "images_that_decode_with_a_warning" and not finding.breaks_training
     assert files(vars(finding)) == [("train", 2, "2.jpg"), ("train", 5, "5.jpg")]
     assert all("EXIF" in example["reason"] for example in finding.examples)
 
 
 def test_what_is_odd_about_labels_is_told(report):
     findings = found(report)
-    assert files(findings["pictures_without_a_label"]) == [("train", 5, "train/empty.png")]
+    assert files(findings["images_without_a_label"]) == [("train", 5, "train/empty.png")]
     absent = findings["labels_absent_from_a_split"]["examples"]
     assert absent == ["cat: absent from validation", "dogs: absent from validation", "horse: absent from validation"]
     assert findings["names_that_may_mean_the_same"]["examples"] == ["dog / dogs (form 1.00)"]
@@ -146,7 +146,7 @@ def test_training_leaves_out_what_the_list_says_and_nothing_else(report, ill, ca
         "train/text.png",
     ]
     assert lines[1][3] == "copy of validation 1 validation/c_copy.jpg, labels differ in cat, dog"
-    options = {"dataset": str(ill), "missing_pictures": "skip", "unlisted_pictures": "skip"}
+    options = {"dataset": str(ill), "missing_images": "skip", "unlisted_images": "skip"}
     with caplog.at_level(logging.WARNING):
         loaded = load_splits(TrainingConfig(**options, exclude=str(report / "exclude.txt")), Accelerator())
     splits = loaded.splits
@@ -161,16 +161,14 @@ def test_training_leaves_out_what_the_list_says_and_nothing_else(report, ill, ca
         "e.png",
     ]
     assert len(splits["validation"]) == 2
-    assert "Left out 5 of 9 pictures of train" in caplog.text
+    assert "Left out 5 of 9 images of train" in caplog.text
 
 
 def test_the_summary_counts_first(ill, tmp_path, capsys):
     folder = tmp_path / "out"
     assert main([str(ill), "--output", str(folder), "--examples", "1"]) == 1
     out = capsys.readouterr().out
-    assert (
-        out.index("2  corrupt pictures") < out.index("1  duplicates across splits") < out.index("Corrupt pictures: 2.")
-    )
+    assert out.index("2  corrupt images") < out.index("1  duplicates across splits") < out.index("Corrupt images: 2.")
     assert "train 4 train/cut.jpg" in out and "train/text.png" not in out and "and 1 more" in out
     assert out.rstrip().endswith("with 5 rows to leave out in exclude.txt")
     with PILImage.open(folder / "imbalance.png") as plot:
@@ -216,8 +214,8 @@ def test_splits_that_training_would_refuse(tmp_path):
     findings = found(tmp_path / "out")
     assert findings["missing_splits"]["examples"] == ["there is no split 'train'"]
     assert files(findings["soft_labels_to_measure"]) == [("validation", 0, "")]
-    assert files(findings["pictures_with_nothing_known"]) == [("validation", 2, ""), ("validation", 3, "")]
-    assert findings["pictures_without_a_label"]["examples"] == []
+    assert files(findings["images_with_nothing_known"]) == [("validation", 2, ""), ("validation", 3, "")]
+    assert findings["images_without_a_label"]["examples"] == []
 
 
 def test_labels_that_cannot_be_loaded_are_a_finding_and_no_data_an_error(ill, tmp_path, capsys):
@@ -233,7 +231,7 @@ def test_a_split_without_any_positive_is_told():
     none = SparseLabels(np.zeros(3, int), np.zeros(0, int), np.zeros(0, np.float32), np.zeros(2, np.float32), 2, "ids")
     one = SparseLabels(np.array([0, 1]), np.array([1]), np.ones(1, np.float32), np.zeros(1, np.float32), 2, "ids")
     findings = {each.kind: each for each in check_labels({"train": one, "validation": none}, ["a", "b"])}
-    assert findings["splits_without_a_positive"].examples == ["validation: no picture shows any label"]
+    assert findings["splits_without_a_positive"].examples == ["validation: no image shows any label"]
     assert findings["splits_without_a_positive"].breaks_training
 
 
@@ -278,8 +276,8 @@ def test_photographs_encoded_again_are_found_and_no_others(name, tmp_path):
         if split == "validation":
             for row in metadata_rows(SHARED / name / "train")[:300:40]:
                 file = tmp_path / "data" / split / f"again_{row['file_name']}"
-                with PILImage.open(SHARED / name / "train" / row["file_name"]) as picture:
-                    picture.resize((picture.width * 3 // 4, picture.height * 3 // 4)).save(file, quality=60)
+                with PILImage.open(SHARED / name / "train" / row["file_name"]) as image:
+                    image.resize((image.width * 3 // 4, image.height * 3 // 4)).save(file, quality=60)
                 copies[file.name] = row["file_name"]
                 rows.append({"file_name": file.name, "labels": row["labels"]})
         (tmp_path / "data" / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

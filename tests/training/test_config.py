@@ -63,7 +63,7 @@ def test_values_are_read_as_their_type():
         (["--seed", "1", "2"], "'2' follows no option"),
         (["--resume", "--overwrite"], "contradict"),
         (["--image_mean", "null"], "belong together"),
-        (["--init_from", "a", "--backbone", "b"], "already brings a trunk"),
+        (["--init_from", "a", "--backbone", "b"], "already brings a backbone"),
         (["--threshold_objective", "recall"], "they need it"),
         (["--threshold_target", "0.9"], "threshold_target belongs"),
         (["--augmentation.mix_up", "1"], "did you mean 'mixup'"),

@@ -5,12 +5,12 @@ import json
 from modeling_hsvlt.processing_multilabel import MultiLabelProcessor
 from training.fit_thresholds import main
 
-from .tiny_checkpoint import save_checkpoint, save_pictures
+from .tiny_checkpoint import save_checkpoint, save_images
 
 
 def test_the_command_fits_and_stores(tmp_path, capsys):
     save_checkpoint(tmp_path / "checkpoint")
-    save_pictures(tmp_path / "photos")
+    save_images(tmp_path / "photos")
     command = [str(tmp_path / "checkpoint"), str(tmp_path / "photos")]
     assert main([*command, "--min_positives", "0"]) == 0
     printed = capsys.readouterr().out
@@ -34,7 +34,7 @@ def test_the_command_fits_and_stores(tmp_path, capsys):
 
 def test_the_command_refuses_in_one_sentence(tmp_path, capsys):
     save_checkpoint(tmp_path / "checkpoint")
-    save_pictures(tmp_path / "photos")
+    save_images(tmp_path / "photos")
     for command, message in (
         (["me/model", str(tmp_path / "photos")], "me/model is not the folder of a checkpoint"),
         ([str(tmp_path / "checkpoint"), str(tmp_path / "photos"), "--objective", "recall"], "needs a target"),

@@ -21,7 +21,7 @@ from .tiny_run import SCENES, reset_accelerate
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "hsvlt_label_context.yaml"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", *SCENE_LABELS]
-TRUNK = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]}
+BACKBONE = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def encoder(tmp_path):
 
 def test_the_recipe_learns_contexts_alone_and_leaves_a_plain_checkpoint(tmp_path, encoder):
     config = HSVLTConfig(
-        backbone_config=TRUNK,
+        backbone_config=BACKBONE,
         label_embedding_dim=16,
         image_size=32,
         id2label=dict(enumerate(SCENE_LABELS)),
@@ -93,15 +93,15 @@ def test_the_recipe_learns_contexts_alone_and_leaves_a_plain_checkpoint(tmp_path
     assert main([str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
 
 
-@pytest.mark.parametrize("beside", ["all", "all_but_trunk", "nothing"])
+@pytest.mark.parametrize("beside", ["all", "all_but_backbone", "nothing"])
 def test_what_trains_beside_the_contexts(encoder, beside):
-    options = {"model": {"backbone_config": TRUNK}, "preset": None, "image_size": 32, "label_encoder": encoder}
+    options = {"model": {"backbone_config": BACKBONE}, "preset": None, "image_size": 32, "label_encoder": encoder}
     context = {"class_specific": True, "train": beside}
     model = build_model(TrainingConfig(**options, label_context=context), ["one", "two"])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     (rows,) = (name for name in trained if name.startswith("label_context."))
     assert model.get_parameter(rows).shape == (2 * 4, 16)
-    assert any(".trunk." in name for name in trained) == (beside == "all")
+    assert any(".backbone." in name for name in trained) == (beside == "all")
     assert any(".label_stream." in name for name in trained) == (beside != "nothing")
 
 
@@ -110,7 +110,7 @@ def test_what_trains_beside_the_contexts(encoder, beside):
     [({"train": "some"}, "choose one of all"), ({"tokens": 4}, "no option 'tokens'")],
 )
 def test_errors(encoder, context, message):
-    options = {"model": {"backbone_config": TRUNK}, "preset": None, "image_size": 32, "label_encoder": encoder}
+    options = {"model": {"backbone_config": BACKBONE}, "preset": None, "image_size": 32, "label_encoder": encoder}
     with pytest.raises(ValueError, match=message):
         build_model(TrainingConfig(**options, label_context=context), ["one", "two"])
 

@@ -29,7 +29,7 @@ SEPARATORS = [("|", "|"), (",", ","), (":", ":"), ("\\t", "\t"), ("\t", "\t"), (
 
 
 def table(folder, separator):
-    """Twenty pictures of which `train.csv` says in one text what they show."""
+    """Twenty images of which `train.csv` says in one text what they show."""
     folder.mkdir()
     rows = [["file_name", "labels"]]
     for index in range(20):
@@ -126,7 +126,7 @@ def test_help_of_training_shows_the_shared_options_too(capsys):
         (["a", "b", "--zzzz"], "unknown option --zzzz, see --help"),
         (["a", "b", "--label_columns", "[a, b"], "cannot be read as YAML"),
         (["a", "b", "--scenes", "{seed: 1"], "argument --scenes"),
-        (["a", "b", "--missing_pictures", "drop"], "invalid choice"),
+        (["a", "b", "--missing_images", "drop"], "invalid choice"),
         (["a"], "required: DATASET"),
     ],
 )

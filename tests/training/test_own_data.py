@@ -26,7 +26,7 @@ def own_process():
 
 @pytest.fixture(scope="module")
 def shelves(tmp_path_factory):
-    """Pictures in one folder, and beside it tables whose columns bear names of their own."""
+    """Images in one folder, and beside it tables whose columns bear names of their own."""
     root = tmp_path_factory.mktemp("own")
     (root / "photos").mkdir()
     generator = np.random.default_rng(0)
@@ -53,8 +53,8 @@ TEXT = ["--image_column", "photo", "--label_column", "what", "--label_separator"
 
 def test_a_table_of_ones_own_is_trained_on_scored_and_fitted_to(shelves, tmp_path, capsys):
     recipe, folder = write_recipe(tmp_path), shelves / "photos"
-    # The pictures of validation stand in the same folder, and each table names its own split's only.
-    shared = ["--picture_folder", str(folder)]
+    # The images of validation stand in the same folder, and each table names its own split's only.
+    shared = ["--image_folder", str(folder)]
     results = {}
     for layout, for_training, for_scoring in (
         ("columns", [*COLUMNS, json.dumps(NAMES)], [*COLUMNS, *NAMES]),
@@ -69,7 +69,7 @@ def test_a_table_of_ones_own_is_trained_on_scored_and_fitted_to(shelves, tmp_pat
         assert training.evaluate.main([*scoring, "--output", str(run / "scored"), "--count_split", "train"]) == 0
         reset_accelerate()
         results[layout] = json.loads((run / "scored" / "results.json").read_text())["metrics"]
-        # As at the end of training: the same pictures and labels.
+        # As at the end of training: the same images and labels.
         assert results[layout]["mAP"] == json.loads((run / "results.json").read_text())["validation"]["mAP"]
     at_the_end = json.loads((tmp_path / "columns" / "report" / "results.json").read_text())
     assert at_the_end["metrics"]["mAP"] == results["columns"]["mAP"] and at_the_end["threshold"] == "auto"

@@ -23,7 +23,7 @@ def fresh_accelerate():
 
 
 def write_photos(root, unknown_cell, hidden):
-    """24 pictures of a split; where `hidden` (of `never` always) the cell is `unknown_cell`."""
+    """24 images of a split; where `hidden` (of `never` always) the cell is `unknown_cell`."""
     generator = np.random.default_rng(0)
     for split in ("train", "validation"):
         (root / split).mkdir(parents=True)

@@ -12,7 +12,7 @@ from training.data.load import load
 from training.split import main
 
 
-def picture(number):
+def image(number):
     file = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     PILImage.fromarray(pixels).save(file, "PNG")
@@ -21,13 +21,13 @@ def picture(number):
 
 @pytest.fixture
 def photos(tmp_path):
-    """An image folder: 40 pictures to divide, 3 in test."""
+    """An image folder: 40 images to divide, 3 in test."""
     root = tmp_path / "photos"
     for split, numbers in (("train", range(40)), ("test", range(40, 43))):
         (root / split).mkdir(parents=True)
         rows = []
         for number in numbers:
-            (root / split / f"{number}.png").write_bytes(picture(number)["bytes"])
+            (root / split / f"{number}.png").write_bytes(image(number)["bytes"])
             labels = (["cat"] if number % 2 else ["dog"]) + (["rare"] if number < 3 else [])
             rows.append(json.dumps({"file_name": f"{number}.png", "labels": labels}) + "\n")
         (root / split / "metadata.jsonl").write_text("".join(rows))
@@ -50,7 +50,7 @@ def test_the_command_writes_a_dataset_that_loads(photos, tmp_path, capsys):
     for split in splits.values():
         for each, labels in zip(split.images["image"], split.labels.lists(as_ids=True).to_pylist(), strict=True):
             number = int(each["path"].removesuffix(".png"))
-            assert each["bytes"] == picture(number)["bytes"]
+            assert each["bytes"] == image(number)["bytes"]
             assert labels == [0 if number % 2 else 1, *([2] if number < 3 else [])]
     plain = load_dataset(str(target), split="validation", cache_dir=str(tmp_path / "cache"))
     assert plain[0]["image"].size == (8, 8) and plain.features["labels"].feature.names == names
@@ -59,7 +59,7 @@ def test_the_command_writes_a_dataset_that_loads(photos, tmp_path, capsys):
 def test_multi_hot_labels_and_unknown_survive(tmp_path):
     labels = [[1, 0, float("nan")], [0, 1, -100], [1, 1, 0], [0.0, 0, 1]] * 3
     features = Features({"image": Image(), "labels": List(Value("float32"))})
-    source = Dataset.from_dict({"image": [picture(number) for number in range(12)], "labels": labels}, features)
+    source = Dataset.from_dict({"image": [image(number) for number in range(12)], "labels": labels}, features)
     DatasetDict(train=source).save_to_disk(tmp_path / "saved")
     argv = [str(tmp_path / "saved"), str(tmp_path / "out"), "--fractions", "0.5", "0.25", "0.25"]
     assert main([*argv, "--label_names", "a", "b", "c"]) == 0

@@ -1,4 +1,4 @@
-"""Every picture once, whatever happens: results, resumed runs, and what is refused."""
+"""Every image once, whatever happens: results, resumed runs, and what is refused."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def read(output):
 
 
 def expected_labels(checkpoint, path, threshold="auto", top_k=None):
-    """One picture by itself, by the processor that the checkpoint brings."""
+    """One image by itself, by the processor that the checkpoint brings."""
     model = HSVLTForImageClassification.from_pretrained(checkpoint).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
     with torch.no_grad():
@@ -70,33 +70,33 @@ def expected_labels(checkpoint, path, threshold="auto", top_k=None):
 
 @pytest.mark.parametrize("file_format", ["parquet", "jsonl"])
 def test_a_folder_tree(file_format, checkpoint, tmp_path, capsys):
-    pictures, output = tmp_path / "pictures", tmp_path / "out"
-    draw(pictures, 11)
-    (pictures / "1" / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
-    (pictures / "notes.txt").write_text("no picture")
-    command = [str(checkpoint), str(pictures), str(output), "--format", file_format, "--num_workers", "0"]
+    images, output = tmp_path / "images", tmp_path / "out"
+    draw(images, 11)
+    (images / "1" / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
+    (images / "notes.txt").write_text("no image")
+    command = [str(checkpoint), str(images), str(output), "--format", file_format, "--num_workers", "0"]
     command += ["--batch_size", "4", "--part_size", "5"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "12 pictures, 12 of them to be tagged" in printed and "bottleneck" in printed
+    assert "12 images, 12 of them to be tagged" in printed and "bottleneck" in printed
     found = read(output)
     assert set(found) == {*(f"{n % 3}/{n}.png" for n in range(11)), "1/broken.jpg"}
     for name in ("0/0.png", "1/10.png"):
-        wanted = expected_labels(checkpoint, pictures / name)
+        wanted = expected_labels(checkpoint, images / name)
         assert found[name]["labels"] == [label["label"] for label in wanted] and found[name]["error"] is None
         assert found[name]["scores"] == pytest.approx([label["score"] for label in wanted], abs=1e-5)
     assert len({tuple(record["labels"] or ()) for record in found.values()}) > 2
     broken = found["1/broken.jpg"]
     assert broken["labels"] is None and "broken.jpg" in broken["error"]
     (line,) = (output / "unreadable.txt").read_text().splitlines()
-    assert line.split("\t")[0] == str(pictures / "1" / "broken.jpg")
-    assert open_source(str(output / "unreadable.txt")).keys == [str(pictures / "1" / "broken.jpg")]
+    assert line.split("\t")[0] == str(images / "1" / "broken.jpg")
+    assert open_source(str(output / "unreadable.txt")).keys == [str(images / "1" / "broken.jpg")]
 
     # Again: only what is new.
-    draw(pictures, 2, first=11)
+    draw(images, 2, first=11)
     before = {part.name: part.read_bytes() for part in output.glob("part-*")}
     assert main(command) == 0
-    assert "14 pictures, 2 of them to be tagged" in capsys.readouterr().out
+    assert "14 images, 2 of them to be tagged" in capsys.readouterr().out
     assert len(read(output)) == 14
     assert all((output / name).read_bytes() == content for name, content in before.items())
 
@@ -108,17 +108,17 @@ def test_a_folder_tree(file_format, checkpoint, tmp_path, capsys):
 
 
 def test_a_list_and_a_data_set(checkpoint, tmp_path):
-    pictures = tmp_path / "pictures"
-    draw(pictures, 4)
-    names = ["pictures/0/3.png", str(pictures / "1" / "1.png"), "pictures/gone.png"]
+    images = tmp_path / "images"
+    draw(images, 4)
+    names = ["images/0/3.png", str(images / "1" / "1.png"), "images/gone.png"]
     (tmp_path / "list.txt").write_text("\n".join([*names, "", names[0]]))
     options = ["--num_workers", "0", "--threshold", "0"]
     assert main([str(checkpoint), str(tmp_path / "list.txt"), str(tmp_path / "listed"), *options]) == 0
     listed = read(tmp_path / "listed")
-    assert set(listed) == set(names) and "does not exist" in listed["pictures/gone.png"]["error"]
+    assert set(listed) == set(names) and "does not exist" in listed["images/gone.png"]["error"]
     assert len(listed[names[0]]["labels"]) == len(NAMES)
 
-    rows = Dataset.from_dict({"photo": [str(pictures / "0" / "3.png"), None, str(pictures / "1" / "1.png")]})
+    rows = Dataset.from_dict({"photo": [str(images / "0" / "3.png"), None, str(images / "1" / "1.png")]})
     rows.cast_column("photo", Image()).save_to_disk(tmp_path / "saved")
     command = [str(checkpoint), str(tmp_path / "saved"), str(tmp_path / "rows"), *options]
     assert main(command) == 2  # no column "image"
@@ -130,15 +130,15 @@ def test_a_list_and_a_data_set(checkpoint, tmp_path):
 
 
 def test_what_cannot_be_done_is_said(checkpoint, tmp_path, capsys):
-    draw(tmp_path / "pictures", 1)
+    draw(tmp_path / "images", 1)
     (tmp_path / "empty").mkdir()
     output = tmp_path / "out"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "part-0001-0000-000000.jsonl").write_text("")
     for source, target, message in (
-        ("empty", output, "holds no pictures"),
+        ("empty", output, "holds no images"),
         ("gone", output, "does not exist"),
-        ("pictures", tmp_path / "other", "is of no known run"),
+        ("images", tmp_path / "other", "is of no known run"),
     ):
         assert main([str(checkpoint), str(tmp_path / source), str(target), "--num_workers", "0"]) == 2
         assert message in capsys.readouterr().err
@@ -153,7 +153,7 @@ def hold_lock(folder, ready):
 
 
 def test_two_runs_do_not_share_a_folder(checkpoint, tmp_path, capsys):
-    draw(tmp_path / "pictures", 1)
+    draw(tmp_path / "images", 1)
     output, ready = tmp_path / "out", tmp_path / "ready"
     output.mkdir()
     holder = os.fork()
@@ -165,7 +165,7 @@ def test_two_runs_do_not_share_a_folder(checkpoint, tmp_path, capsys):
     try:
         while not ready.exists():
             time.sleep(0.01)
-        command = [str(checkpoint), str(tmp_path / "pictures"), str(output), "--num_workers", "0"]
+        command = [str(checkpoint), str(tmp_path / "images"), str(output), "--num_workers", "0"]
         assert main(command) == 2
         assert "Another run is writing" in capsys.readouterr().err
     finally:
@@ -215,27 +215,27 @@ for processes, until in ((1, 2), (2, 3), (3, 2), (2, None)):
 
 
 @pytest.mark.slow
-def test_2000_pictures_in_a_run_killed_three_times(checkpoint, tmp_path):
-    pictures, output = tmp_path / "pictures", tmp_path / "out"
+def test_2000_images_in_a_run_killed_three_times(checkpoint, tmp_path):
+    images, output = tmp_path / "images", tmp_path / "out"
     scenes = SceneDataset(2000, image_size=32, min_size=8, max_size=16)
     for number in range(len(scenes)):
-        (pictures / str(number % 7)).mkdir(parents=True, exist_ok=True)
-        scenes[number]["image"].save(pictures / str(number % 7) / f"{number:04d}.png", compress_level=1)
+        (images / str(number % 7)).mkdir(parents=True, exist_ok=True)
+        scenes[number]["image"].save(images / str(number % 7) / f"{number:04d}.png", compress_level=1)
     for number in (5, 1500):
-        path = next(pictures.glob(f"*/{number:04d}.png"))
+        path = next(images.glob(f"*/{number:04d}.png"))
         path.write_bytes(path.read_bytes()[:200])
-    options = [str(checkpoint), str(pictures), str(output), "--batch_size", "16", "--part_size", "64"]
+    options = [str(checkpoint), str(images), str(output), "--batch_size", "16", "--part_size", "64"]
     command = [sys.executable, "-c", DRIVER, str(output), *options, "--num_workers", "1", "--threshold", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("killed with") == 3
-    found = read(output)  # which fails where a picture has two records
-    assert set(found) == {path.relative_to(pictures).as_posix() for path in pictures.glob("*/*.png")}
+    found = read(output)  # which fails where an image has two records
+    assert set(found) == {path.relative_to(images).as_posix() for path in images.glob("*/*.png")}
     assert len(found) == 2000 and sum(record["error"] is not None for record in found.values()) == 2
     assert len((output / "unreadable.txt").read_text().splitlines()) == 2
-    # What several processes and broken runs found is what one picture by itself gives.
+    # What several processes and broken runs found is what one image by itself gives.
     for number in (0, 777, 1999):
         (name,) = (name for name in found if name.endswith(f"{number:04d}.png"))
-        wanted = expected_labels(checkpoint, pictures / name, threshold=0.0)
+        wanted = expected_labels(checkpoint, images / name, threshold=0.0)
         assert found[name]["scores"] == pytest.approx([label["score"] for label in wanted], abs=1e-5)

@@ -87,7 +87,7 @@ def test_the_loss_falls_and_everything_is_logged(finished):
     assert [line["step"] for line in steps] == list(range(1, 13))
     losses = [line["train/loss"] for line in steps]
     assert np.mean(losses[-3:]) < 0.98 * np.mean(losses[:3])
-    assert all(line["train/grad_norm"] > 0 and line["train/pictures_per_second"] > 0 for line in steps)
+    assert all(line["train/grad_norm"] > 0 and line["train/images_per_second"] > 0 for line in steps)
     rates = [line["train/learning_rate"] for line in steps]
     warmup = [3e-3 * step / 3 for step in range(3)]
     cosine = [3e-3 * 0.5 * (1 + np.cos(np.pi * step / 9)) for step in range(9)]
@@ -366,7 +366,7 @@ def test_fp16_steps_that_overflow_count_for_nothing_and_the_scale_is_resumed(rec
     assert {float(value) for name, value in tensors.items() if name.endswith(".step")} == {12.0 - overflows}
     assert state["scheduler"]["last_epoch"] == tensors["ema.n_averaged"] == 12 - overflows
     assert state["progress"]["step"] == 12 and state["scaler"]["scale"] == before
-    assert state["progress"]["skipped_steps"] == 0, "an overflow is no fault of a picture"
+    assert state["progress"]["skipped_steps"] == 0, "an overflow is no fault of an image"
 
     with monkeypatch.context() as patch:
         interrupt(patch, 7, at_once)
@@ -458,13 +458,13 @@ def test_accelerate_launch_runs_the_command(recipe, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
     result = launch([*command, "-m", "training.train", recipe, "--output_dir", str(tmp_path / "run"), "--epochs", "1"])
     assert result.returncode == 0, result.stderr
-    assert "steps of 8 pictures on 1 x cpu" in result.stdout and (tmp_path / "run" / "best").exists()
+    assert "steps of 8 images on 1 x cpu" in result.stdout and (tmp_path / "run" / "best").exists()
 
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(recipe, tmp_path):
-    """45 pictures by 4 on two processes and by 8 on one: the same loss curve to rounding, though the last batch is
-    uneven (5 pictures: 4 and 1); and the same metrics of one model on 23 pictures."""
+    """45 images by 4 on two processes and by 8 on one: the same loss curve to rounding, though the last batch is
+    uneven (5 images: 4 and 1); and the same metrics of one model on 23 images."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml")]
     command += ["--main_process_port", free_port()]
@@ -476,7 +476,7 @@ def test_two_processes_train_like_one(recipe, tmp_path):
         ACCELERATE_USE_CPU="true",
     )
     assert result.returncode == 0, result.stderr
-    assert "12 steps of 8 pictures on 2 x cpu" in result.stdout
+    assert "12 steps of 8 images on 2 x cpu" in result.stdout
     assert main([recipe, "--output_dir", str(single), "--batch_size", "8", *options]) == 0
     curves = [
         [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in log_of(run) if "train/loss" in line]

@@ -1,4 +1,4 @@
-"""A checkpoint of a few kilobytes and a folder of pictures that it can be run on."""
+"""A checkpoint of a few kilobytes and a folder of images that it can be run on."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 NAMES = ["dog", "cat", "tv monitor"]
-PICTURE_LABELS = [["cat"], [], ["dog", "tv monitor"], ["cat", "dog"], ["tv monitor"], ["dog"], ["cat"]]
+IMAGE_LABELS = [["cat"], [], ["dog", "tv monitor"], ["cat", "dog"], ["tv monitor"], ["dog"], ["cat"]]
 
 
 def tiny_model(names=NAMES, **overrides):
@@ -21,7 +21,7 @@ def tiny_model(names=NAMES, **overrides):
         "nano", backbone_config=backbone, label_embedding_dim=8, id2label=dict(enumerate(names)), **overrides
     )
     model = HSVLTForImageClassification(config).eval()
-    with torch.no_grad():  # scores that differ from picture to picture
+    with torch.no_grad():  # scores that differ from image to image
         for parameter in model.classifier.parameters():
             parameter.normal_(std=3.0)
     return model
@@ -35,7 +35,7 @@ def save_checkpoint(folder: Path, names=NAMES) -> HSVLTForImageClassification:
     return model
 
 
-def save_pictures(folder: Path, labels=PICTURE_LABELS, names=NAMES, split="validation") -> None:
+def save_images(folder: Path, labels=IMAGE_LABELS, names=NAMES, split="validation") -> None:
     """An image folder whose labels.txt holds `names`, or has none if that is None."""
     (folder / split).mkdir(parents=True)
     for number in range(len(labels)):

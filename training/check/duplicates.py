@@ -1,7 +1,7 @@
-"""Pictures that show the same: equal files, and copies that were resized or encoded again.
+"""Images that show the same: equal files, and copies that were resized or encoded again.
 
-A picture is reduced to a perceptual hash of 64 bits, which an index compares without looking at all pairs, and a
-thumbnail of 8 x 8 pixels, which confirms what the hash suggests: flat pictures share hashes, not colours.
+An image is reduced to a perceptual hash of 64 bits, which an index compares without looking at all pairs, and a
+thumbnail of 8 x 8 pixels, which confirms what the hash suggests: flat images share hashes, not colours.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from modeling_hsvlt.processing_multilabel import load_image
 # Chosen on the photographs of VOC and COCO and on copies made of them, see tests/training/check/test_duplicates.py.
 MAX_DISTANCE = 6  # bits of 64
 MAX_DIFFERENCE = 12.0  # mean absolute difference of thumbnails, of 255
-LARGEST_BUCKET = 256  # pictures of one key that each is compared with, the nearest in brightness
+LARGEST_BUCKET = 256  # images of one key that each is compared with, the nearest in brightness
 _BITS_SET = np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uint8)
 
 
 class Fingerprint(NamedTuple):
-    """What is kept of a picture: 216 bytes."""
+    """What is kept of an image: 216 bytes."""
 
     digest: bytes  # BLAKE2b of the file, 16 bytes
     phash: int  # perceptual hash, 64 bits
@@ -35,7 +35,7 @@ class Fingerprint(NamedTuple):
 
 
 class Fingerprints(NamedTuple):
-    """Fingerprints of `n` pictures as arrays."""
+    """Fingerprints of `n` images as arrays."""
 
     digests: list[bytes]
     phashes: np.ndarray  # (n,) uint64
@@ -49,7 +49,7 @@ class Fingerprints(NamedTuple):
 
 
 def fingerprint(image: dict, max_pixels: int) -> Fingerprint:
-    """Decodes a picture in full, JPEGs at reduced size, and reduces it.
+    """Decodes an image in full, JPEGs at reduced size, and reduces it.
 
     Args:
         image: An undecoded `datasets.Image`: `path`, `bytes`.
@@ -60,16 +60,16 @@ def fingerprint(image: dict, max_pixels: int) -> Fingerprint:
         OSError: the file cannot be opened.
     """
     data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
-    picture = load_image({"bytes": data, "path": image.get("path")}, max_pixels=max_pixels, size_hint=64)
-    small = picture.resize((32, 32), Image.Resampling.BOX, reducing_gap=None)
+    image = load_image({"bytes": data, "path": image.get("path")}, max_pixels=max_pixels, size_hint=64)
+    small = image.resize((32, 32), Image.Resampling.BOX, reducing_gap=None)
     thumbnail = small.resize((8, 8), Image.Resampling.BOX).tobytes()
     return Fingerprint(hashlib.blake2b(data, digest_size=16).digest(), perceptual_hash(small), thumbnail)
 
 
-def perceptual_hash(picture: Image.Image) -> int:
+def perceptual_hash(image: Image.Image) -> int:
     """The DCT hash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010 (pHash): which
-    of the 8 x 8 lowest frequencies of the 32 x 32 grey picture lie above their median, as 64 bits."""
-    grey = np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
+    of the 8 x 8 lowest frequencies of the 32 x 32 grey image lie above their median, as 64 bits."""
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
     low = dctn(grey)[:8, :8]
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
@@ -80,12 +80,12 @@ def near_pairs(
     max_distance: int = MAX_DISTANCE,
     max_difference: float = MAX_DIFFERENCE,
 ) -> np.ndarray:
-    """Pairs of pictures whose hashes differ in at most `max_distance` bits and whose thumbnails look alike.
+    """Pairs of images whose hashes differ in at most `max_distance` bits and whose thumbnails look alike.
 
     The 64 bits are cut into `max_distance` + 2 bands. At most `max_distance` bands hold a difference, so that two are
-    equal: pictures are sorted by the bits of each two bands in turn and compared within equal keys (Manku, Jain and Das
-    Sarma, "Detecting Near-Duplicates for Web Crawling", WWW 2007). Of more than `LARGEST_BUCKET` pictures with one key
-    each is compared with those nearest in brightness only, which keeps the cost in bounds whatever the pictures are.
+    equal: images are sorted by the bits of each two bands in turn and compared within equal keys (Manku, Jain and Das
+    Sarma, "Detecting Near-Duplicates for Web Crawling", WWW 2007). Of more than `LARGEST_BUCKET` images with one key
+    each is compared with those nearest in brightness only, which keeps the cost in bounds whatever the images are.
 
     Args:
         phashes: (n,) uint64.
@@ -126,8 +126,8 @@ def near_pairs(
 def group_duplicates(
     prints: Fingerprints, max_distance: int = MAX_DISTANCE, max_difference: float = MAX_DIFFERENCE
 ) -> list[np.ndarray]:
-    """Groups of pictures that are equal or near, also by way of others; each the rising indices of at least two."""
-    # Equal pictures, perhaps many thousand white ones, enter the index once.
+    """Groups of images that are equal or near, also by way of others; each the rising indices of at least two."""
+    # Equal images, perhaps many thousand white ones, enter the index once.
     seen: dict[bytes, int] = {}
     records = zip(prints.phashes.tolist(), map(bytes, prints.thumbnails), strict=True)
     item = np.array([seen.setdefault(record, len(seen)) for record in records], dtype=np.int64)

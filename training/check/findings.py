@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: unreadable pictures, labels that cannot be learned or measured, duplicates."""
+"""What can be wrong with a data set: unreadable images, labels that cannot be learned or measured, duplicates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 from modeling_hsvlt.processing_multilabel import MAX_PIXELS
 
-from ..data.leave_out import picture_name
+from ..data.leave_out import image_name
 from ..data.sparse_labels import SparseLabels
 from .duplicates import (
     MAX_DIFFERENCE,
@@ -47,10 +47,10 @@ class Finding:
     examples: list
 
 
-def inspect_pictures(
+def inspect_images(
     splits: dict[str, Dataset], *, max_pixels: int = MAX_PIXELS, num_workers: int = 1
 ) -> tuple[dict[str, list[str]], dict[tuple[str, int], Fingerprint], list[Finding]]:
-    """Decodes every picture in full, with a progress bar.
+    """Decodes every image in full, with a progress bar.
 
     Args:
         splits: Column `image`, not decoded.
@@ -58,7 +58,7 @@ def inspect_pictures(
         num_workers: Threads (decoding releases Python's lock).
 
     Returns:
-        The file names of each split, the fingerprints of readable pictures by (split, row), and what is missing,
+        The file names of each split, the fingerprints of readable images by (split, row), and what is missing,
         oversized, corrupt, or decodes with a warning.
     """
     thread = threading.local()
@@ -73,7 +73,7 @@ def inspect_pictures(
     def decode(image: dict | None) -> Fingerprint | tuple[str, str]:
         try:
             if image is None or (image.get("bytes") is None and not image.get("path")):
-                return "missing", "the row holds no picture"
+                return "missing", "the row holds no image"
             return fingerprint(image, max_pixels)
         except OSError as error:
             return "missing", str(error)
@@ -89,16 +89,16 @@ def inspect_pictures(
         with (
             warnings.catch_warnings(),
             ThreadPoolExecutor(max(num_workers, 1)) as pool,
-            tqdm(total=len(column), desc=f"Checking pictures of {name}", unit="img") as progress,
+            tqdm(total=len(column), desc=f"Checking images of {name}", unit="img") as progress,
         ):
-            warnings.simplefilter("always")  # of each picture, not of the first
+            warnings.simplefilter("always")  # of each image, not of the first
             warnings.showwarning = hear  # in the thread that decodes; what `catch_warnings` records is of all of them
             for start in range(0, len(column), 256):  # `pool.map` would queue the bytes of a whole data set
-                pictures = column[start : start + 256]["image"]
-                looks = zip(pictures, pool.map(look, pictures), strict=True)
+                images = column[start : start + 256]["image"]
+                looks = zip(images, pool.map(look, images), strict=True)
                 for row, (image, (seen, warned)) in enumerate(looks, start):
                     progress.update()
-                    names[name].append(picture_name(image))
+                    names[name].append(image_name(image))
                     if isinstance(seen, Fingerprint):
                         prints[name, row] = seen
                         seen = ("doubtful", "; ".join(warned)) if warned else None
@@ -109,16 +109,16 @@ def inspect_pictures(
         names,
         prints,
         [
-            Finding("rows_without_a_picture", True, "The picture of a row is not there.", failures["missing"]),
-            Finding("corrupt_pictures", True, "They cannot be decoded; replace them.", failures["corrupt"]),
+            Finding("rows_without_a_image", True, "The image of a row is not there.", failures["missing"]),
+            Finding("corrupt_images", True, "They cannot be decoded; replace them.", failures["corrupt"]),
             Finding(
-                "oversized_pictures",
+                "oversized_images",
                 True,
                 f"They have more than {max_pixels:,} pixels, which may be an attack on memory; shrink them.",
                 failures["oversized"],
             ),
             Finding(
-                "pictures_that_decode_with_a_warning",
+                "images_that_decode_with_a_warning",
                 False,
                 "Part of the file is damaged or odd; look at them, and save them anew where they are right.",
                 failures["doubtful"],
@@ -153,7 +153,7 @@ def check_labels(
             soft += [{"split": name, "row": row} for row in np.unique(rows[between]).tolist()]
         positives = of_split.positives()
         if not positives.any():
-            nothing.append(f"{name}: no picture shows any label")
+            nothing.append(f"{name}: no image shows any label")
         absent += [f"{label_names[label]}: absent from {name}" for label in np.flatnonzero(positives == 0).tolist()]
     wanted = [f"there is no split {name!r}" for name in ("train", "validation") if name not in labels]
     few = []
@@ -168,9 +168,9 @@ def check_labels(
         Finding("splits_without_a_positive", True, "There is nothing to learn or to measure.", nothing),
         Finding("soft_labels_to_measure", True, "Only train may hold labels between 0 and 1.", soft),
         Finding("labels_absent_from_a_split", False, "They are not learned, or not measured.", absent),
-        Finding("labels_with_few_positives", False, "Fewer than 20 pictures of train show them.", few),
-        Finding("pictures_without_a_label", False, "Right if they show none; else they teach mistakes.", without),
-        Finding("pictures_with_nothing_known", False, "All their labels are unknown; they teach nothing.", unknown),
+        Finding("labels_with_few_positives", False, "Fewer than 20 images of train show them.", few),
+        Finding("images_without_a_label", False, "Right if they show none; else they teach mistakes.", without),
+        Finding("images_with_nothing_known", False, "All their labels are unknown; they teach nothing.", unknown),
         Finding(
             "names_that_may_mean_the_same",
             False,
@@ -190,7 +190,7 @@ def find_duplicates(
     label_names: list[str],
     max_distance: int = MAX_DISTANCE,
 ) -> list[dict]:
-    """Groups of pictures that show the same, those with the most members first.
+    """Groups of images that show the same, those with the most members first.
 
     Returns:
         Dictionaries: `members` (split, row, file, labels, and of each whether it `matches` the first by itself, not
@@ -253,14 +253,14 @@ def duplicate_findings(duplicates: list[dict]) -> list[Finding]:
         Finding(
             "duplicates_with_other_labels",
             False,
-            "The same picture is labelled in two ways; decide which is right.",
+            "The same image is labelled in two ways; decide which is right.",
             [f"{words(group)}: {', '.join(group['conflicts'])}" for group in conflicts],
         ),
     ]
 
 
 def exclusions(findings: list[Finding], duplicates: list[dict]) -> list[tuple[str, int, str, str]]:
-    """The rows for exclude.txt: unreadable pictures, and copies of a picture that stays."""
+    """The rows for exclude.txt: unreadable images, and copies of an image that stays."""
     entries = {}
     for group in duplicates:
         first, *copies = group["members"]
@@ -271,7 +271,7 @@ def exclusions(findings: list[Finding], duplicates: list[dict]) -> list[tuple[st
                     reason += f", labels differ in {', '.join(group['conflicts'])}"
                 entries[copy["split"], copy["row"]] = copy["file"], reason
     for finding in findings:
-        if finding.kind in ("rows_without_a_picture", "corrupt_pictures", "oversized_pictures"):
+        if finding.kind in ("rows_without_a_image", "corrupt_images", "oversized_images"):
             for member in finding.examples:
                 if isinstance(member, dict):
                     entries[member["split"], member["row"]] = member["file"], member["reason"]

@@ -55,7 +55,7 @@ def plot_imbalance(positives: dict[str, np.ndarray], label_names: list[str], pat
     ticks = [tick for tick in axes.get_yticks() if 1 <= tick <= 2 * max(counts.max(), 1)]
     axes.set_yticks([0.6, *ticks], ["0", *(f"{tick:,.0f}" for tick in ticks)])
     axes.minorticks_off()
-    axes.set_ylabel("pictures that show the label")
+    axes.set_ylabel("images that show the label")
     axes.set_xlim(-0.8, len(counts) - 0.2)
     if named:
         axes.set_xticks(range(len(counts)), [label_names[label] for label in order], rotation=90, fontsize=7)

@@ -1,6 +1,6 @@
 """Training-time augmentation of whole batches, on the device the batch is on, with kornia.
 
-Every random number comes from torch's CPU generator, so that a seed gives the same pictures on a CPU and on a GPU.
+Every random number comes from torch's CPU generator, so that a seed gives the same images on a CPU and on a GPU.
 """
 
 import difflib
@@ -66,7 +66,7 @@ RAND_AUGMENT_OPERATIONS = {
 class RandAugment(nn.Module):
     """RandAugment as in the `randaugment` 1.0.2 package, which the official HSVLT run used.
 
-    Each picture draws an ordered pair of operations, each with a magnitude index 1 to 9 (of 9), and applies each with
+    Each image draws an ordered pair of operations, each with a magnitude index 1 to 9 (of 9), and applies each with
     probability 0.5. kornia's own `RandAugment` draws one pair for the whole batch and a fixed magnitude, so only its
     operations are used here. Differences from the package: bilinear instead of nearest sampling, and shear and
     translation go either way (rotation turns one way only, as published).
@@ -90,7 +90,7 @@ class RandAugment(nn.Module):
 
 
 class BatchAugmentation(nn.Module):
-    """Pictures first, one by one; then mixup between the pictures of the batch. See `build_augmentation`."""
+    """Images first, one by one; then mixup between the images of the batch. See `build_augmentation`."""
 
     def __init__(self, steps: list[nn.Module], mixup: float):
         super().__init__()
@@ -133,15 +133,15 @@ def build_augmentation(
     """Build the augmentation of a training batch.
 
     Arguments:
-        image_size: side of the square pictures, px.
+        image_size: side of the square images, px.
         horizontal_flip: probability of mirroring. Right for photographs; 0 for what has a reading direction, such as
             digits, letters or road signs.
         crop_scale: share of the area that a random crop keeps, enlarged back to `image_size`; None for no crop. The
-            default is HSVLT's: a harder crop may cut a labelled object out of the picture.
+            default is HSVLT's: a harder crop may cut a labelled object out of the image.
         crop_ratio: width by height of the crop, before it is squashed to a square.
         color_jitter: brightness, contrast and saturation change by a factor of up to 1 +/- this, hue by a tenth of it.
-        rand_augment: two random operations on each picture, see `RandAugment`.
-        random_erasing: probability that a grey box over 2 to 20 % of the area hides part of the picture.
+        rand_augment: two random operations on each image, see `RandAugment`.
+        random_erasing: probability that a grey box over 2 to 20 % of the area hides part of the image.
         mixup: alpha of the Beta distribution; 0 for none. Labels become soft.
 
     Returns:

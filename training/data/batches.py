@@ -25,7 +25,7 @@ def normalize_pixels(pixel_values: torch.Tensor, processor) -> torch.Tensor:
 
 
 class SparseBatch:
-    """Labels of a batch of which nearly all are 0, on their way to the device: a few hundred bytes a picture, whatever
+    """Labels of a batch of which nearly all are 0, on their way to the device: a few hundred bytes an image, whatever
     the number of labels. `DataLoader` pins it and accelerate moves it as they do with a tensor.
 
     Args:

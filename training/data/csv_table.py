@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .rows import SPLIT_ALIASES, ListedOnce, PictureFiles, Table, check_policies, line_namer, refuse_or_skip
+from .rows import SPLIT_ALIASES, ImageFiles, ListedOnce, Table, check_policies, line_namer, refuse_or_skip
 
 # What the column of file names is called where it is not what the caller said; the first is imagefolder's.
 _FILE_COLUMNS = ("file_name", "filename", "image", "path")
@@ -41,31 +41,31 @@ def read_csv_tables(
     image_column: str = "image",
     label_column: str = "labels",
     label_columns: Sequence[str] | None = None,
-    picture_folder: str | Path | None = None,
-    unlisted_pictures: str = "error",
-    missing_pictures: str = "error",
+    image_folder: str | Path | None = None,
+    unlisted_images: str = "error",
+    missing_images: str = "error",
 ) -> Table:
-    """Reads CSV files (UTF-8, comma; `.tsv`: tab) with a header, one row a picture.
+    """Reads CSV files (UTF-8, comma; `.tsv`: tab) with a header, one row an image.
 
     Args:
         tables: By split; a table of the split "" may name the split of each row in a column `split`, else it is train.
         image_column: The column of file names; where it is missing `file_name`, `filename`, `image` or `path`.
         label_column: The column of texts, labels divided by a separator.
         label_columns: One column a label; where neither they nor `label_column` exist, all columns but file and split.
-        picture_folder: Where file names start; None: the folder of each table.
-        unlisted_pictures, missing_pictures: As in `image_folder.read_image_folders`.
+        image_folder: Where file names start; None: the folder of each table.
+        unlisted_images, missing_images: As in `image_folder.read_image_folders`.
 
     Returns:
-        The splits as text columns, pictures as whole paths; rows are named by file, line, picture.
+        The splits as text columns, images as whole paths; rows are named by file, line, image.
 
     Raises:
-        ValueError: no such column, a line with more or fewer cells than the header, a picture named twice, a picture
+        ValueError: no such column, a line with more or fewer cells than the header, an image named twice, an image
             that does not exist; with file and line.
     """
-    check_policies(unlisted_pictures, missing_pictures)
+    check_policies(unlisted_images, missing_images)
     columns: dict[str, dict[str, list[str]]] = {}  # of each split
     row_names: dict[str, tuple[Path, list[int], list[str]]] = {}  # a split is in one table
-    files: dict[Path, PictureFiles] = {}  # of each folder of pictures
+    files: dict[Path, ImageFiles] = {}  # of each folder of images
     left_out = []
     kept = first_header = file_column = None
     aliases = [SPLIT_ALIASES.get(table, table) for table in tables]
@@ -73,7 +73,7 @@ def read_csv_tables(
         if aliases.count(alias) > 1 or (len(aliases) > 1 and not table):
             raise ValueError(f"{tables[table]} is not the only table for its split; keep one table a split.")
     for table, path in tables.items():
-        root = Path(picture_folder) if picture_folder is not None else path.parent
+        root = Path(image_folder) if image_folder is not None else path.parent
         header, rows = _read_rows(path)
         if kept is None:
             first_header = header
@@ -95,12 +95,12 @@ def read_csv_tables(
         of_file, of_kept = header.index(file_column), [header.index(name) for name in kept]
         of_split = header.index(_SPLIT_COLUMN) if not table and _SPLIT_COLUMN in header else None
         if root not in files:
-            files[root] = PictureFiles(root)
+            files[root] = ImageFiles(root)
         once, missing = ListedOnce(), []
         for line, row in rows:
             file_name = posixpath.normpath(row[of_file].strip().replace("\\", "/")) if row[of_file].strip() else ""
             if not file_name:
-                raise ValueError(f"{path}, line {line} names no picture in {file_column!r}; add it or delete the line.")
+                raise ValueError(f"{path}, line {line} names no image in {file_column!r}; add it or delete the line.")
             once.add(file_name, f"{path}, line {line}", f"line {line}")
             split = table or "train"
             if of_split is not None and not (split := row[of_split].strip()):
@@ -117,24 +117,24 @@ def read_csv_tables(
             numbers.append(line)
             names.append(file_name)
         left_out += refuse_or_skip(
-            "missing_picture",
+            "missing_image",
             missing,
-            missing_pictures,
+            missing_images,
             str(path),
             "names",
-            f"that {root} does not hold; add the pictures, take the rows out, or pass missing_pictures='skip'.",
+            f"that {root} does not hold; add the images, take the rows out, or pass missing_images='skip'.",
         )
-    for root, pictures in files.items():
+    for root, images in files.items():
         left_out += refuse_or_skip(
-            "unlisted_picture",
-            [("", name) for name in pictures.unlisted()],
-            unlisted_pictures,
+            "unlisted_image",
+            [("", name) for name in images.unlisted()],
+            unlisted_images,
             str(root),
             "holds",
-            "without a row in a table; add rows, take the pictures out, or pass unlisted_pictures='skip'.",
+            "without a row in a table; add rows, take the images out, or pass unlisted_images='skip'.",
         )
     if not columns:
-        raise ValueError(f"{', '.join(map(str, tables.values()))} holds no row with a picture; add some.")
+        raise ValueError(f"{', '.join(map(str, tables.values()))} holds no row with an image; add some.")
     return Table(
         {name: Dataset.from_dict(of_split) for name, of_split in columns.items()},
         {name: line_namer(*of_split) for name, of_split in row_names.items()},
@@ -160,7 +160,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
     if not rows:
-        raise ValueError(f"{path} is empty; write a header and one line a picture.")
+        raise ValueError(f"{path} is empty; write a header and one line an image.")
     header = [name.strip() for name in rows[0][1]]
     for name in header:
         if not name or header.count(name) > 1:

@@ -1,4 +1,4 @@
-"""Pictures and labels on their way into a model: any multi-label dataset in, uniform batches out.
+"""Images and labels on their way into a model: any multi-label dataset in, uniform batches out.
 
 `load` (`load.py`) reads and checks, `MultiLabelDataset` decodes and resizes, `MultiLabelCollator`
 (`batches.py`) batches. Labels stay sparse, ten thousand of them if need be, up to the device, where `to_dense()` makes
@@ -22,8 +22,8 @@ from .rows import Split
 from .scenes import SceneSplit
 
 
-class PictureResizer:
-    """Pictures as uint8 tensors (3, height, width) at the size of `processor`; `margin` as in `MultiLabelDataset`."""
+class ImageResizer:
+    """Images as uint8 tensors (3, height, width) at the size of `processor`; `margin` as in `MultiLabelDataset`."""
 
     def __init__(self, processor, margin: float = 0.0):
         self.image_processor = getattr(processor, "image_processor", processor)
@@ -44,7 +44,7 @@ class PictureResizer:
 
 
 class MultiLabelDataset(torch.utils.data.Dataset):
-    """Map-style dataset of decoded, resized pictures and their labels, one dictionary a picture:
+    """Map-style dataset of decoded, resized images and their labels, one dictionary an image:
 
     - `pixel_values` (3, height, width) uint8: resized, not yet normalised, so that augmentation and `normalize_pixels`
       run on whole batches on the device;
@@ -56,17 +56,17 @@ class MultiLabelDataset(torch.utils.data.Dataset):
         split: Of `load`; `set_epoch` is passed on to one that changes every epoch.
         label_names: The vocabulary in class order.
         processor: A `MultiLabelProcessor`, or any image processor of transformers.
-        margin: 0: the processor's own resizing and cropping, pixel for pixel. Above 0, for training: the whole picture
+        margin: 0: the processor's own resizing and cropping, pixel for pixel. Above 0, for training: the whole image
             is resized (never cropped) to the processor's size enlarged by this fraction, which leaves room for a random
             crop on the device while no label's object is lost before it; large JPEGs are decoded at reduced size.
-        cache_images: "memory" decodes every picture once, here, and keeps the resized pixels (3 * height * width bytes
-            each; 3,633 pictures at 144 px are 226 MB). None decodes on every access.
+        cache_images: "memory" decodes every image once, here, and keeps the resized pixels (3 * height * width bytes
+            each; 3,633 images at 144 px are 226 MB). None decodes on every access.
         num_workers: Threads that fill the cache.
         partial_labels: Options of `SparseLabels.partially_known`, which hides labels that are known, for experiments
             with partly labelled data; a training split only.
 
     Raises:
-        ValueError: a picture that cannot be read, naming the row and file.
+        ValueError: an image that cannot be read, naming the row and file.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MultiLabelDataset(torch.utils.data.Dataset):
         partial_labels: dict | None = None,
     ):
         self.label_names = list(label_names)
-        self._resize = PictureResizer(processor, margin)
+        self._resize = ImageResizer(processor, margin)
         self.image_processor = self._resize.image_processor
         if split.labels is None and (partial_labels or cache_images):
             what = (
@@ -127,7 +127,7 @@ class MultiLabelDataset(torch.utils.data.Dataset):
             return self._read(index, self.split[index]["image"])
 
         with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-            for index, pixels in enumerate(tqdm(pool.map(read, rows), "Caching pictures", len(rows), unit="img")):
+            for index, pixels in enumerate(tqdm(pool.map(read, rows), "Caching images", len(rows), unit="img")):
                 if cache is None:
                     cache = torch.empty((len(self), *pixels.shape), dtype=pixels.dtype)
                 cache[index] = pixels

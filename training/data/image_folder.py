@@ -1,7 +1,7 @@
-"""Reads an `imagefolder`: pictures beside a `metadata.jsonl` of `{"file_name": ..., "labels": [...]}` rows, and a
+"""Reads an `imagefolder`: images beside a `metadata.jsonl` of `{"file_name": ..., "labels": [...]}` rows, and a
 `labels.txt`.
 
-`datasets.load_dataset("imagefolder")` drops a picture without a row silently, keeps a row without a picture until it is
+`datasets.load_dataset("imagefolder")` drops an image without a row silently, keeps a row without an image until it is
 read, and names no line; here each is told with file and line before anything is trained.
 """
 
@@ -14,37 +14,37 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset, Features, Image
 
-from .rows import SPLIT_ALIASES, ListedOnce, PictureFiles, Table, check_policies, line_namer, refuse_or_skip
+from .rows import SPLIT_ALIASES, ImageFiles, ListedOnce, Table, check_policies, line_namer, refuse_or_skip
 
-MAX_ROW = 2**24  # letters of a row of metadata.jsonl: a picture with a million labels
+MAX_ROW = 2**24  # letters of a row of metadata.jsonl: an image with a million labels
 
 
 def read_image_folders(
     folder: Path,
     label_column: str = "labels",
     *,
-    unlisted_pictures: str = "error",
-    missing_pictures: str = "error",
+    unlisted_images: str = "error",
+    missing_images: str = "error",
 ) -> Table:
     """Reads every `<split>/metadata.jsonl`, or a `metadata.jsonl` of the folder itself, which is then the train split.
 
     Args:
-        unlisted_pictures: "error", or "skip" to leave out pictures that no row names.
-        missing_pictures: "error", or "skip" to leave out rows whose picture does not exist.
+        unlisted_images: "error", or "skip" to leave out images that no row names.
+        missing_images: "error", or "skip" to leave out rows whose image does not exist.
 
     Returns:
-        The splits with columns `image` (paths, not decoded) and `labels`; rows are named by file, line, picture.
+        The splits with columns `image` (paths, not decoded) and `labels`; rows are named by file, line, image.
 
     Raises:
-        ValueError: a malformed line, a picture with two rows, a row without picture or a picture without row.
+        ValueError: a malformed line, an image with two rows, a row without image or an image without row.
     """
-    check_policies(unlisted_pictures, missing_pictures)
+    check_policies(unlisted_images, missing_images)
     table = Table({})
     for metadata in sorted([*folder.glob("metadata.jsonl"), *folder.glob("*/metadata.jsonl")]):
         name = "train" if metadata.parent == folder else SPLIT_ALIASES.get(metadata.parent.name, metadata.parent.name)
         if name in table.splits:
             raise ValueError(f"{folder} has two metadata.jsonl for the split {name!r}; keep one of them.")
-        _read_split(table, name, metadata, folder, label_column, unlisted_pictures, missing_pictures)
+        _read_split(table, name, metadata, folder, label_column, unlisted_images, missing_images)
     return table
 
 
@@ -54,12 +54,12 @@ def _read_split(
     metadata: Path,
     root: Path,
     label_column: str,
-    unlisted_pictures: str,
-    missing_pictures: str,
+    unlisted_images: str,
+    missing_images: str,
 ) -> None:
     folder = metadata.parent
-    # Splits may share a folder of pictures beside them, but a row must not reach out of the data set.
-    files, once = PictureFiles(folder, within=root), ListedOnce()
+    # Splits may share a folder of images beside them, but a row must not reach out of the data set.
+    files, once = ImageFiles(folder, within=root), ListedOnce()
     present, numbers, labels, missing, kind_of_all = [], [], [], [], None
     with metadata.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(MAX_ROW), ""), 1):
@@ -82,21 +82,21 @@ def _read_split(
             else:
                 missing.append((split, name))
     table.left_out += refuse_or_skip(
-        "missing_picture",
+        "missing_image",
         missing,
-        missing_pictures,
+        missing_images,
         str(metadata),
         "names",
-        f"that {root} does not hold; add the pictures, take the rows out, or pass missing_pictures='skip'.",
+        f"that {root} does not hold; add the images, take the rows out, or pass missing_images='skip'.",
     )
     table.left_out += refuse_or_skip(
-        "unlisted_picture",
+        "unlisted_image",
         [(split, name) for name in files.unlisted()],
-        unlisted_pictures,
+        unlisted_images,
         str(folder),
         "holds",
-        "without a row in metadata.jsonl; add rows (labels may be []), take the pictures out, or pass "
-        "unlisted_pictures='skip'.",
+        "without a row in metadata.jsonl; add rows (labels may be []), take the images out, or pass "
+        "unlisted_images='skip'.",
     )
     images = Dataset.from_dict(
         {"image": [str(folder / name) for name in present]}, features=Features({"image": Image(decode=False)})

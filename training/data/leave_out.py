@@ -1,4 +1,4 @@
-"""Rows to leave out: those that a list names, and pictures that cannot be read.
+"""Rows to leave out: those that a list names, and images that cannot be read.
 
 Lists are written by `training.check_data` and obeyed by `--exclude FILE` of `training.train`, `training.evaluate`,
 `training.fit_thresholds` and `training.calibrate`. One row a line: split, row, file, reason, with tabs between. What
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def write_exclusions(path: Path, entries: Iterable[tuple[str, int, str, str]]) -> None:
     """Writes (split, row, file, reason) lines; the rows are those of `load`, from 0."""
-    lines = ["# split, row, file, reason; put a # before the lines of pictures that are to stay"]
+    lines = ["# split, row, file, reason; put a # before the lines of images that are to stay"]
     lines += ["\t".join((split, str(row), file, " ".join(reason.split()))) for split, row, file, reason in entries]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -35,7 +35,7 @@ def read_exclusions(path: str | Path, splits: Mapping[str, Split]) -> dict[str, 
     Lines about splits that are not among `splits` (a test split that is not used) do not matter here.
 
     Raises:
-        ValueError: a malformed line, or a row that is not the picture that the list says, with the line.
+        ValueError: a malformed line, or a row that is not the image that the list says, with the line.
         FileNotFoundError: no such list.
     """
     path = Path(path)
@@ -53,38 +53,38 @@ def read_exclusions(path: str | Path, splits: Mapping[str, Split]) -> dict[str, 
         name, row, file = parts[0], int(parts[1]), parts[2]
         if name not in splits:
             continue
-        if not same_picture(splits[name].images, row, file):
+        if not same_image(splits[name].images, row, file):
             raise ValueError(
                 f"{path}, line {number}: row {row} of {name} is not {file!r} (any more); run training.check_data again."
             )
         rows[name][row] = " ".join(parts[3:])
     for name, out in rows.items():
         if out:
-            logger.warning("Left out %d of %d pictures of %s, as %s says.", len(out), len(splits[name]), name, path)
+            logger.warning("Left out %d of %d images of %s, as %s says.", len(out), len(splits[name]), name, path)
     return rows
 
 
-def picture_name(image: dict | None) -> str:
+def image_name(image: dict | None) -> str:
     """The file of a row as lists and reports call it: its last two parts, which do not change when a data set is moved;
-    empty for a picture without one."""
+    empty for an image without one."""
     path = (image or {}).get("path") or ""
     return "/".join(Path(path).parts[-2:]).replace("\t", " ")
 
 
-def same_picture(images: Dataset, row: int, file: str) -> bool:
-    """Whether a row of `images` exists and is the picture that `picture_name` called `file`."""
-    return row < len(images) and picture_name(images[row]["image"]) == file
+def same_image(images: Dataset, row: int, file: str) -> bool:
+    """Whether a row of `images` exists and is the image that `image_name` called `file`."""
+    return row < len(images) and image_name(images[row]["image"]) == file
 
 
 def find_unreadable(rows: Dataset, num_workers: int = 0) -> list[tuple[int, str, str]]:
-    """Decodes every picture in full, with a progress bar.
+    """Decodes every image in full, with a progress bar.
 
     Args:
         rows: With a column `image`.
         num_workers: Threads (decoding releases Python's lock).
 
     Returns:
-        (row, file name, reason) of each picture that cannot be decoded: corrupt, truncated, too large, missing.
+        (row, file name, reason) of each image that cannot be decoded: corrupt, truncated, too large, missing.
     """
 
     def reason(image: dict | None) -> str | None:
@@ -98,15 +98,15 @@ def find_unreadable(rows: Dataset, num_workers: int = 0) -> list[tuple[int, str,
     unreadable = []
     with (
         ThreadPoolExecutor(max(num_workers, 1)) as pool,
-        tqdm(total=len(column), desc="Checking pictures", unit="img") as progress,
+        tqdm(total=len(column), desc="Checking images", unit="img") as progress,
     ):
         # In slices, for `pool.map` would queue the bytes of a whole data set.
         for start in range(0, len(column), 256):
-            pictures = column[start : start + 256]["image"]
-            for offset, problem in enumerate(pool.map(reason, pictures)):
+            images = column[start : start + 256]["image"]
+            for offset, problem in enumerate(pool.map(reason, images)):
                 progress.update()
                 if problem is not None:
-                    name = (pictures[offset] or {}).get("path") or f"row {start + offset}"
+                    name = (images[offset] or {}).get("path") or f"row {start + offset}"
                     unreadable.append((start + offset, name, problem))
     return unreadable
 
@@ -114,7 +114,7 @@ def find_unreadable(rows: Dataset, num_workers: int = 0) -> list[tuple[int, str,
 def leave_out_unreadable(
     loaded: Loaded, split: str, unreadable: Sequence[tuple[int, str, str]], on_unreadable: str = "error"
 ) -> None:
-    """Takes out of a split the pictures that `find_unreadable` found.
+    """Takes out of a split the images that `find_unreadable` found.
 
     Args:
         on_unreadable: "skip" logs each and leaves it out; "error" raises.
@@ -126,7 +126,7 @@ def leave_out_unreadable(
         raise ValueError(f"on_unreadable={on_unreadable!r} must be 'error' or 'skip'.")
     if not unreadable:
         return
-    count = f"{len(unreadable)} of {len(loaded.splits[split])} pictures"
+    count = f"{len(unreadable)} of {len(loaded.splits[split])} images"
     listing = "; ".join(f"{name}: {reason}" for _, name, reason in unreadable[:20])
     listing += f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
     if on_unreadable == "error":

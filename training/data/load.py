@@ -1,4 +1,4 @@
-"""Any multi-label image dataset as one object: splits of undecoded pictures with sparse labels, which were checked."""
+"""Any multi-label image dataset as one object: splits of undecoded images with sparse labels, which were checked."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def load(
         images[name] = undecoded(table.splits[name], table.image_column)
         if name not in table.row_names:
             if name in to_read and isinstance(source, str | Path):
-                kept, left_out = without_missing(images[name], name, options.missing_pictures, str(source))
+                kept, left_out = without_missing(images[name], name, options.missing_images, str(source))
                 table.left_out += left_out
                 if kept is not None:
                     images[name], table.splits[name] = images[name].select(kept), table.splits[name].select(kept)
@@ -133,13 +133,13 @@ def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, c
     """The rows of a source by the reader of its format, under the usual names of splits."""
     path = None if isinstance(source, Dataset | DatasetDict) else Path(source)
     columns = {name: getattr(options, name) for name in ("image_column", "label_column", "label_columns")}
-    policies = {name: getattr(options, name) for name in ("unlisted_pictures", "missing_pictures")}
+    policies = {name: getattr(options, name) for name in ("unlisted_images", "missing_images")}
     names_file, on_hub = None, False
     if path is None:
         loaded = source
     elif tables := find_csv_tables(path):
         names_file = (path if path.is_dir() else path.parent) / "labels.txt"
-        loaded = read_csv_tables(tables, **columns, picture_folder=options.picture_folder, **policies)
+        loaded = read_csv_tables(tables, **columns, image_folder=options.image_folder, **policies)
     elif path.is_dir():
         names_file = path / "labels.txt"
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -171,7 +171,7 @@ def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, c
 def _check_splits(table: Table, splits: list[str], source: str | Path) -> None:
     """
     Raises:
-        ValueError: a split that is not there or has no rows, or no column of pictures or labels.
+        ValueError: a split that is not there or has no rows, or no column of images or labels.
     """
     for name in splits:
         if name not in table.splits:
@@ -184,7 +184,7 @@ def _check_splits(table: Table, splits: list[str], source: str | Path) -> None:
                 raise ValueError(
                     f"The split {name!r} of {source} has no column {column!r}, only {', '.join(split.column_names)}; "
                     "name the right one with image_column, label_column or label_columns, or write a metadata.jsonl "
-                    "with file_name and labels beside the pictures."
+                    "with file_name and labels beside the images."
                 )
 
 

@@ -1,4 +1,4 @@
-"""Rows of a data set: what every reader checks of their pictures, how each is called, and what a split of them is."""
+"""Rows of a data set: what every reader checks of their images, how each is called, and what a split of them is."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ SPLIT_ALIASES = {
     "eval": "test",
     "evaluation": "test",
 }
-_PICTURE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
+_IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 
 
 class LeftOut(NamedTuple):
-    """A row or a picture that takes no part."""
+    """A row or an image that takes no part."""
 
-    kind: str  # "missing_picture", "unlisted_picture", "excluded" or "unreadable"
-    split: str  # "" where a picture belongs to none
+    kind: str  # "missing_image", "unlisted_image", "excluded" or "unreadable"
+    split: str  # "" where an image belongs to none
     row: str  # in words: its line, or its file
     message: str
 
 
 @dataclass
 class Split:
-    """Pictures with their labels.
+    """Images with their labels.
 
     Attributes:
         images: Column `image`, not decoded (`path`, `bytes`).
         labels: Of the same rows.
         row_name: Words for a row in a message: its table and line, or its number, and its file.
-        drawn: Whether the pictures were drawn here, so that they need no check.
+        drawn: Whether the images were drawn here, so that they need no check.
     """
 
     images: Dataset
@@ -80,9 +80,9 @@ class Loaded:
     """A data set, as `load` gives it.
 
     Attributes:
-        splits: By name; a `scenes.SceneSplit` where pictures are drawn anew every epoch.
+        splits: By name; a `scenes.SceneSplit` where images are drawn anew every epoch.
         label_names: The vocabulary in class order.
-        left_out: Rows and pictures that take no part, and why.
+        left_out: Rows and images that take no part, and why.
     """
 
     splits: dict[str, Split]
@@ -102,7 +102,7 @@ class Table:
     """What a reader of one format gives: rows whose labels are still as they were written.
 
     Attributes:
-        splits: Columns of pictures and labels.
+        splits: Columns of images and labels.
         row_names: Of each split, see `Split.row_name`.
         image_column, label_column, label_columns: Those to read; `label_columns` (one a label) goes first.
         label_names: The vocabulary in class order, where the format has a place for it.
@@ -124,17 +124,17 @@ class Table:
     drawn: bool = False
 
 
-def pictures_below(folder: Path) -> set[str]:
-    """Relative names of all picture files in a folder and its folders; hidden ones are none."""
+def images_below(folder: Path) -> set[str]:
+    """Relative names of all image files in a folder and its folders; hidden ones are none."""
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in _PICTURE_SUFFIXES and not path.name.startswith((".", "__"))
+        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith((".", "__"))
     }
 
 
-class PictureFiles:
-    """The pictures below a folder: is one there, and which does no row name?
+class ImageFiles:
+    """The images below a folder: is one there, and which does no row name?
 
     Args:
         folder: Where names start.
@@ -143,10 +143,10 @@ class PictureFiles:
 
     def __init__(self, folder: Path, within: Path | None = None):
         self._folder, self._within = folder, os.path.normpath(within or folder)
-        self._unlisted = pictures_below(folder)
+        self._unlisted = images_below(folder)
 
     def holds(self, name: str) -> bool:
-        """Whether a picture that a row names is there; from then on it is listed."""
+        """Whether an image that a row names is there; from then on it is listed."""
         if name in self._unlisted:
             self._unlisted.discard(name)
             return True
@@ -157,37 +157,37 @@ class PictureFiles:
         return True
 
     def unlisted(self) -> list[str]:
-        """Names of the pictures that no row has named so far."""
+        """Names of the images that no row has named so far."""
         return sorted(self._unlisted)
 
 
 class ListedOnce:
-    """Refuses the second row of a picture."""
+    """Refuses the second row of an image."""
 
     def __init__(self):
         self._first: dict[str, str] = {}
 
-    def add(self, picture: str, where: str, line: str) -> None:
+    def add(self, image: str, where: str, line: str) -> None:
         """
         Args:
             where: Names the row, in full.
-            line: What the row of the picture is called in the message about the next one.
+            line: What the row of the image is called in the message about the next one.
 
         Raises:
-            ValueError: the picture has a row already.
+            ValueError: the image has a row already.
         """
-        if picture in self._first:
-            raise ValueError(f"{where}: {picture!r} has a row already on {self._first[picture]}; keep one of them.")
-        self._first[picture] = line
+        if image in self._first:
+            raise ValueError(f"{where}: {image!r} has a row already on {self._first[image]}; keep one of them.")
+        self._first[image] = line
 
 
 def no_such_split(name: str, there: Iterable[str], source: str | Path) -> ValueError:
     return ValueError(f"{source} has no split {name!r}, only {', '.join(there)}; add it or choose another.")
 
 
-def check_policies(unlisted_pictures: str, missing_pictures: str) -> None:
+def check_policies(unlisted_images: str, missing_images: str) -> None:
     """Raises a ValueError for what is neither "error" nor "skip"."""
-    for name, policy in (("unlisted_pictures", unlisted_pictures), ("missing_pictures", missing_pictures)):
+    for name, policy in (("unlisted_images", unlisted_images), ("missing_images", missing_images)):
         if policy not in ("error", "skip"):
             raise ValueError(f"{name}={policy!r} must be 'error' or 'skip'.")
 
@@ -198,12 +198,12 @@ def refuse_or_skip(
     """What a policy makes of (split, row) pairs: nothing is left out where there are none.
 
     Raises:
-        ValueError: the policy is "error", and there are some. `where` `says` so many pictures, `remedy`.
+        ValueError: the policy is "error", and there are some. `where` `says` so many images, `remedy`.
     """
     if not rows:
         return []
     names = [row for _, row in rows]
-    count = f"{len(names)} picture{'s' if len(names) > 1 else ''}"
+    count = f"{len(names)} image{'s' if len(names) > 1 else ''}"
     message = f"{where} {says} {count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) {remedy}"
     if policy == "error":
         raise ValueError(message)
@@ -212,7 +212,7 @@ def refuse_or_skip(
 
 
 def without_missing(images: Dataset, split: str, policy: str, source: str) -> tuple[np.ndarray | None, list[LeftOut]]:
-    """The rows that hold a picture, or the path of one that is there (None: all of them), and the others.
+    """The rows that hold an image, or the path of one that is there (None: all of them), and the others.
 
     Raises:
         ValueError: the policy is "error", and some do not.
@@ -227,23 +227,23 @@ def without_missing(images: Dataset, split: str, policy: str, source: str) -> tu
                 missing.append(begin + int(place))
         begin += len(chunk)
     left_out = refuse_or_skip(
-        "missing_picture",
+        "missing_image",
         [(split, f"row {row}") for row in missing],
         policy,
         f"The split {split!r} of {source}",
         "has",
-        "that are not there; add them, take the rows out, or pass missing_pictures='skip'.",
+        "that are not there; add them, take the rows out, or pass missing_images='skip'.",
     )
     return np.delete(np.arange(len(images)), missing) if missing else None, left_out
 
 
 def row_namer(images: Dataset, prefix: str = "") -> Callable[[int], str]:
-    """Names a row by its number, and its picture's file if it has one."""
+    """Names a row by its number, and its image's file if it has one."""
     return partial(_name_by_number, images, prefix)
 
 
 def line_namer(table: Path, lines: Sequence[int], names: Sequence[str]) -> Callable[[int], str]:
-    """Names a row by its line in a table, and its picture."""
+    """Names a row by its line in a table, and its image."""
     return partial(_name_by_line, table, lines, names)
 
 
@@ -261,6 +261,6 @@ def _name_of_selected(row_name: Callable[[int], str], rows: np.ndarray, row: int
 
 
 def undecoded(split: Dataset, column: str) -> Dataset:
-    """The pictures of a split, not decoded, as the one column `image`."""
+    """The images of a split, not decoded, as the one column `image`."""
     images = split.select_columns([column]).cast_column(column, Image(decode=False))
     return images if column == "image" else images.rename_column(column, "image")

@@ -1,4 +1,4 @@
-"""Built-in scenes: real handwritten digits composed into small colour pictures, labelled "zero" ... "nine".
+"""Built-in scenes: real handwritten digits composed into small colour images, labelled "zero" ... "nine".
 
 The digits are the 1,797 scans of the UCI *Optical Recognition of Handwritten Digits* test set that ships inside
 scikit-learn (`sklearn.datasets.load_digits`), so nothing is downloaded. Each scene places a few of them at several
@@ -85,7 +85,7 @@ class SceneDataset(torch.utils.data.Dataset):
         num_scenes: Scenes per epoch.
         seed: Any non-negative integer.
         split: "train", "validation" or "test". The splits use disjoint handwritten digits.
-        image_size: Side of the square picture in px.
+        image_size: Side of the square image in px.
         min_objects, max_objects: Number of digits in a scene, uniform. Where `overlap` leaves no room a scene holds
             fewer (at least one); a partner (see `cooccurrence`) may add to the drawn number up to `max_objects`.
         min_size, max_size: Side in px to which a digit's 8 x 8 scan is enlarged, uniform; its ink is about as
@@ -207,7 +207,7 @@ class SceneDataset(torch.utils.data.Dataset):
         return _glyph(rows[int(row * len(rows))], self.min_size + int(size * (self.max_size - self.min_size + 1)))
 
     def _place(self, glyph: np.ndarray, boxes: list[dict], rng: np.random.Generator) -> tuple[int, int] | None:
-        """Top and left of a place within the picture where no box overlaps too much, or None where none was found."""
+        """Top and left of a place within the image where no box overlaps too much, or None where none was found."""
         height, width, _ = glyph.shape
         for _ in range(_PLACEMENT_TRIES):
             y, x = rng.random(2).tolist()
@@ -265,7 +265,7 @@ def _colour(luma: float, chroma: list[float]) -> list[int]:
 def build_scenes(
     num_scenes: int | dict[str, int], *, seed: int = 0, split: str = "train", **knobs
 ) -> Dataset | DatasetDict:
-    """Draw scenes once into a `datasets.Dataset` with the pictures embedded (PNG, lossless).
+    """Draw scenes once into a `datasets.Dataset` with the images embedded (PNG, lossless).
 
     The rows are those of `SceneDataset` at epoch 0, with `labels` as names; `knobs` are its settings.
 
@@ -295,7 +295,7 @@ def build_scenes(
 
 
 class SceneSplit(SceneDataset):
-    """Scenes as a `rows.Split` whose pictures and labels are others every epoch, to be trained on without end.
+    """Scenes as a `rows.Split` whose images and labels are others every epoch, to be trained on without end.
 
     Args:
         label_names: The vocabulary in class order, all of `SCENE_LABELS` among it.
@@ -357,7 +357,7 @@ def read_scenes(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write scenes as a folder of pictures with their labels and boxes."""
+    """Write scenes as a folder of images with their labels and boxes."""
     parser = argparse.ArgumentParser(description="Write built-in scenes as PNG files with a metadata.jsonl.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--num_scenes", type=int, default=12)

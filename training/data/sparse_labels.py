@@ -1,6 +1,6 @@
 """A label column of any supported format as sparse rows, checked against the label contract.
 
-Ten thousand labels a picture are mostly zeros: rows keep only what is not zero until a batch is put together.
+Ten thousand labels an image are mostly zeros: rows keep only what is not zero until a batch is put together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LABEL_FORMATS = ("auto", "names", "ids", "multi_hot")
 
 @dataclass
 class SparseLabels:
-    """Labels of `rows` pictures in compressed sparse rows.
+    """Labels of `rows` images in compressed sparse rows.
 
     Attributes:
         starts: (rows + 1,) int64; the entries of row `i` are `starts[i]` to `starts[i + 1]`.
@@ -44,26 +44,26 @@ class SparseLabels:
         return len(self.default)
 
     def dense(self, row: int) -> np.ndarray:
-        """(num_labels,) float32 labels of one picture: 1 present, 0 absent, between them soft, -100 unknown."""
+        """(num_labels,) float32 labels of one image: 1 present, 0 absent, between them soft, -100 unknown."""
         labels = np.full(self.num_labels, self.default[row], dtype=np.float32)
         ids, values = self.entries(row)
         labels[ids] = values
         return labels
 
     def entries(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Label indices (int64) and values (float32) of one picture's entries; every other label is its `default`."""
+        """Label indices (int64) and values (float32) of one image's entries; every other label is its `default`."""
         entries = slice(self.starts[row], self.starts[row + 1])
         return self.ids[entries], self.values[entries]
 
     def partially_known(
         self, *, known_fraction: float | None = None, single_positive: bool = False, seed: int = 0
     ) -> SparseLabels:
-        """The same pictures with some known labels made unknown, drawn by `seed`: for experiments with partial labels.
+        """The same images with some known labels made unknown, drawn by `seed`: for experiments with partial labels.
 
         Args:
-            known_fraction: Every label of every picture stays known with this probability, present or absent.
-            single_positive: Of each picture one present label stays known, nothing else (Cole et al., CVPR 2021). A
-                picture that shows none is then unknown throughout.
+            known_fraction: Every label of every image stays known with this probability, present or absent.
+            single_positive: Of each image one present label stays known, nothing else (Cole et al., CVPR 2021). A
+                image that shows none is then unknown throughout.
 
         Raises:
             ValueError: neither or both of the two, or a fraction outside (0, 1].
@@ -77,7 +77,7 @@ class SparseLabels:
         if single_positive:
             present = np.flatnonzero(self.values >= 0.5)
             present = present[random.permutation(len(present))]
-            _, first = np.unique(rows[present], return_index=True)  # the first of each picture in a random order
+            _, first = np.unique(rows[present], return_index=True)  # the first of each image in a random order
             kept = present[first]
             rows, ids, values = rows[kept], self.ids[kept], self.values[kept]
         else:
@@ -93,7 +93,7 @@ class SparseLabels:
         return SparseLabels(starts, ids, values, unknown, self.num_labels, "multi_hot")
 
     def positives(self) -> np.ndarray:
-        """(num_labels,) int64: how many pictures show each label (a soft label from 0.5 on counts)."""
+        """(num_labels,) int64: how many images show each label (a soft label from 0.5 on counts)."""
         return np.bincount(self.ids[self.values >= 0.5], minlength=self.num_labels)
 
     def select(self, rows: np.ndarray) -> SparseLabels:
@@ -113,7 +113,7 @@ class SparseLabels:
         return cls(starts, *arrays, parts[0].num_labels, parts[0].label_format)
 
     def tensor(self, row: int) -> torch.Tensor:
-        """(num_labels,) float32 labels of one picture: sparse, or dense where nothing but what is listed is known."""
+        """(num_labels,) float32 labels of one image: sparse, or dense where nothing but what is listed is known."""
         if self.default[row]:
             return torch.from_numpy(self.dense(row))
         ids, values = map(torch.from_numpy, self.entries(row))
@@ -167,7 +167,7 @@ class SparseLabels:
             lists = lists.cast(pa.large_list(pa.null()))
         if not pa.types.is_nested(lists.type) or not hasattr(lists.type, "value_type"):
             raise ValueError(
-                f"{where(0)}: the labels are of type {lists.type}, but must be a list per picture: of names, of ids, "
+                f"{where(0)}: the labels are of type {lists.type}, but must be a list per image: of names, of ids, "
                 "or one number per label (multi-hot)."
             )
         lists = lists.cast(pa.large_list(lists.type.value_type))
@@ -227,7 +227,7 @@ def split_text(
 ) -> pa.Array:
     """Texts such as "cat, dog" as lists of names; of integers or floats for `label_format` "ids" and "multi_hot".
 
-    Blanks around a label are dropped. An empty text is a picture without labels, `null` one of unknown labels.
+    Blanks around a label are dropped. An empty text is an image without labels, `null` one of unknown labels.
 
     Raises:
         ValueError: nothing between two separators, or what is no number where numbers are asked for; with the row.
@@ -357,7 +357,7 @@ def _choose_format(
     elif pa.types.is_integer(kind):
         # By the median, so that one list of a wrong length is refused and does not turn all the others into ids.
         as_multi_hot = len(lengths) > 0 and np.median(lengths) == num_labels
-        # Lists of ids are as long as the vocabulary in every picture only when that has one or two names.
+        # Lists of ids are as long as the vocabulary in every image only when that has one or two names.
         if as_multi_hot and num_labels <= 2 and label_format == "auto":
             raise ValueError(
                 f"With {num_labels} labels lists of integers may be ids or multi-hot; set label_format to say which."

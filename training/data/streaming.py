@@ -1,4 +1,4 @@
-"""Pictures and labels of a streaming data set, which is never on disk as a whole.
+"""Images and labels of a streaming data set, which is never on disk as a whole.
 
 For `transformers.Trainer` with `max_steps`, and for loops of one's own. `training.train` needs a data set with rows to
 count, check beforehand, shuffle exactly and score whole: write a stream to disk with `datasets`, or load it without
@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
-from .dataset import PictureResizer
+from .dataset import ImageResizer
 from .sparse_labels import SparseLabels, class_names, split_text, stack_columns
 
 
@@ -35,7 +35,7 @@ class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
             of integers without names in the features need a `label_format` other than "auto".
 
     Raises:
-        ValueError: no label names, or (while it is read) a row outside the label contract or a picture that cannot be
+        ValueError: no label names, or (while it is read) a row outside the label contract or an image that cannot be
             read.
     """
 
@@ -62,7 +62,7 @@ class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
             raise ValueError("label_columns and label_names differ; give the same labels in both.")
         self.label_names = list(names)
         self.source = source.cast_column(image_column, Image(decode=False))
-        self._resize = PictureResizer(processor, margin)
+        self._resize = ImageResizer(processor, margin)
         self._image_column, self._label_column = image_column, label_column
         self._columns = self.label_names if label_columns else None
         self._format, self._separator = label_format, label_separator

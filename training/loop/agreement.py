@@ -22,7 +22,7 @@ def agree(run: Run, seen: list, norm: torch.Tensor) -> tuple[bool, bool, bool]:
 
 
 def name_nonfinite(run: Run, seen: list) -> None:
-    """Say which pictures a step that is not finite had; raise where that is to end the run."""
+    """Say which images a step that is not finite had; raise where that is to end the run."""
     bad = [rows for loss, rows in seen if not loss.isfinite()]
     named = run.train_data.split.row_name
     mine = [named(row) for rows in bad for row in rows.tolist()]
@@ -36,7 +36,7 @@ def name_nonfinite(run: Run, seen: list) -> None:
     )
     if run.config.on_nonfinite == "stop":
         raise FloatingPointError(
-            f"{message}: look at these pictures and labels, lower learning_rate, lengthen the warm-up, lower "
+            f"{message}: look at these images and labels, lower learning_rate, lengthen the warm-up, lower "
             "max_grad_norm, or train in bf16 or fp32 in place of fp16; --resume continues from the last good save, "
             "--on_nonfinite skip leaves such steps out."
         )

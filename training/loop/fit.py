@@ -17,7 +17,7 @@ from .saving import check_writer, save
 from .step import augmented, known_labels
 from .validation import validate
 
-MAX_SKIPPED_STEPS = 10  # one after the other: by then it is the run that is wrong, not a picture
+MAX_SKIPPED_STEPS = 10  # one after the other: by then it is the run that is wrong, not an image
 
 
 def fit(run: Run) -> None:
@@ -72,7 +72,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
     run.train_data.set_epoch(epoch)
     run.model.train()
     bar.set_description(f"epoch {epoch + 1}")
-    pictures, start = 0, time.perf_counter()
+    images, start = 0, time.perf_counter()
     iterator = iter(loader)
     for batches in iter(lambda: list(islice(iterator, config.gradient_accumulation_steps)), []):
         known = known_labels(run, batches)
@@ -92,7 +92,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
                 accelerator.backward(loss * config.gradient_accumulation_steps)
             seen.append((loss.detach(), batch["index"]))
             progress["batch"] += 1
-            pictures += len(labels)
+            images += len(labels)
         norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
         # FSDP2's is divided, DeepSpeed's a number.
         norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
@@ -126,13 +126,13 @@ def train_epoch(run: Run, bar: tqdm) -> None:
                 "train/grad_norm": norm.item(),
                 "train/learning_rate": learning_rate,
                 "train/skipped_steps": progress["skipped_steps"],
-                "train/pictures_per_second": pictures * accelerator.num_processes / seconds,
+                "train/images_per_second": images * accelerator.num_processes / seconds,
             }
             if accelerator.scaler is not None:
                 values["train/grad_scale"] = accelerator.scaler.get_scale()
             accelerator.log(values, step=progress["step"])
             bar.set_postfix(loss=values["train/loss"], best_mAP=progress["best_mAP"] or 0.0)
-            pictures, start = 0, time.perf_counter()
+            images, start = 0, time.perf_counter()
         if failed:
             check_writer(run, wait=True)
         if stop:

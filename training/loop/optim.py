@@ -1,6 +1,6 @@
 """Optimizer, learning-rate schedule and weight average of a training run.
 
-`build_optimizer`  AdamW with groups: trunk or rest, decayed or not.
+`build_optimizer`  AdamW with groups: backbone or rest, decayed or not.
 `build_scheduler`  linear warm-up, then cosine to zero (our default) or reduce-on-plateau (published HSVLT).
 `build_ema`        exponential moving average of the weights, with its own warm-up.
 """
@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 from transformers import get_cosine_schedule_with_warmup
 
-TRUNK_NAMES = ("trunk", "backbone")  # the attributes under which models keep their (pretrained) visual trunk
 NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
 # Tables and tokens that are raw parameters of two or more dimensions (Swin's bias table, ViT's positions and class
 # token): like nn.Embedding rows they are looked up, not multiplied by: shrinking them to zero regularises nothing.
@@ -29,20 +28,20 @@ def parameter_groups(
     """Sort a model's trainable parameters into at most four AdamW groups.
 
     A parameter is not decayed when it belongs to a norm, has fewer than two dimensions (biases, ConvNeXt's
-    `layer_scale_parameter`, scales), or is an embedding table. What is below a module called `trunk` is the trunk.
+    `layer_scale_parameter`, scales), or is an embedding table. A module called `backbone` is it.
 
     Arguments:
-        learning_rate: of everything outside the trunk.
+        learning_rate: of everything outside the backbone.
         weight_decay: AdamW's decoupled decay, multiplied by the learning rate at each step.
-        backbone_lr_multiplier: the trunk's learning rate is `learning_rate` times this.
+        backbone_lr_multiplier: the backbone's learning rate is `learning_rate` times this.
         decay_all: decay every parameter, as the official HSVLT run did.
 
     Returns:
-        Groups with the keys `name` ("trunk/decay", "trunk/no_decay", "rest/decay" or "rest/no_decay"), `params`,
+        Groups with the keys `name` ("backbone/decay", "backbone/no_decay", "rest/decay" or "rest/no_decay"), `params`,
         `lr` and `weight_decay`; empty groups are left out. Frozen parameters are in none.
 
     Raises:
-        ValueError: nothing is trainable, or a multiplier other than 1 is asked of a model that has no trunk. (In the
+        ValueError: nothing is trainable, or a multiplier other than 1 is asked of a model that has no backbone. (In the
             official HSVLT code such a group silently matched nothing.)
     """
     undecayed = set()
@@ -57,15 +56,15 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        trunk = any(part in TRUNK_NAMES for part in name.split("."))
+        backbone = "backbone" in name.split(".")
         decayed = decay_all or name not in undecayed
-        group_name = f"{'trunk' if trunk else 'rest'}/{'decay' if decayed else 'no_decay'}"
+        group_name = f"{'backbone' if backbone else 'rest'}/{'decay' if decayed else 'no_decay'}"
         group = groups.setdefault(
             group_name,
             {
                 "name": group_name,
                 "params": [],
-                "lr": learning_rate * (backbone_lr_multiplier if trunk else 1.0),
+                "lr": learning_rate * (backbone_lr_multiplier if backbone else 1.0),
                 "weight_decay": weight_decay if decayed else 0.0,
             },
         )
@@ -73,10 +72,10 @@ def parameter_groups(
 
     if not groups:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: unfreeze something before training it.")
-    if backbone_lr_multiplier != 1.0 and not any(name.startswith("trunk/") for name in groups):
+    if backbone_lr_multiplier != 1.0 and not any(name.startswith("backbone/") for name in groups):
         raise ValueError(
             f"backbone_lr_multiplier is {backbone_lr_multiplier}, but {type(model).__name__} has no trainable "
-            f"parameter below a module named `{TRUNK_NAMES[0]}`: set it to 1."
+            f"parameter below a module named `backbone`: set it to 1."
         )
     return list(groups.values())
 

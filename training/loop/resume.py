@@ -43,7 +43,7 @@ def restore(run: Run, source: Path) -> None:
     same = ("label_names", "dataset", "total_steps", "batches")
     for key in same:
         if saved[key] != new[key] and key not in run.config.resume_despite:
-            words = " (processes, pictures a batch, batches a step, seed)" if key == "batches" else ""
+            words = " (processes, images a batch, batches a step, seed)" if key == "batches" else ""
             raise ValueError(
                 f"{run.folder} was trained with {key} {saved[key]!r}, not {new[key]!r}{words}: resume with the options "
                 f"in its config.yaml, allow the change with --resume_despite '[{key}]', or start a new run from its "
@@ -57,10 +57,10 @@ def restore(run: Run, source: Path) -> None:
         ema=run.ema,
         scaler=run.accelerator.scaler,
     ) | {key: new[key] for key in same}
-    if saved["batches"] != new["batches"]:  # the same pictures of the epoch are done, but for a part of a step
-        pictures = saved["batch"] * saved["batches"][0] * saved["batches"][1]
+    if saved["batches"] != new["batches"]:  # the same images of the epoch are done, but for a part of a step
+        images = saved["batch"] * saved["batches"][0] * saved["batches"][1]
         accumulated = run.config.gradient_accumulation_steps
-        run.progress["batch"] = pictures // (new["batches"][0] * new["batches"][1] * accumulated) * accumulated
+        run.progress["batch"] = images // (new["batches"][0] * new["batches"][1] * accumulated) * accumulated
     if saved["dataset"] != new["dataset"]:
         run.progress["batch"] = 0
     problem = None

@@ -32,7 +32,7 @@ class Run:
     folder: Path
     processor: MultiLabelProcessor
     train_data: MultiLabelDataset
-    groups: dict[str, np.ndarray] | None  # head, medium and tail labels, by their pictures in train
+    groups: dict[str, np.ndarray] | None  # head, medium and tail labels, by their images in train
     loaders: dict[str, DataLoader]  # "train", "validation" and, where asked for, "test"
     augmentation: BatchAugmentation | None
     plain_model: torch.nn.Module

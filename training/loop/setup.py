@@ -199,9 +199,9 @@ def setup(config: TrainingConfig) -> Run:
         (folder / "config.yaml").write_text(kept.to_yaml())
     accelerator.init_trackers(config.project_name, config={key: str(value) for key, value in vars(config).items()})
     accelerator.print(
-        f"{len(data['train']):,} pictures to train on, {len(data['validation']):,} to validate, "
+        f"{len(data['train']):,} images to train on, {len(data['validation']):,} to validate, "
         f"{len(label_names)} labels; {plain_model.num_parameters():,} parameters; {total_steps:,} steps of "
-        f"{config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes} pictures on "
+        f"{config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes} images on "
         f"{accelerator.num_processes} x {accelerator.device.type}."
     )
     return run
@@ -210,7 +210,7 @@ def setup(config: TrainingConfig) -> Run:
 def _check_measurable(split: str, values: np.ndarray) -> None:
     """Refuse now what the metrics would refuse after the first epoch; `values` are the entries that are not 0."""
     if not (values == 1).any():
-        raise ValueError(f"No picture of the {split} split shows a label: check its labels, or take another split.")
+        raise ValueError(f"No image of the {split} split shows a label: check its labels, or take another split.")
     if ((values > 0) & (values < 1)).any():
         raise ValueError(
             f"The {split} split has labels between 0 and 1, which only training can use: make them 0 or 1."
@@ -218,12 +218,12 @@ def _check_measurable(split: str, values: np.ndarray) -> None:
 
 
 def load_splits(config: TrainingConfig, accelerator: Accelerator) -> Loaded:
-    """The train and validation split (and test, where asked for) with only pictures that can be read."""
+    """The train and validation split (and test, where asked for) with only images that can be read."""
     with accelerator.main_process_first():  # the others then find the cache
         splits = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
         options = dataset_options(config)
         loaded = load(config.dataset, splits=splits, fresh_scenes=config.fresh_scenes, **options)
-    to_check = {name: split for name, split in loaded.splits.items() if config.check_pictures and not split.drawn}
+    to_check = {name: split for name, split in loaded.splits.items() if config.check_images and not split.drawn}
     for name, split in to_check.items():
         count, rank = accelerator.num_processes, accelerator.process_index
         mine = find_unreadable(split.images.shard(count, rank, contiguous=False), config.num_workers)
@@ -233,7 +233,7 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator) -> Loaded:
 
 
 def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabelProcessor:
-    """Resize to the training size, scale to [0, 1] and normalise: what the checkpoint will do to every picture."""
+    """Resize to the training size, scale to [0, 1] and normalise: what the checkpoint will do to every image."""
     statistics = {"do_normalize": False}
     if config.image_mean is not None:
         statistics = {"image_mean": config.image_mean, "image_std": config.image_std}
@@ -247,11 +247,11 @@ def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabe
 
 
 def _fingerprint(config: TrainingConfig, data: dict[str, MultiLabelDataset]) -> str:
-    """What tells a dataset from another under the same name: the labels of all its pictures, in order."""
+    """What tells a dataset from another under the same name: the labels of all its images, in order."""
     digest = hashlib.sha256(json.dumps(config.scenes, sort_keys=True).encode())
     for name in ("train", "validation"):
         labels = data[name].sparse_labels
         digest.update(f"{name} {len(data[name])}".encode())
         for array in () if labels is None else (labels.starts, labels.ids, labels.values, labels.default):
             digest.update(np.ascontiguousarray(array).tobytes())
-    return f"{len(data['train'])} + {len(data['validation'])} pictures, {digest.hexdigest()[:16]}"
+    return f"{len(data['train'])} + {len(data['validation'])} images, {digest.hexdigest()[:16]}"

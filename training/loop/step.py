@@ -1,4 +1,4 @@
-"""The batches of a step: augmented, each picture once, and how many of their labels are known."""
+"""The batches of a step: augmented, each image once, and how many of their labels are known."""
 
 import numpy as np
 import torch
@@ -22,13 +22,13 @@ def augmented(run: Run, batch: dict, place: int) -> tuple[torch.Tensor, torch.Te
 
 def _once(run: Run, labels: torch.Tensor, place: int) -> torch.Tensor:
     """Labels of batch `place` of the epoch, unknown where accelerate filled up the last batches of the processes with
-    pictures from the first, so that no picture counts twice."""
+    images from the first, so that no image counts twice."""
     count, index, size = run.accelerator.num_processes, run.accelerator.process_index, run.config.batch_size
     left = len(run.train_data) % (size * count)
     if count == 1 or not left or place < len(run.loaders["train"]) - 1:
         return labels
-    picture = index * size + torch.arange(len(labels), device=labels.device)
-    return labels.masked_fill((picture >= left)[:, None], UNKNOWN_LABEL)
+    image = index * size + torch.arange(len(labels), device=labels.device)
+    return labels.masked_fill((image >= left)[:, None], UNKNOWN_LABEL)
 
 
 def known_labels(run: Run, batches: list[dict]) -> torch.Tensor:

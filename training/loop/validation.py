@@ -12,7 +12,7 @@ from .run import Run
 
 
 def evaluate(run: Run, model: torch.nn.Module, split: str) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Scores and labels (pictures, num_labels) of a whole split, and its metrics.
+    """Scores and labels (images, num_labels) of a whole split, and its metrics.
 
     Raises:
         Stopped: between two batches, by SIGINT or SIGTERM.

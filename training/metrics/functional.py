@@ -73,7 +73,7 @@ def multilabel_report(
         scores: (n, num_labels); read twice, once by label and once by sample.
         labels: (n, num_labels) array or scipy sparse matrix of 1, 0, and -100 or NaN for unknown.
         threshold: A label is predicted where `score >= threshold`; a number, or one per label.
-        top_k: Also decide as ML-GCN and its successors do: the `top_k` highest scores of a picture (of equal ones the
+        top_k: Also decide as ML-GCN and its successors do: the `top_k` highest scores of an image (of equal ones the
             first), and of these only those that reach the threshold. None leaves these metrics out.
         groups: Named lists of label indices, for example head, medium and tail classes.
         label_names: Names for error messages.
@@ -89,8 +89,8 @@ def multilabel_report(
           "f1_macro"; "OP", "OR", "OF1" over all entries, also "f1_micro". Those but the two aliases again with the
           suffix "_top3" (for `top_k=3`). The code of HSVLT, CSRA and HP-DVAL counts a label that is never predicted as
           one (wrong) prediction in OP and OF1, so that those are lower there: by 7e-4 to 1.6e-2 with three such labels.
-        - "ranking_loss", "coverage_error", "LRAP": means over pictures with a known label, as scikit-learn defines
-          them (a picture without positives counts 0, 0 and 1).
+        - "ranking_loss", "coverage_error", "LRAP": means over images with a known label, as scikit-learn defines
+          them (an image without positives counts 0, 0 and 1).
         - "num_samples", "num_labels", "num_labels_without_positive", "num_unknown".
         - for each group "mAP_<name>" and "num_labels_<name>", the labels in that mean; a group none of whose labels
           has a positive has no mAP and only the latter, 0.
@@ -126,7 +126,7 @@ def multilabel_report(
     top_counts = counts.copy()
     num_known = 0
     pooled = PooledRanking(np.concatenate(positive_scores), num_samples * num_labels)
-    ranking = np.zeros(4)  # pictures with a known label; sums of ranking loss, coverage and LRAP over them
+    ranking = np.zeros(4)  # images with a known label; sums of ranking loss, coverage and LRAP over them
     for counted, top_counted, entries, sums in map_blocks(
         measure, scores, labels, "sample", label_names, num_threads=num_threads
     ):

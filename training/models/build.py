@@ -1,4 +1,4 @@
-"""The model of a run: new, on a pretrained trunk, or from a checkpoint; and its label embeddings."""
+"""The model of a run: new, on a pretrained backbone, or from a checkpoint; and its label embeddings."""
 
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, AutoTokenizer, CLIPModel, PreTrainedModel
@@ -39,7 +39,7 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
     encoded = None
     if config.label_context is not None and config.model_type != "hsvlt":
         raise ValueError(
-            f"label_context is for hsvlt, and model_type is {config.model_type!r}: hp_dval's contexts are its stage 2."
+            f"label_context is for hsvlt, and model_type is {config.model_type!r}: hp_dval's contexts are its phase 2."
         )
     if config.label_encoder is not None and config.model_type != "hp_dval":
         check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
@@ -49,7 +49,7 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
             label_names,
             encoder,
             tokenizer,
-            reading=config.label_reading,
+            pooling=config.label_pooling,
             template=config.label_template,
             label_text=config.label_text,
         )
@@ -74,19 +74,19 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
     if encoded is not None:
         if not hasattr(model, "set_label_embeddings"):
             raise ValueError(f"model_type {config.model_type!r} reads no label text: leave label_encoder out.")
-        official = config.label_reading == "official"
+        official = config.label_pooling == "official"
         model.set_label_embeddings(
             encoded,
             encoder=public_name(config.label_encoder),
-            reading=config.label_reading,
+            pooling=config.label_pooling,
             template=None if official else config.label_template,
         )
     if config.text_classifier:
         set_text_classifier(model, encoder, tokenizer, config)
     if config.label_context is not None:
         add_label_context(model, encoder, tokenizer, config, label_names)
-    if hasattr(model, "set_stage"):
-        model.set_stage(model.config.stage)
+    if hasattr(model, "set_phase"):
+        model.set_phase(model.config.phase)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -120,14 +120,14 @@ def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: Trai
     model.set_text_classifier(transfer_classifier(weight, embeddings, model.hsvlt.label_embeddings.weight))
 
 
-TRAINED_BESIDE_CONTEXT = ("all", "all_but_trunk", "nothing")
+TRAINED_BESIDE_CONTEXT = ("all", "all_but_backbone", "nothing")
 
 
 def add_label_context(model: PreTrainedModel, encoder, tokenizer, config: TrainingConfig, label_names) -> None:
     """Give an HSVLT a context in front of its label names to learn, see `modeling_hsvlt.label_context`.
 
     `config.label_context` holds arguments of `LabelContext` (`num_tokens`, `class_specific`, `adapter`), and under
-    `train` what of the model trains beside the context: "all" (where it is left out), "all_but_trunk", or "nothing".
+    `train` what of the model trains beside the context: "all" (where it is left out), "all_but_backbone", or "nothing".
 
     Raises:
         ValueError: another key or value.
@@ -139,7 +139,7 @@ def add_label_context(model: PreTrainedModel, encoder, tokenizer, config: Traini
     unknown = options.keys() - {"num_tokens", "class_specific", "adapter"}
     if unknown:
         raise ValueError(f"label_context has no option {min(unknown)!r}: see training.models.build.add_label_context.")
-    frozen = {"all": None, "all_but_trunk": model.hsvlt.trunk, "nothing": model}[beside]
+    frozen = {"all": None, "all_but_backbone": model.hsvlt.backbone, "nothing": model}[beside]
     if frozen is not None:
         frozen.requires_grad_(False)
     model.label_context = LabelContext(

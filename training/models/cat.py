@@ -54,7 +54,7 @@ def cat_to_mltr(state_dict: dict) -> tuple[StateDict, dict]:
         state_dict: of CAT's classification model, with or without a `{"model": ...}` wrapper.
 
     Returns:
-        `(state_dict, config_kwargs)`; the latter for `MlTrConfig`. All is read from shapes but the picture's size where
+        `(state_dict, config_kwargs)`; the latter for `MlTrConfig`. All is read from shapes but the image's size where
         there is no position embedding, then 8 windows a side as in all released configurations, and the
         drop path rate, which stays the default.
 

@@ -40,7 +40,7 @@ def convert_convnext_state_dict(state_dict: StateDict) -> StateDict:
             is stripped, the classifier left out.
 
     Returns:
-        Exactly the keys of a `ConvNextModel`; without the final `layernorm.*`, which HSVLT's trunk does not have, where
+        Exactly the keys of a `ConvNextModel`; without the final `layernorm.*`, which HSVLT's backbone lacks, where
         the source has none.
 
     Raises:
@@ -55,13 +55,13 @@ def convert_convnext_state_dict(state_dict: StateDict) -> StateDict:
             + ", ".join(f"{name}.weight ({CONVNEXT_LAYOUTS[k]})" for k, name in enumerate(STEM[0]))
             + " is among its keys."
         )
-    names = trunk_names(stage_depths(state_dict), layout)
+    names = backbone_names(stage_depths(state_dict), layout)
     if f"{FINAL_NORM[layout]}.weight" in state_dict:
         names |= {f"{FINAL_NORM[layout]}.{kind}": f"{FINAL_NORM[0]}.{kind}" for kind in ("weight", "bias")}
     return rename_tensors(state_dict, names, CONVNEXT_LEFT_OUT, f"a ConvNeXt of the {CONVNEXT_LAYOUTS[layout]} layout")
 
 
-def trunk_names(depths: list[int], layout: int) -> dict[str, str]:
+def backbone_names(depths: list[int], layout: int) -> dict[str, str]:
     """Every tensor of a ConvNeXt without its final norm: {name in the layout: name in transformers}."""
     modules = list(STEM)
     scales = []

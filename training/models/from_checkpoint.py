@@ -42,7 +42,7 @@ def from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: d
         )
     overrides = {**overrides, "thresholds": None, "threshold_info": None, "calibration_info": None}  # of other weights
     if source.config.model_type == "mltr":
-        # Its weights belong to a picture size and a window.
+        # Its weights belong to an image size and a window.
         source = resize_model(source, overrides["image_size"], config.model.get("window_size"))
     source_names = [source.config.id2label[index] for index in range(source.config.num_labels)]
     if hasattr(source, "set_labels") and source_names != label_names:

@@ -2,7 +2,7 @@
 
 import re
 
-from .convnext import CONVNEXT_LAYOUTS, convnext_config, stage_depths, trunk_names
+from .convnext import CONVNEXT_LAYOUTS, backbone_names, convnext_config, stage_depths
 from .state_dicts import StateDict, bare_state_dict, rename_tensors
 
 # Tensors of an interaction under our names and those of the released HSVLT.
@@ -51,7 +51,7 @@ def official_to_hsvlt(state_dict: StateDict) -> tuple[StateDict, dict]:
             f"{sum(widths)}: this is a build with another aggregation; only the released model's can be converted."
         )
     config_kwargs = {
-        "backbone_config": convnext_config(converted, prefix="hsvlt.trunk."),
+        "backbone_config": convnext_config(converted, prefix="hsvlt.backbone."),
         "num_labels": num_labels,
         "label_embedding_dim": converted["hsvlt.label_stream.stages.0.projection.weight"].shape[1],
         "num_attention_heads": 1,
@@ -67,13 +67,13 @@ def hsvlt_to_official(state_dict: StateDict) -> StateDict:
     embeddings are left out, as in released checkpoints.
 
     Args:
-        state_dict: of an [`HSVLTForImageClassification`] with a ConvNeXt trunk, an interaction after every block, and
-            the published label update, aggregation and classifier.
+        state_dict: of an [`HSVLTForImageClassification`] with a ConvNeXt backbone, an interaction after every block,
+            and the published label update, aggregation and classifier.
 
     Raises:
         ValueError: a model with tensors that the released layout has no place for, or without some that it needs.
     """
-    names = _official_names(stage_depths({key.removeprefix("hsvlt.trunk."): None for key in state_dict}))
+    names = _official_names(stage_depths({key.removeprefix("hsvlt.backbone."): None for key in state_dict}))
     names = {ours: official for official, ours in names.items()}
     converted = rename_tensors(
         state_dict, names, re.compile(r"hsvlt\.label_embeddings\.weight$"), "an HSVLT of the published architecture"
@@ -86,8 +86,8 @@ def hsvlt_to_official(state_dict: StateDict) -> StateDict:
 
 def _official_names(depths: list[int]) -> dict[str, str]:
     """Every live tensor of the released HSVLT: {its name there: ours}."""
-    trunk = trunk_names(depths, CONVNEXT_LAYOUTS.index("original"))
-    names = {official: f"hsvlt.trunk.{ours}" for official, ours in trunk.items()}
+    backbone = backbone_names(depths, CONVNEXT_LAYOUTS.index("original"))
+    names = {official: f"hsvlt.backbone.{ours}" for official, ours in backbone.items()}
     for i, depth in enumerate(depths):
         stage = f"hsvlt.label_stream.stages.{i}"
         names |= {f"langs.{i}.{kind}": f"{stage}.projection.{kind}" for kind in ("weight", "bias")}

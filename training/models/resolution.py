@@ -57,7 +57,7 @@ def resize_windows(state_dict: StateDict, source: MlTrConfig, target: MlTrConfig
 def resize_model(
     model: MlTrForImageClassification, image_size: int | None = None, window_size: int | None = None
 ) -> MlTrForImageClassification:
-    """The model for another picture size or window, by [`resize_windows`]; None keeps what it has."""
+    """The model for another image size or window, by [`resize_windows`]; None keeps what it has."""
     sizes = {
         "image_size": image_size or model.config.image_size,
         "window_size": window_size or model.config.window_size,

@@ -1,6 +1,6 @@
 """`python -m training.prepare KIND SOURCE TARGET`: a data set in its own format becomes a Hugging Face dataset.
 
-TARGET is a folder of parquet shards with the pictures in them, which `datasets.load_dataset` and the commands of this
+TARGET is a folder of parquet shards with the images in them, which `datasets.load_dataset` and the commands of this
 folder read, and which can be uploaded as it is. Counts are printed beside the published ones.
 """
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             raise FileExistsError(f"{args.target} exists: delete it, or choose another TARGET.")
         reading = select_splits(KINDS[args.kind].read(args), args.split)
         if args.without_labels == "drop":
-            drop_pictures_without_labels(reading)
+            drop_images_without_labels(reading)
         print(count_table(reading), flush=True)
         write_dataset(reading.splits, reading.label_names, args.target, max_shard_bytes=args.max_shard_mb * 1_000_000)
     except (ValueError, OSError) as error:
@@ -67,13 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
             "--without_labels",
             choices=("keep", "drop"),
             default="keep",
-            help="pictures that show no label; default: keep",
+            help="images that show no label; default: keep",
         )
         kind.add_argument(
-            "--missing_pictures",
+            "--missing_images",
             choices=("error", "skip"),
             default="error",
-            help="pictures that are listed but not there; skip leaves them out and says so; default: error",
+            help="images that are listed but not there; skip leaves them out and says so; default: error",
         )
         kind.add_argument("--max_shard_mb", type=int, default=500, help="default: 500, as the Hub advises")
         module.add_arguments(kind)
@@ -105,10 +105,10 @@ def select_splits(reading: Reading, pairs: list[tuple[str, str]] | None) -> Read
     return reading
 
 
-def drop_pictures_without_labels(reading: Reading) -> None:
+def drop_images_without_labels(reading: Reading) -> None:
     for name, split in reading.splits.items():
         rows = np.flatnonzero(_shows_a_label(split.labels))
-        print(f"Left out of {name}: {len(split) - len(rows):,} pictures that show no label.")
+        print(f"Left out of {name}: {len(split) - len(rows):,} images that show no label.")
         reading.splits[name] = split.select(rows)
 
 
@@ -119,18 +119,18 @@ def _shows_a_label(labels: SparseLabels) -> np.ndarray:
 
 
 def count_table(reading: Reading) -> str:
-    """Pictures, pictures that show a label, unknown entries; beside them what is published for the data set."""
+    """Images, images that show a label, unknown entries; beside them what is published for the data set."""
     title = f"   published for {reading.title}" if reading.published else ""
-    lines = [f"{'split':<12}{'pictures':>10}{'with a label':>14}{'positives':>12}{'unknown':>10}{title}"]
+    lines = [f"{'split':<12}{'images':>10}{'with a label':>14}{'positives':>12}{'unknown':>10}{title}"]
     for name, split in reading.splits.items():
         labels = split.labels
         unknown = int((labels.values < 0).sum() + (labels.default != 0).sum() * labels.num_labels)
         shown = int(_shows_a_label(labels).sum())
         line = f"{name:<12}{len(split):>10,}{shown:>14,}{labels.positives().sum():>12,}{unknown:>10,}"
         if name in reading.published:
-            pictures, labelled = reading.published[name]
-            line += f"   {pictures:,} pictures" + (f", {labelled:,} with a label" if labelled else "")
-            same = len(split) in (pictures, labelled) and labelled in (None, shown)
+            images, labelled = reading.published[name]
+            line += f"   {images:,} images" + (f", {labelled:,} with a label" if labelled else "")
+            same = len(split) in (images, labelled) and labelled in (None, shown)
             line += ": the same" if same else ": NOT the same"
         lines.append(line)
     return "\n".join([*lines, f"{len(reading.label_names):,} labels"])

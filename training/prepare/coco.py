@@ -1,5 +1,5 @@
-"""MS-COCO and what is annotated like it: `annotations/instances_SPLIT.json` beside folders of pictures, or
-`SPLIT/_annotations.coco.json` among them. A picture has the labels of its annotations, crowds included; labels are in
+"""MS-COCO and what is annotated like it: `annotations/instances_SPLIT.json` beside folders of images, or
+`SPLIT/_annotations.coco.json` among them. An image has the labels of its annotations, crowds included; labels are in
 the order of the category ids. By default train2014 becomes train and val2014 validation; for the papers' protocol:
 --split train2014=train --split val2014=test --without_labels drop, and a validation split cut from train."""
 
@@ -16,14 +16,14 @@ from ..data.rows import SPLIT_ALIASES
 from .reading import Reading, Rows, checked, first_folder
 
 HELP = {"coco": "COCO json, instances"}
-SOURCE = {"coco": "folder with annotations/ and the pictures, or one json file"}
+SOURCE = {"coco": "folder with annotations/ and the images, or one json file"}
 
-# Pictures, and those with an annotation.
+# Images, and those with an annotation.
 PUBLISHED = {"train2014": (82_783, 82_081), "val2014": (40_504, 40_137)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--picture_folder", type=Path, help="default: SPLIT or images/SPLIT in SOURCE")
+    parser.add_argument("--image_folder", type=Path, help="default: SPLIT or images/SPLIT in SOURCE")
 
 
 def read(args: argparse.Namespace) -> Reading:
@@ -44,12 +44,12 @@ def read(args: argparse.Namespace) -> Reading:
         files = {name: path for name, path in files.items() if name in dict(args.split)} or files
     categories, first, splits = None, None, {}
     for name, path in files.items():
-        folder = args.picture_folder or (
+        folder = args.image_folder or (
             path.parent
             if path.name == "_annotations.coco.json"
             else first_folder(root / name, root / "images" / name, root / "images", root)
         )
-        names_of_ids, rows = _read_file(path, folder, args.missing_pictures)
+        names_of_ids, rows = _read_file(path, folder, args.missing_images)
         if categories is None:
             categories, first = names_of_ids, path
         elif names_of_ids != categories:
@@ -70,7 +70,7 @@ def _usual_name(name: str) -> str:
     return SPLIT_ALIASES.get(bare, bare)
 
 
-def _read_file(path: Path, folder: Path, missing_pictures: str) -> tuple[dict[int, str], Rows]:
+def _read_file(path: Path, folder: Path, missing_images: str) -> tuple[dict[int, str], Rows]:
     """Names by category id, and rows."""
 
     def without_outlines(entry: dict) -> dict:  # most of the file, and of no use here
@@ -123,7 +123,7 @@ def _read_file(path: Path, folder: Path, missing_pictures: str) -> tuple[dict[in
         if entry["category_id"] not in index:
             raise ValueError(f"{where}: category_id {entry['category_id']} is no category; correct or delete it.")
         labels[entry["image_id"]].add(index[entry["category_id"]])
-    rows = Rows(missing_pictures)
+    rows = Rows(missing_images)
     for number, (where, file_name) in images.items():
         rows.add(folder / file_name, sorted(labels[number]), where)
     return names, rows

@@ -1,6 +1,6 @@
 """Long-tailed and few-shot multi-label data: the published splits, the same construction for any data, and episodes.
 
-    # COCO-LT or VOC-LT, from the published lists (of the Distribution-Balanced Loss) over your own COCO or VOC pictures
+    # COCO-LT or VOC-LT, from the published lists (of the Distribution-Balanced Loss) over your own COCO or VOC images
     python -m training.prepare.long_tail lists coco coco_lt_train.txt coco_lt_test.txt COCO_FOLDER TARGET
     # a long-tailed draw of the train split of any multi-label data set, by the construction of those splits
     python -m training.prepare.long_tail draw DATASET TARGET --largest 800
@@ -57,7 +57,7 @@ VOC_POSITIVES = [6, 34, 8, 14, 154, 17, 249, 29, 479, 4, 240, 48, 11, 20, 775, 1
 
 @dataclass(frozen=True)
 class PublishedSplit:
-    """What a published long-tailed split must hold: pictures of train and test, and the positives of train by label.
+    """What a published long-tailed split must hold: images of train and test, and the positives of train by label.
 
     Counted in the published lists, which are the same byte by byte in the repositories that carry them.
     """
@@ -75,10 +75,10 @@ PUBLISHED = {
 
 
 def read_list(path: Path, num_labels: int) -> list[tuple[str, list[int]]]:
-    """The pictures of a list and their label indices, in order.
+    """The images of a list and their label indices, in order.
 
     Args:
-        path: One line a picture: its path, then label indices; possibly none, possibly a blank at the end.
+        path: One line an image: its path, then label indices; possibly none, possibly a blank at the end.
         num_labels: Indices go from 0 to `num_labels - 1`.
 
     Raises:
@@ -86,9 +86,9 @@ def read_list(path: Path, num_labels: int) -> list[tuple[str, list[int]]]:
     """
     rows = []
     for number, line in enumerate(text_lines(path), 1):
-        picture, *words = line.split() or [""]
-        if not picture or Path(picture).is_absolute() or ".." in Path(picture).parts:
-            raise ValueError(f"{path}, line {number} is {line!r}, but must begin with a path below the pictures.")
+        image, *words = line.split() or [""]
+        if not image or Path(image).is_absolute() or ".." in Path(image).parts:
+            raise ValueError(f"{path}, line {number} is {line!r}, but must begin with a path below the images.")
         for word in words:
             if not word.isascii() or not word.isdigit() or int(word) >= num_labels:
                 raise ValueError(
@@ -97,7 +97,7 @@ def read_list(path: Path, num_labels: int) -> list[tuple[str, list[int]]]:
         labels = [int(word) for word in words]
         if len(set(labels)) < len(labels):
             raise ValueError(f"{path}, line {number}: {line!r} names a label twice; keep one.")
-        rows.append((picture, labels))
+        rows.append((image, labels))
     return rows
 
 
@@ -121,10 +121,10 @@ def pareto_targets(num_labels: int, largest: int, smallest: int = 1, shape: floa
 
 
 def co_occurrence_order(present: np.ndarray) -> np.ndarray:
-    """Labels by the sum over all labels i of the share of i's pictures that show them as well, largest first.
+    """Labels by the sum over all labels i of the share of i's images that show them as well, largest first.
 
     Args:
-        present: (pictures, num_labels) bool.
+        present: (images, num_labels) bool.
     """
     counts = present.T.astype(np.float64) @ present.astype(np.float64)
     shares = counts / np.maximum(counts.diagonal(), 1)[:, None]
@@ -132,20 +132,20 @@ def co_occurrence_order(present: np.ndarray) -> np.ndarray:
 
 
 def draw_long_tail(present: np.ndarray, targets: Sequence[int], *, seed: int = 0) -> np.ndarray:
-    """Draws pictures so that label counts fall as `targets` do, by the construction of COCO-LT and VOC-LT.
+    """Draws images so that label counts fall as `targets` do, by the construction of COCO-LT and VOC-LT.
 
-    Labels are visited in `co_occurrence_order`, and the i-th of them gets the i-th target: random pictures that show
+    Labels are visited in `co_occurrence_order`, and the i-th of them gets the i-th target: random images that show
     it are added until there are so many (or no more), or, where those drawn for labels before it already bring more,
     random ones of them are taken out again. Counts of labels visited early therefore end off their targets; that of
     the last one is exact.
 
     Args:
-        present: (pictures, num_labels) bool.
+        present: (images, num_labels) bool.
         targets: (num_labels,), see `pareto_targets`.
         seed: Decides the draws. The published lists came from another generator: this does not give them again.
 
     Returns:
-        Rising indices of the pictures drawn.
+        Rising indices of the images drawn.
 
     Raises:
         ValueError: another number of targets than labels.
@@ -166,16 +166,16 @@ def draw_episode(present: np.ndarray, shots: int, *, seed: int = 0) -> np.ndarra
     """Draws a support set in which each label occurs `shots` times, or more where others bring it along.
 
     Args:
-        present: (pictures, num_labels) bool, of the novel labels alone.
+        present: (images, num_labels) bool, of the novel labels alone.
 
     Returns:
-        Rising indices of the pictures drawn.
+        Rising indices of the images drawn.
 
     Raises:
-        ValueError: a label with fewer pictures than `shots`.
+        ValueError: a label with fewer images than `shots`.
     """
     if (few := np.flatnonzero(present.sum(0) < shots)).size:
-        raise ValueError(f"Label {few[0]} has {present[:, few[0]].sum()} pictures, fewer than {shots} shots.")
+        raise ValueError(f"Label {few[0]} has {present[:, few[0]].sum()} images, fewer than {shots} shots.")
     random = np.random.default_rng(seed)
     drawn = np.zeros(len(present), dtype=bool)
     for label in random.permutation(present.shape[1]):
@@ -186,7 +186,7 @@ def draw_episode(present: np.ndarray, shots: int, *, seed: int = 0) -> np.ndarra
 
 
 def is_present(labels: SparseLabels) -> np.ndarray:
-    """(pictures, num_labels) bool: what is shown; unknown labels are not."""
+    """(images, num_labels) bool: what is shown; unknown labels are not."""
     present = np.zeros((len(labels), labels.num_labels), dtype=bool)
     rows = np.repeat(np.arange(len(labels)), np.diff(labels.starts))
     shown = labels.values >= 0.5
@@ -219,8 +219,8 @@ def build_parser() -> argparse.ArgumentParser:
     lists.add_argument("name", choices=tuple(PUBLISHED))
     lists.add_argument("train_list", type=Path, help="coco_lt_train.txt or voc_lt_train.txt")
     lists.add_argument("test_list", type=Path, help="coco_lt_test.txt or voc_lt_test.txt")
-    lists.add_argument("pictures", type=Path, help="where the lists' paths start: holds train2017/ or VOCdevkit/")
-    lists.add_argument("--missing_pictures", choices=("error", "skip"), default="error", help="listed but not there")
+    lists.add_argument("images", type=Path, help="where the lists' paths start: holds train2017/ or VOCdevkit/")
+    lists.add_argument("--missing_images", choices=("error", "skip"), default="error", help="listed but not there")
     draw = kinds.add_parser("draw", dataclass_types=DatasetOptions, help="a long-tailed draw of a train split")
     draw.add_argument(
         "--largest", type=int, required=True, help="count of the most frequent label, about (VOC-LT: 800)"
@@ -229,13 +229,13 @@ def build_parser() -> argparse.ArgumentParser:
     draw.add_argument("--seed", type=int, default=0, help="of what is drawn")
     episodes = kinds.add_parser("episodes", dataclass_types=DatasetOptions, help="few-shot episodes")
     episodes.add_argument("--novel", nargs="+", required=True, metavar="LABEL", help="the labels of the episodes")
-    episodes.add_argument("--shots", type=int, default=1, help="pictures of each novel label")
+    episodes.add_argument("--shots", type=int, default=1, help="images of each novel label")
     episodes.add_argument("--episodes", type=int, default=10, help="how many")
     episodes.add_argument(
         "--mixed",
         choices=("keep", "drop"),
         default="keep",
-        help="pictures with base and novel labels: keep, without the labels of the other side (LaSO's COCO split), or "
+        help="images with base and novel labels: keep, without the labels of the other side (LaSO's COCO split), or "
         "drop (the VOC split)",
     )
     episodes.add_argument("--seed", type=int, default=0, help="of what is drawn")
@@ -247,17 +247,17 @@ def build_parser() -> argparse.ArgumentParser:
 def _write_lists(args: argparse.Namespace) -> None:
     published = PUBLISHED[args.name]
     splits = {}
-    for split, path, num_pictures in (
+    for split, path, num_images in (
         ("train", args.train_list, published.num_train),
         ("test", args.test_list, published.num_test),
     ):
-        rows = Rows(args.missing_pictures)
+        rows = Rows(args.missing_images)
         listed = read_list(path, len(published.label_names))
-        for number, (picture, labels) in enumerate(listed, 1):
-            rows.add(args.pictures / picture, labels, f"{path}, line {number}")
+        for number, (image, labels) in enumerate(listed, 1):
+            rows.add(args.images / image, labels, f"{path}, line {number}")
         counts = np.bincount([label for _, labels in listed for label in labels], minlength=len(published.label_names))
-        same = len(listed) == num_pictures and (split != "train" or counts.tolist() == published.positives)
-        print(f"{path}: {len(listed):,} pictures, {counts.sum():,} labels: {'' if same else 'NOT '}the published split")
+        same = len(listed) == num_images and (split != "train" or counts.tolist() == published.positives)
+        print(f"{path}: {len(listed):,} images, {counts.sum():,} labels: {'' if same else 'NOT '}the published split")
         splits[split] = rows.dataset(pa.int64())
     _write(checked(splits, published.label_names, "ids"), published.label_names, args.target)
 

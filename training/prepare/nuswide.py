@@ -1,6 +1,6 @@
-"""NUS-WIDE in its own files: the 81 concepts, the lists of pictures, and one file of 0 and 1 a concept, from
+"""NUS-WIDE in its own files: the 81 concepts, the lists of images, and one file of 0 and 1 a concept, from
 Groundtruth/TrainTestLabels or, without it, Groundtruth/AllLabels. Splits are the official Train and Test; the papers
-drop pictures that show none of the 81 concepts: --without_labels drop."""
+drop images that show none of the 81 concepts: --without_labels drop."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..data.label_names import read_label_names
 from .reading import Reading, Rows, checked, first_folder, text_lines
 
 HELP = {"nuswide": "NUS-WIDE's own lists"}
-SOURCE = {"nuswide": "folder with ImageList/, Groundtruth/, Concepts81.txt and the pictures"}
+SOURCE = {"nuswide": "folder with ImageList/, Groundtruth/, Concepts81.txt and the images"}
 
-# Pictures, and those that show one of the 81 concepts.
+# Images, and those that show one of the 81 concepts.
 PUBLISHED = {"Train": (161_789, 125_449), "Test": (107_859, 83_898)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--picture_folder", type=Path, help="where the lists' names start; default: Flickr or images")
+    parser.add_argument("--image_folder", type=Path, help="where the lists' names start; default: Flickr or images")
 
 
 def read(args: argparse.Namespace) -> Reading:
@@ -32,7 +32,7 @@ def read(args: argparse.Namespace) -> Reading:
         raise FileNotFoundError(f"{concepts} does not exist; add the list of the 81 concepts.")
     label_names = read_label_names(concepts)
     lists = first_folder(root / "ImageList", root)
-    pictures = args.picture_folder or first_folder(root / "Flickr", root / "images", root)
+    images = args.image_folder or first_folder(root / "Flickr", root / "images", root)
     truth = first_folder(root / "Groundtruth", root)
     by_split = (truth / "TrainTestLabels").is_dir()
     if not by_split:
@@ -50,9 +50,9 @@ def read(args: argparse.Namespace) -> Reading:
                 if name not in row_of:
                     raise ValueError(f"{path}, line {line}: {name} is not in Imagelist.txt; unpack the lists again.")
             labels = all_labels[[row_of[name] for name in names]]
-        rows = Rows(args.missing_pictures)
+        rows = Rows(args.missing_images)
         for (name, line), shown in zip(names.items(), labels, strict=True):
-            rows.add(pictures / name, np.flatnonzero(shown).tolist(), f"{path}, line {line}")
+            rows.add(images / name, np.flatnonzero(shown).tolist(), f"{path}, line {line}")
         splits[split] = rows.dataset(pa.int64())
     return Reading(
         splits=checked(splits, label_names, "ids"),
@@ -69,7 +69,7 @@ def _read_list(path: Path) -> dict[str, int]:
     for number, line in enumerate(text_lines(path), 1):
         name = PurePosixPath(line.replace("\\", "/"))
         if not name.suffix or name.is_absolute() or ".." in name.parts:
-            raise ValueError(f"{path}, line {number} is {line!r}, but must be a picture's file name.")
+            raise ValueError(f"{path}, line {number} is {line!r}, but must be an image's file name.")
         if str(name) in lines:
             raise ValueError(f"{path}, line {number}: {name} is listed before on line {lines[str(name)]}; keep one.")
         lines[str(name)] = number
@@ -86,6 +86,6 @@ def _read_labels(folder: Path, suffix: str, label_names: list[str], count: int, 
             number = next(number for number, line in enumerate(lines, 1) if line in bad)
             raise ValueError(f"{path}, line {number} is {lines[number - 1]!r}, but must be 0 or 1.")
         if len(lines) != count:
-            raise ValueError(f"{path} has {len(lines):,} lines for the {count:,} pictures of {list_name}; unpack them.")
+            raise ValueError(f"{path} has {len(lines):,} lines for the {count:,} images of {list_name}; unpack them.")
         labels[:, column] = [line == "1" for line in lines]
     return labels

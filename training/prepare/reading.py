@@ -22,7 +22,7 @@ class Reading:
         label_names: In class order.
         usual_names: What a split of the source is called in a Hugging Face dataset, for those to take by default.
         title: Of the data set that `published` is about.
-        published: Pictures, and pictures that show a label (None: not published), by the source's name of the split.
+        published: Images, and images that show a label (None: not published), by the source's name of the split.
     """
 
     splits: dict[str, Split]
@@ -33,47 +33,47 @@ class Reading:
 
 
 class Rows:
-    """The rows of one split: each picture once, and there.
+    """The rows of one split: each image once, and there.
 
     Args:
-        missing_pictures: "error", or "skip" to leave rows without a picture out, with a warning.
+        missing_images: "error", or "skip" to leave rows without an image out, with a warning.
     """
 
-    def __init__(self, missing_pictures: str):
-        self.missing_pictures = missing_pictures
-        self.pictures, self.labels, self.missing = [], [], []
+    def __init__(self, missing_images: str):
+        self.missing_images = missing_images
+        self.images, self.labels, self.missing = [], [], []
         self._once = ListedOnce()
 
-    def add(self, picture: Path, labels: list[int] | np.ndarray, where: str) -> None:
-        """One picture with its label ids, or multi-hot labels; `where` names its file and line.
+    def add(self, image: Path, labels: list[int] | np.ndarray, where: str) -> None:
+        """One image with its label ids, or multi-hot labels; `where` names its file and line.
 
         Raises:
-            ValueError: the picture has a row already.
+            ValueError: the image has a row already.
         """
-        self._once.add(str(picture), where, where)
-        if picture.is_file():
-            self.pictures.append(str(picture))
+        self._once.add(str(image), where, where)
+        if image.is_file():
+            self.images.append(str(image))
             self.labels.append(labels)
         else:
-            self.missing.append(("", f"{where}: {picture}"))
+            self.missing.append(("", f"{where}: {image}"))
 
     def dataset(self, kind: pa.DataType) -> Dataset:
         """Columns `image` and `labels`, lists of `kind`.
 
         Raises:
-            ValueError: pictures that do not exist, or none at all.
+            ValueError: images that do not exist, or none at all.
         """
         refuse_or_skip(
-            "missing_picture",
+            "missing_image",
             self.missing,
-            self.missing_pictures,
+            self.missing_images,
             "The lists",
             "name",
-            "that are not there; add them, or pass --missing_pictures skip.",
+            "that are not there; add them, or pass --missing_images skip.",
         )
-        if not self.pictures:
-            raise ValueError("A list of pictures is empty; take that split out with --split, or add some.")
-        images = Dataset.from_dict({"image": self.pictures}, features=Features({"image": Image(decode=False)}))
+        if not self.images:
+            raise ValueError("A list of images is empty; take that split out with --split, or add some.")
+        images = Dataset.from_dict({"image": self.images}, features=Features({"image": Image(decode=False)}))
         return images.add_column("labels", pa.array(self.labels, pa.list_(kind)))
 
 

@@ -25,7 +25,7 @@ def stratified_split(
     Args:
         labels: A label is positive where its value is at least 0.5; unknown entries count for nothing.
         fractions: The share of each split; positive, with sum 1.
-        groups: (rows,) ids; rows of one id, such as copies of a picture or pictures of one patient, stay together.
+        groups: (rows,) ids; rows of one id, such as copies of an image or images of one patient, stay together.
         seed: Decides which of equal choices is taken; the same seed gives the same splits.
 
     Returns:
@@ -60,7 +60,7 @@ def stratified_split(
 
 
 def _assign(counts: csr_array, sizes: np.ndarray, fractions: np.ndarray, choice: random.Random) -> np.ndarray:
-    """(units,) split of each unit; `counts` (units, num_labels) are the pictures of a unit that show a label."""
+    """(units,) split of each unit; `counts` (units, num_labels) are the images of a unit that show a label."""
     num_splits = len(fractions)
     by_label = counts.tocsc()
     units_with = np.diff(by_label.indptr)

@@ -13,7 +13,7 @@ from .reading import Reading
 
 HELP = {
     "csv": "CSV with file names, and labels as text or one column a label",
-    "imagefolder": "pictures beside a metadata.jsonl or metadata.csv",
+    "imagefolder": "images beside a metadata.jsonl or metadata.csv",
     "dataset": "parquet, save_to_disk, or a data set of the Hub",
 }
 SOURCE = {
@@ -34,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label_columns", nargs="+", help="one column a label: 1, 0, empty for unknown")
     parser.add_argument("--label_format", default="auto", help="names, ids or multi_hot; default: by the column's type")
     parser.add_argument("--label_separator", default=",", help="between the labels of a text; default: a comma")
-    parser.add_argument("--picture_folder", type=Path, help="where file names of a CSV start; default: its folder")
+    parser.add_argument("--image_folder", type=Path, help="where file names of a CSV start; default: its folder")
     parser.add_argument(
-        "--unlisted_pictures",
+        "--unlisted_images",
         choices=("error", "skip"),
         default="error",
-        help="pictures that no row names; skip leaves them out and says so; default: error",
+        help="images that no row names; skip leaves them out and says so; default: error",
     )
 
 
@@ -49,7 +49,7 @@ def read(args: argparse.Namespace) -> Reading:
     if args.kind == "csv" and not find_csv_tables(source):
         raise FileNotFoundError(f"{source} is no CSV file and has no SPLIT.csv or SPLIT/metadata.csv; give one.")
     if args.kind == "imagefolder" and not source.is_dir():
-        raise FileNotFoundError(f"{source} is no folder; give one with SPLIT/metadata.jsonl beside the pictures.")
+        raise FileNotFoundError(f"{source} is no folder; give one with SPLIT/metadata.jsonl beside the images.")
     loaded = load(
         args.source,
         dataset_revision=args.dataset_revision,
@@ -60,9 +60,9 @@ def read(args: argparse.Namespace) -> Reading:
         label_columns=args.label_columns,
         label_format=args.label_format,
         label_separator=args.label_separator,
-        picture_folder=args.picture_folder,
-        unlisted_pictures=args.unlisted_pictures,
-        missing_pictures=args.missing_pictures,
+        image_folder=args.image_folder,
+        unlisted_images=args.unlisted_images,
+        missing_images=args.missing_images,
     )
     names = {name: name for name in loaded.splits}
     return Reading(splits=loaded.splits, label_names=loaded.label_names, usual_names=names)

@@ -1,5 +1,5 @@
 """PASCAL VOC and what is annotated like it: JPEGImages/, ImageSets/Main/SET.txt, and labels from Annotations/*.xml or
-from ImageSets/Main/CLASS_SET.txt. A label of which a picture shows difficult objects only is unknown (as VOC scores
+from ImageSets/Main/CLASS_SET.txt. A label of which an image shows difficult objects only is unknown (as VOC scores
 it) or negative (as it is usually trained). By default trainval becomes train and test test."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--difficult",
         choices=("unknown", "negative"),
         default="negative",
-        help="labels of which a picture shows difficult objects only; default: negative, as papers train",
+        help="labels of which an image shows difficult objects only; default: negative, as papers train",
     )
     parser.add_argument(
         "--labels_from",
@@ -72,7 +72,7 @@ def read(args: argparse.Namespace) -> Reading:
         labels = {name: _labels_of_lists(main, name, ids, label_names) for name, ids in lists.items()}
     else:
         objects = {
-            name: {picture: _read_annotation(root / "Annotations" / f"{picture}.xml") for picture in ids}
+            name: {image: _read_annotation(root / "Annotations" / f"{image}.xml") for image in ids}
             for name, ids in lists.items()
         }
         if not label_names:
@@ -80,12 +80,12 @@ def read(args: argparse.Namespace) -> Reading:
         labels = {name: _labels_of_objects(ids, label_names) for name, ids in objects.items()}
     splits = {}
     for name, ids in lists.items():
-        rows = Rows(args.missing_pictures)
-        for picture, line in ids.items():
-            values = labels[name][picture]
+        rows = Rows(args.missing_images)
+        for image, line in ids.items():
+            values = labels[name][image]
             where = f"{main / name}.txt, line {line}"
             values = np.where(values == 0, difficult, values > 0).astype(np.float32)
-            rows.add(root / "JPEGImages" / f"{picture}.jpg", values, where)
+            rows.add(root / "JPEGImages" / f"{image}.jpg", values, where)
         splits[name] = rows.dataset(pa.float32())
     return Reading(
         splits=checked(splits, label_names, "multi_hot"),
@@ -97,36 +97,36 @@ def read(args: argparse.Namespace) -> Reading:
 
 
 def _read_set(path: Path) -> dict[str, int]:
-    """Picture ids of a list, with their lines."""
+    """Image ids of a list, with their lines."""
     lines: dict[str, int] = {}
     for number, line in enumerate(text_lines(path), 1):
         if len(line.split()) != 1 or "/" in line or "\\" in line:
-            raise ValueError(f"{path}, line {number} is {line!r}, but must be one picture's id.")
+            raise ValueError(f"{path}, line {number} is {line!r}, but must be one image's id.")
         if line in lines:
             raise ValueError(f"{path}, line {number}: {line} is listed before on line {lines[line]}; keep one.")
         lines[line] = number
     return lines
 
 
-# Below, a picture's labels are (num_labels,) int8 in VOC's own code: 1 present, 0 difficult objects only, -1 absent.
+# Below, an image's labels are (num_labels,) int8 in VOC's own code: 1 present, 0 difficult objects only, -1 absent.
 
 
 def _labels_of_lists(main: Path, name: str, ids: dict[str, int], label_names: list[str]) -> dict[str, np.ndarray]:
-    labels = {picture: np.zeros(len(label_names), dtype=np.int8) for picture in ids}
+    labels = {image: np.zeros(len(label_names), dtype=np.int8) for image in ids}
     for column, label in enumerate(label_names):
         path, seen = main / f"{label}_{name}.txt", set()
         for number, line in enumerate(text_lines(path), 1):
-            picture, *flags = line.split() or [""]
+            image, *flags = line.split() or [""]
             if flags not in (["1"], ["0"], ["-1"]):
-                raise ValueError(f"{path}, line {number} is {line!r}, but must be a picture's id and 1, 0 or -1.")
-            if picture not in labels:
-                raise ValueError(f"{path}, line {number}: {picture} is not listed in {name}.txt; take it out.")
-            if picture in seen:
-                raise ValueError(f"{path}, line {number}: {picture} is listed before; keep one of its lines.")
-            seen.add(picture)
-            labels[picture][column] = int(flags[0])
+                raise ValueError(f"{path}, line {number} is {line!r}, but must be an image's id and 1, 0 or -1.")
+            if image not in labels:
+                raise ValueError(f"{path}, line {number}: {image} is not listed in {name}.txt; take it out.")
+            if image in seen:
+                raise ValueError(f"{path}, line {number}: {image} is listed before; keep one of its lines.")
+            seen.add(image)
+            labels[image][column] = int(flags[0])
         if len(seen) < len(ids):
-            absent = next(picture for picture in ids if picture not in seen)
+            absent = next(image for image in ids if image not in seen)
             raise ValueError(f"{path} has no line for {absent}, which {name}.txt lists; add it.")
     return labels
 
@@ -134,7 +134,7 @@ def _labels_of_lists(main: Path, name: str, ids: dict[str, int], label_names: li
 def _labels_of_objects(objects: dict[str, list], label_names: list[str]) -> dict[str, np.ndarray]:
     index = {label: column for column, label in enumerate(label_names)}
     labels = {}
-    for picture, found in objects.items():
+    for image, found in objects.items():
         values = np.full(len(label_names), -1, dtype=np.int8)
         for label, difficult, where in found:
             if label not in index:
@@ -143,7 +143,7 @@ def _labels_of_objects(objects: dict[str, list], label_names: list[str]) -> dict
                     "with --label_names."
                 )
             values[index[label]] = max(values[index[label]], 0 if difficult else 1)
-        labels[picture] = values
+        labels[image] = values
     return labels
 
 
@@ -155,7 +155,7 @@ def _read_annotation(path: Path) -> list[tuple[str, bool, str]]:
             files; VOC's files have none), an object without a name, or difficult other than 0 and 1.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; add it, or take the picture out of the list.")
+        raise FileNotFoundError(f"{path} does not exist; add it, or take the image out of the list.")
     builder, lines = ElementTree.TreeBuilder(), {}
     parser = expat.ParserCreate()
 

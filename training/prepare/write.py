@@ -1,4 +1,4 @@
-"""Writes splits as parquet shards with the pictures in them."""
+"""Writes splits as parquet shards with the images in them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_dataset(
     Args:
         splits: As `load` gives them. Files are copied byte for byte, not decoded.
         label_names: In class order; `labels.txt` keeps them where multi-hot lists have no names in the features.
-        max_shard_bytes: Pictures of one shard, roughly.
+        max_shard_bytes: Images of one shard, roughly.
 
     Raises:
         FileExistsError: `target` exists.
@@ -41,7 +41,7 @@ def write_dataset(
             raise ValueError(f"The label name {name!r} is empty, or has blanks around it or a line break; rename it.")
     for name, split in splits.items():
         if len(split) == 0:
-            raise ValueError(f"The split {name!r} has no pictures left; take it out with --split, or add some.")
+            raise ValueError(f"The split {name!r} has no images left; take it out with --split, or add some.")
     total = sum(len(split) for split in splits.values())
     try:
         with atomic_folder(target) as folder, tqdm(total=total, desc="Writing", unit="img") as progress:
@@ -52,7 +52,7 @@ def write_dataset(
             labels = List(ClassLabel(names=label_names) if as_ids else Value("float32"))
             features = Features({"image": Image(), "labels": labels})
             for name, split in splits.items():
-                count = min(len(split), -(-_picture_bytes(split.images) // max_shard_bytes) or 1)
+                count = min(len(split), -(-_image_bytes(split.images) // max_shard_bytes) or 1)
                 for number, rows in enumerate(np.array_split(np.arange(len(split)), count)):
                     path = folder / "data" / f"{name}-{number:05}-of-{count:05}.parquet"
                     _write_shard(split.select(rows), path, features, as_ids, progress)
@@ -61,7 +61,7 @@ def write_dataset(
         raise
 
 
-def _picture_bytes(images: Dataset) -> int:
+def _image_bytes(images: Dataset) -> int:
     return sum(
         len(image["bytes"]) if image["bytes"] else Path(image["path"]).stat().st_size for image in images["image"]
     )

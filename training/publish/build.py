@@ -37,10 +37,10 @@ def build_folder(
     run: Path, target: Path, *, adapter_of: str | None = None, adapter_revision: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes all but the card into `target`. Nothing is copied from beside the checkpoint but by name: no optimizer
-    state, no log, no picture; no scores that no longer hold for the checkpoint, and no path.
+    state, no log, no image; no scores that no longer hold for the checkpoint, and no path.
 
     Returns:
-        Pixels (1, 3, H, W) of `noise_picture` and the model's logits (1, num_labels) for them.
+        Pixels (1, 3, H, W) of `noise_image` and the model's logits (1, num_labels) for them.
 
     Raises:
         ValueError, OSError: there is no checkpoint, or not one that can be published.
@@ -133,10 +133,10 @@ def _set_base(target: Path, base: str) -> None:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, processor: MultiLabelProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels = processor(images=noise_picture(), return_tensors="pt")["pixel_values"]
+    pixels = processor(images=noise_image(), return_tensors="pt")["pixel_values"]
     return pixels, model.eval()(pixel_values=pixels.to(model.dtype)).logits.float()
 
 
-def noise_picture() -> Image.Image:
-    """A picture of noise, neither square nor of a round size, so that the preprocessing is compared as well."""
+def noise_image() -> Image.Image:
+    """An image of noise, neither square nor of a round size, so that the preprocessing is compared as well."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (151, 203, 3), dtype=np.uint8))

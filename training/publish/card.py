@@ -41,14 +41,14 @@ HEADLINES = {  # key: name, what it is
     "mAP": ("mAP", "mean over labels of the non-interpolated average precision"),
     "mAP_voc07": ("mAP, VOC07", "the same with PASCAL VOC's 11-point AP (until 2009)"),
     "mAP_voc10": ("mAP, VOC10", "the same with the area under the monotone precision envelope (VOC from 2010 on)"),
-    "mAP_micro": ("mAP, micro", "AP of all picture-label pairs in one ranking"),
-    "LRAP": ("LRAP", "label ranking average precision: how well a picture's own labels are ranked above the others"),
+    "mAP_micro": ("mAP, micro", "AP of all image-label pairs in one ranking"),
+    "LRAP": ("LRAP", "label ranking average precision: how well an image's own labels are ranked above the others"),
 }
 DECISIONS = {
     "CP": ("CP", "mean over labels of precision (0 where nothing was predicted)"),
     "CR": ("CR", "mean over labels of recall"),
     "CF1": ("CF1", "harmonic mean of CP and CR, the papers' definition"),
-    "OP": ("OP", "precision over all picture-label pairs"),
+    "OP": ("OP", "precision over all image-label pairs"),
     "OR": ("OR", "recall over all pairs"),
     "OF1": ("OF1", "harmonic mean of OP and OR"),
     "f1_macro": ("macro F1", "mean over labels of F1"),
@@ -79,15 +79,15 @@ def render_card(
     tag: str | None = None,
     licence: str | None = None,
     adapter_revision: str | None = None,
-    pictures: bool = False,
+    images: bool = False,
 ) -> ModelCard:
-    """The card of what lies in `folder`, and its pictures, which are written into `folder / "figures"`.
+    """The card of what lies in `folder`, and its images, which are written into `folder / "figures"`.
 
     Args:
         run: The run folder, for results.json, config.yaml, log.jsonl, evaluation/, speed.json and predictions.png,
             whichever there are.
         folder: What is published: a checkpoint or an adapter.
-        repo_id, tag, licence, adapter_revision, pictures: see `training.publish.hub.push_run`.
+        repo_id, tag, licence, adapter_revision, images: see `training.publish.hub.push_run`.
 
     Raises:
         ValueError: a model without a template.
@@ -100,7 +100,7 @@ def render_card(
     if template is None:
         raise ValueError(f"{folder} holds no model of a type that has a card ({', '.join(TEMPLATES)}) and no adapter.")
     licence = licence or ("apache-2.0" if own else "unknown")
-    figures = _write_figures(run, folder, facts, pictures or scenes)
+    figures = _write_figures(run, folder, facts, images or scenes)
     data = ModelCardData(
         license=licence,
         library_name="peft" if facts["base"] else "transformers",
@@ -148,7 +148,7 @@ def collect(run: Path, folder: Path) -> dict:
     splits = {name: results[name] for name in SPLITS if name in results}
     at_thresholds = {name: results[name + AT_THRESHOLDS] for name in splits if name + AT_THRESHOLDS in results}
     log = [json.loads(line) for line in _lines(run / "log.jsonl")]
-    seen = [line["train/pictures_per_second"] for line in log if "train/pictures_per_second" in line]
+    seen = [line["train/images_per_second"] for line in log if "train/images_per_second" in line]
     return {
         "base": adapter.get("base_model_name_or_path") if adapter else None,
         "model": model,
@@ -230,11 +230,11 @@ def _eval_results(facts: dict) -> list[EvalResult]:
     return entries
 
 
-def _write_figures(run: Path, folder: Path, facts: dict, pictures: bool) -> dict[str, str]:
-    """Copies and draws the card's pictures; name -> path within the folder."""
+def _write_figures(run: Path, folder: Path, facts: dict, images: bool) -> dict[str, str]:
+    """Copies and draws the card's images; name -> path within the folder."""
     figures = {}
     target = folder / "figures"
-    if pictures:
+    if images:
         for name, path in (
             ("predictions", run / "predictions.png"),
             ("heat_maps", evaluation_file(run, "heat_maps.png")),
@@ -271,7 +271,7 @@ def _plot_training(log: list[dict], epochs: list[dict], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the card of a run, without its pictures: 0, or 2 when something was refused."""
+    """Prints the card of a run, without its images: 0, or 2 when something was refused."""
     parser = argparse.ArgumentParser(prog="python -m training.publish.card", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("repo_id", metavar="org/name")

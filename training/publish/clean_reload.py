@@ -1,9 +1,9 @@
 """Load a folder as a stranger would and write what the model says.
 
-    python -I training/publish/clean_reload.py FOLDER PICTURE OUT
+    python -I training/publish/clean_reload.py FOLDER IMAGE OUT
 
 Run by `reload.py` in a process of its own, in which `modeling_hsvlt` cannot be imported even where it is installed.
-OUT gets `pixel_values` (1, 3, H, W) and `logits` (1, num_labels) of PICTURE, as safetensors.
+OUT gets `pixel_values` (1, 3, H, W) and `logits` (1, num_labels) of IMAGE, as safetensors.
 """
 
 import sys
@@ -17,13 +17,13 @@ class PackageBlocker:
             raise ModuleNotFoundError(f"{name} is blocked here on purpose: the folder must bring its own code.")
 
 
-def main(folder: str, picture: str, output: str) -> None:
+def main(folder: str, image: str, output: str) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForImageClassification, AutoProcessor
 
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
-    pixels = AutoProcessor.from_pretrained(folder, trust_remote_code=True)(images=picture, return_tensors="pt")
+    pixels = AutoProcessor.from_pretrained(folder, trust_remote_code=True)(images=image, return_tensors="pt")
     with torch.no_grad():
         logits = model(pixel_values=pixels["pixel_values"].to(model.dtype)).logits
     save_file({"pixel_values": pixels["pixel_values"], "logits": logits.float()}, output)

@@ -34,7 +34,7 @@ def push_run(
     licence: str | None = None,
     adapter_of: str | None = None,
     adapter_revision: str | None = None,
-    pictures: bool = False,
+    images: bool = False,
     dry_run: bool = False,
     folder: Path | None = None,
 ) -> str | None:
@@ -50,7 +50,7 @@ def push_run(
         adapter_of: Hub id of a checkpoint with the same text tower: pushes only the contexts that an HP-DVAL run
             learned, as an adapter of that. An adapter folder names its base itself.
         adapter_revision: Commit or tag of the base to check the adapter on.
-        pictures: Whether pictures of the data set may go on the card. Pictures of the built-in scenes always do.
+        images: Whether images of the data set may go on the card. Images of the built-in scenes always do.
         dry_run: Stop before the first byte leaves, and print what would.
         folder: Where to leave what was built; None: nowhere.
 
@@ -72,7 +72,7 @@ def push_run(
         expected = build_folder(run, target, adapter_of=adapter_of, adapter_revision=adapter_revision)
         difference = check_folder(target, *expected)
         card = render_card(
-            run, target, repo_id=repo_id, tag=tag, licence=licence, adapter_revision=adapter_revision, pictures=pictures
+            run, target, repo_id=repo_id, tag=tag, licence=licence, adapter_revision=adapter_revision, images=images
         )
         card.save(target / "README.md")
         check_no_path(Path(run), target)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .build import ADAPTER_FILES, noise_picture
+from .build import ADAPTER_FILES, noise_image
 
 
 def check_folder(folder: Path, pixels: torch.Tensor, logits: torch.Tensor) -> float:
@@ -24,14 +24,14 @@ def check_folder(folder: Path, pixels: torch.Tensor, logits: torch.Tensor) -> fl
         ValueError: it does not load there, or pixels or logits are others.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        picture, output = Path(scratch) / "picture.png", Path(scratch) / "output.safetensors"
-        noise_picture().save(picture)
+        image, output = Path(scratch) / "image.png", Path(scratch) / "output.safetensors"
+        noise_image().save(image)
         script = Path(__file__).with_name("clean_reload.py")
         environment = {**os.environ, "HF_MODULES_CACHE": scratch}
         if not (folder / ADAPTER_FILES[0]).exists():  # an adapter's base comes from the Hub
             environment["HF_HUB_OFFLINE"] = "1"
         result = subprocess.run(
-            [sys.executable, "-I", script, folder, picture, output], env=environment, capture_output=True, text=True
+            [sys.executable, "-I", script, folder, image, output], env=environment, capture_output=True, text=True
         )
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]

@@ -19,7 +19,7 @@ def write_selected_tags(
     Args:
         path: The file to write, or the folder to write `selected_tags.csv` into.
         label_names: In class order, written as they are (tools turn underscores into spaces themselves).
-        counts: Training pictures that show each label, by name or in class order; labels without one, or all of them
+        counts: Training images that show each label, by name or in class order; labels without one, or all of them
             where this is None, get 0.
 
     Raises:

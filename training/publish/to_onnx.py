@@ -35,7 +35,7 @@ def export_onnx(
 
     Args:
         model: Gives `logits` for `pixel_values` alone; is left in fp32 and evaluation mode, on the CPU.
-        processor: Tells the size of the pictures and goes into the metadata.
+        processor: Tells the size of the images and goes into the metadata.
         path: The file to write.
         opset: ONNX operator set; None takes the exporter's (20).
 
@@ -46,12 +46,12 @@ def export_onnx(
         RuntimeError: onnxruntime computes something else.
     """
     model = prepare_model(model)
-    size = picture_size(processor)
+    size = image_size(processor)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(max(CHECKED_BATCHES), 3, *size, generator=generator)
     shapes = {"pixel_values": {0: Dim("batch")}}
     with _quiet(), torch.no_grad():
-        # Of two pictures: the exporter takes a dimension of 1 for a constant.
+        # Of two images: the exporter takes a dimension of 1 for a constant.
         config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
         exported = OnnxExporter().export(_LogitsOnly(model), {"pixel_values": pixels[:2]}, config)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -69,7 +69,7 @@ def compare(model: PreTrainedModel, path: Path, pixels: torch.Tensor) -> float:
     Args:
         model: In evaluation mode.
         path: The ONNX file.
-        pixels: At least 8 normalised pictures (8, 3, height, width).
+        pixels: At least 8 normalised images (8, 3, height, width).
 
     Returns:
         The difference in units of the largest logit if that is above 1.
@@ -94,10 +94,10 @@ def compare(model: PreTrainedModel, path: Path, pixels: torch.Tensor) -> float:
 
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
-    """fp32 on the CPU in evaluation mode, scoring every label from the pictures alone."""
+    """fp32 on the CPU in evaluation mode, scoring every label from the images alone."""
     model = model.float().cpu().eval()
     if getattr(model, "candidate_scorer", None) is not None:
-        model.candidate_scorer = None  # Which labels to leave out differs from picture to picture: all are scored.
+        model.candidate_scorer = None  # Which labels to leave out differs from image to image: all are scored.
     if getattr(model.config, "has_text_model", False):
         model.drop_text_model()  # Keeps the text embeddings of the labels.
     if getattr(model.config, "has_teacher", False):
@@ -117,7 +117,7 @@ class _LogitsOnly(torch.nn.Module):
 
 
 def _fold_constants(path: Path) -> onnx.ModelProto:
-    """The model with all that depends on no picture computed: label stream, text norms, products of weights.
+    """The model with all that depends on no image computed: label stream, text norms, products of weights.
 
     The exporter folds only small tensors and no layer norms.
     """
@@ -139,25 +139,25 @@ def _fold_constants(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def picture_size(processor: BaseImageProcessor) -> tuple[int, int]:
+def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
     """Height and width of the `pixel_values` that the processor makes.
 
     Raises:
-        ValueError: they depend on the picture.
+        ValueError: they depend on the image.
     """
     shapes = set()
     for size in ((40, 60), (60, 40)):
         shapes.add(tuple(processor(images=Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape[-2:]))
     if len(shapes) > 1:
         raise ValueError(
-            "The processor gives pictures of different sizes; give its size a height and width, or let it crop."
+            "The processor gives images of different sizes; give its size a height and width, or let it crop."
         )
     return shapes.pop()
 
 
 def metadata(model: PreTrainedModel, processor: BaseImageProcessor) -> dict[str, str]:
     """What a program needs beside the graph, as ONNX keeps it: strings, with JSON for lists."""
-    config, (height, width) = model.config, picture_size(processor)
+    config, (height, width) = model.config, image_size(processor)
     normalizes = bool(processor.do_normalize)
     values = {
         "labels": [config.id2label[index] for index in range(config.num_labels)],
@@ -193,7 +193,7 @@ def to_wd_tagger(proto: onnx.ModelProto) -> onnx.ModelProto:
     size = [json.loads(props[name]) for name in ("image_height", "image_width")]
     names = ("wd_order", "wd_scale", "wd_shift")
     tensors = (np.array([2, 1, 0]), scale, -mean / std)
-    pictures = helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["batch", *size, 3])
+    images = helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["batch", *size, 3])
     nodes = [
         helper.make_node("Gather", ["input", "wd_order"], ["wd_rgb"], axis=3),
         helper.make_node("Mul", ["wd_rgb", "wd_scale"], ["wd_scaled"]),
@@ -202,7 +202,7 @@ def to_wd_tagger(proto: onnx.ModelProto) -> onnx.ModelProto:
     ]
     pixels = helper.make_tensor_value_info("wd_pixels", onnx.TensorProto.FLOAT, ["batch", 3, *size])
     initializers = [numpy_helper.from_array(tensor, name) for tensor, name in zip(tensors, names, strict=True)]
-    before = helper.make_graph(nodes, "wd_tagger_input", [pictures], [pixels], initializers)
+    before = helper.make_graph(nodes, "wd_tagger_input", [images], [pixels], initializers)
     count = len(json.loads(props["labels"]))
     logits, output = (
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", count])

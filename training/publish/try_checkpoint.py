@@ -1,10 +1,10 @@
 """Load a checkpoint as a stranger would.
 
-    python training/publish/try_checkpoint.py CHECKPOINT PICTURES [--output FILE.png]
+    python training/publish/try_checkpoint.py CHECKPOINT IMAGES [--output FILE.png]
 
 Runs in a process that cannot import `modeling_hsvlt`, even where it is installed: whatever works here works for whoever
 downloads the checkpoint with nothing but transformers, torch and Pillow. The scores of `AutoModel` and of `pipeline`
-must agree. PICTURES is a folder of pictures; where it has a metadata.jsonl, the true labels are shown beside.
+must agree. IMAGES is a folder of images; where it has a metadata.jsonl, the true labels are shown beside.
 """
 
 import argparse
@@ -22,7 +22,7 @@ class PackageBlocker:
 
 
 def predict(checkpoint: str, files: list[Path]) -> list[list[dict]]:
-    """Labels of each picture with their scores, at the checkpoint's thresholds.
+    """Labels of each image with their scores, at the checkpoint's thresholds.
 
     Raises:
         RuntimeError: where `AutoModel` and the pipeline disagree.
@@ -35,9 +35,9 @@ def predict(checkpoint: str, files: list[Path]) -> list[list[dict]]:
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     if type(model).__module__.partition(".")[0] != "transformers_modules":
         raise RuntimeError(f"{type(model).__module__} did not come with the checkpoint.")
-    pictures = [Image.open(file) for file in files]
+    images = [Image.open(file) for file in files]
     with torch.inference_mode():
-        scores = model(**processor(images=pictures, return_tensors="pt")).logits.sigmoid()
+        scores = model(**processor(images=images, return_tensors="pt")).logits.sigmoid()
 
     tagger = pipeline("multi-label-image-classification", model=checkpoint, trust_remote_code=True)
     everything = tagger([str(file) for file in files], threshold=None, top_k=None, batch_size=8)
@@ -60,7 +60,7 @@ def read_labels(folder: Path) -> dict[str, list[str]]:
 
 
 def draw(files: list[Path], predictions: list[list[dict]], truth: dict[str, list[str]], output: Path) -> None:
-    """Writes a grid of the pictures with their labels: found in green, wrong in red, missed in grey."""
+    """Writes a grid of the images with their labels: found in green, wrong in red, missed in grey."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,7 +80,7 @@ def draw(files: list[Path], predictions: list[list[dict]], truth: dict[str, list
         found = {label["label"] for label in labels}
         lines += [(f"{name} missed", "#6e7781") for name in actual or [] if name not in found]
         captions.append(lines or [("no label", "#6e7781")])
-    depth = -(-max(map(len, captions)) // 2)  # lines of text under a picture, two labels each
+    depth = -(-max(map(len, captions)) // 2)  # lines of text under an image, two labels each
     figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, (2.6 + 0.3 * depth) * rows), squeeze=False)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.99, wspace=0.06, hspace=0.06 + 0.115 * depth)
     for axis in axes.flat:
@@ -98,15 +98,15 @@ def draw(files: list[Path], predictions: list[list[dict]], truth: dict[str, list
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or Hub id")
-    parser.add_argument("pictures", type=Path, help="folder of pictures")
-    parser.add_argument("--output", type=Path, help="PNG file for the pictures with their labels")
+    parser.add_argument("images", type=Path, help="folder of images")
+    parser.add_argument("--output", type=Path, help="PNG file for the images with their labels")
     args = parser.parse_args(argv)
 
     sys.meta_path.insert(0, PackageBlocker())
     suffixes = {".png", ".jpg", ".jpeg", ".webp"}
-    files = sorted(file for file in args.pictures.rglob("*") if file.suffix.lower() in suffixes)
+    files = sorted(file for file in args.images.rglob("*") if file.suffix.lower() in suffixes)
     if not files:
-        parser.error(f"{args.pictures} holds no picture ({', '.join(sorted(suffixes))}).")
+        parser.error(f"{args.images} holds no image ({', '.join(sorted(suffixes))}).")
     predictions = predict(args.checkpoint, files)
     truth = read_labels(files[0].parent)
     for file, labels in zip(files, predictions, strict=True):
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{file.name}: {found}{actual}")
     if args.output is not None:
         draw(files, predictions, truth, args.output)
-        print(f"picture: {args.output}")
+        print(f"image: {args.output}")
     return 0
 
 

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from modeling_hsvlt.processing_multilabel import load_image
 
-from ..data.leave_out import picture_name
+from ..data.leave_out import image_name
 from .plots import plot_confusion
 
 NUM_MISTAKES = 12  # of each kind
@@ -23,7 +23,7 @@ MAX_CONFUSED = 20  # rows and columns of the heat map
 
 
 class Mistake(NamedTuple):
-    """A wrong decision to show: a picture's row, the label, its score and threshold."""
+    """A wrong decision to show: an image's row, the label, its score and threshold."""
 
     row: int
     label: int
@@ -34,7 +34,7 @@ class Mistake(NamedTuple):
 def confident_mistakes(scores: np.ndarray, labels: np.ndarray, thresholds: np.ndarray, kind: str) -> list[Mistake]:
     """The false positives of the highest score, or (`kind="misses"`) the present labels of the lowest.
 
-    At most one a picture and `MISTAKES_PER_LABEL` a label, so that there is something to see.
+    At most one an image and `MISTAKES_PER_LABEL` a label, so that there is something to see.
     """
     above = scores >= thresholds
     row, label = np.nonzero((labels == 1) & ~above if kind == "misses" else (labels == 0) & above)
@@ -58,8 +58,8 @@ def co_occurrence_confusion(scores: np.ndarray, labels: np.ndarray, thresholds: 
 
     Returns:
         "predicted" (columns,): at most `MAX_CONFUSED` labels, those with the most false positives, in class order.
-        "wrong", "pictures" (num_labels, columns): pictures that show the row's label and not the column's, and how many
-        of them got the column's. "usual" (columns,): the share of all pictures without the column's label that got it.
+        "wrong", "images" (num_labels, columns): images that show the row's label and not the column's, and how many
+        of them got the column's. "usual" (columns,): the share of all images without the column's label that got it.
     """
     false = (labels == 0) & (scores >= thresholds)
     total = false.sum(0)
@@ -69,19 +69,19 @@ def co_occurrence_confusion(scores: np.ndarray, labels: np.ndarray, thresholds: 
     return {
         "predicted": predicted,
         "wrong": present @ false[:, predicted].astype(np.int64),
-        "pictures": present @ absent,
+        "images": present @ absent,
         "usual": total[predicted] / np.maximum(absent.sum(0), 1),
     }
 
 
 def confusion_page(confusion: dict[str, np.ndarray], label_names: Sequence[str]) -> dict | None:
-    predicted, wrong, pictures, usual = confusion.values()
+    predicted, wrong, images, usual = confusion.values()
     if not len(predicted):
         return None
-    rates = np.where(pictures > 0, wrong / np.maximum(pictures, 1), np.nan)
+    rates = np.where(images > 0, wrong / np.maximum(images, 1), np.nan)
     shown = np.sort(np.argsort(-wrong.sum(1), kind="stable")[:MAX_CONFUSED])
     # Of a label that is predicted everywhere no company is to blame: what counts is how many more than usual.
-    excess = wrong - pictures * usual
+    excess = wrong - images * usual
     pairs = [divmod(int(place), len(predicted)) for place in np.argsort(-excess, axis=None, kind="stable")[:15]]
     return {
         "plot": plot_confusion(
@@ -92,7 +92,7 @@ def confusion_page(confusion: dict[str, np.ndarray], label_names: Sequence[str])
                 "present": label_names[row],
                 "predicted": label_names[predicted[column]],
                 "wrong": int(wrong[row, column]),
-                "pictures": int(pictures[row, column]),
+                "images": int(images[row, column]),
                 "usual": usual[column],
             }
             for row, column in pairs
@@ -101,8 +101,8 @@ def confusion_page(confusion: dict[str, np.ndarray], label_names: Sequence[str])
     }
 
 
-def _thumbnail(picture: dict) -> str:
-    image = load_image(picture)
+def _thumbnail(image: dict) -> str:
+    image = load_image(image)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     encoded = io.BytesIO()
     image.convert("RGB").save(encoded, "JPEG", quality=82)
@@ -112,14 +112,14 @@ def _thumbnail(picture: dict) -> str:
 def mistake_page(
     mistakes: Sequence[Mistake], labels: np.ndarray, rows: Dataset, label_names: Sequence[str]
 ) -> list[dict]:
-    pictures = rows.select_columns(["image"])
+    images = rows.select_columns(["image"])
     cards = []
     for mistake in mistakes:
-        picture = pictures[mistake.row]["image"]
+        image = images[mistake.row]["image"]
         cards.append(
             {
-                "picture": _thumbnail(picture),
-                "file": picture_name(picture) or f"row {mistake.row}",
+                "image": _thumbnail(image),
+                "file": image_name(image) or f"row {mistake.row}",
                 "label": label_names[mistake.label],
                 "score": mistake.score,
                 "threshold": mistake.threshold,

@@ -1,6 +1,6 @@
 """The folder that `training.evaluate --output` writes: results.json, per_label.csv and report.html.
 
-The page needs no server, no network and no file beside it: plots and pictures are data URIs. Whatever text it shows is
+The page needs no server, no network and no file beside it: plots and images are data URIs. Whatever text it shows is
 escaped, for names of labels and files may hold markup.
 """
 
@@ -34,15 +34,15 @@ HEADLINES = {
     "precision at their score)",
     "mAP_voc07": "the same with PASCAL VOC's 11-point AP (until 2009)",
     "mAP_voc10": "the same with the area under the monotone precision envelope (VOC from 2010 on)",
-    "mAP_micro": "AP of all picture-label pairs in one ranking",
+    "mAP_micro": "AP of all image-label pairs in one ranking",
     "mAP_weighted": "mean AP weighted by each label's positives",
-    "LRAP": "label ranking average precision: how well each picture's own labels are ranked above the others",
-    "ranking_loss": "share of a picture's (present, absent) label pairs in the wrong order",
-    "coverage_error": "how many labels of a picture's ranking must be read to meet all that are present",
+    "LRAP": "label ranking average precision: how well each image's own labels are ranked above the others",
+    "ranking_loss": "share of an image's (present, absent) label pairs in the wrong order",
+    "coverage_error": "how many labels of an image's ranking must be read to meet all that are present",
 }
 DECISIONS = {
     "f1_macro": "mean over labels of F1",
-    "f1_micro": "F1 over all picture-label pairs (OF1)",
+    "f1_micro": "F1 over all image-label pairs (OF1)",
     "CP": "mean over labels of precision (0 where nothing was predicted)",
     "CR": "mean over labels of recall",
     "CF1": "harmonic mean of CP and CR, the papers' definition",
@@ -52,9 +52,9 @@ DECISIONS = {
 
 
 def compare_thresholds(scores: np.ndarray, labels: np.ndarray, config, threshold: float | str) -> dict[str, dict]:
-    """`DECISIONS` at 0.5, at thresholds fitted to other pictures, and at those in use.
+    """`DECISIONS` at 0.5, at thresholds fitted to other images, and at those in use.
 
-    "fitted, held out" is fitted to a random half of the pictures, measured on the other half, and the other way round,
+    "fitted, held out" is fitted to a random half of the images, measured on the other half, and the other way round,
     as the checkpoint's own were (`config.threshold_info`; else for F1). It is missing where the halves are too small.
     """
 
@@ -72,7 +72,7 @@ def compare_thresholds(scores: np.ndarray, labels: np.ndarray, config, threshold
         rows["fitted, held out"] = measure(decided.astype(np.float32))
     if getattr(config, "thresholds", None) is not None:
         same = info.get("split_fingerprint") == fit_record(labels, dataset="", split="")["split_fingerprint"]
-        words = "the checkpoint's" + (", fitted to these very pictures" if same else "")
+        words = "the checkpoint's" + (", fitted to these very images" if same else "")
         rows[words] = measure(scores, np.array(config.thresholds))
     return rows
 
@@ -113,7 +113,7 @@ def write_report(
     Args:
         results: What results.json is to hold; the comparison of thresholds and the calibration error are added.
         scores, labels: (n, num_labels).
-        rows: Of the pictures, in the same order; with undecoded `image`s.
+        rows: Of the images, in the same order; with undecoded `image`s.
         per_label: Of `per_label_report`, at the thresholds in use.
         config: Of the model, for its `thresholds`, `threshold_info` and `calibration_info`.
         counts: Name of a split and its positives (num_labels,), for the long-tail plot; None: of the scored split.

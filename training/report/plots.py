@@ -46,7 +46,7 @@ def plot_long_tail(
 
     Args:
         average_precision: (num_labels,); NaN for labels that have none, which are not drawn.
-        positives: (num_labels,) pictures that show the label, in the split `counted_in`.
+        positives: (num_labels,) images that show the label, in the split `counted_in`.
     """
     figure, (axes,) = _new_figure(9, 4.6)
     rated = ~np.isnan(average_precision)
@@ -69,7 +69,7 @@ def plot_long_tail(
                 label_names[label], (place[label], average_precision[label]), xytext=(4, 3),
                 textcoords="offset points", fontsize=8, color="#444",
             )  # fmt: skip
-    axes.set(xscale="log", ylim=(-0.02, 1.04), xlabel=f"pictures of {counted_in} that show the label", ylabel="AP")
+    axes.set(xscale="log", ylim=(-0.02, 1.04), xlabel=f"images of {counted_in} that show the label", ylabel="AP")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "0")
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.grid(alpha=0.25)
@@ -131,11 +131,11 @@ def plot_reliability(stages: Mapping[str, Reliability]) -> str:
 
 @_plain_text
 def plot_confusion(rates: np.ndarray, counts: np.ndarray, present: Sequence[str], predicted: Sequence[str]) -> str:
-    """Heat map of the share of pictures with one label (row) and without another (column) that get the other.
+    """Heat map of the share of images with one label (row) and without another (column) that get the other.
 
     Args:
-        rates: (rows, columns) in [0, 1], NaN where there is no such picture.
-        counts: (rows, columns) pictures that got it, written into the cells.
+        rates: (rows, columns) in [0, 1], NaN where there is no such image.
+        counts: (rows, columns) images that got it, written into the cells.
     """
     figure, (axes,) = _new_figure(2.4 + 0.42 * len(predicted), 1.8 + 0.36 * len(present))
     highest = max(np.nanmax(rates, initial=0), 1e-9)
@@ -146,5 +146,5 @@ def plot_confusion(rates: np.ndarray, counts: np.ndarray, present: Sequence[str]
     axes.set_xticks(range(len(predicted)), predicted, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(present)), present, fontsize=8)
     axes.set(xlabel="predicted, but absent", ylabel="present")
-    figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", label="share of such pictures")
+    figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", label="share of such images")
     return _data_uri(figure)

@@ -150,7 +150,7 @@ def check_foldable(model: PreTrainedModel, per_label: bool) -> None:
         )
     if getattr(model.config, "candidate_labels", None) is not None:
         raise ValueError(
-            f"This {name} scores only {model.config.candidate_labels} labels a picture (candidate_labels), and the "
+            f"This {name} scores only {model.config.candidate_labels} labels an image (candidate_labels), and the "
             "others have no score to calibrate; set candidate_labels to null in its config.json first."
         )
 

@@ -1,4 +1,4 @@
-"""What thresholds and calibrations are worth on pictures that they were not fitted to."""
+"""What thresholds and calibrations are worth on images that they were not fitted to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def held_out_decisions(
     min_positives: int = MIN_POSITIVES,
     seed: int = 0,
 ) -> np.ndarray | None:
-    """Which labels fitted thresholds give to pictures that they were not fitted to.
+    """Which labels fitted thresholds give to images that they were not fitted to.
 
     The rows are divided at random into two halves; each is decided by the thresholds of the other.
 
@@ -40,7 +40,7 @@ def halves(num_rows: int, seed: int = 0) -> tuple[tuple[np.ndarray, np.ndarray],
 
 
 def held_out_scores(scores: np.ndarray, labels: np.ndarray, method: str, *, seed: int = 0, **how) -> np.ndarray | None:
-    """Scores calibrated on other pictures: each half of the rows by a fit to the other half.
+    """Scores calibrated on other images: each half of the rows by a fit to the other half.
 
     Args:
         how: See `fit_calibration`.

@@ -1,4 +1,4 @@
-"""Scores of a model for every picture of a split."""
+"""Scores of a model for every image of a split."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ScoredSplit(NamedTuple):
     scores: np.ndarray
     labels: np.ndarray
     images: Dataset
-    counts: np.ndarray | None  # (num_labels,) pictures of another split that show each label
+    counts: np.ndarray | None  # (num_labels,) images of another split that show each label
 
 
 def predict(
@@ -38,7 +38,7 @@ def predict(
     progress: bool = True,
     before_batch: Callable[[], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of every picture, in the order of the dataset's rows whatever the number of processes.
+    """Scores of every image, in the order of the dataset's rows whatever the number of processes.
 
     Args:
         model: Gives `logits` (batch, num_labels) for `pixel_values`. Put in evaluation mode, and back.
@@ -74,7 +74,7 @@ def predict(
                 before_batch()
             if batch["pixel_values"].dtype == torch.uint8:
                 raise ValueError("The pixels are uint8; build the loader with processor=..., which normalises them.")
-            # Only batches of one size: matrix products round differently for another, and how many pictures the last
+            # Only batches of one size: matrix products round differently for another, and how many images the last
             # batch has depends on the number of processes.
             pixel_values = batch["pixel_values"].to(dtype)
             count = len(pixel_values)

@@ -1,4 +1,4 @@
-"""Pictures in, labels out: the loop that `training.tag` runs in each process, and where its time goes."""
+"""Images in, labels out: the loop that `training.tag` runs in each process, and where its time goes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from modeling_hsvlt.processing_multilabel import post_process_multi_label_classification
 
 from ..data.batches import normalize_pixels
-from ..data.dataset import PictureResizer
+from ..data.dataset import ImageResizer
 from .results import PartWriter
 from .sources import DatasetSource, FileSource
 
 
 class Batch(NamedTuple):
-    """Pictures as a worker gives them."""
+    """Images as a worker gives them."""
 
     keys: list
-    pixels: torch.Tensor | None  # (readable pictures, 3, height, width) uint8
-    problems: list[str | None]  # of every picture; None: readable
+    pixels: torch.Tensor | None  # (readable images, 3, height, width) uint8
+    problems: list[str | None]  # of every image; None: readable
     seconds: float  # of decoding and resizing
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Decodes and resizes pictures; what cannot be read is told, not raised."""
+class Images(torch.utils.data.Dataset):
+    """Decodes and resizes images; what cannot be read is told, not raised."""
 
     def __init__(self, source: FileSource | DatasetSource, keys: list, processor: BaseImageProcessor):
-        self.source, self.keys, self._resize = source, keys, PictureResizer(processor)
+        self.source, self.keys, self._resize = source, keys, ImageResizer(processor)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -41,7 +41,7 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple:
         key, begin, pixels, problem = self.keys[index], time.perf_counter(), None, None
         try:
-            pixels = self._resize.stored(self.source.picture(key))
+            pixels = self._resize.stored(self.source.image(key))
         except ValueError as error:
             problem = str(error)
         return key, pixels, problem, time.perf_counter() - begin
@@ -50,12 +50,12 @@ class Pictures(torch.utils.data.Dataset):
 def collate(samples: list[tuple]) -> Batch:
     """
     Raises:
-        ValueError: pictures of different sizes.
+        ValueError: images of different sizes.
     """
     keys, pixels, problems, seconds = zip(*samples, strict=True)
-    readable = [picture for picture in pixels if picture is not None]
-    if len({picture.shape for picture in readable}) > 1:
-        raise ValueError("The processor gives pictures of different sizes; give its size a height and width.")
+    readable = [image for image in pixels if image is not None]
+    if len({image.shape for image in readable}) > 1:
+        raise ValueError("The processor gives images of different sizes; give its size a height and width.")
     return Batch(list(keys), torch.stack(readable) if readable else None, list(problems), sum(seconds))
 
 
@@ -83,7 +83,7 @@ def tag(
     """Yields the records of each batch, in order, without their keys' name: `key`, `labels`, `scores` and `error`.
 
     While a GPU computes one batch the next is fetched and sent. Every batch has the same size, padded if need be, so
-    that a picture's scores do not depend on who else was left to be tagged.
+    that an image's scores do not depend on who else was left to be tagged.
     """
     config, dtype = model.config, next(model.parameters()).dtype
     thresholds = getattr(config, "thresholds", None)
@@ -109,7 +109,7 @@ def tag(
             rows.append(row)
         return rows
 
-    clock.enter("pictures")
+    clock.enter("images")
     for batch in loader:
         clock.enter("model")
         clock.seconds["decoding"] += batch.seconds
@@ -123,7 +123,7 @@ def tag(
         under_way.append((batch, logits))
         if len(under_way) > 1:
             yield records()
-        clock.enter("pictures")
+        clock.enter("images")
     while under_way:
         yield records()
     clock.enter(None)
@@ -131,31 +131,31 @@ def tag(
 
 def report(clock: Clock, count: int, workers: int, accelerator: Accelerator) -> None:
     """Prints the speed, and whether the model or the decoding was what took the time."""
-    parts = ("model", "pictures", "writing", "decoding")
+    parts = ("model", "images", "writing", "decoding")
     values = torch.tensor([*(clock.seconds[part] for part in parts), count], device=accelerator.device)
     *seconds, count = accelerator.reduce(values, "sum").tolist()
     seconds = dict(zip(parts, seconds, strict=True))
-    total = seconds["model"] + seconds["pictures"] + seconds["writing"]
+    total = seconds["model"] + seconds["images"] + seconds["writing"]
     if not count:
         return
     shares = {part: seconds[part] / total for part in parts[:3]}
     elapsed = total / accelerator.num_processes
     accelerator.print(
-        f"{count:,.0f} pictures in {elapsed:.1f} s, {count / elapsed:.1f} a second on {accelerator.num_processes} "
+        f"{count:,.0f} images in {elapsed:.1f} s, {count / elapsed:.1f} a second on {accelerator.num_processes} "
         f"process{'es' if accelerator.num_processes > 1 else ''}. Time: model {shares['model']:.0%}, waiting for "
-        f"pictures {shares['pictures']:.0%}, labels and files {shares['writing']:.0%}. Decoding one takes "
+        f"images {shares['images']:.0%}, labels and files {shares['writing']:.0%}. Decoding one takes "
         f"{1000 * seconds['decoding'] / count:.1f} ms; workers a process: {workers}."
     )
-    if shares["model"] >= shares["pictures"]:
+    if shares["model"] >= shares["images"]:
         accelerator.print("The model is the bottleneck, not decoding.")
     else:
-        accelerator.print("Decoding is the bottleneck: raise --num_workers, or store smaller pictures.")
+        accelerator.print("Decoding is the bottleneck: raise --num_workers, or store smaller images.")
 
 
 def tag_share(args, model, processor, source, results, share, run_number, accelerator: Accelerator) -> Clock:
-    """Tags one process's pictures."""
+    """Tags one process's images."""
     loader = torch.utils.data.DataLoader(
-        Pictures(source, share, processor),
+        Images(source, share, processor),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         collate_fn=collate,

@@ -1,7 +1,7 @@
 """What `training.tag` leaves on disk: part files that are complete or not there, and their summary.
 
-A part is written beside its place, synced, and renamed into it. Which pictures are done is read from the parts alone,
-so a kill at any moment costs the pictures of the parts in hand and nothing else.
+A part is written beside its place, synced, and renamed into it. Which images are done is read from the parts alone,
+so a kill at any moment costs the images of the parts in hand and nothing else.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Results:
     """The parts of a folder.
 
     Records are dictionaries: `file_name` (or `row`, for a data set), `labels` and `scores` from the highest score to
-    the lowest, and `error`, which says why a picture could not be read and is otherwise None.
+    the lowest, and `error`, which says why an image could not be read and is otherwise None.
     """
 
     def __init__(self, folder: Path, key_name: str, file_format: str):
@@ -80,7 +80,7 @@ class Results:
             return [json.loads(line) for line in lines]
 
     def done(self) -> set:
-        """The keys of all pictures that have a record."""
+        """The keys of all images that have a record."""
         return {record[self.key_name] for part in self.parts() for record in self.read(part, [self.key_name])}
 
     def next_run(self) -> int:
@@ -146,7 +146,7 @@ class PartWriter:
 
 
 def summarise(results: Results, name: Callable[[object], str]) -> tuple[int, int]:
-    """Writes `unreadable.txt` (a name, a tab and the reason a line) and counts records and unreadable pictures."""
+    """Writes `unreadable.txt` (a name, a tab and the reason a line) and counts records and unreadable images."""
     total, lines = 0, []
     for part in results.parts():
         for record in results.read(part, [results.key_name, "error"]):

@@ -1,4 +1,4 @@
-"""Tags beside the pictures: text files as fine-tuning tools of image generators read, and XMP as photo tools do."""
+"""Tags beside the images: text files as fine-tuning tools of image generators read, and XMP as photo tools do."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ EMPTY_XMP = (
 )
 
 
-def text_path(picture: Path) -> Path:
+def text_path(image: Path) -> Path:
     """`1.jpg` -> `1.txt`."""
-    return picture.with_suffix(".txt")
+    return image.with_suffix(".txt")
 
 
-def xmp_path(picture: Path) -> Path:
+def xmp_path(image: Path) -> Path:
     """`1.jpg` -> `1.jpg.xmp`, as darktable and digiKam name it."""
-    return picture.with_name(f"{picture.name}.xmp")
+    return image.with_name(f"{image.name}.xmp")
 
 
-def write_text(picture: Path, labels: Sequence[str], overwrite: bool = False) -> bool:
+def write_text(image: Path, labels: Sequence[str], overwrite: bool = False) -> bool:
     """Writes `dog, sofa` (a comma within a label becomes a blank); False where there is a file already."""
-    path = text_path(picture)
+    path = text_path(image)
     if path.exists() and not overwrite:
         return False
     write_file(path, ", ".join(" ".join(label.replace(",", " ").split()) for label in labels).encode() + b"\n")
     return True
 
 
-def write_xmp(picture: Path, labels: Sequence[str], overwrite: bool = False) -> bool:
+def write_xmp(image: Path, labels: Sequence[str], overwrite: bool = False) -> bool:
     """Writes the labels as keywords (`dc:subject`); False where there is a file already.
 
     Overwriting replaces the keywords of an existing file and keeps all else in it, which may be a day's work. A file
     that is no XMP is left as it is, with a warning.
     """
-    path = xmp_path(picture)
+    path = xmp_path(image)
     text = EMPTY_XMP
     if path.exists():
         if not overwrite:
@@ -93,12 +93,12 @@ def write_sidecars(source: FileSource, results: Results, args: argparse.Namespac
         for record in results.read(part):
             if not record["labels"]:
                 continue
-            picture = source.path(record["file_name"])
+            image = source.path(record["file_name"])
             for kind in args.sidecars:
                 try:
-                    done = WRITERS[kind](picture, record["labels"], args.overwrite_sidecars)
+                    done = WRITERS[kind](image, record["labels"], args.overwrite_sidecars)
                 except OSError as error:  # a folder that cannot be written to, or was moved away
-                    print(f"No sidecar of {picture}: {error}", file=sys.stderr)
+                    print(f"No sidecar of {image}: {error}", file=sys.stderr)
                     done = False
                 counts["written" if done else "kept"] += 1
     totals = torch.tensor([counts["written"], counts["kept"]], device=accelerator.device)
@@ -109,10 +109,10 @@ def write_sidecars(source: FileSource, results: Results, args: argparse.Namespac
 def check_sidecars(source: FileSource | DatasetSource, kinds: list[str]) -> None:
     """
     Raises:
-        ValueError: the pictures are no files, or two would share a sidecar.
+        ValueError: the images are no files, or two would share a sidecar.
     """
     if isinstance(source, DatasetSource):
-        raise ValueError("The pictures of a data set have no folder for sidecars; leave --sidecars out.")
+        raise ValueError("The images of a data set have no folder for sidecars; leave --sidecars out.")
     for kind in kinds:
         owners: dict[Path, str] = {}
         for name in source.keys:

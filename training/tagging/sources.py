@@ -1,4 +1,4 @@
-"""Where `training.tag` takes its pictures from: a folder tree, a list of files, or a data set."""
+"""Where `training.tag` takes its images from: a folder tree, a list of files, or a data set."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
-from ..data.rows import pictures_below
+from ..data.rows import images_below
 
-# What makes a folder a data set and not a tree of pictures.
+# What makes a folder a data set and not a tree of images.
 DATASET_FILES = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
 
 
 class FileSource:
-    """Picture files, known by their names relative to `root` (or absolute ones of a list)."""
+    """Image files, known by their names relative to `root` (or absolute ones of a list)."""
 
     key_name = "file_name"
 
     def __init__(self, root: Path, names: Sequence[str]):
         self.root, self.keys = root, names
 
-    def picture(self, key: str) -> Path:
+    def image(self, key: str) -> Path:
         return self.root / key
 
-    path = picture
+    path = image
 
 
 class DatasetSource:
@@ -35,7 +35,7 @@ class DatasetSource:
     def __init__(self, rows: Dataset):
         self.rows, self.keys = rows, range(len(rows))
 
-    def picture(self, key: int) -> dict | None:
+    def image(self, key: int) -> dict | None:
         return self.rows[key]["image"]
 
 
@@ -47,7 +47,7 @@ def open_source(
     revision: str | None = None,
     config_name: str | None = None,
 ) -> FileSource | DatasetSource:
-    """The pictures of a folder (with the folders in it), of a text file that names one a line, or of a data set.
+    """The images of a folder (with the folders in it), of a text file that names one a line, or of a data set.
 
     A folder that `datasets` wrote, or of parquet files, is a data set; so is what is no path, an id on the Hub. In a
     list, relative names start where the list is, and what follows a tab is left out, so that the `unreadable.txt` of
@@ -61,12 +61,12 @@ def open_source(
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         names = list(dict.fromkeys(name for line in lines if (name := line.partition("\t")[0].strip())))
         if not names:
-            raise ValueError(f"{path} names no picture; write one path a line.")
+            raise ValueError(f"{path} names no image; write one path a line.")
         return FileSource(path.parent, names)
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in DATASET_FILES):
-        names = sorted(pictures_below(path))
+        names = sorted(images_below(path))
         if not names:
-            raise ValueError(f"{path} holds no pictures; give another folder, a list, or a data set.")
+            raise ValueError(f"{path} holds no images; give another folder, a list, or a data set.")
         return FileSource(path, names)
     if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise FileNotFoundError(f"{source} does not exist; give a folder, a list of files, or a data set.")
@@ -83,7 +83,7 @@ def open_source(
         loaded = loaded[split]
     if image_column not in loaded.column_names:
         raise ValueError(
-            f"{source} has no column {image_column!r}, only {', '.join(loaded.column_names)}; name the pictures' "
+            f"{source} has no column {image_column!r}, only {', '.join(loaded.column_names)}; name the images' "
             "column with --image_column."
         )
     rows = loaded.select_columns([image_column]).cast_column(image_column, Image(decode=False))

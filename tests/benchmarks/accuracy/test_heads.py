@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.accuracy import heads as accuracy
-from benchmarks.accuracy.features import FeatureCache, PictureCache
+from benchmarks.accuracy.features import FeatureCache, ImageCache
 from benchmarks.accuracy.hsvlt_parts import ABLATIONS
 from benchmarks.peers.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from training import evaluate
@@ -27,7 +27,7 @@ LABELS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 def write_split(folder, count, seed):
-    """Pictures of coloured squares, one a label that is present."""
+    """Images of coloured squares, one a label that is present."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w") as rows:
@@ -52,7 +52,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A small random trunk and small random label texts; everything else is the command itself."""
+    """A small random backbone and small random label texts; everything else is the command itself."""
 
     def load_backbone(out_features=None):
         torch.manual_seed(0)
@@ -79,11 +79,11 @@ def test_the_json_maps_each_head_to_its_figures(budget, dataset, tiny, tmp_path,
             assert list(cell) == ["mean", "std"] and 0 <= cell["mean"] <= 1 and cell["std"] == 0
         assert row["mAP"]["mean"] == pytest.approx(np.mean([row[k]["mean"] for k in ("head", "medium", "tail")]))
     printed = capsys.readouterr().out
-    assert "train 24 pictures, validation 18 pictures" in printed and "| hsvlt |" in printed and budget in printed
+    assert "train 24 images, validation 18 images" in printed and "| hsvlt |" in printed and budget in printed
 
 
 def test_the_test_split_is_measured_and_saved_runs_score_the_same(dataset, tiny, tmp_path):
-    # From pictures: the rounding of cached maps to fp16 can swap ranks among a dozen pictures.
+    # From images: the rounding of cached maps to fp16 can swap ranks among a dozen images.
     options = [
         "--budget",
         "finetune",
@@ -118,7 +118,7 @@ def test_a_stranger_scores_a_saved_run(dataset, tiny, tmp_path):
         "--output",
         str(tmp_path / "s"),
     ]
-    command_line = [sys.executable, "-m", "benchmarks.accuracy.with_trunk", "evaluate", *argv]
+    command_line = [sys.executable, "-m", "benchmarks.accuracy.with_backbone", "evaluate", *argv]
     subprocess.run(command_line, check=True, cwd=ROOT, capture_output=True)
     assert 0 < json.loads((tmp_path / "s" / "results.json").read_text())["metrics"]["mAP"] <= 1
 
@@ -167,21 +167,21 @@ def test_thresholds_never_see_what_they_decide(monkeypatch):
     assert len(seen) == 3 and seen[2] is validation[0]
 
 
-def test_cached_maps_are_the_trunk_s(dataset, tiny, tmp_path):
+def test_cached_maps_are_the_backbone_s(dataset, tiny, tmp_path):
     loaded = load(dataset / "data")
     splits, names = loaded.splits, loaded.label_names
     backbone = accuracy.load_backbone(accuracy.OUT_FEATURES)
-    pictures = MultiLabelDataset(splits["validation"], names, accuracy.image_processor(32))
-    cache = FeatureCache(pictures, backbone, tmp_path, "validation")
+    images = MultiLabelDataset(splits["validation"], names, accuracy.image_processor(32))
+    cache = FeatureCache(images, backbone, tmp_path, "validation")
     rows, mirrored = torch.tensor([3, 0]), torch.tensor([True, False])
-    pixels = PictureCache(pictures).batch(rows, mirrored)
+    pixels = ImageCache(images).batch(rows, mirrored)
     with torch.inference_mode():
         expected = backbone(pixels).feature_maps
     for each, other in zip(cache.batch(rows, mirrored), expected, strict=True):
         torch.testing.assert_close(each, other, atol=2e-3, rtol=2e-3)
-    assert torch.equal(cache.labels[3], pictures[3]["labels"].to_dense())
+    assert torch.equal(cache.labels[3], images[3]["labels"].to_dense())
     assert len(list(tmp_path.iterdir())) == 1
-    FeatureCache(pictures, backbone, tmp_path, "validation")  # found again, not computed again
+    FeatureCache(images, backbone, tmp_path, "validation")  # found again, not computed again
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -66,11 +66,11 @@ def test_a_whole_run_of_a_second_a_step(tmp_path, capsys):
     trained = {name: report["trained_parameters"] for name, report in runs[0]["methods"].items()}
     width = clip.config.text_config.hidden_size
     assert trained["zero_shot"] == 0
-    assert trained["coop"] == trained["stage1_stage2"] == 2 * 4 * width
+    assert trained["coop"] == trained["phase1_phase2"] == 2 * 4 * width
     assert trained["class_contexts"] == 10 * trained["coop"]
     vision = sum(parameter.numel() for parameter in clip.vision_model.parameters())
-    assert trained["stage1"] == vision + clip.visual_projection.weight.numel()
-    assert capsys.readouterr().out.count("| stage1 |") == 1
+    assert trained["phase1"] == vision + clip.visual_projection.weight.numel()
+    assert capsys.readouterr().out.count("| phase1 |") == 1
 
 
 def test_zero_shot_is_clip_s_own_score(tmp_path):

@@ -36,7 +36,7 @@ def test_labels_are_hidden_as_each_setting_says(made):
                 assert ((visible == 1).sum(1) == present.any(1)).all() and (visible[known] == 1).all()
 
 
-def test_a_head_learns_from_one_positive_a_picture(made):
+def test_a_head_learns_from_one_positive_a_image(made):
     features, labels, present = made
     visible = visible_labels(labels, {"single_positive": True}, "weak_assume_negative", seed=0)
     model = train_linear(features, visible, "weak_assume_negative", epochs=30, seed=0)

@@ -19,9 +19,9 @@ def test_a_peak_counts_inside_a_box_of_its_own_label():
 
 def test_the_game_on_scenes(tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
-    trunk = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    backbone = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
     names = dict(enumerate(SCENE_LABELS))
-    config = HSVLTConfig.preset("nano", backbone_config=trunk, label_embedding_dim=8, id2label=names)
+    config = HSVLTConfig.preset("nano", backbone_config=backbone, label_embedding_dim=8, id2label=names)
     HSVLTForImageClassification(config).save_pretrained(tmp_path)
     MultiLabelProcessor(MultiLabelImageProcessor(size=64), id2label=names).save_pretrained(tmp_path)
     assert main([str(tmp_path), "--num_scenes", "6", "--json", str(tmp_path / "out.json")]) == 0

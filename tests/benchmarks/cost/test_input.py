@@ -14,14 +14,14 @@ def test_every_step_is_timed(tmp_path, capsys):
         pixels = np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
     threads = torch.get_num_threads()
-    argv = ["--pictures", str(tmp_path), "--image_size", "32", "--preset", "nano", "--batch_size", "2", "--rounds", "1"]
+    argv = ["--images", str(tmp_path), "--image_size", "32", "--preset", "nano", "--batch_size", "2", "--rounds", "1"]
     try:
         assert input_benchmark.main([*argv, "--workers", "0", "--json", str(tmp_path / "rates.json")]) == 0
     finally:
         torch.set_num_threads(threads)
-    rates = json.loads((tmp_path / "rates.json").read_text())["pictures_per_second"]
+    rates = json.loads((tmp_path / "rates.json").read_text())["images_per_second"]
     assert {"decode", "processor", "loader, 0 workers", "augmentation", "model (nano)"} <= set(rates)
     assert all(rate > 0 for values in rates.values() for rate in values)
-    assert "3 pictures of 60 x 40 px" in capsys.readouterr().out
+    assert "3 images of 60 x 40 px" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        input_benchmark.main(["--pictures", str(tmp_path / "nothing")])
+        input_benchmark.main(["--images", str(tmp_path / "nothing")])

@@ -23,7 +23,7 @@ def test_the_table_of_a_small_run(train, tmp_path, capsys):
     assert rows[result["reference"], 6]["ratio"] == 1
     assert ("bare", 6) not in rows if train else ("bare", 20) not in rows
     for row in rows.values():
-        assert len(row["seconds"]) == 2 and row["pictures_per_second"] > 0
+        assert len(row["seconds"]) == 2 and row["images_per_second"] > 0
     # Candidates run the label stream for four labels whatever the number; the scorer grows by a linear layer.
     assert rows["hsvlt_candidates", 20]["gmacs"] - rows["hsvlt_candidates", 6]["gmacs"] < 1e-4
     assert rows["hsvlt", 20]["gmacs"] - rows["hsvlt", 6]["gmacs"] > 1e-3

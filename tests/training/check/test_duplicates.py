@@ -1,4 +1,4 @@
-"""Copies are found, different pictures are not, and the index finds what comparing all pairs finds."""
+"""Copies are found, different images are not, and the index finds what comparing all pairs finds."""
 
 import io
 
@@ -22,20 +22,20 @@ from training.check.duplicates import (
 def photo(seed, size=(200, 150)):
     """Smooth colours with edges, whose frequencies fall off as a photograph's do."""
     rng = np.random.default_rng(seed)
-    picture = PILImage.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(
+    image = PILImage.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(
         size, PILImage.Resampling.BICUBIC
     )
-    return picture.filter(ImageFilter.GaussianBlur(1))
+    return image.filter(ImageFilter.GaussianBlur(1))
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return {"bytes": file.getvalue(), "path": None}
 
 
-def prints_of(*pictures):
-    return Fingerprints.of([fingerprint(each if isinstance(each, dict) else encoded(each), 10**7) for each in pictures])
+def prints_of(*images):
+    return Fingerprints.of([fingerprint(each if isinstance(each, dict) else encoded(each), 10**7) for each in images])
 
 
 def test_the_hash_is_the_cosine_transform_against_its_median():
@@ -48,7 +48,7 @@ def test_the_hash_is_the_cosine_transform_against_its_median():
     assert bits.sum() == 32
 
 
-def test_copies_are_near_and_other_pictures_far():
+def test_copies_are_near_and_other_images_far():
     original = photo(0)
     copies = [
         encoded(original, "JPEG", quality=30),
@@ -64,14 +64,14 @@ def test_copies_are_near_and_other_pictures_far():
     assert [group.tolist() for group in group_duplicates(prints)] == [[0, 1, 2, 3, 4, 5]]
 
 
-def test_flat_pictures_share_a_hash_but_are_copies_only_in_one_colour():
+def test_flat_images_share_a_hash_but_are_copies_only_in_one_colour():
     flat = [PILImage.new("RGB", (40, 30), color) for color in ("white", "navy", "white", "darkred")]
     prints = prints_of(*flat, encoded(flat[1], "BMP"))
     assert [group.tolist() for group in group_duplicates(prints)] == [[0, 2], [1, 4]]
     assert prints.digests[0] == prints.digests[2] and prints.digests[1] != prints.digests[4]
 
 
-def test_orientation_and_oversized_pictures_are_read_as_training_reads_them():
+def test_orientation_and_oversized_images_are_read_as_training_reads_them():
     exif = PILImage.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter
     turned = encoded(photo(5), "JPEG", exif=exif, quality=95)
@@ -105,6 +105,6 @@ def test_distances_beyond_chance_are_refused():
         near_pairs(np.zeros(2, dtype=np.uint64), np.zeros((2, 192), dtype=np.uint8), 9)
 
 
-def test_nothing_and_one_picture_have_no_duplicates():
+def test_nothing_and_one_image_have_no_duplicates():
     assert group_duplicates(prints_of(photo(1))) == []
     assert group_duplicates(Fingerprints.of([])) == []

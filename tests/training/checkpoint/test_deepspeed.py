@@ -85,7 +85,7 @@ def end(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_two_processes_train_like_one_and_resume_on_two_and_on_one(tmp_path):
-    """6 steps of 16 pictures: on two processes, on one, and from step 4 of the two on two and on one."""
+    """6 steps of 16 images: on two processes, on one, and from step 4 of the two on two and on one."""
     recipe, whole = write_recipe(tmp_path), tmp_path / "whole"
     train_on_two(whole, recipe, "--batch_size", "4", *OPTIONS)
     assert not list(whole.rglob("*.pt")) and len(list(whole.glob("checkpoint-*"))) == 3

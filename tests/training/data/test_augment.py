@@ -40,10 +40,10 @@ def test_keeps_shape_and_range_and_repeats_by_seed(options):
         assert new_labels.min() >= 0 and new_labels.max() <= 1
     assert torch.equal(images, original), "the batch that came in must stay as it was"
     assert_close_outputs(results[1], results[0])
-    assert not close_outputs(results[2][0], results[0][0]), "another seed must give other pictures"
+    assert not close_outputs(results[2][0], results[0][0]), "another seed must give other images"
 
 
-def test_flips_whole_pictures_about_as_often_as_asked():
+def test_flips_whole_images_about_as_often_as_asked():
     images, labels = batch(count=400, size=8)
     torch.manual_seed(0)
     flipped, _ = build_augmentation(8, horizontal_flip=0.25, crop_scale=None)(images, labels)
@@ -59,14 +59,14 @@ def test_nothing_asked_changes_nothing():
     assert torch.equal(same, images) and torch.equal(same_labels, labels)
 
 
-def test_mixup_mixes_labels_with_the_pictures_share_and_keeps_unknown_unknown():
+def test_mixup_mixes_labels_with_the_images_share_and_keeps_unknown_unknown():
     count = 6
-    images = torch.eye(count)[:, None, :, None].expand(count, 3, count, 4).clone()  # picture i is 1 in row i alone
+    images = torch.eye(count)[:, None, :, None].expand(count, 3, count, 4).clone()  # image i is 1 in row i alone
     labels = torch.eye(count)
     labels[2, 4] = -100
     torch.manual_seed(1)
     mixed, mixed_labels = build_augmentation(4, horizontal_flip=0.0, crop_scale=None, mixup=1.0)(images, labels)
-    shares = mixed[:, 0, :, 0]  # (count, count): how much of picture j is in picture i
+    shares = mixed[:, 0, :, 0]  # (count, count): how much of image j is in image i
     torch.testing.assert_close(shares.sum(1), torch.ones(count))
     known_labels = torch.eye(count)
     expected = shares @ known_labels
@@ -94,11 +94,11 @@ def pil(name, image, level):
 @pytest.mark.parametrize("name", ["invert", "auto_contrast", "posterize", "solarize", "equalize", "rotate"])
 @pytest.mark.parametrize("index", [3, 9])
 def test_rand_augment_operations_agree_with_pillow(name, index):
-    pictures = (batch(count=2, size=32)[0] * 255).round().byte()
+    images = (batch(count=2, size=32)[0] * 255).round().byte()
     level = index / 9
-    ours = RAND_AUGMENT_OPERATIONS[name](pictures / 255, torch.full((2,), level))
-    for picture, result in zip(pictures, ours, strict=True):
-        reference = np.asarray(pil(name, Image.fromarray(picture.permute(1, 2, 0).numpy()), level)) / 255
+    ours = RAND_AUGMENT_OPERATIONS[name](images / 255, torch.full((2,), level))
+    for image, result in zip(images, ours, strict=True):
+        reference = np.asarray(pil(name, Image.fromarray(image.permute(1, 2, 0).numpy()), level)) / 255
         difference = np.abs(result.permute(1, 2, 0).numpy() - reference)
         # Borders of a rotation are sampled a little differently; everything else agrees to one or two of 255 levels.
         assert np.quantile(difference, 0.9) <= 2.01 / 255
@@ -114,10 +114,10 @@ def test_rand_augment_operations_agree_with_pillow(name, index):
     ],
 )
 def test_rand_augment_enhancements_agree_with_pillow_with_either_sign(name, enhancer):
-    picture = (batch(count=1, size=32)[0] * 255).round().byte()
+    image = (batch(count=1, size=32)[0] * 255).round().byte()
     torch.manual_seed(0)
-    results = RAND_AUGMENT_OPERATIONS[name](picture.expand(16, -1, -1, -1) / 255, torch.full((16,), 0.5)).clamp(0, 1)
-    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    results = RAND_AUGMENT_OPERATIONS[name](image.expand(16, -1, -1, -1) / 255, torch.full((16,), 0.5)).clamp(0, 1)
+    image = Image.fromarray(image[0].permute(1, 2, 0).numpy())
     references = [np.asarray(enhancer(image).enhance(1 + sign * 0.45)) / 255 for sign in (-1, 1)]
     seen = set()
     for result in results:
@@ -127,12 +127,12 @@ def test_rand_augment_enhancements_agree_with_pillow_with_either_sign(name, enha
     assert seen == {0, 1}
 
 
-def test_rand_augment_draws_for_each_picture():
+def test_rand_augment_draws_for_each_image():
     same = batch(count=1)[0].expand(64, -1, -1, -1)
     torch.manual_seed(0)
     results = RandAugment()(same)
     unchanged = sum(torch.equal(result, same[0]) for result in results)
-    assert 4 <= unchanged <= 34, "about a quarter of the pictures skip both operations"
+    assert 4 <= unchanged <= 34, "about a quarter of the images skip both operations"
     assert len({tuple(result.flatten()[::37].tolist()) for result in results}) > 25
 
 

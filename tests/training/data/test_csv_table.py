@@ -74,8 +74,8 @@ def test_columns_are_the_labels_where_there_is_no_text(tmp_path):
     assert (list(read.splits), read.image_column, read.label_columns) == (["validation"], "path", ["dog", "cat"])
     with pytest.raises(ValueError, match=r"photos.csv, line 1 has no column 'cow', only split, cat, path"):
         read_csv_tables({"": path}, label_columns=["cow"])
-    with pytest.raises(ValueError, match="missing_pictures='ignore' must be 'error' or 'skip'"):
-        read_csv_tables({"": path}, missing_pictures="ignore")
+    with pytest.raises(ValueError, match="missing_images='ignore' must be 'error' or 'skip'"):
+        read_csv_tables({"": path}, missing_images="ignore")
 
 
 def test_two_tables_for_one_split_and_tables_of_other_columns_are_refused(tmp_path):
@@ -87,7 +87,7 @@ def test_two_tables_for_one_split_and_tables_of_other_columns_are_refused(tmp_pa
     with pytest.raises(ValueError, match=r"test.csv, line 1: the column 'dog' is not in every table"):
         read_csv_tables({name: paths[name] for name in ("val", "test")})
     table(paths["test"], "file_name,cat\n../../etc/x.png,1\n")
-    with pytest.raises(ValueError, match=r"test.csv names 1 picture \(line 2: ../../etc/x.png\) that"):
+    with pytest.raises(ValueError, match=r"test.csv names 1 image \(line 2: ../../etc/x.png\) that"):
         read_csv_tables({"test": paths["test"]})
     paths["test"].write_bytes(b"file_name,cat\n\xff.png,1\n")
     with pytest.raises(ValueError, match=r"test.csv is not UTF-8 text"):

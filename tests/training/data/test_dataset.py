@@ -39,24 +39,24 @@ def metadata_rows(folder):
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().split("\n") if line.strip()]
 
 
-def picture(number, size=(50, 40)):
+def image(number, size=(50, 40)):
     return PILImage.fromarray(np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
 def encoded(number):
     file = io.BytesIO()
-    picture(number).save(file, "PNG")
+    image(number).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": f"{number}.png"}
 
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """labels.txt, train/ with five pictures, validation/ with three of them."""
+    """labels.txt, train/ with five images, validation/ with three of them."""
     root = tmp_path / "photos"
     for split, count in (("train", 5), ("validation", 3)):
         (root / split).mkdir(parents=True)
         for number in range(count):
-            picture(number).save(root / split / f"{number}.png")
+            image(number).save(root / split / f"{number}.png")
         rows = [json.dumps({"file_name": f"{number}.png", "labels": LABELS[number]}) for number in range(count)]
         (root / split / "metadata.jsonl").write_text(" \n".join(rows))
     (root / "labels.txt").write_text("\n".join(NAMES) + "  ")
@@ -124,7 +124,7 @@ def test_every_label_format_and_container_gives_the_same(tmp_path, labels, featu
     dataset = MultiLabelDataset(splits["train"], names, MultiLabelImageProcessor(size={"height": 40, "width": 50}))
     for number in range(5):
         assert np.array_equal(dataset[number]["labels"].to_dense(), MULTI_HOT[number])
-        assert np.array_equal(dataset[number]["pixel_values"].permute(1, 2, 0), np.asarray(picture(number)))
+        assert np.array_equal(dataset[number]["pixel_values"].permute(1, 2, 0), np.asarray(image(number)))
         assert dataset[number]["index"] == number
     assert dataset.sparse_labels.positives().tolist() == [2, 2, 2]
 
@@ -167,9 +167,9 @@ def test_csv_tables_are_read_where_they_are(image_folder, layout):
         for path in image_folder.glob("*/metadata.csv"):
             path.unlink()
         (image_folder / "all.csv").write_text("\n".join(["file_name,split,labels", *rows]))
-        with pytest.raises(ValueError, match=r"holds 2 pictures \(train/3.png, train/4.png\) without a row in a table"):
+        with pytest.raises(ValueError, match=r"holds 2 images \(train/3.png, train/4.png\) without a row in a table"):
             load(image_folder / "all.csv")
-        loaded = load(image_folder / "all.csv", unlisted_pictures="skip")
+        loaded = load(image_folder / "all.csv", unlisted_images="skip")
         splits, names = loaded.splits, loaded.label_names
     else:
         loaded = load(image_folder)
@@ -340,12 +340,12 @@ def test_bad_labels_are_refused_with_file_and_row(image_folder):
         load(embedded([["cat"], ["cow"], [], [], []], List(Value("string"))), label_names=NAMES)
 
 
-def test_unlisted_pictures_are_refused_or_told(image_folder, caplog):
-    picture(9).save(image_folder / "train" / "extra.png")
-    with pytest.raises(ValueError, match=r"holds 1 picture \(extra.png\) without a row"):
+def test_unlisted_images_are_refused_or_told(image_folder, caplog):
+    image(9).save(image_folder / "train" / "extra.png")
+    with pytest.raises(ValueError, match=r"holds 1 image \(extra.png\) without a row"):
         load(image_folder)
     with caplog.at_level(logging.WARNING):
-        splits = load(image_folder, unlisted_pictures="skip").splits
+        splits = load(image_folder, unlisted_images="skip").splits
     assert len(splits["train"]) == 5 and "extra.png" in caplog.text
 
 
@@ -367,7 +367,7 @@ def test_evaluation_pixels_are_the_processors_own(image_folder, processor):
     splits, names = loaded.splits, loaded.label_names
     batch = MultiLabelCollator(3)([MultiLabelDataset(splits["train"], names, processor)[index] for index in range(5)])
     assert batch["pixel_values"].dtype == torch.uint8
-    expected = processor(images=[picture(number) for number in range(5)], return_tensors="pt")["pixel_values"]
+    expected = processor(images=[image(number) for number in range(5)], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(normalize_pixels(batch["pixel_values"], processor), expected.float(), rtol=0, atol=1e-6)
     normalized = MultiLabelCollator(3, processor)([MultiLabelDataset(splits["train"], names, processor)[2]])
     torch.testing.assert_close(normalized["pixel_values"], expected[2:3].float(), rtol=0, atol=1e-6)
@@ -377,7 +377,7 @@ def test_a_margin_leaves_room_for_a_crop_and_loses_nothing(image_folder):
     loaded = load(image_folder)
     splits, names = loaded.splits, loaded.label_names
     sample = MultiLabelDataset(splits["train"], names, squash(32), margin=0.125)[1]
-    expected = np.asarray(picture(1).resize((36, 36), squash(32).resample)).transpose(2, 0, 1)
+    expected = np.asarray(image(1).resize((36, 36), squash(32).resample)).transpose(2, 0, 1)
     assert np.array_equal(sample["pixel_values"], expected)
     cropping = MultiLabelImageProcessor(
         size={"shortest_edge": 36}, do_center_crop=True, crop_size={"height": 32, "width": 48}
@@ -433,36 +433,36 @@ def test_the_memory_cache_changes_no_pixel_and_decodes_once(image_folder, monkey
 
 @pytest.fixture
 def damaged(image_folder):
-    """Row 1 truncated, row 2 no picture at all, row 4 gone after loading."""
+    """Row 1 truncated, row 2 no image at all, row 4 gone after loading."""
     loaded = load(image_folder)
     first = image_folder / "train/1.png"
     first.write_bytes(first.read_bytes()[:2000])
-    (image_folder / "train/2.png").write_bytes(b"not a picture")
+    (image_folder / "train/2.png").write_bytes(b"not an image")
     (image_folder / "train/4.png").unlink()
     return loaded
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_unreadable_pictures_are_found_before_the_first_step(damaged, num_workers):
+def test_unreadable_images_are_found_before_the_first_step(damaged, num_workers):
     loaded = damaged
     found = find_unreadable(loaded.splits["train"].images, num_workers)
     assert [(row, os.path.basename(name)) for row, name, _ in found] == [(1, "1.png"), (2, "2.png"), (4, "4.png")]
     assert all(reason for *_, reason in found)
-    with pytest.raises(ValueError, match=r"3 of 5 pictures cannot be read \(.*1.png.*2.png.*4.png") as refusal:
+    with pytest.raises(ValueError, match=r"3 of 5 images cannot be read \(.*1.png.*2.png.*4.png") as refusal:
         leave_out_unreadable(loaded, "train", found)
     assert "on_unreadable='skip'" in str(refusal.value)
 
 
 def test_unreadable_rows_are_numbered_in_the_whole_split():
-    pictures = [encoded(0)] * 300
-    pictures[270], pictures[290] = {"bytes": b"not a picture", "path": None}, None
-    split = Dataset.from_dict({"image": pictures}, features=Features({"image": Image(decode=False)}))
+    images = [encoded(0)] * 300
+    images[270], images[290] = {"bytes": b"not an image", "path": None}, None
+    split = Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
     found = find_unreadable(split, num_workers=2)
     assert [(row, name) for row, name, _ in found] == [(270, "row 270"), (290, "row 290")]
     assert all(reason for *_, reason in found)
 
 
-def test_unreadable_pictures_can_be_skipped_and_are_told(damaged, caplog):
+def test_unreadable_images_can_be_skipped_and_are_told(damaged, caplog):
     found = find_unreadable(damaged.splits["train"].images)
     with caplog.at_level(logging.WARNING):
         leave_out_unreadable(damaged, "train", found, on_unreadable="skip")
@@ -479,7 +479,7 @@ def test_unreadable_pictures_can_be_skipped_and_are_told(damaged, caplog):
 
 
 @pytest.mark.parametrize("index", [1, 2, 4])
-def test_a_picture_that_breaks_later_is_named(damaged, index):
+def test_a_image_that_breaks_later_is_named(damaged, index):
     with pytest.raises(ValueError, match=rf"metadata.jsonl, line {index + 1} \({index}.png\) cannot be read: "):
         MultiLabelDataset(damaged.splits["train"], NAMES, squash(8))[index]
 
@@ -502,7 +502,7 @@ def order(loader):
     return torch.cat([batch["index"] for batch in loader]).tolist()
 
 
-def test_the_order_of_pictures_depends_on_the_seed_alone():
+def test_the_order_of_images_depends_on_the_seed_alone():
     dataset = MultiLabelDataset(SceneSplit(20, image_size=16, max_size=16), SCENE_LABELS, squash(16))
 
     def build(seed, **kwargs):

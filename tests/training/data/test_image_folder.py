@@ -1,4 +1,4 @@
-"""Image folders: read line by line, held against the pictures, and refused with file and line."""
+"""Image folders: read line by line, held against the images, and refused with file and line."""
 
 import json
 import logging
@@ -16,9 +16,9 @@ ROWS = [
 ]
 
 
-def write_split(folder, rows=ROWS, pictures=("a.jpg", "deep/b.png", "c.JPG"), end="\n"):
+def write_split(folder, rows=ROWS, images=("a.jpg", "deep/b.png", "c.JPG"), end="\n"):
     folder.mkdir(parents=True, exist_ok=True)
-    for name in pictures:
+    for name in images:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(folder / name)
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -38,7 +38,7 @@ def test_rows_come_in_order_whatever_the_file_ends_with(tmp_path, end):
 def test_byte_order_mark_blank_lines_and_hidden_files_are_no_rows(tmp_path):
     write_split(tmp_path, rows=["\ufeff" + json.dumps(ROWS[0]), "", json.dumps(ROWS[1]) + "  ", json.dumps(ROWS[2])])
     (tmp_path / "._a.jpg").write_bytes(b"macOS leaves these")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     table = read_image_folders(tmp_path)
     splits, words = table.splits, table.row_names
     assert list(splits) == ["train"] and len(splits["train"]) == 3
@@ -63,9 +63,9 @@ def test_usual_split_names_are_known_and_may_not_meet(tmp_path):
         ([{"file_name": "a.jpg", "tags": ["cat"]}], r"line 1 must be an object with file_name and labels"),
         ([ROWS[0], {"file_name": "c.JPG", "labels": "dog"}], r"line 2 \(c.JPG\): labels is 'dog', but must be a list"),
         ([ROWS[0], ROWS[2], ROWS[0]], r"line 3: 'a.jpg' has a row already on line 1; keep one"),
-        ([*ROWS, {"file_name": "gone.jpg", "labels": []}], r"names 1 picture \(gone.jpg\) that .* does not hold"),
-        ([*ROWS, {"file_name": "../../secret.jpg", "labels": []}], r"names 1 picture \(../../secret.jpg\)"),
-        (ROWS[:1], r"holds 2 pictures \(c.JPG, deep/b.png\) without a row in metadata.jsonl"),
+        ([*ROWS, {"file_name": "gone.jpg", "labels": []}], r"names 1 image \(gone.jpg\) that .* does not hold"),
+        ([*ROWS, {"file_name": "../../secret.jpg", "labels": []}], r"names 1 image \(../../secret.jpg\)"),
+        (ROWS[:1], r"holds 2 images \(c.JPG, deep/b.png\) without a row in metadata.jsonl"),
         (
             [*ROWS[:2], {"file_name": "c.JPG", "labels": [1]}],
             r"line 3 \(c.JPG\): its labels are numbers, but those .* names",
@@ -84,11 +84,11 @@ def test_bad_rows_are_refused_with_file_and_line(tmp_path, rows, message):
     assert str(root / "train") in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_splits_may_share_a_folder_of_pictures(tmp_path):
-    write_split(tmp_path / "images", rows=[], pictures=["a.jpg", "b.jpg"])
+def test_splits_may_share_a_folder_of_images(tmp_path):
+    write_split(tmp_path / "images", rows=[], images=["a.jpg", "b.jpg"])
     (tmp_path / "images" / "metadata.jsonl").unlink()
     for split, name in (("train", "a.jpg"), ("test", "b.jpg")):
-        write_split(tmp_path / split, rows=[{"file_name": f"../images/{name}", "labels": []}], pictures=[])
+        write_split(tmp_path / split, rows=[{"file_name": f"../images/{name}", "labels": []}], images=[])
     splits = read_image_folders(tmp_path).splits
     assert {name: [row["image"]["path"][-5:] for row in split] for name, split in splits.items()} == {
         "train": ["a.jpg"],
@@ -99,20 +99,20 @@ def test_splits_may_share_a_folder_of_pictures(tmp_path):
 def test_mismatches_pass_when_asked_and_are_told(tmp_path, caplog):
     names = [f"{number}.jpg" for number in range(7)]
     rows = [{"file_name": name, "labels": []} for name in ("gone.jpg", "0.jpg")]
-    write_split(tmp_path / "train", rows=rows, pictures=names)
+    write_split(tmp_path / "train", rows=rows, images=names)
     with caplog.at_level(logging.WARNING):
-        table = read_image_folders(tmp_path, unlisted_pictures="skip", missing_pictures="skip")
+        table = read_image_folders(tmp_path, unlisted_images="skip", missing_images="skip")
     splits, words = table.splits, table.row_names
     assert [row["image"]["path"][-5:] for row in splits["train"]] == ["0.jpg"]
     assert "line 2 (0.jpg)" in words["train"](0)
-    assert "6 pictures (1.jpg, 2.jpg, 3.jpg, 4.jpg, 5.jpg, ...)" in caplog.text and "gone.jpg" in caplog.text
+    assert "6 images (1.jpg, 2.jpg, 3.jpg, 4.jpg, 5.jpg, ...)" in caplog.text and "gone.jpg" in caplog.text
     folder = tmp_path / "train"
     assert table.left_out == [
-        ("missing_picture", "train", "gone.jpg", f"{folder}/metadata.jsonl: gone.jpg"),
-        *(("unlisted_picture", "train", name, f"{folder}: {name}") for name in names[1:]),
+        ("missing_image", "train", "gone.jpg", f"{folder}/metadata.jsonl: gone.jpg"),
+        *(("unlisted_image", "train", name, f"{folder}: {name}") for name in names[1:]),
     ]
-    with pytest.raises(ValueError, match="unlisted_pictures='drop' must be"):
-        read_image_folders(tmp_path, unlisted_pictures="drop")
+    with pytest.raises(ValueError, match="unlisted_images='drop' must be"):
+        read_image_folders(tmp_path, unlisted_images="drop")
 
 
 def test_labels_txt_gives_the_class_order(tmp_path):

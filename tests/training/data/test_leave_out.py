@@ -34,7 +34,7 @@ def test_named_rows_are_left_out_counted_and_told_as_values(tmp_path, caplog):
         loaded = load(data(), label_names=["a", "b", "c"], label_format="ids", exclude=path)
     left = {name: split.labels.ids.tolist() for name, split in loaded.splits.items()}
     assert left == {"train": [0, 2], "test": [1]}
-    assert "Left out 1 of 3 pictures of train" in caplog.text and "1 of 2 pictures of test" in caplog.text
+    assert "Left out 1 of 3 images of train" in caplog.text and "1 of 2 images of test" in caplog.text
     assert loaded.left_out == [
         ("excluded", "train", "split 'train', row 1 (a/train/1.png)", "cannot be read"),
         ("excluded", "test", "split 'test', row 0", "copy"),

@@ -55,7 +55,7 @@ def test_splits_share_no_handwritten_digit(monkeypatch):
     of_split = {split: set(np.concatenate(rows[split]).tolist()) for split in SPLITS}
     assert sum(map(len, of_split.values())) == len(images) == 1797
     assert len(set.union(*of_split.values())) == 1797
-    # Disjoint not only by number: no two splits hold the same picture.
+    # Disjoint not only by number: no two splits hold the same image.
     scans = {split: {images[row].tobytes() for row in of_split[split]} for split in SPLITS}
     assert not (scans["train"] & scans["validation"] or scans["train"] & scans["test"])
     for split in SPLITS:

@@ -55,7 +55,7 @@ def test_unknown_and_soft_labels():
     assert np.array_equal(dense(pa.array([[], []])), np.zeros((2, 4)))
 
 
-def test_positives_count_pictures_that_show_a_label():
+def test_positives_count_images_that_show_a_label():
     column = pa.array([[1, 0.5, 0.4, -100], [1, 0, 0, None], None], pa.list_(pa.float64()))
     assert SparseLabels.from_arrow(column, NAMES).positives().tolist() == [2, 1, 0, 0]
 
@@ -157,7 +157,7 @@ def test_a_single_positive_is_one_of_the_present_labels():
     hidden = rows_of(labels.partially_known(single_positive=True, seed=1))
     assert np.isin(hidden, (1, -100)).all() and (hot[hidden == 1] == 1).all()
     assert np.array_equal((hidden == 1).sum(1), (hot == 1).any(1)) and (hidden[7] == -100).all()
-    # Each present label alike: of the pictures with "cat" and "dog" alone, half keep "dog".
+    # Each present label alike: of the images with "cat" and "dog" alone, half keep "dog".
     both = (hot[:, :2] == 1).all(1) & (hot[:, 2:] != 1).all(1)
     assert abs((hidden[both, 1] == 1).mean() - 0.5) < 0.06
     assert np.array_equal(hidden, rows_of(labels.partially_known(single_positive=True, seed=1)))

@@ -91,9 +91,9 @@ def test_bad_rows_end_the_stream_by_name(labels, feature, message):
         batch_of(StreamingMultiLabelDataset(rows(labels, feature).to_iterable_dataset(), NAMES, PROCESSOR))
 
 
-def test_pictures_that_cannot_be_read_and_missing_names():
+def test_images_that_cannot_be_read_and_missing_names():
     broken = Dataset.from_dict(
-        {"image": [{"bytes": b"no picture", "path": "x.jpg"}], "labels": [["cat"]]},
+        {"image": [{"bytes": b"no image", "path": "x.jpg"}], "labels": [["cat"]]},
         features=Features({"image": Image(decode=False), "labels": List(Value("string"))}),
     ).to_iterable_dataset()
     with pytest.raises(ValueError, match=r"row 0 of the stream \(x.jpg\) cannot be read"):

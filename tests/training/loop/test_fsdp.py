@@ -58,7 +58,7 @@ def hp_dval():
     tokenizer = tiny_clip_tokenizer()
     names = ["cat", "dog", "bird"]
     model = HPDVALForImageClassification.from_clip(tiny_clip(tokenizer), tokenizer, names, local_top_k=4)
-    model.set_stage("joint")  # student and contexts: frozen and trained parameters side by side
+    model.set_phase("joint")  # student and contexts: frozen and trained parameters side by side
     with torch.no_grad():  # off the kink of both distances, where rounding alone would decide on a gradient's sign
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -66,7 +66,7 @@ def hp_dval():
     return model
 
 
-# What accelerate wraps by default: the classes that a model names, its trunk's among them.
+# What accelerate wraps by default: the classes that a model names, its backbone's among them.
 MODELS = {
     "hsvlt": (hsvlt, {"HSVLTInteractionLayer", "ConvNextLayer"}),
     "hsvlt on swin": (hsvlt_swin, {"HSVLTInteractionLayer", "SwinStage"}),
@@ -128,9 +128,9 @@ def train(run, steps, rank=0, world=1):
     losses = []
     for step in steps:
         torch.manual_seed(step)
-        pictures, labels = torch.randn(4, 3, 32, 32), torch.randint(0, 2, (4, 3)).float()
+        images, labels = torch.randn(4, 3, 32, 32), torch.randint(0, 2, (4, 3)).float()
         mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
-        loss = run["model"](pixel_values=pictures[mine], labels=labels[mine]).loss
+        loss = run["model"](pixel_values=images[mine], labels=labels[mine]).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(run["model"].parameters(), 1.0)
         run["optimizer"].step()
@@ -188,7 +188,7 @@ def test_accelerate_s_own_code_wraps_the_same_layers(name, mesh):
 
 
 def two_ranks(rank, folder):
-    """One of two processes: every model, by `fully_shard` and by accelerate, against one process with all pictures."""
+    """One of two processes: every model, by `fully_shard` and by accelerate, against one process with all images."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
 

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from training.loop.optim import build_ema, build_optimizer, build_scheduler, parameter_groups
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 2)
@@ -22,7 +22,7 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.model = nn.Module()
-        self.model.trunk = Trunk()
+        self.model.backbone = Backbone()
         self.model.batch_norm = nn.BatchNorm1d(4)
         self.model.words = nn.Embedding(7, 4)
         self.model.weight = nn.Parameter(torch.ones(5, 4))
@@ -40,11 +40,11 @@ def named_groups(model, **options):
 
 def test_groups_are_exact():
     groups = named_groups(Classifier(), backbone_lr_multiplier=0.1)
-    trunk = "model.trunk."
+    backbone = "model.backbone."
     undecayed = {"stem.bias", "norm.weight", "norm.bias", "layer_scale_parameter", "relative_position_bias_table"}
     assert groups == {
-        "trunk/decay": ({trunk + "stem.weight"}, pytest.approx(1e-3), 0.1),
-        "trunk/no_decay": ({trunk + name for name in undecayed}, pytest.approx(1e-3), 0.0),
+        "backbone/decay": ({backbone + "stem.weight"}, pytest.approx(1e-3), 0.1),
+        "backbone/no_decay": ({backbone + name for name in undecayed}, pytest.approx(1e-3), 0.0),
         "rest/decay": ({"model.weight", "head.weight"}, 1e-2, 0.1),
         "rest/no_decay": (
             {"model.bias", "model.batch_norm.weight", "model.batch_norm.bias", "model.words.weight", "head.bias"},
@@ -56,12 +56,12 @@ def test_groups_are_exact():
 
 def test_every_parameter_decays_as_published_when_asked():
     groups = named_groups(Classifier(), decay_all=True)
-    assert set(groups) == {"trunk/decay", "rest/decay"}
+    assert set(groups) == {"backbone/decay", "rest/decay"}
     assert all(decay == 0.1 for _, _, decay in groups.values())
 
 
 def test_a_multiplier_that_reaches_nothing_is_refused():
-    with pytest.raises(ValueError, match="no trainable parameter below a module named `trunk`"):
+    with pytest.raises(ValueError, match="no trainable parameter below a module named `backbone`"):
         parameter_groups(nn.Linear(2, 2), learning_rate=1.0, weight_decay=0.0, backbone_lr_multiplier=0.1)
     with pytest.raises(ValueError, match="unfreeze"):
         parameter_groups(nn.Linear(2, 2).requires_grad_(False), learning_rate=1.0, weight_decay=0.0)

@@ -52,9 +52,9 @@ def test_wrong_options_are_refused_before_anything_is_written(recipe, tmp_path, 
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """An imagefolder of 12 + 6 pictures, coloured by label."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """An imagefolder of 12 + 6 images, coloured by label."""
+    folder = tmp_path / "images"
     for split, count in (("train", 12), ("validation", 6)):
         (folder / split).mkdir(parents=True)
         rows = []
@@ -65,35 +65,35 @@ def pictures(tmp_path):
     return folder
 
 
-def test_a_missing_split_is_refused(recipe, pictures, tmp_path, capsys):
-    (pictures / "validation").rename(tmp_path / "elsewhere")
-    assert main([recipe, "--output_dir", str(tmp_path / "run"), "--dataset", str(pictures)]) == 2
+def test_a_missing_split_is_refused(recipe, images, tmp_path, capsys):
+    (images / "validation").rename(tmp_path / "elsewhere")
+    assert main([recipe, "--output_dir", str(tmp_path / "run"), "--dataset", str(images)]) == 2
     assert "no split 'validation'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("labels", "message"), [([0.0, 0.0], "shows a label"), ([0.3, 1.0], "between 0 and 1")])
-def test_a_validation_split_that_cannot_be_measured_is_refused(recipe, pictures, tmp_path, capsys, labels, message):
-    (pictures / "labels.txt").write_text("green\nred\n")
-    table = pictures / "validation" / "metadata.jsonl"
+def test_a_validation_split_that_cannot_be_measured_is_refused(recipe, images, tmp_path, capsys, labels, message):
+    (images / "labels.txt").write_text("green\nred\n")
+    table = images / "validation" / "metadata.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     table.write_text("\n".join(json.dumps({**row, "labels": labels}) for row in rows))
-    assert main([recipe, "--output_dir", str(tmp_path / "run"), "--dataset", str(pictures)]) == 2
+    assert main([recipe, "--output_dir", str(tmp_path / "run"), "--dataset", str(images)]) == 2
     error = capsys.readouterr().err
     assert message in error and "validation" in error
 
 
-def test_a_corrupt_picture_is_named_before_the_first_step_and_can_be_skipped(recipe, pictures, tmp_path, capsys):
-    (pictures / "train" / "3.png").write_bytes((pictures / "train" / "3.png").read_bytes()[:60])
-    options = ["--output_dir", str(tmp_path / "run"), "--dataset", str(pictures), "--batch_size", "4"]
+def test_a_corrupt_image_is_named_before_the_first_step_and_can_be_skipped(recipe, images, tmp_path, capsys):
+    (images / "train" / "3.png").write_bytes((images / "train" / "3.png").read_bytes()[:60])
+    options = ["--output_dir", str(tmp_path / "run"), "--dataset", str(images), "--batch_size", "4"]
     assert main([recipe, *options]) == 2
     error = capsys.readouterr().err
     assert "3.png" in error and "skip" in error and not (tmp_path / "run").exists()
     assert main([recipe, *options, "--on_unreadable", "skip"]) == 0
-    assert "11 pictures to train on, 6 to validate" in capsys.readouterr().out
+    assert "11 images to train on, 6 to validate" in capsys.readouterr().out
 
 
-def test_a_folder_of_pictures_trains(recipe, pictures, tmp_path):
-    options = ["--dataset", str(pictures), "--cache_images", "--batch_size", "4"]
+def test_a_folder_of_images_trains(recipe, images, tmp_path):
+    options = ["--dataset", str(images), "--cache_images", "--batch_size", "4"]
     assert main([recipe, "--output_dir", str(tmp_path / "run"), *options]) == 0
     config = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
     assert config["id2label"] == {"0": "green", "1": "red"} and len(config["thresholds"]) == 2
@@ -112,7 +112,7 @@ def test_resume_refuses_another_run(finished, tmp_path, capsys):
     assert main([config, "--resume", "--seed", "1"]) == 2
     assert "batches [1, 8, 1, 0], not [1, 8, 1, 1]" in capsys.readouterr().err
     assert main([config, "--resume", "--scenes.max_size", "18"]) == 2
-    assert "dataset 'scenes (48 + 24 pictures, " in capsys.readouterr().err
+    assert "dataset 'scenes (48 + 24 images, " in capsys.readouterr().err
 
 
 def test_resume_takes_a_change_that_is_allowed(finished, tmp_path):

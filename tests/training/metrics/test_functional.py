@@ -130,7 +130,7 @@ def test_report_equals_scikit_learn(block_entries, threshold):
 
 def test_unknown_entries_count_in_no_metric(block_entries):
     scores, labels = make(4, unknown=0.3)
-    labels[5] = -100  # a picture about which nothing is known
+    labels[5] = -100  # an image about which nothing is known
     report = multilabel_report(scores, labels, top_k=None)
     rng = np.random.default_rng(0)
     elsewhere = np.where(labels == -100, rng.random(scores.shape), scores)

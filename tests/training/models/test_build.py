@@ -17,13 +17,13 @@ from training.models.build import build_model
 
 from ...tolerance import assert_close_outputs
 
-TRUNK = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+BACKBONE = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
 TINY = {"preset": "nano", "image_size": 32}
 NAMES = ["cat", "dog", "tv monitor", "person"]
 
 
 def build(names=NAMES, *, model=None, **options):
-    model = {"backbone_config": TRUNK, "label_embedding_dim": 8} if model is None else model
+    model = {"backbone_config": BACKBONE, "label_embedding_dim": 8} if model is None else model
     return build_model(TrainingConfig(**TINY, model=model, **options), names)
 
 
@@ -42,18 +42,18 @@ def test_a_new_model_knows_its_labels_and_loss():
 
 
 @pytest.mark.parametrize("kind", ["convnext", "resnet"])
-def test_a_pretrained_trunk_from_a_folder(tmp_path, kind):
+def test_a_pretrained_backbone_from_a_folder(tmp_path, kind):
     torch.manual_seed(0)
     if kind == "convnext":
-        trunk = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 2, 1]))
+        backbone = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 2, 1]))
     else:
-        trunk = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]))
-    trunk.save_pretrained(tmp_path)
+        backbone = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]))
+    backbone.save_pretrained(tmp_path)
     model = build(model={"label_embedding_dim": 8}, backbone=str(tmp_path))
-    pictures = torch.rand(2, 3, 64, 64)
+    images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        maps = list(model.eval().hsvlt.trunk(pictures))
-        expected = trunk.eval()(pictures, output_hidden_states=True).hidden_states[-1]
+        maps = list(model.eval().hsvlt.backbone(images))
+        expected = backbone.eval()(images, output_hidden_states=True).hidden_states[-1]
     assert_close_outputs(maps[-1], expected)
 
 
@@ -75,7 +75,7 @@ def test_init_from_the_same_labels_gives_the_same_scores(tmp_path):
 @pytest.mark.parametrize("classifier", ["per_label", "shared"])
 def test_init_from_carries_labels_over_by_name(tmp_path, names, classifier):
     torch.manual_seed(0)
-    source = build(model={"backbone_config": TRUNK, "label_embedding_dim": 8, "classifier": classifier})
+    source = build(model={"backbone_config": BACKBONE, "label_embedding_dim": 8, "classifier": classifier})
     folder = checkpoint(tmp_path, source)
     model = build_model(TrainingConfig(image_size=32, init_from=folder), names)
     assert list(model.config.id2label.values()) == names and model.config.thresholds is None
@@ -106,11 +106,11 @@ def test_label_embeddings_come_from_the_encoder(encoder, reading):
     names = ["cat", "dog", "tvmonitor", "person"]
     text = {"tvmonitor": "tv monitor"}
     model = build(
-        names, model={"backbone_config": TRUNK}, label_encoder=str(folder), label_reading=reading, label_text=text
+        names, model={"backbone_config": BACKBONE}, label_encoder=str(folder), label_pooling=reading, label_text=text
     )
-    expected = encode_labels(names, bert, tokenizer, reading=reading, label_text=text)
+    expected = encode_labels(names, bert, tokenizer, pooling=reading, label_text=text)
     assert_close_outputs(model.hsvlt.label_embeddings.weight, expected)
-    assert model.config.label_embedding_dim == 12 and model.config.label_reading == reading
+    assert model.config.label_embedding_dim == 12 and model.config.label_pooling == reading
     assert model.config.label_template == (None if reading == "official" else "a photo of a {}")
 
 

@@ -69,10 +69,10 @@ def random_cat(ape=True, qkv_bias=True, seed=0):
     return state
 
 
-def naive_cat(state, picture):
-    """Logits of one picture (3, 32, 32)."""
+def naive_cat(state, image):
+    """Logits of one image (3, 32, 32)."""
     state = {key.replace(".attn.relative", ".attn.relative_position_bias.relative"): t for key, t in state.items()}
-    x = F.conv2d(picture[None], state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=PATCH)[0]
+    x = F.conv2d(image[None], state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=PATCH)[0]
     x = naive_norm(x.permute(1, 2, 0), state, "patch_embed.norm")
     if "ape" in state:
         x = x + state["ape"].view(GRID, GRID, WIDTH)
@@ -103,10 +103,10 @@ def test_a_converted_cat_computes_what_cat_computes(ape, qkv_bias):
     model = MlTrForImageClassification(MlTrConfig(**config_kwargs)).eval()
     model.load_state_dict(converted)
     assert model.config.image_size == 32 and model.config.num_labels == NUM_LABELS
-    picture = torch.randn(3, 32, 32)
+    image = torch.randn(3, 32, 32)
     with torch.no_grad():
-        logits = model.double()(picture[None].double()).logits[0]
-        expected = naive_cat({key: tensor.double() for key, tensor in state.items()}, picture.double())
+        logits = model.double()(image[None].double()).logits[0]
+        expected = naive_cat({key: tensor.double() for key, tensor in state.items()}, image.double())
     torch.testing.assert_close(logits, expected, atol=1e-8, rtol=1e-8)
 
 
@@ -231,15 +231,15 @@ def smooth(window, kind):
 
 
 def test_cross_window_attention_keeps_its_effect_on_smooth_windows():
-    """The same picture in windows of 7 and of 12 pixels: the same attention, and the same output at the pixels."""
+    """The same image in windows of 7 and of 12 pixels: the same attention, and the same output at the pixels."""
 
     def at(window):
         ramp, hill, wave, flat = (smooth(window, kind) for kind in ("ramp", "hill", "wave", "flat"))
-        pictures = torch.stack([ramp, hill, wave, hill - ramp, wave + flat])  # five windows
+        images = torch.stack([ramp, hill, wave, hill - ramp, wave + flat])  # five windows
         weights = [torch.outer(hill, wave), torch.outer(wave, ramp), torch.outer(ramp, hill), torch.outer(flat, ramp)]
         # As the layers of a trained model, at the scale of sums over a window's pixels.
         weights = [1.5 * weight / 49 for weight in weights]
-        return pictures.T[None, :, :, None].transpose(1, 2), weights, hill
+        return images.T[None, :, :, None].transpose(1, 2), weights, hill
 
     windows, weights, bias = at(7)
     source = operator(7, *weights, bias)
@@ -298,9 +298,9 @@ def test_command_converts_and_transfers(tmp_path, capsys):
     assert again.config.window_sizes == [3, 3, 3, 3] and again.config.id2label[4] == "name 4"
     pixel_values = processor(images=Image.new("RGB", (60, 40)), return_tensors="pt")["pixel_values"]
     assert pixel_values.shape == (1, 3, 48, 48)
-    # and as HSVLT's trunk
+    # and as HSVLT's backbone
     hsvlt = HSVLTForImageClassification.from_backbone(str(larger), num_labels=2, label_embedding_dim=12)
-    ours = hsvlt.hsvlt.trunk.model.state_dict()
+    ours = hsvlt.hsvlt.backbone.model.state_dict()
     for name, tensor in again.mltr.state_dict().items():
         assert name.startswith("layernorm") or torch.equal(ours[name], tensor), name
 
@@ -313,7 +313,7 @@ def test_command_converts_and_transfers(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_training_goes_on_at_another_picture_size(tmp_path):
+def test_training_goes_on_at_another_image_size(tmp_path):
     source = sized_model(32, 2, patch_size=2)
     source.save_pretrained(tmp_path / "source")
     names = [source.config.id2label[i] for i in range(NUM_LABELS)]

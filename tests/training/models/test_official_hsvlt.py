@@ -162,8 +162,8 @@ def test_converted_model_computes_the_released_forward(label_embeddings, pixels,
 
 def test_configuration_is_read_from_the_shapes():
     state_dict, config_kwargs = official_to_hsvlt(random_official())
-    trunk = config_kwargs.pop("backbone_config")
-    assert trunk["hidden_sizes"] == WIDTHS and trunk["depths"] == DEPTHS and trunk["patch_size"] == 4
+    backbone = config_kwargs.pop("backbone_config")
+    assert backbone["hidden_sizes"] == WIDTHS and backbone["depths"] == DEPTHS and backbone["patch_size"] == 4
     assert config_kwargs == {
         "num_labels": NUM_LABELS,
         "label_embedding_dim": LABEL_DIM,
@@ -219,14 +219,17 @@ def test_other_official_state_dicts_are_refused(change, message):
 
 
 def test_models_that_the_released_layout_cannot_hold_are_refused():
-    trunk = {"model_type": "convnext", "hidden_sizes": WIDTHS, "depths": DEPTHS}
+    backbone = {"model_type": "convnext", "hidden_sizes": WIDTHS, "depths": DEPTHS}
     for change, message in (
         ({"normalize_label_tokens": True}, r"unknown.*label_norm"),
         ({"label_update": "none"}, r"missing.*label_gate"),
         ({"aggregation": "topdown"}, r"unknown.*aggregation"),
-        ({"backbone_config": {**trunk, "model_type": "convnextv2"}}, r"missing.*layer_scale_parameter.*unknown.*grn"),
+        (
+            {"backbone_config": {**backbone, "model_type": "convnextv2"}},
+            r"missing.*layer_scale_parameter.*unknown.*grn",
+        ),
     ):
-        config = HSVLTConfig(**{"backbone_config": trunk, "num_labels": 2, "label_embedding_dim": 4, **change})
+        config = HSVLTConfig(**{"backbone_config": backbone, "num_labels": 2, "label_embedding_dim": 4, **change})
         with pytest.raises(ValueError, match=message):
             hsvlt_to_official(HSVLTForImageClassification(config).state_dict())
 
@@ -295,15 +298,15 @@ def test_convnext_weights_become_exactly_those_of_convnext_model(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_trunk_gives_the_feature_maps_of_convnext_model(layout, pixels):
+def test_backbone_gives_the_feature_maps_of_convnext_model(layout, pixels):
     model = convnext()
     converted = convert_convnext_state_dict(in_layout(layout, model))
-    trunk = {f"hsvlt.trunk.{key}": value for key, value in converted.items() if not key.startswith("layernorm.")}
+    backbone = {f"hsvlt.backbone.{key}": value for key, value in converted.items() if not key.startswith("layernorm.")}
     hsvlt = HSVLTForImageClassification(
         HSVLTConfig(backbone_config=model.config.to_dict(), num_labels=2, label_embedding_dim=4)
     ).eval()
-    missing, unexpected = hsvlt.load_state_dict(trunk, strict=False)
-    assert not unexpected and not any(".trunk." in key for key in missing)
+    missing, unexpected = hsvlt.load_state_dict(backbone, strict=False)
+    assert not unexpected and not any(".backbone." in key for key in missing)
     maps = hsvlt(pixels, output_hidden_states=True).hidden_states
     expected = model.convnext(pixels, output_hidden_states=True).hidden_states[-4:]
     assert [tuple(m.shape[1:]) for m in maps] == [(8, 16, 16), (16, 8, 8), (24, 4, 4), (32, 2, 2)]
@@ -323,7 +326,7 @@ def test_convnext_of_another_kind_is_refused():
         convert_convnext_state_dict(v2.state_dict())
     with pytest.raises(ValueError, match=r"no ConvNeXt state dict.*stem\.0\.weight \(timm\)"):
         convert_convnext_state_dict({"conv1.weight": torch.ones(1)})
-    # A feature extractor has no final norm, and the trunk needs none.
+    # A feature extractor has no final norm, and the backbone needs none.
     assert "layernorm.weight" not in convert_convnext_state_dict(
         without(without(state, "head.norm.weight"), "head.norm.bias")
     )
@@ -349,10 +352,10 @@ def test_command_makes_a_checkpoint_that_stands_alone(released, label_embeddings
         expected = naive_logits(random_official(), label_embeddings, pixels)
         torch.testing.assert_close(model(pixels).logits, expected, rtol=1e-5, atol=1e-5)
 
-    # Pictures as the released code feeds them: Resize((448, 448)), bilinear, and ToTensor; nothing subtracted.
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
-    resized = np.asarray(picture.resize((448, 448), Image.Resampling.BILINEAR))
-    pixel_values = AutoProcessor.from_pretrained(target)(images=picture, return_tensors="pt").pixel_values
+    # Images as the released code feeds them: Resize((448, 448)), bilinear, and ToTensor; nothing subtracted.
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    resized = np.asarray(image.resize((448, 448), Image.Resampling.BILINEAR))
+    pixel_values = AutoProcessor.from_pretrained(target)(images=image, return_tensors="pt").pixel_values
     torch.testing.assert_close(pixel_values[0], torch.tensor(resized).permute(2, 0, 1) / 255, rtol=0, atol=1e-6)
     assert {"modeling_hsvlt.py", "pipeline_multilabel.py", "model.safetensors"} <= {p.name for p in target.iterdir()}
 
@@ -403,22 +406,22 @@ def test_command_embeds_labels_in_the_official_reading(released):
     assert main([*arguments, "--text_encoder", str(released / "bert"), "--voc_label_text"]) == 0
     model = AutoModel.from_pretrained(released / "ours")
     names = ["person", "dog", "traffic light", "cat", "dining table"]
-    expected = encode_labels(names, bert, tokenizer, reading="official")
+    expected = encode_labels(names, bert, tokenizer, pooling="official")
     assert_close_outputs(model.hsvlt.label_embeddings.weight, expected)
-    assert (model.config.label_text_encoder, model.config.label_reading) == ("bert", "official")
+    assert (model.config.label_text_encoder, model.config.label_pooling) == ("bert", "official")
 
 
 @pytest.mark.parametrize("layout", ["original", "timm"])
 def test_command_makes_a_backbone_folder(tmp_path, layout, pixels):
     model = convnext()
     torch.save(in_layout(layout, model), tmp_path / "weights.pth")
-    assert main([str(tmp_path / "weights.pth"), str(tmp_path / "trunk"), "--to", "convnext"]) == 0
+    assert main([str(tmp_path / "weights.pth"), str(tmp_path / "backbone"), "--to", "convnext"]) == 0
     with torch.no_grad():
         expected = model.convnext(pixels).pooler_output
-        torch.testing.assert_close(ConvNextModel.from_pretrained(tmp_path / "trunk")(pixels).pooler_output, expected)
-    hsvlt = HSVLTForImageClassification.from_backbone(str(tmp_path / "trunk"), num_labels=2, label_embedding_dim=4)
+        torch.testing.assert_close(ConvNextModel.from_pretrained(tmp_path / "backbone")(pixels).pooler_output, expected)
+    hsvlt = HSVLTForImageClassification.from_backbone(str(tmp_path / "backbone"), num_labels=2, label_embedding_dim=4)
     expected = model.convnext.embeddings.patch_embeddings.weight
-    assert torch.equal(hsvlt.hsvlt.trunk.embeddings.patch_embeddings.weight, expected)
+    assert torch.equal(hsvlt.hsvlt.backbone.embeddings.patch_embeddings.weight, expected)
 
 
 class Payload:

@@ -1,4 +1,4 @@
-"""The same five pictures and labels in the files of every format, as those look when they are unpacked."""
+"""The same five images and labels in the files of every format, as those look when they are unpacked."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ MULTI_HOT = {
 }
 
 
-def picture(split, row):
+def image(split, row):
     """The bytes of a JPEG file."""
     pixels = np.random.default_rng((len(split), row)).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -25,7 +25,7 @@ def picture(split, row):
     return file.getvalue()
 
 
-PICTURES = {split: [picture(split, row) for row in range(len(rows))] for split, rows in LABELS.items()}
+IMAGES = {split: [image(split, row) for row in range(len(rows))] for split, rows in LABELS.items()}
 
 
 def write(path, content):
@@ -34,10 +34,10 @@ def write(path, content):
 
 
 def each():
-    """(split, row, label names, bytes) of every picture."""
+    """(split, row, label names, bytes) of every image."""
     for split, rows in LABELS.items():
         for row, labels in enumerate(rows):
-            yield split, row, labels, PICTURES[split][row]
+            yield split, row, labels, IMAGES[split][row]
 
 
 def write_coco(root):
@@ -48,7 +48,7 @@ def write_coco(root):
         images, annotations = [], []
         for row, labels in enumerate(LABELS[split]):
             file_name = f"COCO_{name}_{row:012}.jpg"
-            write(root / name / file_name, PICTURES[split][row])
+            write(root / name / file_name, IMAGES[split][row])
             images.append({"id": 500 + row, "file_name": file_name, "width": 16, "height": 12})
             for label in [*labels, *labels[:1]]:
                 annotations.append(
@@ -77,7 +77,7 @@ def voc_object(name, difficult=0):
 
 
 def write_voc(root):
-    """A dog in picture 1 of train is difficult; so is a second cat in picture 0, beside one that is not."""
+    """A dog in image 1 of train is difficult; so is a second cat in image 0, beside one that is not."""
     base = root / "VOCdevkit" / "VOC2007"
     flags = {}
     for split, row, labels, content in each():
@@ -153,7 +153,7 @@ def write_parquet(root, layout):
     """Labels as lists of `names` or `ids`, as `multi_hot` lists, as `text`, or as `columns`."""
     splits = DatasetDict()
     for split, rows in LABELS.items():
-        columns = {"image": [{"bytes": content, "path": None} for content in PICTURES[split]]}
+        columns = {"image": [{"bytes": content, "path": None} for content in IMAGES[split]]}
         features = {"image": Image()}
         hot = MULTI_HOT[split]
         if layout == "columns":

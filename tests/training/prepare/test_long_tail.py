@@ -71,7 +71,7 @@ def test_targets_are_those_of_the_published_splits():
         ("a.jpg -1", "line 1: '-1' is no label index"),
         ("a.jpg 1 1", "line 1: 'a.jpg 1 1' names a label twice"),
         ("a.jpg 1\n\nb.jpg 1", "line 2 is '', but must begin with a path"),
-        ("../a.jpg 1", "must begin with a path below the pictures"),
+        ("../a.jpg 1", "must begin with a path below the images"),
     ],
 )
 def test_wrong_lists_are_refused_by_line(tmp_path, text, message):
@@ -85,9 +85,9 @@ def test_a_line_may_lack_labels_and_a_last_line_its_end(tmp_path):
     assert read_list(tmp_path / "list.txt", 3) == [("a.jpg", [0, 2]), ("b.jpg", []), ("c/d.jpg", [1])]
 
 
-def random_labels(seed=0, pictures=3000, num_labels=8):
+def random_labels(seed=0, images=3000, num_labels=8):
     random = np.random.default_rng(seed)
-    present = random.random((pictures, num_labels)) < random.uniform(0.05, 0.4, num_labels)
+    present = random.random((images, num_labels)) < random.uniform(0.05, 0.4, num_labels)
     present[:, 1] |= present[:, 0]  # label 1 comes with every 0
     return present
 
@@ -108,7 +108,7 @@ def test_draw_follows_the_targets():
     order = co_occurrence_order(present)
     counts = present[rows].sum(0)[order]
     assert counts[-1] == targets[-1]
-    # Labels that are visited later take pictures away again, so that no early one ends above its target by much.
+    # Labels that are visited later take images away again, so that no early one ends above its target by much.
     assert (counts >= 1).all()
     assert np.corrcoef(np.log(counts), np.log(targets))[0, 1] > 0.9
 
@@ -129,7 +129,7 @@ def test_episodes_have_their_shots():
         assert counts.min() == shots
         assert len(rows) <= shots * present.shape[1]
     assert not np.array_equal(rows, draw_episode(present, 5, seed=2))
-    with pytest.raises(ValueError, match="Label 0 has 0 pictures, fewer than 1 shots"):
+    with pytest.raises(ValueError, match="Label 0 has 0 images, fewer than 1 shots"):
         draw_episode(np.zeros((3, 2), dtype=bool), 1)
 
 
@@ -148,12 +148,12 @@ def lists(split):
 
 
 def test_lists_command_writes_a_dataset(tmp_path, capsys):
-    image_files(tmp_path / "pictures", ["VOCdevkit/1.jpg", "VOCdevkit/2.jpg", "VOCdevkit/3.jpg"])
+    image_files(tmp_path / "images", ["VOCdevkit/1.jpg", "VOCdevkit/2.jpg", "VOCdevkit/3.jpg"])
     (tmp_path / "train.txt").write_text("VOCdevkit/1.jpg 0 19\nVOCdevkit/2.jpg 4")
     (tmp_path / "test.txt").write_text("VOCdevkit/3.jpg 14\n")
-    arguments = [str(tmp_path / name) for name in ("train.txt", "test.txt", "pictures", "target")]
+    arguments = [str(tmp_path / name) for name in ("train.txt", "test.txt", "images", "target")]
     assert main(["lists", "voc", *arguments]) == 0
-    assert "2 pictures, 3 labels: NOT the published split" in capsys.readouterr().out
+    assert "2 images, 3 labels: NOT the published split" in capsys.readouterr().out
     loaded = load(tmp_path / "target")
     splits, names = loaded.splits, loaded.label_names
     assert names == PUBLISHED["voc"].label_names
@@ -164,17 +164,17 @@ def test_lists_command_writes_a_dataset(tmp_path, capsys):
 
 
 @needs_lists
-def test_lists_command_names_missing_pictures(tmp_path, capsys):
+def test_lists_command_names_missing_images(tmp_path, capsys):
     lists = [str(LISTS / "voc_lt_train.txt"), str(LISTS / "voc_lt_test.txt")]
     assert main(["lists", "voc", *lists, str(tmp_path), str(tmp_path / "target")]) == 1
     printed = capsys.readouterr()
-    assert "1,142 pictures, 2,346 labels: the published split" in printed.out
+    assert "1,142 images, 2,346 labels: the published split" in printed.out
     assert "2008_000023.jpg" in printed.err
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """60 pictures a split with labels among four."""
+    """60 images a split with labels among four."""
     random = np.random.default_rng(0)
     for split in ("train", "test"):
         lines = []

@@ -1,4 +1,4 @@
-"""Every format gives the same pictures, byte for byte, and the same labels; what is malformed is refused by file and
+"""Every format gives the same images, byte for byte, and the same labels; what is malformed is refused by file and
 line, and then nothing is left behind."""
 
 import json
@@ -17,10 +17,10 @@ from training.prepare.__main__ import main
 
 from ..data.test_dataset import SHARED, metadata_rows, needs_shared
 from .formats import (
+    IMAGES,
     LABELS,
     MULTI_HOT,
     NAMES,
-    PICTURES,
     write,
     write_coco,
     write_csv,
@@ -87,7 +87,7 @@ def test_every_format_gives_the_same_dataset(name, tmp_path, monkeypatch, capsys
     # And as anybody loads it, without this package.
     stock = load_dataset(str(target))
     for split in LABELS:
-        assert [image["bytes"] for image in splits[split].images["image"]] == PICTURES[split]
+        assert [image["bytes"] for image in splits[split].images["image"]] == IMAGES[split]
         assert np.array_equal(dense(splits[split]), MULTI_HOT[split])
         assert stock[split].features == {"image": Image(), "labels": List(ClassLabel(names=NAMES))}
         assert [[NAMES[label] for label in row] for row in stock[split]["labels"]] == [sorted(r) for r in LABELS[split]]
@@ -161,7 +161,7 @@ MALFORMED = [
     (
         "coco",
         lambda s: (s / "train2014/COCO_train2014_000000000001.jpg").unlink(),
-        r"1 picture \(.*train2014.json, images\[1\]: .*000000000001.jpg\) that are not there",
+        r"1 image \(.*train2014.json, images\[1\]: .*000000000001.jpg\) that are not there",
     ),
     ("coco", lambda s: (s / "annotations").rename(s / "gone"), r"source has neither annotations/instances"),
     ("voc_lists", lambda s: edit(s / VOC_SET, "005001", "005001 1"), r"trainval.txt, line 2 is '005001 1', but must"),
@@ -169,7 +169,7 @@ MALFORMED = [
     (
         "voc_lists",
         lambda s: edit(s / "ImageSets/Main/dog_trainval.txt", "005001  0", "005001  2"),
-        r"dog_trainval.txt, line 2 is '005001  2', but must be a picture's id and 1, 0 or -1",
+        r"dog_trainval.txt, line 2 is '005001  2', but must be an image's id and 1, 0 or -1",
     ),
     (
         "voc_lists",
@@ -189,7 +189,7 @@ MALFORMED = [
     (
         "voc_lists",
         lambda s: (s / "JPEGImages/005001.jpg").unlink(),
-        r"1 picture \(.*trainval.txt, line 2: .*JPEGImages/005001.jpg\) that are not there",
+        r"1 image \(.*trainval.txt, line 2: .*JPEGImages/005001.jpg\) that are not there",
     ),
     (
         "voc_xml",
@@ -222,7 +222,7 @@ MALFORMED = [
     ),
     ("voc_xml", lambda s: (s / "VOC2007/Annotations/004000.xml").unlink(), r"004000.xml does not exist; add it"),
     ("nuswide", lambda s: edit(s / NUS_LABELS, "1", "x"), r"Labels_dog_Test.txt, line 2 is 'x', but must be 0 or 1"),
-    ("nuswide", lambda s: edit(s / NUS_LABELS, "1", "1\n0"), r"Labels_dog_Test.txt has 3 lines for the 2 pictures of"),
+    ("nuswide", lambda s: edit(s / NUS_LABELS, "1", "1\n0"), r"Labels_dog_Test.txt has 3 lines for the 2 images of"),
     ("nuswide", lambda s: (s / NUS_LABELS).unlink(), r"Labels_dog_Test.txt does not exist"),
     (
         "nuswide",
@@ -232,7 +232,7 @@ MALFORMED = [
     (
         "nuswide",
         lambda s: edit(s / "ImageList/TestImagelist.txt", "0001_41.jpg", "..\\..\\x.jpg"),
-        r"TestImagelist.txt, line 2 is .* but must be a picture's file name",
+        r"TestImagelist.txt, line 2 is .* but must be an image's file name",
     ),
     (
         "nuswide",
@@ -242,7 +242,7 @@ MALFORMED = [
     (
         "nuswide",
         lambda s: (s / "Flickr/actor/0001_41.jpg").unlink(),
-        r"1 picture \(.*TestImagelist.txt, line 2: .*0001_41.jpg\) that are not there",
+        r"1 image \(.*TestImagelist.txt, line 2: .*0001_41.jpg\) that are not there",
     ),
     (
         "nuswide_all_labels",
@@ -271,8 +271,8 @@ MALFORMED = [
         r"test.csv, line 3: 'test/0.jpg' has a row already on",
     ),
     ("csv_text", lambda s: edit(s / "test.csv", "file_name", "file"), r"test.csv, line 1 has no column"),
-    ("csv_text", lambda s: (s / "test/1.jpg").unlink(), r"test.csv names 1 picture \(line 3: test/1.jpg\)"),
-    ("csv_text", lambda s: write(s / "test/9.jpg", b""), r"source holds 1 picture \(test/9.jpg\) without a row"),
+    ("csv_text", lambda s: (s / "test/1.jpg").unlink(), r"test.csv names 1 image \(line 3: test/1.jpg\)"),
+    ("csv_text", lambda s: write(s / "test/9.jpg", b""), r"source holds 1 image \(test/9.jpg\) without a row"),
     (
         "csv_columns",
         lambda s: edit(s / "test.csv", "0.jpg,1", "0.jpg,yes"),
@@ -285,7 +285,7 @@ MALFORMED = [
     ),
     ("csv_columns", lambda s: edit(s / "test.csv", "dog", "cat"), r"test.csv, line 1: the header has 'cat' twice"),
     ("csv_split_column", lambda s: edit(s / "all.csv", "train,", ","), r"all.csv, line 2 .*names no split"),
-    ("csv_split_column", lambda s: edit(s / "all.csv", "train/0.jpg", ""), r"all.csv, line 2 names no picture"),
+    ("csv_split_column", lambda s: edit(s / "all.csv", "train/0.jpg", ""), r"all.csv, line 2 names no image"),
     (
         "imagefolder",
         lambda s: edit(s / "train/metadata.jsonl", '["cat"]', '["cow"]'),
@@ -297,7 +297,7 @@ MALFORMED = [
         r"metadata.jsonl, line 2: '0.jpg' has a row already on line 1",
     ),
     ("imagefolder", lambda s: edit(s / "train/metadata.jsonl", "]}", "]"), r"metadata.jsonl, line 1 is not valid JSON"),
-    ("imagefolder", lambda s: (s / "train/1.jpg").unlink(), r"metadata.jsonl names 1 picture \(1.jpg\)"),
+    ("imagefolder", lambda s: (s / "train/1.jpg").unlink(), r"metadata.jsonl names 1 image \(1.jpg\)"),
     (
         "parquet_multi_hot",
         lambda s: edit(s.parent / "selected_tags.csv", "dog", "cat"),
@@ -321,7 +321,7 @@ MALFORMED += [
     (
         "voc_xml",
         lambda s: (s / "VOC2007/JPEGImages/005001.jpg").unlink(),
-        r"1 picture \(.*trainval.txt, line 2: .*JPEGImages/005001.jpg\) that are not there",
+        r"1 image \(.*trainval.txt, line 2: .*JPEGImages/005001.jpg\) that are not there",
     ),
     (
         "voc_lists",
@@ -334,14 +334,14 @@ MALFORMED += [
         r"Labels_dog.txt, line \d is 'x', but must be 0 or 1",
     ),
     ("csv_columns", lambda s: edit(s / "test.csv", "test/1", "test/0"), r"test.csv, line 3: 'test/0.jpg' has a row"),
-    ("csv_columns", lambda s: (s / "test/1.jpg").unlink(), r"test.csv names 1 picture \(line 3: test/1.jpg\)"),
+    ("csv_columns", lambda s: (s / "test/1.jpg").unlink(), r"test.csv names 1 image \(line 3: test/1.jpg\)"),
     (
         "csv_columns",
         lambda s: write(s / "labels.txt", "cat\ncow\ntvmonitor\n"),
         r"'cow' is not among both the label columns and the label names",
     ),
     ("csv_split_column", lambda s: edit(s / "all.csv", "train/1", "train/0"), r"all.csv, line 3: 'train/0.jpg' has a"),
-    ("csv_split_column", lambda s: (s / "train/1.jpg").unlink(), r"all.csv names 1 picture \(line 3: train/1.jpg\)"),
+    ("csv_split_column", lambda s: (s / "train/1.jpg").unlink(), r"all.csv names 1 image \(line 3: train/1.jpg\)"),
     (
         "parquet_names",
         lambda s: write(s / "data/test-00000-of-00001.parquet", b"PAR1 and then nothing"),
@@ -365,19 +365,19 @@ def test_what_is_malformed_is_refused_with_file_and_line(name, harm, message, tm
 
 
 @pytest.mark.parametrize("missing", [None, {"bytes": None, "path": None}, {"bytes": None, "path": "/nowhere/x.jpg"}])
-def test_missing_pictures_of_parquet_name_their_row(missing, tmp_path, capsys):
+def test_missing_images_of_parquet_name_their_row(missing, tmp_path, capsys):
     (tmp_path / "source").mkdir()
-    images = [{"bytes": PICTURES["train"][0], "path": "a.jpg"}, missing]
+    images = [{"bytes": IMAGES["train"][0], "path": "a.jpg"}, missing]
     features = Features({"image": Image(decode=False), "labels": List(Value("string"))})
     # As others may have written it: `datasets` itself would not.
     rows = pa.Table.from_pydict({"image": images, "labels": [["cat"], ["dog"]]}, schema=features.arrow_schema)
     pq.write_table(rows, tmp_path / "source" / "train-00000-of-00001.parquet")
     command = ["dataset", tmp_path / "source", tmp_path / "target"]
     assert prepare(*command) == 1
-    assert "The split 'train' of" in (error := capsys.readouterr().err) and "1 picture (row 1)" in error
-    assert prepare(*command, "--missing_pictures", "skip") == 0
+    assert "The split 'train' of" in (error := capsys.readouterr().err) and "1 image (row 1)" in error
+    assert prepare(*command, "--missing_images", "skip") == 0
     splits = load(tmp_path / "target").splits
-    assert [image["bytes"] for image in splits["train"].images["image"]] == PICTURES["train"][:1]
+    assert [image["bytes"] for image in splits["train"].images["image"]] == IMAGES["train"][:1]
 
 
 def test_unknown_labels_of_parquet_name_their_row(tmp_path, capsys):
@@ -401,7 +401,7 @@ def test_difficult_objects_are_unknown_or_negative(labels_from, difficult, tmp_p
     loaded = load(tmp_path / "target")
     splits, names = loaded.splits, loaded.label_names
     expected = MULTI_HOT["train"].copy()
-    # A cat beside the difficult one stands in picture 0, so it is present; the only dog of picture 1 is difficult.
+    # A cat beside the difficult one stands in image 0, so it is present; the only dog of image 1 is difficult.
     expected[1, 1] = -100 if difficult == "unknown" else 0
     assert names == NAMES and np.array_equal(dense(splits["train"]), expected)
     assert np.array_equal(dense(splits["test"]), MULTI_HOT["test"])
@@ -416,11 +416,11 @@ def test_counts_stand_beside_the_published_ones(tmp_path, capsys, monkeypatch):
     source = write_coco(tmp_path / "source")
     assert prepare("coco", source, tmp_path / "kept") == 0
     printed = capsys.readouterr().out
-    assert "published for COCO-2014" in printed and "3 pictures, 2 with a label: the same" in printed
-    assert "7 pictures, 6 with a label: NOT the same" in printed and "\nvalidation  " in printed
+    assert "published for COCO-2014" in printed and "3 images, 2 with a label: the same" in printed
+    assert "7 images, 6 with a label: NOT the same" in printed and "\nvalidation  " in printed
     assert prepare("coco", source, tmp_path / "dropped", "--without_labels", "drop", "--split", "train2014=train") == 0
     printed = capsys.readouterr().out
-    assert "Left out of train: 1 pictures that show no label." in printed and "2 with a label: the same" in printed
+    assert "Left out of train: 1 images that show no label." in printed and "2 with a label: the same" in printed
     splits = load(tmp_path / "dropped").splits
     assert set(splits) == {"train"} and np.array_equal(dense(splits["train"]), MULTI_HOT["train"][[0, 2]])
 
@@ -433,10 +433,10 @@ def test_the_published_counts_are_those_of_the_papers():
     assert nuswide.PUBLISHED == {"Train": (161789, 125449), "Test": (107859, 83898)}
 
 
-def test_missing_pictures_can_be_left_out_and_are_told(tmp_path, caplog):
+def test_missing_images_can_be_left_out_and_are_told(tmp_path, caplog):
     source = write_nuswide(tmp_path / "source")
     (source / "Flickr/actor/0001_50.jpg").unlink()
-    assert prepare("nuswide", source, tmp_path / "target", "--missing_pictures", "skip") == 0
+    assert prepare("nuswide", source, tmp_path / "target", "--missing_images", "skip") == 0
     assert "Left out" in caplog.text and "TrainImagelist.txt, line 1" in caplog.text
     splits = load(tmp_path / "target").splits
     assert np.array_equal(dense(splits["train"]), MULTI_HOT["train"][1:]) and len(splits["test"]) == 2

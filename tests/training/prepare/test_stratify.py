@@ -36,7 +36,7 @@ def test_labels_keep_their_share_better_than_at_random(fractions):
     random_counts = positives_by_split(labels, by_chance, len(fractions))
     off, random_off = np.abs(counts - wanted), np.abs(random_counts - wanted)
     assert off.mean() < random_off.mean() / 2
-    # Label by label as well: the worst split of each, where a share is more than a whole picture.
+    # Label by label as well: the worst split of each, where a share is more than a whole image.
     common = wanted.min(0) >= 1
     assert (off.max(0) <= np.maximum(random_off.max(0), 2))[common].mean() > 0.95
     assert np.allclose(np.bincount(split_of_row) / len(labels), fractions, atol=0.02)
@@ -72,7 +72,7 @@ def test_three_positives_give_one_to_each_of_three_splits():
 
 
 def test_a_label_that_others_took_from_is_mended():
-    # Label 0 is spread first (4 positives); each of its pictures also decides where label 1 goes. Without mending some
+    # Label 0 is spread first (4 positives); each of its images also decides where label 1 goes. Without mending some
     # seeds leave label 1 or 2 without a positive somewhere.
     rows = [[0, 1], [0, 1], [0, 2], [0, 2], [1, 2], [1, 2], [1], [2]] + [[3]] * 60
     for seed in range(30):

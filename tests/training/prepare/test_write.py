@@ -1,4 +1,4 @@
-"""Shards: every picture's bytes, in order; a folder that is complete or not there."""
+"""Shards: every image's bytes, in order; a folder that is complete or not there."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,12 +14,12 @@ NAMES = ["cat", "dog"]
 
 
 def rows(count, folder=None):
-    pictures = [{"bytes": bytes([row]) * 100, "path": f"{row}.jpg"} for row in range(count)]
+    images = [{"bytes": bytes([row]) * 100, "path": f"{row}.jpg"} for row in range(count)]
     if folder is not None:
-        for row, image in enumerate(pictures):
+        for row, image in enumerate(images):
             (folder / image["path"]).write_bytes(image["bytes"])
-            pictures[row] = {"bytes": None, "path": str(folder / image["path"])}
-    images = Dataset.from_dict({"image": pictures}, features=Features({"image": Image(decode=False)}))
+            images[row] = {"bytes": None, "path": str(folder / image["path"])}
+    images = Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
     return Split(images, SparseLabels.from_arrow(pa.array(labels_of(count)), NAMES, label_format="ids"))
 
 
@@ -28,7 +28,7 @@ def labels_of(count):
 
 
 @pytest.mark.parametrize("stored", ["bytes", "files"])
-def test_shards_hold_every_picture_in_order(tmp_path, stored):
+def test_shards_hold_every_image_in_order(tmp_path, stored):
     split = rows(10, tmp_path if stored == "files" else None)
     write_dataset({"train": split, "test": rows(2)}, NAMES, tmp_path / "out", max_shard_bytes=400)
     names = sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
@@ -65,7 +65,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
 def test_what_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'a\\nb' is empty, or has blanks around it or a line break"):
         write_dataset({"train": rows(2)}, ["cat", "a\nb"], tmp_path / "out")
-    with pytest.raises(ValueError, match="split 'test' has no pictures left"):
+    with pytest.raises(ValueError, match="split 'test' has no images left"):
         write_dataset({"train": rows(2), "test": rows(0)}, NAMES, tmp_path / "out")
     with pytest.raises(FileExistsError, match="exists: delete it"):
         write_dataset({"train": rows(2)}, NAMES, tmp_path)

@@ -67,10 +67,10 @@ def run(tmp_path):
         writer.writerows(zip(NAMES, *per_label.values(), strict=True))
     options = TrainingConfig(dataset="/home/someone/photos", output_dir=str(run), loss_type="asymmetric")
     (run / "config.yaml").write_text(options.to_yaml())
-    log = [{"step": step, "train/loss": 1 / step, "train/pictures_per_second": 10.0 * step} for step in range(1, 6)]
+    log = [{"step": step, "train/loss": 1 / step, "train/images_per_second": 10.0 * step} for step in range(1, 6)]
     log += [{"step": 3, "epoch": 1, "validation/mAP": 0.5}, {"step": 6, "epoch": 2, "validation/mAP": 0.6}]
     (run / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    row = {"model": "hsvlt", "num_labels": 7, "batch_size": 8, "pictures_per_second": 12.345, "ratio": 1.2345}
+    row = {"model": "hsvlt", "num_labels": 7, "batch_size": 8, "images_per_second": 12.345, "ratio": 1.2345}
     speed = {"setting": {"preset": "nano", "image_size": 64, "dtype": "float32"}, "device": "a CPU", "torch": "2.13.0"}
     speed |= {"reference": "bare", "rows": [row | {"ratio_spread": [1.1111, 1.3333]}]}
     (run / "speed.json").write_text(json.dumps(speed))
@@ -114,7 +114,7 @@ def tables(body: str) -> list[list[list[str]]]:
 
 def rendered(run, kind, **options):
     folder = checkpoint(run, kind, **options)
-    card = render_card(run, folder, repo_id="org/name", tag="v1", pictures=True)
+    card = render_card(run, folder, repo_id="org/name", tag="v1", images=True)
     card.save(folder / "README.md")
     return ModelCard.load(folder / "README.md"), folder
 
@@ -137,7 +137,7 @@ def test_every_figure_is_the_run_s(run, kind):
         "mAP, micro": "mAP_micro",
         "LRAP": "LRAP",
     }
-    assert {row[0] for row in headlines[1:]} == {*keys, "pictures", "labels without a positive"}
+    assert {row[0] for row in headlines[1:]} == {*keys, "images", "labels without a positive"}
     for name, validation, test, _ in headlines[1:]:
         if name in keys:
             assert [validation, test] == [rounded(results[split][keys[name]]) for split in ("validation", "test")]
@@ -178,7 +178,7 @@ def test_every_figure_is_the_run_s(run, kind):
     assert set(re.findall(r"\d+\.\d+", published)) == PAPER[kind]
     assert not PAPER[kind] & set(re.findall(r"\d+\.\d+", text.partition("## What the paper reports")[0]))
 
-    assert "221 numbers in the weights; pictures of 96 x 64 px, aspect ratio kept" in text
+    assert "221 numbers in the weights; images of 96 x 64 px, aspect ratio kept" in text
     assert "someone" not in card.content and "photos" in text and "undefined" not in text.lower()
     for path in re.findall(r"!\[[^]]*\]\((\S+)\)", text):
         assert (folder / path).is_file(), path
@@ -214,12 +214,12 @@ def test_metadata_is_what_the_hub_reads(run, kind):
 
 
 def test_a_hub_data_set_and_a_licence_are_named(run):
-    (run / "config.yaml").write_text(TrainingConfig(dataset="org/pictures", dataset_revision="abc").to_yaml())
+    (run / "config.yaml").write_text(TrainingConfig(dataset="org/images", dataset_revision="abc").to_yaml())
     folder = checkpoint(run, "hsvlt")
     card = render_card(run, folder, repo_id="org/name", licence="mit")
-    assert card.data.datasets == ["org/pictures"] and card.data.license == "mit"
-    assert "org&#47;pictures (revision abc)" in card.text and "Weights: mit." in card.text
-    assert {path.name for path in (folder / "figures").iterdir()} == {"training.png"}, "no pictures of others' data"
+    assert card.data.datasets == ["org/images"] and card.data.license == "mit"
+    assert "org&#47;images (revision abc)" in card.text and "Weights: mit." in card.text
+    assert {path.name for path in (folder / "figures").iterdir()} == {"training.png"}, "no images of others' data"
 
 
 def test_scenes_are_this_project_s_own(run):

@@ -41,7 +41,7 @@ def own_process(monkeypatch):
 
 @pytest.fixture(scope="module")
 def secret(tmp_path_factory):
-    """A folder whose name no push may tell, with a CSV, its pictures, a text encoder and models to start from."""
+    """A folder whose name no push may tell, with a CSV, its images, a text encoder and models to start from."""
     root = tmp_path_factory.mktemp("secret")
     (root / "photos").mkdir()
     (root / "table").mkdir()
@@ -72,14 +72,14 @@ def run(secret):
     """A run whose every option that can hold a path holds one."""
     options = {
         "dataset": str(secret / "table"),
-        "picture_folder": str(secret / "photos"),
+        "image_folder": str(secret / "photos"),
         "exclude": str(secret / "exclude.txt"),
         "label_encoder": str(secret / "bert"),
         "label_context": {"adapter": str(secret / "adapter")},
         "init_from": str(secret / "start"),
         "output_dir": str(secret / "run"),
         "label_names": NAMES,
-        "unlisted_pictures": "skip",
+        "unlisted_images": "skip",
         "epochs": 1,
         "report": True,
         "model": {},
@@ -117,7 +117,7 @@ def test_no_path_leaves_the_machine(run, secret, tmp_path):
     assert holding(tmp_path / "built", str(secret)) == []
     options = yaml.safe_load((tmp_path / "built" / "training_options.yaml").read_text())
     assert {name: options[name] for name in PATH_OPTIONS} == {
-        "output_dir": "run", "dataset": "table", "picture_folder": "photos", "exclude": "exclude.txt",
+        "output_dir": "run", "dataset": "table", "image_folder": "photos", "exclude": "exclude.txt",
         "backbone": None, "label_encoder": "bert", "label_context": {"adapter": "adapter"}, "init_from": "start",
     }  # fmt: skip
     assert json.loads((tmp_path / "built" / "config.json").read_text())["label_text_encoder"] == "bert"
@@ -143,7 +143,7 @@ def test_options_that_others_may_see(tmp_path, monkeypatch):
     (tmp_path / "mine" / "photos").mkdir(parents=True)
     cases = {
         "dataset": {"org/name": "org/name", "mine/photos": "photos", "../a/b": "b", "./b": "b", "~/b": "b",
-                    "x/y/z": "z", "C:\\Users\\me\\pictures": "pictures", "/x/scenes": "./scenes", "scenes": "scenes"},
+                    "x/y/z": "z", "C:\\Users\\me\\images": "images", "/x/scenes": "./scenes", "scenes": "scenes"},
         "backbone": {"me/convnext": "convnext", "convnext": "convnext"},  # not pinned, so no Hub id
         "model": {"/a/b": "b", "mine/photos": "photos", "other/photos": "other/photos"},
     }  # fmt: skip
@@ -159,7 +159,7 @@ def test_options_that_others_may_see(tmp_path, monkeypatch):
 
 
 def test_every_option_that_names_a_folder_or_file_is_marked():
-    named = {"output_dir", "dataset", "exclude", "picture_folder", "init_from", "backbone", "label_encoder"}
+    named = {"output_dir", "dataset", "exclude", "image_folder", "init_from", "backbone", "label_encoder"}
     assert set(PATH_OPTIONS) == named | {"label_context"}
     path_like = [name for name in vars(TrainingConfig()) if name.endswith(("_dir", "_folder", "_path", "_file"))]
     assert set(path_like) <= set(PATH_OPTIONS)
@@ -176,8 +176,8 @@ def test_what_is_fitted_again_is_what_the_card_shows(run, secret, tmp_path):
     assert "precision | recall | F1 |" in first and "metric_type: CF1" not in first.partition("type: mAP")[0]
     assert (tmp_path / "first" / "results.json").read_text() == (run / "results.json").read_text()
 
-    split = [str(run / "best"), str(secret / "table"), "--picture_folder", str(secret / "photos")]
-    split += ["--unlisted_pictures", "skip", "--label_names", *NAMES]
+    split = [str(run / "best"), str(secret / "table"), "--image_folder", str(secret / "photos")]
+    split += ["--unlisted_images", "skip", "--label_names", *NAMES]
     assert training.fit_thresholds.main([*split, "--objective", "cost", "--target", "5"]) == 0
     reset_accelerate()
     again = json.loads((run / "best" / "config.json").read_text())["thresholds"]

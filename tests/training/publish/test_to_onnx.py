@@ -20,10 +20,10 @@ from modeling_hsvlt import (
     MultiLabelImageProcessor,
 )
 from training.export import main
-from training.publish.to_onnx import compare, export_onnx, picture_size
+from training.publish.to_onnx import compare, export_onnx, image_size
 
 from ...tiny_clip import tiny_clip, tiny_clip_tokenizer
-from ..tiny_checkpoint import NAMES, save_checkpoint, save_pictures, tiny_model
+from ..tiny_checkpoint import NAMES, save_checkpoint, save_images, tiny_model
 
 STAGES = [f"stage{number}" for number in range(1, 5)]
 SIZE = 32
@@ -40,12 +40,12 @@ def hsvlt(backbone, **fields):
     )
 
 
-def resnet_trunk():
+def resnet_backbone():
     widths = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
     return hsvlt(ResNetConfig(**widths, out_features=STAGES), num_attention_heads=2)
 
 
-def swin_trunk():
+def swin_backbone():
     sizes = {"image_size": SIZE, "patch_size": 2, "window_size": 2}
     return hsvlt(SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], **sizes, out_features=STAGES))
 
@@ -62,16 +62,16 @@ def hp_dval():
 
 
 FAMILIES = {
-    "block_trunk": lambda: tiny_model(candidate_labels=2),  # which ONNX leaves out: it scores all labels
-    "resnet_trunk": resnet_trunk,
-    "swin_trunk": swin_trunk,
+    "block_backbone": lambda: tiny_model(candidate_labels=2),  # which ONNX leaves out: it scores all labels
+    "resnet_backbone": resnet_backbone,
+    "swin_backbone": swin_backbone,
     "mltr": mltr,
     "hp_dval": hp_dval,
 }
 
 
 def constant_nodes(graph):
-    """Operators whose inputs are all known before any picture is."""
+    """Operators whose inputs are all known before any image is."""
     known = {tensor.name for tensor in graph.initializer}
     found = []
     for node in graph.node:
@@ -115,12 +115,12 @@ def test_onnxruntime_equals_torch(family, tmp_path):
             compare(model, tmp_path / "model.onnx", torch.randn(8, 3, SIZE, SIZE))
 
 
-def scores_by_the_file_alone(path, picture):
-    """Scores of a picture as a program has them that knows the file's metadata and nothing else."""
+def scores_by_the_file_alone(path, image):
+    """Scores of an image as a program has them that knows the file's metadata and nothing else."""
     session = onnxruntime.InferenceSession(path)
     facts = session.get_modelmeta().custom_metadata_map
     size = int(facts["image_width"]), int(facts["image_height"])
-    pixels = picture.resize(size, Image.Resampling[facts["resample"].upper()])
+    pixels = image.resize(size, Image.Resampling[facts["resample"].upper()])
     pixels = np.asarray(pixels, np.float32) * float(facts["rescale_factor"])
     pixels = (pixels - np.array(json.loads(facts["image_mean"]))) / np.array(json.loads(facts["image_std"]))
     logits = session.run(["logits"], {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)})[0][0]
@@ -133,21 +133,21 @@ def test_files_that_other_programs_read(tmp_path, capsys):
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     config["thresholds"] = [0.25, 0.5, 0.75]
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
-    save_pictures(tmp_path / "data")
+    save_images(tmp_path / "data")
     arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "target")]
     quantize = ["--quantize", "int8", "--dataset", str(tmp_path / "data"), "--batch_size", "3"]
     assert main([*arguments, *quantize]) == 0
     printed = capsys.readouterr().out
     assert "int8 loses" in printed and "thresholds fitted again: macro F1" in printed
 
-    picture = Image.open(tmp_path / "data" / "validation" / "0.png")
+    image = Image.open(tmp_path / "data" / "validation" / "0.png")
     image_processor = MultiLabelImageProcessor(size={"height": 16, "width": 16})
     with torch.no_grad():
-        expected = model(**image_processor(images=picture, return_tensors="pt")).logits[0].sigmoid().tolist()
-    scores, facts = scores_by_the_file_alone(tmp_path / "target" / "model.onnx", picture)
+        expected = model(**image_processor(images=image, return_tensors="pt")).logits[0].sigmoid().tolist()
+    scores, facts = scores_by_the_file_alone(tmp_path / "target" / "model.onnx", image)
     assert scores == pytest.approx(dict(zip(NAMES, expected, strict=True)), abs=1e-4)
     assert json.loads(facts["thresholds"]) == [0.25, 0.5, 0.75]
-    scores, facts = scores_by_the_file_alone(tmp_path / "target" / "model_int8.onnx", picture)
+    scores, facts = scores_by_the_file_alone(tmp_path / "target" / "model_int8.onnx", image)
     assert scores == pytest.approx(dict(zip(NAMES, expected, strict=True)), abs=0.3)
     assert json.loads(facts["thresholds"]) != [0.25, 0.5, 0.75]
     assert json.loads(facts["threshold_info"])["split"] == "validation"
@@ -167,13 +167,13 @@ def test_files_that_other_programs_read(tmp_path, capsys):
     (wanted,) = session.get_inputs()
     assert wanted.shape == ["batch", 16, 16, 3]
     # As the taggers' own programs do: BGR from 0 to 255, channels last, and what comes out are scores.
-    pixels = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC), np.float32)[None, :, :, ::-1]
+    pixels = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC), np.float32)[None, :, :, ::-1]
     found = session.run(None, {wanted.name: np.ascontiguousarray(np.repeat(pixels, 2, axis=0))})[0]
     np.testing.assert_allclose(found, [expected, expected], atol=1e-4)
     assert not list((tmp_path / "target").glob(".export-*"))
 
 
 def test_a_processor_without_one_size_is_refused():
-    assert picture_size(processor(size={"height": 24, "width": 40})) == (24, 40)
-    with pytest.raises(ValueError, match="pictures of different sizes"):
-        picture_size(processor(size={"shortest_edge": 20}))
+    assert image_size(processor(size={"height": 24, "width": 40})) == (24, 40)
+    with pytest.raises(ValueError, match="images of different sizes"):
+        image_size(processor(size={"shortest_edge": 20}))

@@ -21,22 +21,22 @@ def test_a_checkpoint_is_tried_without_the_package(tmp_path):
     config = HSVLTConfig.preset("nano", id2label=names, thresholds=[0.0, 1.0, 0.0])
     model = HSVLTForImageClassification(config).eval()
     processor = MultiLabelProcessor(MultiLabelImageProcessor(size={"height": 64, "width": 64}), id2label=names)
-    checkpoint, pictures = tmp_path / "checkpoint", tmp_path / "pictures"
+    checkpoint, images = tmp_path / "checkpoint", tmp_path / "images"
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
-    pictures.mkdir()
+    images.mkdir()
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 255, (50, 70, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
+        Image.fromarray(pixels).save(images / f"{i}.png")
     rows = [{"file_name": f"{i}.png", "labels": ["dog", "sofa"]} for i in range(3)]
-    (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(checkpoint), str(pictures), "--output", str(tmp_path / "grid.png")]
+    command = [sys.executable, str(SCRIPT), str(checkpoint), str(images), "--output", str(tmp_path / "grid.png")]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     with torch.inference_mode():
-        first = Image.open(pictures / "0.png")
+        first = Image.open(images / "0.png")
         scores = model(**processor(images=first, return_tensors="pt")).logits.sigmoid()[0].tolist()
     lines = [line for line in result.stdout.splitlines() if line.startswith("0.png")]
     # "auto": cat and sofa from 0 on, dog never; highest first.

@@ -23,11 +23,11 @@ def test_the_warm_place_is_where_the_map_is_high():
     drawn = np.asarray(overlay(GREY, heat(5, 25))).astype(int).sum(-1)
     assert drawn.shape == (20, 30) and np.unravel_index(drawn.argmax(), drawn.shape) == (5, 25)
     assert np.array_equal(np.asarray(overlay(GREY, heat(5, 25), strength=0)), np.asarray(GREY))
-    with pytest.raises(ValueError, match="The heat map is 30 x 20, the picture 20 x 20; give the map of this"):
+    with pytest.raises(ValueError, match="The heat map is 30 x 20, the image 20 x 20; give the map of this"):
         overlay(GREY.resize((20, 20)), heat(5, 25))
 
 
-def test_a_drawing_has_a_row_a_picture():
+def test_a_drawing_has_a_row_a_image():
     labels = [{"label": "$5 bill", "score": 0.9, "heat_map": heat(0, 0)}]
     one, two = (draw_explained([Explained(GREY, labels)] * count) for count in (1, 2))
     sizes = [Image.open(io.BytesIO(drawn)).size for drawn in (one, two)]

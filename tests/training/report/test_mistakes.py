@@ -32,5 +32,5 @@ def test_confusion_counts_by_hand():
         for row in range(4):
             present = labels[:, row] == 1
             assert confusion["wrong"][row, column] == (present & wrong).sum()
-            assert confusion["pictures"][row, column] == (present & absent).sum()
+            assert confusion["images"][row, column] == (present & absent).sum()
     assert not len(co_occurrence_confusion(scores, labels, np.ones(4))["predicted"])

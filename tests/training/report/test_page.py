@@ -17,7 +17,7 @@ from training.scoring.calibration import Calibration
 from training.scoring.held_out import halves
 from training.scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
 
-from ..tiny_checkpoint import PICTURE_LABELS, save_checkpoint, save_pictures, tiny_model
+from ..tiny_checkpoint import IMAGE_LABELS, save_checkpoint, save_images, tiny_model
 
 
 def make(seed=0, n=400, num_labels=4, unknown=0.1):
@@ -42,10 +42,10 @@ def test_held_out_thresholds_are_compared_with_a_half():
     assert rows["fitted, held out"]["f1_macro"] > rows["0.5 for every label"]["f1_macro"] + 0.2
 
 
-def test_thresholds_that_were_fitted_to_these_pictures_are_called_so():
+def test_thresholds_that_were_fitted_to_these_images_are_called_so():
     scores, labels = make()
     model = tiny_model(list("abcd"))
-    same, other = "the checkpoint's, fitted to these very pictures", "the checkpoint's"
+    same, other = "the checkpoint's, fitted to these very images", "the checkpoint's"
     for rows, words in ((labels, same), (labels[::-1], other)):
         info = threshold_info(rows, "recall", 0.9, dataset="me/photos", split="validation")
         store_thresholds(model, fit_thresholds(scores, labels, "recall", 0.9), info)
@@ -89,10 +89,10 @@ MARKUP = ["<script>alert(1)</script>", "<b>bold</b> & \"quoted\" 'label'", "$5 \
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     rename = dict(zip(["dog", "cat", "tv monitor"], MARKUP, strict=True))
-    labels = [[rename[name] for name in row] for row in PICTURE_LABELS]
+    labels = [[rename[name] for name in row] for row in IMAGE_LABELS]
     save_checkpoint(folder / "checkpoint", MARKUP)
-    save_pictures(folder / "photos", labels, MARKUP)
-    save_pictures(folder / "train" / "photos", labels * 4, MARKUP, split="train")
+    save_images(folder / "photos", labels, MARKUP)
+    save_images(folder / "train" / "photos", labels * 4, MARKUP, split="train")
     (folder / "train" / "photos" / "train").rename(folder / "photos" / "train")
     command = [str(folder / "checkpoint"), str(folder / "photos"), "--count_split", "train"]
     assert main([*command, "--output", str(folder / "out"), "--threshold", "0.3"]) == 0
@@ -104,11 +104,11 @@ def test_the_page_opens_alone(page):
     assert len(parsed.links) > 10
     assert all(link.startswith(("data:", "#")) for link in parsed.links)
     assert not re.search(r"https?://", re.sub(r"base64,[\w+/=]+", "", page[1]))
-    pictures = [link for link in parsed.links if link.startswith("data:image/jpeg;base64,")]
-    assert pictures
-    for link in pictures:
-        picture = Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2])))
-        assert picture.size == (30, 20)
+    images = [link for link in parsed.links if link.startswith("data:image/jpeg;base64,")]
+    assert images
+    for link in images:
+        image = Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2])))
+        assert image.size == (30, 20)
     plots = [link for link in parsed.links if link.startswith("data:image/svg+xml;base64,")]
     assert len(plots) == 4
     assert all(b"</svg>" in base64.b64decode(link.partition(",")[2]) for link in plots)

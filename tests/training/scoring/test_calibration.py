@@ -108,7 +108,7 @@ def test_the_log_loss_is_scikit_learns():
     assert mean_log_loss(scores, labels) == pytest.approx(log_loss(labels[known], scores[known].astype(float)))
 
 
-def test_calibration_helps_on_other_pictures():
+def test_calibration_helps_on_other_images():
     scores, labels = make(7, n=2000)
     held_out = held_out_scores(scores, labels, "platt")
     assert reliability(held_out, labels).ece() < 0.5 * reliability(scores, labels).ece()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 COUNTS = (1, 2, 11, 13, 24)
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """Rows as `MultiLabelDataset` and the collator with a processor give them."""
 
     def __init__(self, count):
@@ -38,7 +38,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def test_scores_are_the_sigmoid_of_the_logits_row_by_row():
-    model, data = tiny_model().train(), Pictures(11)
+    model, data = tiny_model().train(), Images(11)
     scores, labels = predict(model, DataLoader(data, batch_size=4), progress=False)
     assert scores.dtype == labels.dtype == np.float32 and model.training
     model.eval()
@@ -50,7 +50,7 @@ def test_scores_are_the_sigmoid_of_the_logits_row_by_row():
 
 
 def test_a_shuffling_loader_gives_the_same_rows():
-    model, data = tiny_model(), Pictures(11)
+    model, data = tiny_model(), Images(11)
     expected = predict(model, DataLoader(data, batch_size=4), progress=False)
     shuffled = predict(model, DataLoader(data, batch_size=4, shuffle=True), progress=False)
     assert_close_outputs(shuffled[0], expected[0])
@@ -58,17 +58,17 @@ def test_a_shuffling_loader_gives_the_same_rows():
 
 
 def test_the_sigmoid_of_a_bf16_model_is_fp32():
-    scores, _ = predict(tiny_model().to(torch.bfloat16), DataLoader(Pictures(5), batch_size=4), progress=False)
+    scores, _ = predict(tiny_model().to(torch.bfloat16), DataLoader(Images(5), batch_size=4), progress=False)
     assert (torch.from_numpy(scores).to(torch.bfloat16).float().numpy() != scores).any()
 
 
 def test_labels_that_a_model_left_out_score_zero():
-    scores, _ = predict(tiny_model(candidate_labels=2), DataLoader(Pictures(5), batch_size=4), progress=False)
+    scores, _ = predict(tiny_model(candidate_labels=2), DataLoader(Images(5), batch_size=4), progress=False)
     assert ((scores == 0).sum(1) == 1).all()
 
 
 def test_loaders_that_would_give_wrong_scores_are_refused():
-    data = Pictures(5)
+    data = Images(5)
     with pytest.raises(RuntimeError, match="gave 4 of 5 rows"):
         predict(tiny_model(), DataLoader(data, batch_size=2, drop_last=True), progress=False)
     data.pixels = data.pixels.to(torch.uint8)
@@ -101,7 +101,7 @@ def predict_and_save(folder):
     assert accelerator.num_processes == int(folder.name)
     folder.mkdir(exist_ok=True)
     for count in COUNTS:
-        loader = DataLoader(Pictures(count), batch_size=4)
+        loader = DataLoader(Images(count), batch_size=4)
         scores, labels = predict(tiny_model(), loader, accelerator, progress=False)
         np.savez(folder / f"{count}-{accelerator.process_index}.npz", scores=scores, labels=labels)
 
@@ -111,7 +111,7 @@ def test_several_processes_equal_one(tmp_path):
     launch(predict_and_save, [], tmp_path)
     for count in COUNTS:
         expected = np.load(tmp_path / "1" / f"{count}-0.npz")
-        np.testing.assert_array_equal(expected["labels"], Pictures(count).labels)
+        np.testing.assert_array_equal(expected["labels"], Images(count).labels)
         for num_processes in (2, 3):
             for process in range(num_processes):
                 found = np.load(tmp_path / str(num_processes) / f"{count}-{process}.npz")

@@ -116,7 +116,7 @@ def test_a_label_with_few_positives_leans_on_the_shared_threshold():
     assert own[0] != pytest.approx(shared)
 
 
-def test_fitted_thresholds_raise_macro_f1_on_other_pictures():
+def test_fitted_thresholds_raise_macro_f1_on_other_images():
     scores, labels = make(2, n=4000, unknown=0)
     scores = scores**3  # badly calibrated
     fitted = fit_thresholds(scores[:2000], labels[:2000])

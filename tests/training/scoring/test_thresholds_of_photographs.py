@@ -42,15 +42,15 @@ def own_process():
 
 
 def halves(folder):
-    """Every other picture of validation, by links."""
+    """Every other image of validation, by links."""
     lines = [line for line in (VOC / "validation" / "metadata.jsonl").read_text().splitlines() if line.strip()]
     for name, part in (("fitted", lines[::2]), ("held_out", lines[1::2])):
         split = folder / name / "validation"
         split.mkdir(parents=True)
         for line in part:
-            picture = json.loads(line)["file_name"]
-            (split / picture).parent.mkdir(parents=True, exist_ok=True)
-            os.symlink(VOC / "validation" / picture, split / picture)
+            image = json.loads(line)["file_name"]
+            (split / image).parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(VOC / "validation" / image, split / image)
         (split / "metadata.jsonl").write_text("\n".join(part))
         (folder / name / "labels.txt").write_text((VOC / "labels.txt").read_text())
     return str(folder / "fitted"), folder / "held_out"
@@ -103,8 +103,8 @@ def test_fitted_thresholds_raise_macro_f1_on_the_other_half(tmp_path, capsys):
     assert len(set(thresholds)) > 10
     tagger = pipeline("multi-label-image-classification", model=str(checkpoint), device="cpu")
     rows = [json.loads(line) for line in (held_out / "validation" / "metadata.jsonl").read_text().splitlines()]
-    pictures = [str(held_out / "validation" / row["file_name"]) for row in rows]
-    found = tagger(pictures, threshold="auto", batch_size=64)
+    images = [str(held_out / "validation" / row["file_name"]) for row in rows]
+    found = tagger(images, threshold="auto", batch_size=64)
     predicted, present = (
         np.array([[name in of_row for name in names] for of_row in listed])
         for listed in ([[label["label"] for label in row] for row in found], [row["labels"] for row in rows])

@@ -1,4 +1,4 @@
-"""Tags beside pictures, as other programs read them."""
+"""Tags beside images, as other programs read them."""
 
 import xml.etree.ElementTree as ET
 
@@ -39,10 +39,10 @@ def keywords(path):
 
 
 def test_text_files(tmp_path):
-    picture = tmp_path / "a.b.jpg"
-    assert write_text(picture, ["dog", "red,  large car"])
+    image = tmp_path / "a.b.jpg"
+    assert write_text(image, ["dog", "red,  large car"])
     assert (tmp_path / "a.b.txt").read_text() == "dog, red large car\n"
-    assert not write_text(picture, ["cat"]) and write_text(picture, ["cat"], overwrite=True)
+    assert not write_text(image, ["cat"]) and write_text(image, ["cat"], overwrite=True)
     assert (tmp_path / "a.b.txt").read_text() == "cat\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a.b.txt"]
 
@@ -73,31 +73,31 @@ def test_xmp_files_that_exist_lose_nothing_but_keywords(tmp_path, caplog):
 
 
 def test_sidecars_of_a_run(checkpoint, tmp_path, capsys):  # noqa: F811
-    pictures, output = tmp_path / "pictures", tmp_path / "out"
-    draw(pictures, 5)
-    (pictures / "0" / "3.txt").write_text("mine")
-    command = [str(checkpoint), str(pictures), str(output), "--num_workers", "0", "--threshold", "0.5"]
+    images, output = tmp_path / "images", tmp_path / "out"
+    draw(images, 5)
+    (images / "0" / "3.txt").write_text("mine")
+    command = [str(checkpoint), str(images), str(output), "--num_workers", "0", "--threshold", "0.5"]
     assert main(command) == 0
-    assert not list(pictures.glob("**/*.xmp"))
+    assert not list(images.glob("**/*.xmp"))
     # Wished for later: nothing is tagged again.
     assert main([*command, "--sidecars", "txt", "xmp"]) == 0
     assert "0 of them to be tagged" in capsys.readouterr().out
     found = read(output)
-    assert (pictures / "0" / "3.txt").read_text() == "mine"
+    assert (images / "0" / "3.txt").read_text() == "mine"
     labelled = {name for name, record in found.items() if record["labels"]}
     assert labelled
     for name, record in found.items():
-        picture = pictures / name
-        assert picture.with_name(f"{picture.name}.xmp").exists() == (name in labelled)
+        image = images / name
+        assert image.with_name(f"{image.name}.xmp").exists() == (name in labelled)
         if name in labelled:
-            assert keywords(picture.with_name(f"{picture.name}.xmp")) == record["labels"]
+            assert keywords(image.with_name(f"{image.name}.xmp")) == record["labels"]
             if name != "0/3.png":
-                assert picture.with_suffix(".txt").read_text() == ", ".join(record["labels"]) + "\n"
+                assert image.with_suffix(".txt").read_text() == ", ".join(record["labels"]) + "\n"
     assert main([*command, "--sidecars", "txt", "--overwrite_sidecars"]) == 0
-    assert ((pictures / "0" / "3.txt").read_text() != "mine") == ("0/3.png" in labelled)
+    assert ((images / "0" / "3.txt").read_text() != "mine") == ("0/3.png" in labelled)
 
 
-def test_pictures_that_would_share_a_sidecar_are_named(tmp_path):
+def test_images_that_would_share_a_sidecar_are_named(tmp_path):
     source = FileSource(tmp_path, ["a.jpg", "a.png"])
     check_sidecars(source, ["xmp"])
     with pytest.raises(ValueError, match=r"a.jpg and a.png would share the sidecar a.txt"):

@@ -11,8 +11,8 @@ or NaN) count in no metric; labels without a known positive are left out of the 
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: one list of scores (float32) per picture, one score per label.
-    references: one list per picture: 1 present, 0 absent, -100 or NaN unknown.
+    predictions: one list of scores (float32) per image, one score per label.
+    references: one list per image: 1 present, 0 absent, -100 or NaN unknown.
     threshold: a number, or one per label; `score >= threshold` predicts the label. Defaults to 0.5.
     top_k: limit of the top-k metrics, None for none. Defaults to 3.
     groups: named lists of label indices, for example {"head": [0, 3], "tail": [1, 2]}.

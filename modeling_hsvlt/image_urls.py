@@ -1,4 +1,4 @@
-"""Pictures by URL, for programs that are given addresses by strangers.
+"""Images by URL, for programs that are given addresses by strangers.
 
 Who may name a URL may name the inside of a network: `http://169.254.169.254/`, a router, a database without password.
 So an address that does not belong to the public internet is refused, wherever it comes from: the URL, the name's DNS
@@ -22,7 +22,7 @@ MAX_REDIRECTS = 5
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
 
 
-def fetch_picture(url: str, *, timeout: float | None, max_bytes: int | None, allow_private: bool = False) -> bytes:
+def fetch_image(url: str, *, timeout: float | None, max_bytes: int | None, allow_private: bool = False) -> bytes:
     """The body at an http or https URL. Proxies of the environment are not used: they would hide where it leads.
 
     Args:

@@ -1,15 +1,15 @@
 """A command of training/ for a checkpoint that `benchmarks.accuracy.heads --save` wrote.
 
-    python -m benchmarks.accuracy.with_trunk evaluate DIR/hsvlt FOLDER --split validation
-    python -m benchmarks.accuracy.with_trunk export DIR/hsvlt TARGET
+    python -m benchmarks.accuracy.with_backbone evaluate DIR/hsvlt FOLDER --split validation
+    python -m benchmarks.accuracy.with_backbone export DIR/hsvlt TARGET
 
-Its trunk is not one of transformers', so it is registered here first; the options are the command's own.
+Its backbone is not one of transformers', so it is registered here first; the options are the command's own.
 """
 
 import importlib
 import sys
 
-from benchmarks.peers import efficientnet_lite  # noqa: F401  (registers the trunk)
+from benchmarks.peers import efficientnet_lite  # noqa: F401  (registers the backbone)
 
 COMMANDS = ("evaluate", "fit_thresholds", "calibrate", "tag", "export")
 

@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from modeling_hsvlt import picture_urls
-from modeling_hsvlt.picture_urls import fetch_picture, is_public
+from modeling_hsvlt import image_urls
+from modeling_hsvlt.image_urls import fetch_image, is_public
 from modeling_hsvlt.processing_multilabel import load_image
 
 
@@ -38,7 +38,7 @@ class Site(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append(self.path)
-        location = {"/loop": "/loop", "/file": "file:///etc/passwd", "/inside": "http://10.0.0.1/", "/once": "/picture"}
+        location = {"/loop": "/loop", "/file": "file:///etc/passwd", "/inside": "http://10.0.0.1/", "/once": "/image"}
         self.send_response(302 if self.path in location else 200)
         if self.path in location:
             self.send_header("Location", location[self.path])
@@ -52,7 +52,7 @@ class Site(BaseHTTPRequestHandler):
             for _ in range(1000):
                 self.wfile.write(b"x" * 65536)
         else:
-            self.wfile.write(b"the picture")
+            self.wfile.write(b"the image")
 
     def handle(self):
         with contextlib.suppress(OSError):  # the client hung up, as it should
@@ -71,12 +71,12 @@ def site():
 
 def fetch(site, path, **options):
     url = f"http://127.0.0.1:{site.server_port}{path}"
-    return fetch_picture(url, **{"timeout": 10, "max_bytes": 1000, "allow_private": True, **options})
+    return fetch_image(url, **{"timeout": 10, "max_bytes": 1000, "allow_private": True, **options})
 
 
 def test_a_body_and_a_redirect_are_followed(site):
-    assert fetch(site, "/picture?size=2") == b"the picture" and site.asked[-1] == "/picture?size=2"
-    assert fetch(site, "/once") == b"the picture"
+    assert fetch(site, "/image?size=2") == b"the image" and site.asked[-1] == "/image?size=2"
+    assert fetch(site, "/once") == b"the image"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_site_that_drips_ends_at_the_deadline(site):
 def test_this_computer_is_not_even_asked_unless_told(site, host):
     asked = len(site.asked)
     with pytest.raises(ValueError, match=r"not on the public internet; .*allow_private_addresses=True"):
-        load_image(f"http://{host}:{site.server_port}/picture")
+        load_image(f"http://{host}:{site.server_port}/image")
     assert len(site.asked) == asked
 
 
@@ -113,18 +113,18 @@ def test_a_name_that_leads_inside_is_refused_at_the_address_that_is_connected_to
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [(socket.AF_INET, 1, 6, "", answers.pop(0))])
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: connected.append(address))
     answers[:] = [("93.184.216.34", 80), ("10.0.0.1", 80)]
-    picture_urls._connect("example.org", 80, 1.0, False).close()
+    image_urls._connect("example.org", 80, 1.0, False).close()
     assert connected == [("93.184.216.34", 80)] and len(answers) == 1, "looked up once, and that is connected to"
     with pytest.raises(PermissionError, match=r"example.org is 10\.0\.0\.1"):
-        picture_urls._connect("example.org", 80, 1.0, False)
+        image_urls._connect("example.org", 80, 1.0, False)
     assert len(connected) == 1
 
 
 def test_a_redirect_from_outside_to_inside_is_refused(site, monkeypatch):
-    plain = picture_urls._connect
+    plain = image_urls._connect
     # The first address counts as public, as a stranger's server would be.
     monkeypatch.setattr(
-        picture_urls, "_connect", lambda host, port, left, allow: plain(host, port, left, host == "127.0.0.1")
+        image_urls, "_connect", lambda host, port, left, allow: plain(host, port, left, host == "127.0.0.1")
     )
     with pytest.raises(PermissionError, match=r"10\.0\.0\.1, which is not on the public internet"):
         fetch(site, "/inside", allow_private=False)

@@ -1,4 +1,4 @@
-"""HP-DVAL through the training command: both stages, one after the other, on a CLIP a few channels wide."""
+"""HP-DVAL through the training command: both phases, one after the other, on a CLIP a few channels wide."""
 
 import json
 from pathlib import Path
@@ -69,16 +69,16 @@ def changed(before, after):
 
 
 def test_the_recipes_are_read():
-    for stage in ("stage1", "stage2", "joint"):
-        config = parse_config([str(CONFIGS / f"hp_dval_{stage}.yaml")])
-        assert config.model["stage"] == stage
+    for phase in ("phase1", "phase2", "joint"):
+        config = parse_config([str(CONFIGS / f"hp_dval_{phase}.yaml")])
+        assert config.model["phase"] == phase
         assert config.loss_kwargs["positive_weight"] == "class"
 
 
 @pytest.mark.slow
-def test_both_stages_train_what_they_say(tmp_path, clip):
+def test_both_phases_train_what_they_say(tmp_path, clip):
     small = {"model.local_top_k": 4}
-    results, one = run("hp_dval_stage1.yaml", tmp_path / "one", backbone=clip, **small)
+    results, one = run("hp_dval_phase1.yaml", tmp_path / "one", backbone=clip, **small)
     start = build_model(
         TrainingConfig(model_type="hp_dval", backbone=clip, image_size=32, model={"local_top_k": 4}),
         list(SCENE_LABELS),
@@ -98,12 +98,12 @@ def test_both_stages_train_what_they_say(tmp_path, clip):
     sizes = (report["num_labels_medium"], report["num_labels_tail"], report["num_labels_without_positive"])
     assert sum(sizes) == 10
 
-    results, two = run("hp_dval_stage2.yaml", tmp_path / "two", init_from=str(tmp_path / "one" / "best"))
+    results, two = run("hp_dval_phase2.yaml", tmp_path / "two", init_from=str(tmp_path / "one" / "best"))
     assert changed(one, two) == {TABLE, "hp_dval.prompts.text_embeddings"}
     model = HPDVALForImageClassification.from_pretrained(tmp_path / "two" / "best")
     rows = (one[TABLE] != two[TABLE]).any(1).nonzero().flatten().tolist()
     assert rows == model.config.context_token_ids
-    assert model.config.stage == "stage2"
+    assert model.config.phase == "phase2"
     assert fingerprints(model.config.to_dict()) == results["measured_with"]
 
 
@@ -133,20 +133,20 @@ def test_another_label_set_needs_its_clip(tmp_path, clip):
     options = {"model_type": "hp_dval", "image_size": 32}
     base = build_model(TrainingConfig(**options, backbone=clip, model={"local_top_k": 4}), ["cat", "dog"])
     base.save_pretrained(tmp_path / "base")
-    few = {**options, "init_from": str(tmp_path / "base"), "model": {"stage": "stage2", "context_init": "template"}}
+    few = {**options, "init_from": str(tmp_path / "base"), "model": {"phase": "phase2", "context_init": "template"}}
     with pytest.raises(ValueError, match="name its CLIP with label_encoder"):
         build_model(TrainingConfig(**few), ["bird", "cat"])
     model = build_model(TrainingConfig(**few, label_encoder=clip, label_text={"tv": "photo"}), ["bird", "cat", "tv"])
     assert list(model.config.id2label.values()) == ["bird", "cat", "tv"]
-    pictures = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(pictures).logits[:, 1], base.eval()(pictures).logits[:, 0])
-    # What trains is as the stage says from the start.
+        torch.testing.assert_close(model.eval()(images).logits[:, 1], base.eval()(images).logits[:, 0])
+    # What trains is as the phase says from the start.
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         TABLE.replace("weight", "trainable_tokens_delta.prompts")
     ]
 
 
 def test_counts_are_asked_for_where_scenes_have_none(tmp_path, clip, capsys):
-    assert command("hp_dval_stage1.yaml", tmp_path / "run", backbone=clip, fresh_scenes=True) == 2
+    assert command("hp_dval_phase1.yaml", tmp_path / "run", backbone=clip, fresh_scenes=True) == 2
     assert "set fresh_scenes to false" in capsys.readouterr().err
