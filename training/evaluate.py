@@ -31,7 +31,7 @@ RESULT_FILES = ("results.json", "per_label.csv", "report.html")
 
 @dataclass(kw_only=True)
 class EvaluateOptions(ScoringOptions):
-    threshold: float | str = option(0.5, "a number, or auto: the thresholds in the checkpoint", type=number_or_auto)
+    threshold: float | str = option(0.5, "a number, or auto: the thresholds in the checkpoint", read=number_or_auto)
     count_split: str | None = option(
         None, "split whose positives make a label head, medium or tail, as a rule train; null: no groups"
     )

@@ -142,13 +142,15 @@ class CommandParser(HfArgumentParser):
         settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(dataclass_types, **settings | kwargs)
 
-    def add_argument(self, *names, positional: bool = False, path: bool = False, **kwargs):
+    def add_argument(self, *names, positional: bool = False, path: bool = False, read: Any = None, **kwargs):
         if positional:
             names = (names[0].removeprefix("--"),)
             kwargs.pop("required", None)
         default = kwargs.get("default")
         if kwargs.get("nargs") == "+":
             kwargs["action"] = partial(_ReadList, kind=kwargs.pop("type", str), allowed=kwargs.pop("choices", None))
+        elif read is not None:  # a type in the metadata would give way to the annotation
+            kwargs["type"] = read
         elif kwargs.get("type") is str:
             kwargs["type"] = read_text
         elif kwargs.get("type") is dict:

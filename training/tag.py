@@ -48,7 +48,7 @@ def _free_cores() -> int:
 class TagOptions(ImageOptions, CheckpointOptions):
     source: str = option(reason="folder, list of files, or dataset", positional=True, metavar="SOURCE")
     output: Path = option(reason="folder to write into", positional=True, metavar="OUTPUT")
-    threshold: float | str = option("auto", "a number, or auto: the thresholds in the checkpoint", type=number_or_auto)
+    threshold: float | str = option("auto", "a number, or auto: the thresholds in the checkpoint", read=number_or_auto)
     top_k: int | None = option(None, "at most so many labels an image; null: all above the threshold")
     format: str = option("parquet", "of the part files", choices=FORMATS)
     batch_size: int = option(32, "images per device")

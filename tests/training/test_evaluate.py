@@ -116,7 +116,7 @@ def test_a_dataset_without_a_vocabulary_can_borrow_the_checkpoints(checkpoint, t
     [
         (None, ["--split", "test"], "has no split 'test'"),
         ("./nowhere", [], "./nowhere is no folder"),
-        (None, ["--image_column", "photo", "--label_format", "words"], "label_format='words'"),
+        (None, ["--image_column", "photo", "--label_format", "names"], "photo"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(checkpoint, images, capsys, checkpoint_name, options, message):

@@ -97,6 +97,16 @@ def test_the_options_of_a_dataset_are_those_of_every_command_that_reads_one(monk
     assert options.dataset_options(new(dataset="d", new="y"))["new"] == "y"
 
 
+@pytest.mark.parametrize(("command", "positionals"), [("evaluate", 2), ("tag", 3)])
+def test_a_threshold_is_a_number_or_auto(command, positionals, capsys):
+    kind = getattr(importlib.import_module(f"training.{command}"), COMMANDS[command])
+    for text, value in (("auto", "auto"), ("0.25", 0.25), ("1", 1.0)):
+        assert CommandParser(kind).read([*"abc"[:positionals], "--threshold", text]).threshold == value
+    with pytest.raises(SystemExit):
+        CommandParser(kind).read([*"abc"[:positionals], "--threshold", "high"])
+    assert "argument --threshold: invalid number_or_auto value: 'high'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_defaults_and_reasons(command, capsys):
     module = importlib.import_module(f"training.{command}")
