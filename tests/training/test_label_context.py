@@ -70,7 +70,8 @@ def test_the_recipe_learns_contexts_alone_and_leaves_a_plain_checkpoint(tmp_path
         "label_context.train": "nothing",
         "ema_decay": 0.5,
     }
-    assert main([str(RECIPE), *(f"--{key}={json.dumps(value)}" for key, value in options.items())]) == 0
+    written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
+    assert main([str(RECIPE), *(f"--{key}={value}" for key, value in written.items())]) == 0
 
     before = load_file(tmp_path / "base" / "model.safetensors")
     after = load_file(tmp_path / "run" / "best" / "model.safetensors")

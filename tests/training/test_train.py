@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(recipe, tmp_pa
     folder = tmp_path / "run"
     assert main([recipe, "--output_dir", str(folder)]) == 1
     error = capsys.readouterr().err
-    assert "loss is not finite at step 8 (epoch 2, batch 2, train: row " in error and "learning_rate" in error
+    assert "loss is not finite at step 8 (epoch 2, batch 2: row " in error and "learning_rate" in error
     assert all(tensor.isfinite().all() for tensor in tensors_of(folder).values())
     assert checkpoints(folder)[0].name == "checkpoint-6"
 
@@ -300,7 +300,11 @@ def test_steps_that_are_not_finite_are_left_out_where_that_is_wanted(recipe, tmp
     folder = tmp_path / "run"
     assert main([recipe, "--output_dir", str(folder), "--on_nonfinite", "skip", "--fresh_scenes", "false"]) == 0
     error = capsys.readouterr().err
-    assert "not finite at step 4 (epoch 1, batch 4, train: row " in error and "step 8" in error and "left out" in error
+    assert (
+        "not finite at step 4 (epoch 1, batch 4: split 'train', row " in error
+        and "step 8" in error
+        and "left out" in error
+    )
     assert [line["train/skipped_steps"] for line in log_of(folder) if "train/loss" in line] == [0] * 3 + [1] * 4 + [
         2
     ] * 5
@@ -381,7 +385,7 @@ def test_fp16_names_a_loss_that_is_not_finite_and_lowers_its_scale(recipe, tmp_p
     divide_by_zero(monkeypatch, [6])
     folder = tmp_path / "run"
     assert main([recipe, "--output_dir", str(folder), *FP16, "--on_nonfinite", "skip"]) == 0
-    assert "loss is not finite at step 7 (epoch 2, batch 1, train: row " in capsys.readouterr().err
+    assert "loss is not finite at step 7 (epoch 2, batch 1: split 'train', row " in capsys.readouterr().err
     scales = {step: scale for step, scale, _ in scales_of(folder)}
     assert scales[7] == scales[6] / 2
     assert state_of(folder)["progress"]["skipped_steps"] == 1

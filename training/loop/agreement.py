@@ -32,7 +32,7 @@ def name_nonfinite(run: Run, seen: list) -> None:
     listing = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
     message = (
         f"The {what} is not finite at step {run.progress['step'] + 1} (epoch {run.progress['epoch'] + 1}, batch "
-        f"{run.progress['batch']}, train: {listing})"
+        f"{run.progress['batch']}: {listing})"
     )
     if run.config.on_nonfinite == "stop":
         raise FloatingPointError(
