@@ -55,7 +55,8 @@ def clip(tmp_path):
 def command(recipe, output, **options):
     options = {**TINY, "output_dir": str(output), **options}
     reset_accelerate()
-    return main([str(CONFIGS / recipe), *(f"--{key}={json.dumps(value)}" for key, value in options.items())])
+    written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
+    return main([str(CONFIGS / recipe), *(f"--{key}={value}" for key, value in written.items())])
 
 
 def run(recipe, output, **options):
