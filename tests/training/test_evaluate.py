@@ -116,7 +116,6 @@ def test_a_dataset_without_a_vocabulary_can_borrow_the_checkpoints(checkpoint, t
     [
         (None, ["--split", "test"], "has no split 'test'"),
         ("./nowhere", [], "./nowhere is no folder"),
-        (None, ["--image_column", "photo", "--label_format", "names"], "photo"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(checkpoint, images, capsys, checkpoint_name, options, message):
@@ -125,7 +124,7 @@ def test_what_cannot_be_evaluated_is_refused(checkpoint, images, capsys, checkpo
 
 
 def test_unknown_options_are_refused(checkpoint, images, capsys):
-    for option in (["--threshhold", "0.5"], ["--thresh", "0.5"], ["--threshold", "high"]):
+    for option in (["--threshhold", "0.5"], ["--thresh", "0.5"], ["--threshold", "high"], ["--label_format", "words"]):
         with pytest.raises(SystemExit):
             main([str(checkpoint), str(images), *option])
         assert option[0] in capsys.readouterr().err
