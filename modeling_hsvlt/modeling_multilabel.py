@@ -148,7 +148,7 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
     def post_init(self):
         super().post_init()
         # Of the parts that stay in fp32, those that this model has.
-        parts = {part for name, _ in self.named_modules() for part in name.split(".")}
+        parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
         self._keep_in_fp32_modules = set(self._keep_in_fp32_modules) & parts
 
     def _apply(self, fn, recurse=True):
