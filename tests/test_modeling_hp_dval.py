@@ -668,7 +668,7 @@ def test_inference_runs_the_text_tower_once(tmp_path, text_calls):
     text_calls.clear()
     with torch.inference_mode():
         logits = loaded(random_images()).logits
-        assert torch.equal(loaded(random_images()).logits, logits)
+        assert_close_outputs(loaded(random_images()).logits, logits)
         assert len(text_calls) == 1
         moved = loaded.to(torch.float64).to(torch.float32)(random_images()).logits
         loaded.drop_text_model()
@@ -1013,7 +1013,7 @@ def test_a_checkpoint_for_inference_alone(tmp_path):
     model.drop_text_model()
     model.save_pretrained(tmp_path)
     loaded = HPDVALForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(loaded(random_images()).logits, expected)
+    assert_close_outputs(loaded(random_images()).logits, expected)
     assert {".".join(key.split(".")[:2]) for key in loaded.state_dict()} == {
         "hp_dval.student",
         "hp_dval.prompts",
