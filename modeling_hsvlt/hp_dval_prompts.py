@@ -3,7 +3,6 @@
 Shapes: N labels, M context tokens, L tokens of a prompt, E width of the shared space.
 """
 
-import importlib
 from collections.abc import Iterator
 
 import torch
@@ -123,14 +122,6 @@ def adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
                 if adapter in entries:
                     entry = entries[adapter]
                     yield from [entry] if isinstance(entry, nn.Parameter) else entry.parameters()
-
-
-def load_peft():
-    """peft, which only training needs: if this file imported it, transformers would demand it for loading."""
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise ImportError("contexts are trained by peft, which is not installed: pip install peft.") from error
 
 
 __all__ = ["GLOBAL", "HANDWRITTEN", "LOCAL", "HPDVALPrompts"]

@@ -10,7 +10,6 @@ Shapes: N labels, M context tokens of a prompt, D width of the text encoder.
 """
 
 import copy
-import importlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .kept_embeddings import KeptEmbeddings
 from .label_prompts import _label_texts, _mean_states, _template_tokens
+from .modeling_multilabel import load_peft
 
 
 class LabelContext(nn.Module):
@@ -72,7 +72,7 @@ class LabelContext(nn.Module):
         adapter: str | os.PathLike | None = None,
     ):
         super().__init__()
-        peft = _peft()
+        peft = load_peft()
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, but it is {num_tokens}.")
         if template.count("{}") != 1:
@@ -168,13 +168,6 @@ def num_context_tokens(template: str) -> int:
     if re.match(r"<context_\d+_\d+>", template):
         raise ValueError("This checkpoint learned a context for each of its labels: other labels need a new model.")
     return len(re.findall(r"<context_\d+>", template.partition("{}")[0]))
-
-
-def _peft():
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise ImportError("contexts are trained by peft, which is not installed: pip install peft.") from error
 
 
 __all__ = ["LabelContext", "num_context_tokens"]

@@ -41,13 +41,18 @@ from .hp_dval_prompts import (
     encode_in_parts,
     encode_prompts_of,
     fold_token_adapter,
-    load_peft,
     placeholder_prompts,
 )
 from .kept_embeddings import KeptEmbeddings
 from .label_prompts import _label_texts
 from .losses_multilabel import UNKNOWN_LABEL, items_in_step, multilabel_loss, validate_labels
-from .modeling_multilabel import MultiLabelPreTrainedModel, output_flags, require_images, warn_of_unknown_arguments
+from .modeling_multilabel import (
+    MultiLabelPreTrainedModel,
+    load_peft,
+    output_flags,
+    require_images,
+    warn_of_unknown_arguments,
+)
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401

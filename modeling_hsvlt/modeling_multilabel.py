@@ -1,5 +1,6 @@
 """What HSVLT, MlTr and HP-DVAL share: the guard of their fast paths, output flags, and what stays in fp32."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import ClassVar
@@ -123,6 +124,14 @@ def warn_of_unknown_arguments(model: nn.Module, arguments: Mapping) -> None:
         logger.warning_once(f"{type(model).__name__} makes no use of {', '.join(unknown)}.")
 
 
+def load_peft():
+    """peft, which only training needs: if a file imported it, transformers would demand it for loading."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise ImportError("contexts are trained by peft, which is not installed: pip install peft.") from error
+
+
 class MultiLabelPreTrainedModel(PreTrainedModel):
     """Base of the three models' own bases."""
 
@@ -178,6 +187,7 @@ __all__ = [
     "autocasts_to_fp16",
     "chosen_states",
     "is_plain",
+    "load_peft",
     "no_fp16_autocast",
     "output_flags",
     "require_images",

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from .checkpoint.atomic import atomic_folder
 from .checkpoint.folder import reseal
 from .checkpoint.loading import load_checkpoint
-from .options import ScoringOptions, option, read_options
+from .options import ScoringOptions, option, run_command
 from .scoring.calibration import (
     METHODS,
     SHRINKAGE,
@@ -103,12 +103,7 @@ def run(args: CalibrateOptions) -> Calibration:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    try:
-        run(read_options(CalibrateOptions, "calibrate", __doc__, argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(run, CalibrateOptions, "calibrate", __doc__, argv)
 
 
 if __name__ == "__main__":

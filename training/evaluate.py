@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from .check.imbalance import long_tail_groups
 from .checkpoint.loading import load_checkpoint
 from .metrics.functional import per_label_report
-from .options import ScoringOptions, number_or_auto, option, read_options
+from .options import ScoringOptions, number_or_auto, option, run_command
 from .report.page import AP_DEFINITION, result_record, write_report
 from .scoring.predict import score_split
 
@@ -125,12 +125,7 @@ def run(args: EvaluateOptions) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    try:
-        run(read_options(EvaluateOptions, "evaluate", __doc__, argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(run, EvaluateOptions, "evaluate", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .checkpoint.loading import load_checkpoint
 from .metrics.functional import average_precision, decision_report
-from .options import ScoringOptions, option, read_options
+from .options import ScoringOptions, option, run_command
 from .publish.selected_tags import FILE_NAME as TAGS_FILE
 from .publish.selected_tags import write_selected_tags
 from .publish.to_onnx import (
@@ -137,12 +137,7 @@ def run(args: ExportOptions) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    try:
-        run(read_options(ExportOptions, "export", __doc__, argv))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(run, ExportOptions, "export", __doc__, argv, (ValueError, OSError, RuntimeError))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from .checkpoint.folder import reseal
 from .checkpoint.loading import load_checkpoint
 from .metrics.functional import decision_report
-from .options import ScoringOptions, option, read_options
+from .options import ScoringOptions, option, run_command
 from .scoring.held_out import held_out_decisions
 from .scoring.predict import score_split
 from .scoring.thresholds import MIN_POSITIVES, OBJECTIVES, fit_thresholds, store_thresholds, threshold_info
@@ -80,12 +80,7 @@ def run(args: FitOptions) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    try:
-        run(read_options(FitOptions, "fit_thresholds", __doc__, argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(run, FitOptions, "fit_thresholds", __doc__, argv)
 
 
 if __name__ == "__main__":

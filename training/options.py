@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -173,3 +174,20 @@ class CommandParser(HfArgumentParser):
 def read_options(kind: type, command: str, description: str | None, argv: Sequence[str] | None) -> Any:
     """The options of a command of this package, as the dataclass `kind`."""
     return CommandParser(kind, prog=f"python -m training.{command}", description=description).read(argv)
+
+
+def run_command(
+    run: Callable[[Any], Any],
+    kind: type,
+    command: str,
+    description: str | None,
+    argv: Sequence[str] | None,
+    refused: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> int:
+    """A command line: `run` on its options. 0 when all is done, 2 when one of `refused` was raised; it is printed."""
+    try:
+        run(read_options(kind, command, description, argv))
+    except refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

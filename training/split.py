@@ -20,7 +20,7 @@ from .data.leave_out import same_image
 from .data.load import load
 from .data.rows import Split
 from .data.sparse_labels import SparseLabels
-from .options import DatasetOptions, dataset_options, option, read_options
+from .options import DatasetOptions, dataset_options, option, run_command
 from .prepare.stratify import positives_by_split, stratified_split
 from .prepare.write import write_dataset
 
@@ -107,12 +107,7 @@ def _duplicate_groups(report: Path, splits: dict[str, Split]) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    try:
-        run(read_options(SplitOptions, "split", __doc__, argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(run, SplitOptions, "split", __doc__, argv)
 
 
 if __name__ == "__main__":

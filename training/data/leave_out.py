@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from modeling_hsvlt.processing_multilabel import load_image
 
-from .rows import Loaded, Split, undecoded
+from .rows import Loaded, Split, only_images
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def find_unreadable(rows: Dataset, num_workers: int = 0) -> list[tuple[int, str,
             return str(error)
         return None
 
-    column = undecoded(rows, "image")
+    column = only_images(rows, "image")
     unreadable = []
     with (
         ThreadPoolExecutor(max(num_workers, 1)) as pool,

@@ -22,7 +22,7 @@ from .csv_table import find_csv_tables, read_csv_tables
 from .image_folder import read_image_folders
 from .label_names import read_label_names
 from .leave_out import read_exclusions
-from .rows import SPLIT_ALIASES, Loaded, Split, Table, no_such_split, row_namer, undecoded, without_missing
+from .rows import SPLIT_ALIASES, Loaded, Split, Table, no_such_split, only_images, row_namer, without_missing
 from .scenes import read_scenes
 from .sparse_labels import SparseLabels, arrow_column, class_names, split_text, stack_columns
 
@@ -83,7 +83,7 @@ def load(
     for name in table.splits:
         if table.image_column not in table.splits[name].column_names:
             continue
-        images[name] = undecoded(table.splits[name], table.image_column)
+        images[name] = only_images(table.splits[name], table.image_column)
         if name not in table.row_names:
             if name in to_read and isinstance(source, str | Path):
                 kept, left_out = without_missing(images[name], name, options.missing_images, str(source))

@@ -260,7 +260,7 @@ def _name_of_selected(row_name: Callable[[int], str], rows: np.ndarray, row: int
     return row_name(int(rows[row]))
 
 
-def undecoded(split: Dataset, column: str) -> Dataset:
+def only_images(split: Dataset, column: str) -> Dataset:
     """The images of a split, not decoded, as the one column `image`."""
     images = split.select_columns([column]).cast_column(column, Image(decode=False))
     return images if column == "image" else images.rename_column(column, "image")

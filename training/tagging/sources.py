@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from ..data.rows import images_below
+from ..data.rows import images_below, only_images
 
 # What makes a folder a data set and not a tree of images.
 DATASET_FILES = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
@@ -86,5 +86,4 @@ def open_source(
             f"{source} has no column {image_column!r}, only {', '.join(loaded.column_names)}; name the images' "
             "column with --image_column."
         )
-    rows = loaded.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-    return DatasetSource(rows if image_column == "image" else rows.rename_column(image_column, "image"))
+    return DatasetSource(only_images(loaded, image_column))
