@@ -30,6 +30,9 @@ def option(default: Any = dataclasses.MISSING, reason: str = "", *, positional: 
     return dataclasses.field(**{which: default}, metadata={"help": reason, "positional": positional, **more})
 
 
+LABEL_NAMES = "class order: names, or one file of them, a labels.txt or a tagger's selected_tags.csv"
+
+
 @dataclasses.dataclass(kw_only=True)
 class ImageOptions:
     dataset_revision: str | None = option(None, "commit or tag of a dataset on the Hub; pin it, datasets change")
@@ -42,7 +45,7 @@ class DatasetOptions(ImageOptions):
     """Where a dataset is and how to read it; `training.data.load.load` takes the same as keywords."""
 
     dataset: str = option(reason="Hub id, folder, or scenes: the built-in data", positional=True, metavar="DATASET")
-    label_names: list[str] | None = option(None, "class order; null: labels.txt, else what the dataset says")
+    label_names: list[str] | None = option(None, f"{LABEL_NAMES}; null: what the dataset says")
     label_column: str = option("labels", "lists, or text")
     label_columns: list[str] | None = option(
         None,
@@ -110,9 +113,20 @@ def read_yaml(text: str) -> Any:
         raise ValueError(f"{text!r} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
-def read_list(words: Sequence[str]) -> Any:
-    """`[cat, dog]` as YAML, `cat dog` as it is written."""
-    return read_yaml(words[0]) if len(words) == 1 and (words[0][:1] == "[" or words[0] == "null") else list(words)
+def read_list(words: Sequence[str]) -> list[str] | None:
+    """`[cat, dog]` or `cat dog`, each item as it is written: `on` and `1.10` are no switch and no number here.
+
+    Raises:
+        ValueError: not YAML.
+    """
+    if list(words) == ["null"]:
+        return None
+    if len(words) > 1 or words[0][:1] != "[":
+        return list(words)
+    try:
+        return yaml.load(words[0], yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{words[0]!r} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

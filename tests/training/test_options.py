@@ -12,7 +12,9 @@ from PIL import Image
 from training import check_data, options, split, train
 from training.config import TrainingConfig, parse_config
 from training.data.load import load
-from training.options import CommandParser, DatasetOptions, ScoringOptions, option
+from training.options import CommandParser, DatasetOptions, ScoringOptions, dataset_options, option
+from training.prepare import __main__ as prepare
+from training.prepare import long_tail
 
 COMMANDS = {
     "evaluate": "EvaluateOptions",
@@ -41,6 +43,77 @@ def table(folder, separator):
     return folder
 
 
+def readers():
+    """Of every command line that reads a dataset: its words to its options."""
+    found = {"train": parse_config}
+    for command, kind in COMMANDS.items():
+        kind = getattr(importlib.import_module(f"training.{command}"), kind)
+        if issubclass(kind, DatasetOptions):
+            names = [field.name for field in dataclasses.fields(kind) if field.metadata.get("positional")]
+            needed = ["--fractions", "0.5", "0.5"] if command == "split" else []
+            found[command] = lambda argv, kind=kind, names=names, needed=needed: CommandParser(kind).read(
+                [*names, *needed, *argv]
+            )
+    for kind in ("csv", "imagefolder", "dataset"):
+        found[f"prepare {kind}"] = lambda argv, kind=kind: prepare.build_parser().parse_args([kind, "a", "b", *argv])
+    for kind in (["draw", "a", "b", "--largest", "3"], ["episodes", "a", "b", "--novel", "x"]):
+        found[f"long_tail {kind[0]}"] = lambda argv, kind=kind: long_tail.build_parser().parse_args([*kind, *argv])
+    return found
+
+
+@pytest.mark.parametrize("command", readers())
+def test_every_command_reads_every_option_of_a_dataset_alike(command):
+    written = {
+        "dataset_revision": "r",
+        "dataset_config": "c",
+        "image_column": "i",
+        "label_column": "l",
+        "label_columns": "[cat, dog]",
+        "label_names": "[dog, cat, on, 1.10]",
+        "label_format": "names",
+        "label_separator": "|",
+        "image_folder": "f",
+        "missing_images": "skip",
+        "unlisted_images": "skip",
+        "exclude": "e",
+        "scenes": "{seed: 1}",
+    }
+    read = {"label_columns": ["cat", "dog"], "label_names": ["dog", "cat", "on", "1.10"], "scenes": {"seed": 1}}
+    expected = written | read
+    if command == "check_data":  # finds what the others are told to leave out
+        expected["exclude"] = None
+        del written["exclude"], written["missing_images"], written["unlisted_images"]
+    argv = [f"--{name}={text}" for name, text in written.items()]
+    assert dataset_options(readers()[command](argv)) == expected
+
+
+@pytest.mark.parametrize("command", readers())
+def test_a_separator_works_as_written_on_every_command_line(command, tmp_path):
+    for number, (written, meant) in enumerate(SEPARATORS):
+        folder = table(tmp_path / str(number), meant)
+        for argv in (["--label_separator", written], [f"--label_separator={written}"]):
+            assert load(folder, **dataset_options(readers()[command](argv))).label_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("words", [["cat", "dog"], ["[cat, dog]"]])
+def test_columns_are_named_alike_in_preparing_and_training(words, tmp_path):
+    folder = table(tmp_path / "photos", ",")
+    rows = "".join(f"{index}.png,1,{index % 2},0\n" for index in range(20))
+    (folder / "train.csv").write_text(f"file_name,cat,dog,other\n{rows}")
+    argv = ["--label_columns", *words]
+    assert prepare.main(["csv", str(folder), str(tmp_path / "made"), *argv]) == 0
+    assert load(tmp_path / "made").label_names == ["cat", "dog"]
+    assert load(folder, **dataset_options(parse_config(argv))).label_names == ["cat", "dog"]
+
+
+def test_label_names_may_be_a_file_for_every_command(tmp_path):
+    folder = table(tmp_path / "photos", ",")
+    (tmp_path / "order.txt").write_text("dog\ncat\nsofa\n")
+    for read in readers().values():
+        given = dataset_options(read(["--label_names", str(tmp_path / "order.txt")]))
+        assert load(folder, **given).label_names == ["dog", "cat", "sofa"]
+
+
 @pytest.mark.parametrize(("written", "meant"), SEPARATORS, ids=lambda text: repr(text))
 def test_a_separator_works_as_written(written, meant, tmp_path, capsys):
     folder = table(tmp_path / "photos", meant)
@@ -48,17 +121,14 @@ def test_a_separator_works_as_written(written, meant, tmp_path, capsys):
     assert check_data.main([str(folder), *flag, "--output", str(tmp_path / "out")]) < 2, capsys.readouterr()
     assert json.loads((tmp_path / "out" / "report.json").read_text())["labels"] == ["cat", "dog"]
     assert split.main([str(folder), str(tmp_path / "parts"), *flag, "--fractions", "[0.5, 0.5]"]) == 0
-    for command, kind in COMMANDS.items():
-        kind = getattr(importlib.import_module(f"training.{command}"), kind)
-        if issubclass(kind, ScoringOptions):
-            positionals = ["checkpoint", "target" if command == "export" else "dataset"]
-            assert CommandParser(kind).read([*positionals, *flag]).label_separator == meant
+    assert prepare.main(["csv", str(folder), str(tmp_path / "made"), *flag]) == 0
+    assert load(tmp_path / "made").label_names == ["cat", "dog"]
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"label_separator: {json.dumps(written)}\n")
     saved = tmp_path / "saved.yaml"
     saved.write_text(parse_config([str(recipe)]).to_yaml())
-    for argv in (flag, [str(recipe)], [str(saved)], [f"--label-separator={written}"]):
+    for argv in ([str(recipe)], [str(saved)]):
         assert parse_config(argv).label_separator == meant
     assert load(folder, label_separator=written).label_names == ["cat", "dog"]
 

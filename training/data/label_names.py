@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 # Far above what people write and far below what fills a memory: these files come from strangers as well.
 MAX_LABEL_FILE = 2**26  # bytes: a million names of 64 letters
 MAX_LABEL_NAME = 1000  # letters
+
+
+def given_names(names: Sequence[str] | None) -> list[str] | None:
+    """The vocabulary that the option `label_names` gives: the names, or those in the one file that it names."""
+    if names and len(names) == 1 and Path(names[0]).suffix.lower() in (".txt", ".csv"):
+        return read_label_names(Path(names[0]))
+    return list(names) if names else None
 
 
 def read_label_names(path: Path) -> list[str]:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ..options import DatasetOptions
 from .csv_table import find_csv_tables, read_csv_tables
 from .image_folder import read_image_folders
-from .label_names import read_label_names
+from .label_names import given_names, read_label_names
 from .leave_out import read_exclusions
 from .rows import SPLIT_ALIASES, Loaded, Split, Table, no_such_split, only_images, row_namer, without_missing
 from .scenes import read_scenes
@@ -53,9 +53,9 @@ def load(
             (`val`, `dev`, `testing`, ...) are known.
         fresh_scenes: Whether the train split of the scenes is drawn anew every epoch.
         options: Fields of `training.options.DatasetOptions`, with its defaults. `label_names` is the vocabulary in
-            class order, for example a checkpoint's; by default that of `labels.txt`, else of the column's `ClassLabel`,
-            else `label_columns`, else the sorted names that occur in the train split. `label_format`: see
-            `SparseLabels.from_arrow`; for text, what is between the separators ("auto": names).
+            class order (a checkpoint's, say) or a file of it; by default that of `labels.txt`, else of the column's
+            `ClassLabel`, else `label_columns`, else the sorted names that occur in the train split. `label_format`:
+            see `SparseLabels.from_arrow`; for text, what is between the separators ("auto": names).
 
     Returns:
         The data set. A `null` list, or a `null`, NaN or -100 in a multi-hot list, means unknown.
@@ -69,7 +69,7 @@ def load(
             "to training.data.streaming.StreamingMultiLabelDataset."
         )
     options = DatasetOptions(dataset=source, **options)
-    label_names, revision = options.label_names, options.dataset_revision
+    label_names, revision = given_names(options.label_names), options.dataset_revision
     source_words = source if isinstance(source, str | Path) else "the dataset"
     if str(source_words) == "scenes":
         table = read_scenes(splits, options.scenes, label_names=label_names, fresh=fresh_scenes)

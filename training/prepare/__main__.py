@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.sparse_labels import SparseLabels
+from ..options import CommandParser
 from . import coco, nuswide, tables, voc
 from .reading import Reading
 from .write import write_dataset
@@ -44,17 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def build_parser() -> CommandParser:
+    parser = CommandParser(prog="python -m training.prepare", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, module in KINDS.items():
-        kind = kinds.add_parser(name, help=module.HELP[name], description=module.__doc__, allow_abbrev=False)
-        kind.add_argument("source", metavar="SOURCE", type=str if module is tables else Path, help=module.SOURCE[name])
+        kind = kinds.add_parser(
+            name, dataclass_types=module.Options, help=module.HELP[name], description=module.__doc__
+        )
         kind.add_argument("target", metavar="TARGET", type=Path, help="folder to make; refused if it exists")
         kind.add_argument(
             "--split",
@@ -64,19 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
             help="take the source's NAME as SPLIT, and nothing that is not named so (several times)",
         )
         kind.add_argument(
-            "--without_labels",
-            choices=("keep", "drop"),
-            default="keep",
-            help="images that show no label; default: keep",
+            "--without_labels", choices=("keep", "drop"), default="keep", help="images that show no label"
         )
-        kind.add_argument(
-            "--missing_images",
-            choices=("error", "skip"),
-            default="error",
-            help="images that are listed but not there; skip leaves them out and says so; default: error",
-        )
-        kind.add_argument("--max_shard_mb", type=int, default=500, help="default: 500, as the Hub advises")
-        module.add_arguments(kind)
+        kind.add_argument("--max_shard_mb", type=int, default=500, help="of a parquet file, as the Hub advises")
     return parser
 
 

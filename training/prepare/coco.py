@@ -1,29 +1,32 @@
 """MS-COCO and what is annotated like it: `annotations/instances_SPLIT.json` beside folders of images, or
 `SPLIT/_annotations.coco.json` among them. An image has the labels of its annotations, crowds included; labels are in
 the order of the category ids. By default train2014 becomes train and val2014 validation; for the papers' protocol:
---split train2014=train --split val2014=test --without_labels drop, and a validation split cut from train."""
+--split train2014=train --split val2014=test --without_labels drop, and a validation split cut from train. SOURCE:
+the folder with annotations/ and the images, or one json file."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
 from ..data.rows import SPLIT_ALIASES
-from .reading import Reading, Rows, checked, first_folder
+from ..options import option
+from .reading import Reading, Rows, SourceOptions, checked, first_folder
 
 HELP = {"coco": "COCO json, instances"}
-SOURCE = {"coco": "folder with annotations/ and the images, or one json file"}
 
 # Images, and those with an annotation.
 PUBLISHED = {"train2014": (82_783, 82_081), "val2014": (40_504, 40_137)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image_folder", type=Path, help="default: SPLIT or images/SPLIT in SOURCE")
+@dataclass(kw_only=True)
+class Options(SourceOptions):
+    image_folder: str | None = option(None, "where the images are; null: SPLIT or images/SPLIT in SOURCE")
 
 
 def read(args: argparse.Namespace) -> Reading:
@@ -44,10 +47,14 @@ def read(args: argparse.Namespace) -> Reading:
         files = {name: path for name, path in files.items() if name in dict(args.split)} or files
     categories, first, splits = None, None, {}
     for name, path in files.items():
-        folder = args.image_folder or (
-            path.parent
-            if path.name == "_annotations.coco.json"
-            else first_folder(root / name, root / "images" / name, root / "images", root)
+        folder = (
+            Path(args.image_folder)
+            if args.image_folder
+            else (
+                path.parent
+                if path.name == "_annotations.coco.json"
+                else first_folder(root / name, root / "images" / name, root / "images", root)
+            )
         )
         names_of_ids, rows = _read_file(path, folder, args.missing_images)
         if categories is None:

@@ -1,27 +1,30 @@
 """NUS-WIDE in its own files: the 81 concepts, the lists of images, and one file of 0 and 1 a concept, from
 Groundtruth/TrainTestLabels or, without it, Groundtruth/AllLabels. Splits are the official Train and Test; the papers
-drop images that show none of the 81 concepts: --without_labels drop."""
+drop images that show none of the 81 concepts: --without_labels drop.
+SOURCE: the folder with ImageList/, Groundtruth/, Concepts81.txt and the images."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 
 from ..data.label_names import read_label_names
-from .reading import Reading, Rows, checked, first_folder, text_lines
+from ..options import option
+from .reading import Reading, Rows, SourceOptions, checked, first_folder, text_lines
 
 HELP = {"nuswide": "NUS-WIDE's own lists"}
-SOURCE = {"nuswide": "folder with ImageList/, Groundtruth/, Concepts81.txt and the images"}
 
 # Images, and those that show one of the 81 concepts.
 PUBLISHED = {"Train": (161_789, 125_449), "Test": (107_859, 83_898)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image_folder", type=Path, help="where the lists' names start; default: Flickr or images")
+@dataclass(kw_only=True)
+class Options(SourceOptions):
+    image_folder: str | None = option(None, "where the names of the lists start; null: Flickr or images in SOURCE")
 
 
 def read(args: argparse.Namespace) -> Reading:
@@ -32,7 +35,7 @@ def read(args: argparse.Namespace) -> Reading:
         raise FileNotFoundError(f"{concepts} does not exist; add the list of the 81 concepts.")
     label_names = read_label_names(concepts)
     lists = first_folder(root / "ImageList", root)
-    images = args.image_folder or first_folder(root / "Flickr", root / "images", root)
+    images = Path(args.image_folder) if args.image_folder else first_folder(root / "Flickr", root / "images", root)
     truth = first_folder(root / "Groundtruth", root)
     by_split = (truth / "TrainTestLabels").is_dir()
     if not by_split:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,15 @@ from datasets import Dataset, DatasetDict, Features, Image
 
 from ..data.load import load
 from ..data.rows import ListedOnce, Split, refuse_or_skip
+from ..options import option
+
+
+@dataclass(kw_only=True)
+class SourceOptions:
+    """Of a data set in files of its own."""
+
+    source: Path = option(reason="where it was unpacked to, see above", positional=True, metavar="SOURCE")
+    missing_images: Literal["error", "skip"] = option("error", "listed but not there; skip leaves out, and says so")
 
 
 @dataclass(kw_only=True)

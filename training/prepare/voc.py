@@ -1,11 +1,14 @@
 """PASCAL VOC and what is annotated like it: JPEGImages/, ImageSets/Main/SET.txt, and labels from Annotations/*.xml or
 from ImageSets/Main/CLASS_SET.txt. A label of which an image shows difficult objects only is unknown (as VOC scores
-it) or negative (as it is usually trained). By default trainval becomes train and test test."""
+it) or negative (as it is usually trained). By default trainval becomes train and test test. SOURCE: VOCdevkit/VOC2007,
+or VOCdevkit where it holds one year."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -14,32 +17,25 @@ import pyarrow as pa
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
-from ..data.label_names import read_label_names
+from ..data.label_names import given_names
 from ..data.rows import SPLIT_ALIASES
-from .reading import Reading, Rows, checked, text_lines
+from ..options import LABEL_NAMES, option
+from .reading import Reading, Rows, SourceOptions, checked, text_lines
 
 HELP = {"voc": "PASCAL VOC, xml or lists of ImageSets/Main"}
-SOURCE = {"voc": "VOCdevkit/VOC2007, or VOCdevkit where it holds one year"}
 
 PUBLISHED = {"VOC2007": {"trainval": (5_011, None), "test": (4_952, None)}}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--difficult",
-        choices=("unknown", "negative"),
-        default="negative",
-        help="labels of which an image shows difficult objects only; default: negative, as papers train",
+@dataclass(kw_only=True)
+class Options(SourceOptions):
+    difficult: Literal["unknown", "negative"] = option(
+        "negative", "labels of which an image shows difficult objects only; negative, as papers train"
     )
-    parser.add_argument(
-        "--labels_from",
-        choices=("annotations", "image_sets"),
-        default="annotations",
-        help="Annotations/*.xml, or the lists of ImageSets/Main; default: annotations",
+    labels_from: Literal["annotations", "image_sets"] = option(
+        "annotations", "Annotations/*.xml, or the lists of ImageSets/Main"
     )
-    parser.add_argument(
-        "--label_names", type=Path, help="class order: a labels.txt; default: the classes of ImageSets/Main, by name"
-    )
+    label_names: list[str] | None = option(None, f"{LABEL_NAMES}; null: the classes of ImageSets/Main, by name")
 
 
 def read(args: argparse.Namespace) -> Reading:
@@ -60,9 +56,8 @@ def read(args: argparse.Namespace) -> Reading:
     if not wanted:
         raise FileNotFoundError(f"{main} has no trainval.txt, train.txt, val.txt or test.txt.")
     lists = {name: _read_set(main / f"{name}.txt") for name in wanted}
-    if args.label_names:
-        label_names = read_label_names(args.label_names)
-    else:
+    label_names = given_names(args.label_names)
+    if label_names is None:
         found = {path.stem.removesuffix(f"_{name}") for name in wanted for path in main.glob(f"*_{name}.txt")}
         label_names = sorted(found)
     difficult = UNKNOWN_LABEL if args.difficult == "unknown" else 0
