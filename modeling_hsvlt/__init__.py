@@ -7,6 +7,7 @@ from .configuration_mltr import MlTrConfig
 from .heat_maps_multilabel import label_heat_maps
 from .label_context import LabelContext
 from .label_prompts import encode_labels, load_text_encoder
+from .load_image import load_image
 from .losses_multilabel import (
     MULTILABEL_LOSSES,
     NOT_EVALUATED,
@@ -23,7 +24,7 @@ from .modeling_hp_dval import HPDVALForImageClassification, HPDVALModel, HPDVALP
 from .modeling_hsvlt import HSVLTForImageClassification, HSVLTModel, HSVLTPreTrainedModel
 from .modeling_mltr import MlTrBackbone, MlTrForImageClassification, MlTrModel, MlTrPreTrainedModel
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline
-from .processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor, load_image
+from .processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 __version__ = "0.1.0"
 

@@ -14,14 +14,12 @@ from transformers.utils import logging
 from .heat_maps_multilabel import image_box, resize_to_image, scored_heat_maps
 from .label_context import LabelContext, num_context_tokens
 from .label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder
+from .load_image import is_many, load_image, undecoded
 from .processing_multilabel import (
     MultiLabelProcessor,
-    is_many,
-    load_image,
     post_process_multi_label_classification,
     resolve_threshold,
     resolve_top_k,
-    undecoded,
 )
 
 logger = logging.get_logger(__name__)

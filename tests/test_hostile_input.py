@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from transformers import AutoConfig, AutoModelForImageClassification, ConvNextConfig
 
 from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
-from modeling_hsvlt.processing_multilabel import load_image
+from modeling_hsvlt.load_image import load_image
 from training.checkpoint.folder import write_marker
 from training.checkpoint.loading import load_checkpoint
 from training.checkpoint.series import checkpoints, newest_good

@@ -10,7 +10,7 @@ import pytest
 
 from modeling_hsvlt import image_urls
 from modeling_hsvlt.image_urls import fetch_image, is_public
-from modeling_hsvlt.processing_multilabel import load_image
+from modeling_hsvlt.load_image import load_image
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ from modeling_hsvlt.heat_maps_multilabel import (
 )
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels
+from modeling_hsvlt.load_image import load_image
 from modeling_hsvlt.pipeline_multilabel import LOAD_PARAMETERS
-from modeling_hsvlt.processing_multilabel import load_image
 
 from .test_label_context import ENCODER as BERT
 from .test_label_context import TOKENIZER as BERT_TOKENIZER

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
-from modeling_hsvlt.processing_multilabel import MAX_PIXELS
+from modeling_hsvlt.load_image import MAX_PIXELS
 
 from .check.duplicates import MAX_DISTANCE
 from .check.findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_images

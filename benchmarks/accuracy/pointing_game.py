@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import modeling_hsvlt  # noqa: F401  (registers the model types)
 from modeling_hsvlt.heat_maps_multilabel import image_box, label_heat_maps, resize_to_image
-from modeling_hsvlt.processing_multilabel import load_image
+from modeling_hsvlt.load_image import load_image
 from training.data.scenes import build_scenes
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "quickstart.yaml"

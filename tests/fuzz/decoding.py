@@ -14,7 +14,7 @@ MEMORY = 3 * 2**30
 def decode(path: str) -> tuple[str, str]:
     """("decoded", size and what the decoder warned of) or ("named", message) or ("unnamed", message), the same from a
     file and from bytes."""
-    from modeling_hsvlt.processing_multilabel import load_image
+    from modeling_hsvlt.load_image import load_image
 
     outcomes = set()
     for source in (path, {"bytes": Path(path).read_bytes(), "path": path}):
@@ -35,7 +35,7 @@ def decode(path: str) -> tuple[str, str]:
 
 
 def work(connection) -> None:
-    import modeling_hsvlt.processing_multilabel  # noqa: F401  (before the clock runs, and before the limit)
+    import modeling_hsvlt.load_image  # noqa: F401  (before the clock runs, and before the limit)
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY

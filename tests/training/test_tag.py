@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from transformers import AutoProcessor
 
 from modeling_hsvlt import HSVLTForImageClassification
-from modeling_hsvlt.processing_multilabel import load_image
+from modeling_hsvlt.load_image import load_image
 from training.data.scenes import SceneDataset
 from training.tag import main
 from training.tagging.results import FolderLock

@@ -17,7 +17,7 @@ from scipy.fft import dctn
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from modeling_hsvlt.processing_multilabel import load_image
+from modeling_hsvlt.load_image import load_image
 
 # Chosen on the photographs of VOC and COCO and on copies made of them, see tests/training/check/test_duplicates.py.
 MAX_DISTANCE = 6  # bits of 64

@@ -16,7 +16,7 @@ import torch
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from modeling_hsvlt.processing_multilabel import load_image
+from modeling_hsvlt.load_image import load_image
 
 from .rows import Split
 from .scenes import SceneSplit

@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from modeling_hsvlt.processing_multilabel import load_image
+from modeling_hsvlt.load_image import load_image
 
 from .rows import Loaded, Split, only_images
 

@@ -15,8 +15,8 @@ from datasets import Dataset
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from modeling_hsvlt.load_image import load_image
 from modeling_hsvlt.pipeline_multilabel import MultiLabelImageClassificationPipeline
-from modeling_hsvlt.processing_multilabel import load_image
 
 NUM_IMAGES, LABELS_PER_IMAGE = 6, 3
 SIDE = 224  # pixels of an image's longer side in the drawing

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from scipy import sparse
 
-from modeling_hsvlt.processing_multilabel import load_image
+from modeling_hsvlt.load_image import load_image
 
 from ..data.leave_out import image_name
 from .plots import plot_confusion
