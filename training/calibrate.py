@@ -12,7 +12,6 @@ on.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from .checkpoint.atomic import atomic_folder
-from .checkpoint.folder import reseal
+from .checkpoint.folder import revised, verify_if_sealed
 from .checkpoint.loading import load_checkpoint
+from .checkpoint.lock import locked, run_folder
 from .options import ScoringOptions, option, run_command
 from .scoring.calibration import (
     METHODS,
@@ -57,6 +56,14 @@ def run(args: CalibrateOptions) -> Calibration:
             "the Hub first."
         )
     accelerator = Accelerator()
+    with locked(run_folder(folder), accelerator):
+        new = _calibrate(args, folder, accelerator)
+    accelerator.end_training()
+    return new
+
+
+def _calibrate(args: CalibrateOptions, folder: Path, accelerator: Accelerator) -> Calibration:
+    verify_if_sealed(folder)
     model, processor = load_checkpoint(args)
     check_foldable(model, not args.shared)
     label_names, found, labels, *_ = score_split(model, processor, args, accelerator)
@@ -83,10 +90,8 @@ def run(args: CalibrateOptions) -> Calibration:
             "scale": new.scale.tolist(),
             "bias": new.bias.tolist(),
         }
-        with atomic_folder(folder) as written:
-            shutil.copytree(folder, written, dirs_exist_ok=True)  # card, processor, training state
-            model.save_pretrained(written)
-            reseal(written)
+        with revised(folder) as copy:
+            model.save_pretrained(copy)
         print(f"{'':<12}{'ECE':>8}{'ECE per label':>15}{'log loss':>10}")
         for words, bins in errors.items():
             values = np.nanmean(bins.ece_per_label()), mean_log_loss(stages[words], labels)
@@ -97,7 +102,6 @@ def run(args: CalibrateOptions) -> Calibration:
             "back."
         )
         print(f"Written: the classifier and config.json of {folder}")
-    accelerator.end_training()
     return new
 
 

@@ -24,6 +24,7 @@ from modeling_hsvlt.load_image import MAX_PIXELS
 from .check.duplicates import MAX_DISTANCE
 from .check.findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_images
 from .check.imbalance import long_tail_groups, plot_imbalance
+from .checkpoint.atomic import write_file
 from .data.leave_out import write_exclusions
 from .data.load import load
 from .data.rows import ImageFiles, Split
@@ -141,7 +142,7 @@ def print_report(report: dict, examples: int) -> None:
 def write_report(report: dict, folder: Path) -> None:
     """report.json, and where the data could be read imbalance.png and exclude.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if "splits" in report:
         positives = {name: np.array(counts) for name, counts in report["positives"].items()}
         plot_imbalance(positives, report["labels"], folder / "imbalance.png")
@@ -156,10 +157,10 @@ def run(args: CheckOptions) -> bool:
         raise FileExistsError(
             f"{folder / existing[0]} exists; choose another --output, or pass --overwrite to replace it."
         )
-    for name in existing:
-        (folder / name).unlink()
     report = check(args)
     print_report(report, args.examples)
+    for name in existing:  # not every report has all of them
+        (folder / name).unlink()
     write_report(report, folder)
     print(f"\nWritten: {folder}, with {len(report.get('excluded', [])):,} rows to leave out in exclude.txt")
     return not any(finding["breaks_training"] and finding["examples"] for finding in report["findings"])

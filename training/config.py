@@ -27,7 +27,9 @@ def path(default: str | None = None):
 class TrainingConfig(DatasetOptions):
     # --- the run
     output_dir: str = path("runs/hsvlt")  # config.yaml, log.jsonl, best/, checkpoint-STEP/ and results.json go here
-    overwrite: bool = False  # delete what output_dir holds; off, because it may be days of work
+    overwrite: bool = (
+        False  # replace what output_dir holds (it goes when this run has saved); off, because it may be days of work
+    )
     resume: bool = False  # continue from the newest good checkpoint in output_dir, exactly
     resume_despite: list[Literal["label_names", "dataset", "total_steps", "batches"]] = field(
         default_factory=list
@@ -164,6 +166,8 @@ def parse_config(argv: list[str]) -> TrainingConfig:
             raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold `key: value` lines.")
+        if not values:
+            raise ValueError(f"{path} is empty: give the file of a run or of a recipe, not its defaults by accident.")
         _check_keys(values, str(path))
     hints = typing.get_type_hints(TrainingConfig)
     while arguments:

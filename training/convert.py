@@ -33,7 +33,7 @@ from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MlTrConfig,
 from modeling_hsvlt.label_prompts import VOC_LABEL_TEXT, encode_labels, load_text_encoder
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
-from .checkpoint.atomic import atomic_folder
+from .checkpoint.atomic import atomic_folder, whole_file
 from .checkpoint.folder import save_checkpoint
 from .data.label_names import read_label_names
 from .models.cat import cat_to_mltr
@@ -123,11 +123,10 @@ def convert_to_official(args: ConvertOptions) -> None:
     if embeddings.exists() and not args.overwrite:
         raise FileExistsError(f"'{embeddings}' exists: choose another TARGET, or replace both with --overwrite.")
     weights.parent.mkdir(parents=True, exist_ok=True)
-    if weights.suffix == ".pth":
-        torch.save(state_dict, weights)
-    else:
-        save_file(state_dict, weights)
-    np.save(embeddings, model.hsvlt.label_embeddings.weight.float().numpy())
+    with whole_file(weights) as written:
+        (torch.save if weights.suffix == ".pth" else save_file)(state_dict, written)
+    with whole_file(embeddings) as written, written.open("xb") as file:
+        np.save(file, model.hsvlt.label_embeddings.weight.float().numpy())
     print(f"Label embeddings are in {embeddings}; the released code reads them from its bert.npy.")
     if model.config.num_attention_heads != 1:
         print(f"Set num_heads to {model.config.num_attention_heads} in the released code; its weights do not tell.")

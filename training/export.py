@@ -20,7 +20,6 @@ come. Scores move a little with that, so its thresholds are fitted again on DATA
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ import onnx
 from accelerate import Accelerator
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from .checkpoint.atomic import whole_file
 from .checkpoint.loading import load_checkpoint
 from .metrics.functional import average_precision, decision_report
 from .options import ScoringOptions, option, run_command
@@ -127,7 +127,8 @@ def run(args: ExportOptions) -> None:
                 onnx.save(to_wd_tagger(onnx.load(file)), file)
         write_selected_tags(folder / TAGS_FILE, [model.config.id2label[i] for i in range(model.config.num_labels)])
         for name in names:
-            os.replace(folder / name, args.target / name)
+            with whole_file(args.target / name) as written:
+                (folder / name).rename(written)
     print(f"Written: {', '.join(str(args.target / name) for name in names)}")
     if getattr(model.config, "thresholds", None) is None and not args.quantize:
         print(

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from .checkpoint.folder import reseal
+from .checkpoint.folder import revised, verify_if_sealed
 from .checkpoint.loading import load_checkpoint
+from .checkpoint.lock import locked, run_folder
 from .metrics.functional import decision_report
 from .options import ScoringOptions, option, run_command
 from .scoring.held_out import held_out_decisions
@@ -45,6 +46,14 @@ def run(args: FitOptions) -> np.ndarray:
             "checkpoint of the Hub first."
         )
     accelerator = Accelerator()
+    with locked(run_folder(folder), accelerator):
+        thresholds = _fit(args, folder, accelerator)
+    accelerator.end_training()
+    return thresholds
+
+
+def _fit(args: FitOptions, folder: Path, accelerator: Accelerator) -> np.ndarray:
+    verify_if_sealed(folder)
     model, processor = load_checkpoint(args)
     label_names, scores, labels, *_ = score_split(model, processor, args, accelerator)
     thresholds = fit_thresholds(
@@ -57,8 +66,8 @@ def run(args: FitOptions) -> np.ndarray:
         info = threshold_info(
             labels, args.objective, args.target, args.min_positives, dataset=args.dataset, split=args.split
         )
-        store_thresholds(folder, thresholds, info)
-        reseal(folder)
+        with revised(folder) as copy:
+            store_thresholds(copy, thresholds, info)
         print(f"{'':<10}{'CP':>8}{'CR':>8}{'OP':>8}{'OR':>8}{'F1 macro':>10}{'F1 micro':>10}")
         rows = [("0.5" if before is None else "as it was", old), ("fitted", new)]
         decided = held_out_decisions(scores, labels, args.objective, args.target, min_positives=args.min_positives)
@@ -74,7 +83,6 @@ def run(args: FitOptions) -> np.ndarray:
             f"threshold: {few} of {len(label_names)}."
         )
         print(f"Written: {folder / 'config.json'}")
-    accelerator.end_training()
     return thresholds
 
 

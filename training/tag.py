@@ -32,9 +32,10 @@ from transformers import PreTrainedModel
 from modeling_hsvlt.processing_multilabel import resolve_threshold
 
 from .checkpoint.loading import load_checkpoint
+from .checkpoint.lock import FolderLock
 from .options import CheckpointOptions, ImageOptions, number_or_auto, option, read_options
 from .tagging.loop import report, tag_share
-from .tagging.results import FORMATS, UNREADABLE_FILE, FolderLock, Results, fingerprint, summarise
+from .tagging.results import FORMATS, UNREADABLE_FILE, Results, fingerprint, summarise
 from .tagging.sidecars import WRITERS, check_sidecars, write_sidecars
 from .tagging.sources import DatasetSource, open_source
 

@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         # and wait for them without end.
         run.loaders.clear()
         gc.collect()
+        run.held.close()
     if status == 0:
         run.accelerator.end_training()
     return status

@@ -19,9 +19,9 @@ from transformers import AutoProcessor
 
 from modeling_hsvlt import HSVLTForImageClassification
 from modeling_hsvlt.load_image import load_image
+from training.checkpoint.lock import FolderLock
 from training.data.scenes import SceneDataset
 from training.tag import main
-from training.tagging.results import FolderLock
 from training.tagging.sources import open_source
 
 from ..tolerance import assert_close_outputs

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..checkpoint.atomic import whole_file
+
 # Positives in train, as COCO-LT and VOC-LT are divided (Wu et al., "Distribution-Balanced Loss", ECCV 2020).
 HEAD, MEDIUM = 100, 20
 _COLORS = {"head": "#3b6ea5", "medium": "#e0a030", "tail": "#c0504d"}
@@ -64,4 +66,5 @@ def plot_imbalance(positives: dict[str, np.ndarray], label_names: list[str], pat
     ratio = counts.max() / max(counts[counts > 0].min(), 1) if counts.any() else 1
     axes.set_title(f"{len(counts):,} labels, {(counts == 0).sum():,} absent from {main}; imbalance ratio {ratio:,.0f}")
     axes.legend(fontsize=8, markerscale=1 if named else 4)
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as written:
+        figure.savefig(written, dpi=130, format="png")

@@ -1,21 +1,51 @@
-"""Folders that a kill at any moment leaves whole, and a thread that writes them beside the training."""
+"""Files and folders that a kill at any moment leaves whole, and a thread that writes them beside the training."""
 
+import ctypes
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+_EXCHANGE, _HERE = 2, -100  # Linux: RENAME_EXCHANGE, AT_FDCWD
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write all of a file or nothing of it; it is on disk when this returns. Text becomes UTF-8.
+
+    What is written first has a name that nobody can guess and that nothing has yet, so that a link laid there is not
+    followed; a link at `path` itself is replaced.
+    """
+    with whole_file(path) as written, written.open("xb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to; when the block ends without an error it takes the place of `path`."""
+    path = Path(path)
+    written = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.new")
+    try:
+        yield written
+        _sync(written)
+        os.replace(written, path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; when the block ends without an error it takes `target`'s place.
 
-    The old `target` exists until the new one is complete and on disk. A kill between the two renames leaves it under
-    `.{name}.old`, from where `recover` brings it back. An error removes what was written, so that a full disk is not
-    left full.
+    The old `target` exists until the new one is complete and on disk. Linux exchanges the two in one step; elsewhere a
+    kill between two renames leaves the old one under `.{name}.old`, from where `recover` brings it back. An error
+    removes what was written, so that a full disk is not left full.
     """
+    target = target.resolve()  # through a link, which stays one
     written, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     recover(target)
     shutil.rmtree(written, ignore_errors=True)
@@ -24,9 +54,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield written
         for path in [*written.rglob("*"), written]:
             _sync(path)
-        if target.exists():
+        if not target.exists():
+            written.rename(target)
+        elif _exchange(written, target):
+            old = written
+        else:
             target.rename(old)
-        written.rename(target)
+            written.rename(target)
     except BaseException:
         recover(target)
         shutil.rmtree(written, ignore_errors=True)
@@ -44,6 +78,23 @@ def recover(target: Path) -> None:
             shutil.rmtree(old)
         else:
             old.rename(target)
+
+
+def move_aside(path: Path, prefix: str) -> Path:
+    """Rename `path` to the first free of `prefix-NAME`, `prefix-2-NAME`, ...; returns that."""
+    names = (f"{prefix}-{path.name}" if number == 1 else f"{prefix}-{number}-{path.name}" for number in range(1, 10**6))
+    aside = next(aside for name in names if not (aside := path.with_name(name)).exists())
+    path.rename(aside)
+    return aside
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return renameat2(_HERE, os.fsencode(first), _HERE, os.fsencode(second), ctypes.c_uint(_EXCHANGE)) == 0
 
 
 def _sync(path: Path) -> None:

@@ -11,16 +11,23 @@ safetensors, all else is JSON: nothing is pickled.
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from torch import nn
+
+from .atomic import atomic_folder, write_file
+from .lock import LOCK_FILE
 
 FORMAT_VERSION = 2  # 1 (last/, no hashes) was never released
 MARKER = "checkpoint.json"
 STATE_FOLDER = "training_state"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint that cannot be written, or is not what was written."""
 
 
@@ -39,14 +46,14 @@ def write_marker(folder: Path, **facts) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MARKER
+        if path.is_file() and path not in (folder / MARKER, folder / LOCK_FILE)
     }
     marker = {"format_version": FORMAT_VERSION, **facts, "files": files}
-    (folder / MARKER).write_text(json.dumps(marker, indent=1))
+    write_file(folder / MARKER, json.dumps(marker, indent=1))
 
 
-def verify(folder: Path) -> dict:
-    """Hold every file of a sealed folder against its hash, and return the marker.
+def verify(folder: Path, names: str = "*") -> dict:
+    """Hold every file of a sealed folder (or those whose names fit a pattern) against its hash, and return the marker.
 
     Files that were added later are no concern of the marker.
 
@@ -66,6 +73,8 @@ def verify(folder: Path) -> dict:
             "the code that wrote it, or start a new run from its weights with --init_from"
         )
     for name, expected in files.items():
+        if not fnmatch(name, names):
+            continue
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(f"{folder / MARKER} names {name!r}, which is outside its folder")
@@ -76,13 +85,24 @@ def verify(folder: Path) -> dict:
     return marker
 
 
-def reseal(folder: Path) -> None:
-    """Renew the marker, if `folder` has one, after a tool changed a file on purpose."""
-    path = folder / MARKER
-    if path.is_file():
-        marker = json.loads(path.read_text())
-        facts = {name: value for name, value in marker.items() if name not in ("format_version", "files")}
-        write_marker(folder, **facts)
+def verify_if_sealed(folder: Path, names: str = "*") -> dict | None:
+    """`verify` where there is a marker; None where there is none, as in a checkpoint that no run wrote."""
+    return verify(folder, names) if (folder / MARKER).is_file() else None
+
+
+@contextmanager
+def revised(folder: Path) -> Iterator[Path]:
+    """Yield a copy of a checkpoint to change, which takes its place in one step, sealed anew if `folder` was sealed.
+
+    Raises:
+        CheckpointError: it is sealed, and not what was sealed: a new seal would hide that.
+    """
+    marker = verify_if_sealed(folder)
+    with atomic_folder(folder) as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK_FILE, ".*.new"))
+        yield copy
+        if marker is not None:
+            write_marker(copy, **{name: marker[name] for name in marker if name not in ("format_version", "files")})
 
 
 def _sha256(path: Path) -> str:

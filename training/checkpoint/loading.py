@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
@@ -13,6 +14,7 @@ from transformers import (
 import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
 
 from ..options import CheckpointOptions
+from .folder import verify
 
 
 def refuse_leads_elsewhere(source: str | Path) -> None:
@@ -48,6 +50,16 @@ def load_checkpoint(args: CheckpointOptions) -> tuple[PreTrainedModel, BaseImage
     revision = args.revision or "main"
     model = AutoModelForImageClassification.from_pretrained(args.checkpoint, revision=revision, use_safetensors=True)
     return model, AutoImageProcessor.from_pretrained(args.checkpoint, revision=revision)
+
+
+def still_loads(folder: Path) -> bool:
+    """Whether the weights of a sealed checkpoint are what was sealed, and the configuration beside them can be read."""
+    try:
+        verify(folder, "*.safetensors")
+        AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def check_pinned(option: str, source: str, revision: str | None) -> None:

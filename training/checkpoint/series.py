@@ -3,17 +3,51 @@
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-from .atomic import recover
+from .atomic import move_aside, recover
 from .folder import CheckpointError, verify
+from .lock import LOCK_FILE
+
+SET_ASIDE = ".overwritten-"
 
 
 def recover_run(folder: Path) -> None:
     """Undo whatever a killed run left half done in its folder: best/ is brought back, unfinished folders go."""
     recover(folder / "best")
     for unfinished in folder.glob(".*.new"):
-        shutil.rmtree(unfinished)
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.unlink()
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether there is anything in a run's folder but its lock and what an overwriting run set aside."""
+    return any(not _is_aside(path) for path in folder.iterdir())
+
+
+def set_aside(folder: Path) -> None:
+    """Move all that a run left into a folder within its own, for another run to begin there.
+
+    The folder itself stays, which may be a link, a mount point, or watched by somebody.
+    """
+    if holds_files(folder):
+        aside = Path(tempfile.mkdtemp(prefix=SET_ASIDE, dir=folder))
+        for path in list(folder.iterdir()):
+            if not _is_aside(path):
+                path.rename(aside / path.name)
+
+
+def remove_set_aside(folder: Path) -> None:
+    """Remove what `set_aside` moved, once the run that took its place has something whole."""
+    for aside in folder.glob(f"{SET_ASIDE}*"):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_aside(path: Path) -> bool:
+    return path.name == LOCK_FILE or path.name.startswith(SET_ASIDE)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -37,9 +71,7 @@ def newest_good(run: Path) -> Path:
             problems.append((folder, str(error)))
             continue
         for damaged, problem in problems:
-            aside = damaged.with_name(f"damaged-{damaged.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            damaged.rename(aside)
+            aside = move_aside(damaged, "damaged")
             print(f"{problem}: kept as {aside.name}, going back to {folder.name}.", file=sys.stderr)
         return folder
     if problems:

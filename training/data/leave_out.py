@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from modeling_hsvlt.load_image import load_image
 
+from ..checkpoint.atomic import write_file
 from .rows import Loaded, Split, only_images
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def write_exclusions(path: Path, entries: Iterable[tuple[str, int, str, str]]) -
     """Writes (split, row, file, reason) lines; the rows are those of `load`, from 0."""
     lines = ["# split, row, file, reason; put a # before the lines of images that are to stay"]
     lines += ["\t".join((split, str(row), file, " ".join(reason.split()))) for split, row, file, reason in entries]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_file(path, "\n".join(lines) + "\n")
 
 
 def read_exclusions(path: str | Path, splits: Mapping[str, Split]) -> dict[str, dict[int, str]]:

@@ -14,7 +14,6 @@ workers or on the machine. All pixels come from integer arithmetic and from unif
 
 import argparse
 import json
-import shutil
 import sys
 from bisect import bisect
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 
+from ..checkpoint.atomic import atomic_folder
 from .rows import Table, no_such_split
 
 SCENE_LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -366,20 +366,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=json.loads, default={}, help="knobs, such as '{\"clutter\": 0}'")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
-    if args.folder.exists():
-        if not args.overwrite:
-            parser.error(f"{args.folder} exists: choose another folder or give --overwrite.")
-        shutil.rmtree(args.folder)
+    if args.folder.exists() and not args.overwrite:
+        parser.error(f"{args.folder} exists: choose another folder or give --overwrite.")
     try:
         scenes = SceneDataset(args.num_scenes, seed=args.seed, split=args.split, **args.scenes)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    args.folder.mkdir(parents=True)
-    with (args.folder / "metadata.jsonl").open("w") as metadata:
+    with atomic_folder(args.folder) as folder, (folder / "metadata.jsonl").open("w") as metadata:
         for index in range(len(scenes)):
             scene = scenes[index]
             name = f"{index:05d}.png"
-            scene["image"].save(args.folder / name)
+            scene["image"].save(folder / name)
             metadata.write(json.dumps({"file_name": name, "labels": scene["labels"], "boxes": scene["boxes"]}) + "\n")
     return 0
 

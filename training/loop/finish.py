@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 from transformers import AutoModelForImageClassification
 
-from ..checkpoint.atomic import atomic_folder
-from ..checkpoint.folder import MARKER, save_checkpoint, verify, write_marker
+from ..checkpoint.atomic import atomic_folder, write_file
+from ..checkpoint.folder import save_checkpoint, verify_if_sealed, write_marker
 from ..metrics.functional import multilabel_report, per_label_report
 from ..publish.hub import push_run
 from ..report.page import result_record, write_report
@@ -25,8 +25,7 @@ def finish(run: Run) -> dict:
     """
     config, accelerator, folder = run.config, run.accelerator, run.folder / "best"
     accelerator.wait_for_everyone()
-    if (folder / MARKER).exists():
-        verify(folder)
+    verify_if_sealed(folder, "*.safetensors")
     model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True).to(accelerator.device)
     scores, labels, validation = evaluate(run, model, "validation")
     how = {"objective": config.threshold_objective, "target": config.threshold_target}
@@ -51,7 +50,7 @@ def finish(run: Run) -> dict:
                 shutil.copytree(folder / "label_context", new / "label_context")
             save_checkpoint(new, model, run.processor)
             write_marker(new, step=run.progress["step"], epoch=run.progress["best_epoch"])
-        (run.folder / "results.json").write_text(json.dumps(results, indent=1))
+        write_file(run.folder / "results.json", json.dumps(results, indent=1))
         if config.report:
             _write_report(run, model, scores, labels, results["validation_at_thresholds"])
         if config.push_to_hub:

@@ -1,5 +1,6 @@
 """A run continues from its newest good checkpoint, exactly."""
 
+import sys
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -7,7 +8,9 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
+from ..checkpoint.atomic import move_aside
 from ..checkpoint.folder import CheckpointError, verify
+from ..checkpoint.loading import still_loads
 from ..checkpoint.series import newest_good, recover_run
 from ..checkpoint.state import load_training_state, read_progress
 from .run import Run
@@ -63,20 +66,27 @@ def restore(run: Run, source: Path) -> None:
         run.progress["batch"] = images // (new["batches"][0] * new["batches"][1] * accumulated) * accumulated
     if saved["dataset"] != new["dataset"]:
         run.progress["batch"] = 0
-    problem = None
+    lost = False
     if run.progress["best_epoch"] is not None and run.accelerator.is_main_process:
-        problem = _problem_with(run.folder / "best")
-    (problem,) = broadcast_object_list([problem])
-    if problem is not None:
-        run.accelerator.print(f"{problem}: the best epoch is chosen anew.")
+        lost = _is_lost(run.folder / "best")
+    (lost,) = broadcast_object_list([lost])
+    if lost:
         run.progress |= {"best_mAP": None, "best_epoch": None}
 
 
-def _problem_with(best: Path) -> str | None:
+def _is_lost(best: Path) -> bool:
+    """Whether the best epoch has to be chosen anew. A best/ that is not what was written is moved aside, not replaced;
+    where its weights are, it stays: somebody edited its config.json."""
     if not best.is_dir():
-        return f"{best} is missing"
+        print(f"{best} is missing: the best epoch is chosen anew.", file=sys.stderr)
+        return True
     try:
         verify(best)
     except CheckpointError as error:
-        return str(error)
-    return None
+        if still_loads(best):
+            print(f"{error}, but its weights are, so it stays the best.", file=sys.stderr)
+            return False
+        aside = move_aside(best, "damaged")
+        print(f"{error}: kept as {aside.name}, and the best epoch is chosen anew.", file=sys.stderr)
+        return True
+    return False

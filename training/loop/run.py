@@ -1,5 +1,6 @@
 """What training, validation and saving share."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Run:
     progress: dict  # counters and scores; saved with every checkpoint
     log: "JsonLinesTracker"
     stop: StopRequest
+    held: ExitStack  # the lock of the folder
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @property

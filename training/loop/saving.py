@@ -4,7 +4,7 @@ import torch
 
 from ..checkpoint.atomic import atomic_folder
 from ..checkpoint.folder import CheckpointError, save_checkpoint, write_marker
-from ..checkpoint.series import checkpoints, prune
+from ..checkpoint.series import checkpoints, prune, remove_set_aside
 from ..checkpoint.state import copy_training_state
 from .run import Run
 
@@ -43,6 +43,7 @@ def save(run: Run, *, best: bool = False) -> None:
                     state.write(folder)
                 write_marker(folder, **facts)
         prune(run.folder, config.keep_checkpoints)
+        remove_set_aside(run.folder)
 
     if run.accelerator.is_main_process:
         run.writer.submit(write)

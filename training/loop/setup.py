@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,10 @@ from transformers.image_utils import PILImageResampling
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 from ..check.imbalance import long_tail_groups
+from ..checkpoint.atomic import write_file
 from ..checkpoint.deepspeed import ZeroOptimizer, configure_zero
+from ..checkpoint.lock import locked
+from ..checkpoint.series import holds_files, set_aside
 from ..config import TrainingConfig
 from ..data.augment import build_augmentation
 from ..data.batches import build_dataloader
@@ -59,13 +62,21 @@ def setup(config: TrainingConfig) -> Run:
     missing = set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         raise ValueError(f"The tracker {min(missing)!r} is not installed: install it, or leave it out of trackers.")
-    uses_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if uses_zero:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         configure_zero(accelerator, config.max_grad_norm)
+    held = ExitStack()
+    held.enter_context(locked(folder, accelerator))
+    try:
+        return _build(config, accelerator, log, held)
+    except BaseException:
+        held.close()
+        raise
+
+
+def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTracker, held: ExitStack) -> Run:
+    folder, uses_zero = Path(config.output_dir), accelerator.distributed_type == DistributedType.DEEPSPEED
     source = find_source(folder, accelerator) if config.resume else None  # refused now if there is none
-    if source is not None:
-        pass
-    elif folder.exists() and any(folder.iterdir()) and not config.overwrite:
+    if source is None and not config.overwrite and holds_files(folder):
         raise FileExistsError(
             f"{folder} is not empty: continue that run with --resume, delete it with --overwrite, or choose another "
             "--output_dir."
@@ -182,13 +193,16 @@ def setup(config: TrainingConfig) -> Run:
         },
         log=log,
         stop=StopRequest(config.stop_timeout),
+        held=held,
     )
     if source is not None:
         restore(run, source)
         log.cut(run.progress["log_bytes"])
     elif accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if config.overwrite:
+            set_aside(folder)
+        elif holds_files(folder):  # since it was looked at
+            raise FileExistsError(f"Something was written to {folder} meanwhile: choose another --output_dir.")
         if positives is not None:
             log.log({"positives_in_train": dict(zip(label_names, positives.tolist(), strict=True))}, step=0)
     accelerator.wait_for_everyone()
@@ -196,7 +210,7 @@ def setup(config: TrainingConfig) -> Run:
         kept = replace(
             config, resume=False, overwrite=False, resume_despite=[]
         )  # for `train.py RUN/config.yaml --resume`
-        (folder / "config.yaml").write_text(kept.to_yaml())
+        write_file(folder / "config.yaml", kept.to_yaml())
     accelerator.init_trackers(config.project_name, config={key: str(value) for key, value in vars(config).items()})
     accelerator.print(
         f"{len(data['train']):,} images to train on, {len(data['validation']):,} to validate, "

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from io import StringIO
 from pathlib import Path
 
 import jinja2
@@ -19,6 +20,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..checkpoint.atomic import write_file
 from ..metrics.functional import decision_report
 from ..scoring.calibration import stored_calibration
 from ..scoring.held_out import held_out_decisions
@@ -88,12 +90,13 @@ def calibration_stages(scores: np.ndarray, labels: np.ndarray, config) -> dict[s
 
 def write_tables(folder: Path, results: dict, label_names: Sequence[str], columns: Mapping[str, list]) -> None:
     """Writes results.json, and per_label.csv with one row per label (empty where a value is not defined)."""
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with (folder / "per_label.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    write_file(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    with StringIO(newline="") as table:
+        writer = csv.writer(table)
         writer.writerow(["label", *columns])
         for name, *values in zip(label_names, *columns.values(), strict=True):
             writer.writerow([name, *("" if math.isnan(value) else value for value in values)])
+        write_file(folder / "per_label.csv", table.getvalue())
 
 
 def write_report(
@@ -171,8 +174,8 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(folder, results, label_names, columns)
     if heat_maps:
-        (folder / "heat_maps.png").write_bytes(heat_maps)
-    (folder / "report.html").write_text(html, encoding="utf-8")
+        write_file(folder / "heat_maps.png", heat_maps)
+    write_file(folder / "report.html", html)
 
 
 AP_DEFINITION = "non-interpolated"

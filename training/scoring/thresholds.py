@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.atomic import write_file
 from ..checkpoint.public_names import public_name
 from ..metrics.ranking import RankedPositives, check_inputs, rank_pooled_positives, ranked_label_positives
 
@@ -150,12 +150,7 @@ def store_thresholds(model_or_folder, thresholds: Sequence[float], info: dict) -
     config = json.loads(path.read_text(encoding="utf-8"))
     # transformers writes no id2label where it is the default, which has two labels.
     _check_count(thresholds, len(config.get("id2label", range(2))), path)
-    written = path.with_name(".config.json.new")
-    with written.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(config | values, indent=2, sort_keys=True) + "\n")  # as transformers writes it
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(written, path)
+    write_file(path, json.dumps(config | values, indent=2, sort_keys=True) + "\n")  # as transformers writes it
 
 
 def _check_count(thresholds: list[float], num_labels: int, where: object) -> None:

@@ -6,49 +6,18 @@ so a kill at any moment costs the images of the parts in hand and nothing else.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SETTINGS_FILE, UNREADABLE_FILE, LOCK_FILE = "tagging.json", "unreadable.txt", ".lock"
+from ..checkpoint.atomic import write_file
+
+SETTINGS_FILE, UNREADABLE_FILE = "tagging.json", "unreadable.txt"
 FORMATS = ("parquet", "jsonl")
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes all of a file or nothing of it, and has it on disk when it returns."""
-    written = path.with_name(f".{path.name}.new")
-    with written.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(written, path)
-
-
-class FolderLock:
-    """Keeps two runs out of one folder; it ends with the process that holds it, however that ends.
-
-    Taken alone (`alone=True`) it fails where any other process holds it; shared, it waits for one that has it alone.
-    Workers that are forked later do not hold it.
-    """
-
-    def __init__(self, folder: Path):
-        self._file = (folder / LOCK_FILE).open("a+b")
-
-    def take(self, *, alone: bool) -> None:
-        """
-        Raises:
-            BlockingIOError: another process has it.
-        """
-        fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-
-    def release(self) -> None:
-        self._file.close()
 
 
 class Results:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from .results import Results, write_file
+from ..checkpoint.atomic import write_file
+from .results import Results
 from .sources import DatasetSource, FileSource
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from training.checkpoint.atomic import atomic_folder
-from training.checkpoint.folder import MARKER, STATE_FOLDER, CheckpointError, reseal, verify, write_marker
+from training.checkpoint.folder import MARKER, STATE_FOLDER, CheckpointError, revised, verify, write_marker
 from training.checkpoint.series import newest_good
 
 
@@ -73,10 +73,12 @@ def test_a_marker_reaches_no_file_outside_its_folder(tmp_path, name):
         verify(folder)
 
 
-def test_a_tool_that_changes_a_file_on_purpose_reseals(tmp_path):
+def test_a_tool_changes_a_copy_that_is_sealed_anew_and_nothing_that_was_changed_before(tmp_path):
     folder = sealed(tmp_path, 4)
-    (folder / "config.json").write_text('{"thresholds": [0.3]}')
-    with pytest.raises(CheckpointError):
-        verify(folder)
-    reseal(folder)
-    assert verify(folder)["step"] == 4
+    with revised(folder) as copy:
+        (copy / "config.json").write_text('{"thresholds": [0.3]}')
+        assert verify(folder)["step"] == 4, "whole until the copy takes its place"
+    assert verify(folder)["step"] == 4 and "0.3" in (folder / "config.json").read_text()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not what was written"), revised(folder):
+        raise AssertionError("a new seal would hide it")

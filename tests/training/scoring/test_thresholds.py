@@ -1,6 +1,7 @@
 """Thresholds: exact against trying every cut, sane with few positives, stored without half-written files."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from sklearn.metrics import f1_score
 from modeling_hsvlt import HSVLTConfig
 from training.metrics import ranking
 from training.metrics.functional import multilabel_report
-from training.scoring import thresholds as thresholds_module
 from training.scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
 
 from ..tiny_checkpoint import save_checkpoint, tiny_model
@@ -196,7 +196,7 @@ def test_an_interrupted_write_leaves_the_old_file(checkpoint, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(thresholds_module.os, "fsync", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         store_thresholds(checkpoint, [0.1, 0.2, 0.3], {})
     assert (checkpoint / "config.json").read_bytes() == before

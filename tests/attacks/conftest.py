@@ -1,0 +1,73 @@
+"""What the attacks start from. They use commands and files alone, so that they can be tried on an older commit."""
+
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from ..training.tiny_checkpoint import save_checkpoint, save_images
+from ..training.tiny_run import reset_accelerate, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def own_process():
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory):
+    from training.train import main
+
+    folder = tmp_path_factory.mktemp("attacked")
+    assert main([write_recipe(folder), "--output_dir", str(folder / "run")]) == 0
+    reset_accelerate()
+    return folder / "run"
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    """A copy of a finished run."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_once, run)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(finished_once), str(run)))
+    return run
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    save_images(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path)
+
+
+@contextmanager
+def held_by_another(folder):
+    """Another process works in a folder."""
+    hold = f"import fcntl; f = open({str(folder / '.lock')!r}, 'a+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    process.stdout.readline()
+    try:
+        yield
+    finally:
+        process.communicate(b"\n")
+        (folder / ".lock").unlink(missing_ok=True)
+
+
+def files(folder):
+    """Every file below a folder with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
