@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from .label_names import check_label_names
+
 logger = logging.get_logger(__name__)
 
 CUSTOM_PIPELINES = {
@@ -65,6 +67,8 @@ class MultiLabelConfig(PreTrainedConfig):
     def __setattr__(self, key, value):
         if key == "custom_pipelines" and isinstance(value, dict):
             value = self.custom_pipelines_class(value)
+        if key == "id2label" and value is not None:
+            check_label_names(value.values())
         if key == "id2label" and "id2label" in self.__dict__:
             before, after = _names(self.__dict__["id2label"]), _names(value)
             super().__setattr__(key, value)

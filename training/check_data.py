@@ -22,7 +22,15 @@ from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
 from modeling_hsvlt.load_image import MAX_PIXELS
 
 from .check.duplicates import MAX_DISTANCE
-from .check.findings import Finding, check_labels, duplicate_findings, exclusions, find_duplicates, inspect_images
+from .check.findings import (
+    Finding,
+    check_labels,
+    duplicate_findings,
+    exclusions,
+    find_duplicates,
+    inspect_images,
+    note_findings,
+)
 from .check.imbalance import long_tail_groups, plot_imbalance
 from .checkpoint.atomic import write_file
 from .data.leave_out import write_exclusions
@@ -67,7 +75,7 @@ def unlisted_images(folder: Path, splits: dict[str, Split]) -> list[str]:
 def check(args: CheckOptions) -> dict:
     """Loads, looks and says what report.json holds; findings that name rows get their file names."""
     try:
-        loaded = load(args.dataset, **dataset_options(args))
+        loaded = load(args.dataset, report_labels=True, **dataset_options(args))
     except ValueError as error:
         finding = Finding("data_that_cannot_be_loaded", True, "Correct this first; then check again.", [str(error)])
         return {"dataset": args.dataset, "findings": [asdict(finding)]}
@@ -94,6 +102,7 @@ def check(args: CheckOptions) -> dict:
         ),
     )
     excluded = exclusions(findings, duplicates)
+    findings += note_findings(loaded.label_notes)
     findings += check_labels(labels, label_names, embeddings)
     findings += duplicate_findings(duplicates)
     for finding in findings:

@@ -54,6 +54,13 @@ class DatasetOptions(ImageOptions):
     )
     label_format: Literal["auto", "names", "ids", "multi_hot"] = option("auto", "auto: by the column's type")
     label_separator: str = option(",", "between the labels of a text; \\t is a tab")
+    uncertain: Literal["unknown", "absent", "present"] | None = option(
+        None, "what -1 means, and a blank where --blank does not say; null: -1 is refused, a blank is unknown"
+    )
+    blank: Literal["unknown", "absent", "present"] | None = option(
+        None, "what a blank, NaN or null means where each label has a value; null: what --uncertain says"
+    )
+    no_label: list[str] | None = option(None, "names that mean that no label is present, such as 'No Finding'")
     image_folder: str | None = option(None, "where the file names of a CSV start; null: where the CSV is", path=True)
     scenes: dict = option(dict, "knobs of training.data.scenes.build_scenes, for the dataset scenes: {seed: 1}")
     missing_images: Literal["error", "skip"] = option("error", "rows whose file does not exist; skip says how many")

@@ -16,7 +16,9 @@ from modeling_hsvlt.load_image import MAX_PIXELS
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
 from ..data.leave_out import image_name
+from ..data.similar_names import similar_names
 from ..data.sparse_labels import SparseLabels
+from ..data.vocabulary import LABEL_NOTES, LabelNote
 from .duplicates import (
     MAX_DIFFERENCE,
     MAX_DISTANCE,
@@ -27,7 +29,6 @@ from .duplicates import (
     likeness,
 )
 from .imbalance import long_tail_groups
-from .similar_names import similar_names
 
 
 @dataclass
@@ -180,6 +181,26 @@ def check_labels(
                 for one, other, reason, alike in similar_names(label_names, embeddings)
             ],
         ),
+    ]
+
+
+def note_findings(notes: list[LabelNote]) -> list[Finding]:
+    """What `load` noted about names, of which training refuses the first two kinds."""
+    texts = {kind: [note.text for note in notes if note.kind == kind] for kind in LABEL_NOTES}
+    return [
+        Finding(
+            "labels_that_look_misspelled",
+            True,
+            "Correct them, or list both names in labels.txt or label_names.",
+            texts["misspelled"],
+        ),
+        Finding(
+            "labels_outside_the_vocabulary",
+            True,
+            "Correct them, or add them to labels.txt or label_names.",
+            texts["not_in_vocabulary"],
+        ),
+        Finding("labels_that_train_never_shows", False, "They are not learned.", texts["only_elsewhere"]),
     ]
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from modeling_hsvlt.label_names import MAX_LABEL_NAME, fault_of_label_name
+
+from .text import read_text
+
+__all__ = ["MAX_LABEL_FILE", "MAX_LABEL_NAME", "given_names", "read_label_names"]
+
 # Far above what people write and far below what fills a memory: these files come from strangers as well.
 MAX_LABEL_FILE = 2**26  # bytes: a million names of 64 letters
-MAX_LABEL_NAME = 1000  # letters
 
 
 def given_names(names: Sequence[str] | None) -> list[str] | None:
@@ -34,19 +40,15 @@ def read_label_names(path: Path) -> list[str]:
     if path.suffix.lower() == ".csv":
         numbered = _names_of_csv(path)
     else:
-        numbered = [
-            (number, line.strip())
-            for number, line in enumerate(path.read_text(encoding="utf-8-sig").rstrip().splitlines(), 1)
-        ]
+        numbered = [(number, line.strip()) for number, line in enumerate(read_text(path).rstrip().split("\n"), 1)]
     if not numbered:
         raise ValueError(f"{path} is empty; write one label name a line.")
     line_of: dict[str, int] = {}
     for number, name in numbered:
         if not name:
             raise ValueError(f"{path}, line {number} is empty; write one label name a line.")
-        if len(name) > MAX_LABEL_NAME or not name.isprintable():
-            what = "control characters" if len(name) <= MAX_LABEL_NAME else f"{len(name):,} letters"
-            raise ValueError(f"{path}, line {number}: the name {name[:40]!r} has {what}; write a plain one.")
+        if fault := fault_of_label_name(name):
+            raise ValueError(f"{path}, line {number}: the name {name[:40]!r} {fault}; write a plain one.")
         if name in line_of:
             raise ValueError(f"{path}, line {number}: {name!r} is listed before on line {line_of[name]}; keep one.")
         line_of[name] = number
@@ -54,13 +56,10 @@ def read_label_names(path: Path) -> list[str]:
 
 
 def _names_of_csv(path: Path) -> list[tuple[int, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            if "name" not in (reader.fieldnames or ()):
-                raise ValueError(f"{path}, line 1 has no column 'name'; give a selected_tags.csv or a labels.txt.")
-            return [(reader.line_num, (row["name"] or "").strip()) for row in reader]
-        except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {reader.reader.line_num} is not valid CSV ({error}); correct it."
-            ) from error
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        if "name" not in (reader.fieldnames or ()):
+            raise ValueError(f"{path}, line 1 has no column 'name'; give a selected_tags.csv or a labels.txt.")
+        return [(reader.line_num, (row["name"] or "").strip()) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.reader.line_num} is not valid CSV ({error}); correct it.") from error

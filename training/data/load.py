@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from modeling_hsvlt.label_names import check_label_names
+
 from ..options import DatasetOptions
 from .csv_table import find_csv_tables, read_csv_tables
 from .image_folder import read_image_folders
+from .label_column import LabelColumn
 from .label_names import given_names, read_label_names
 from .leave_out import read_exclusions
 from .rows import SPLIT_ALIASES, Loaded, Split, Table, no_such_split, only_images, row_namer, without_missing
 from .scenes import read_scenes
-from .sparse_labels import SparseLabels, arrow_column, class_names, split_text, stack_columns
+from .sparse_labels import SparseLabels
+from .vocabulary import names_of_splits, names_outside, warn_without_positive
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def load(
     splits: Sequence[str] | None = None,
     cache_dir: str | None = None,
     fresh_scenes: bool = False,
+    report_labels: bool = False,
     **options,
 ) -> Loaded:
     """Loads a multi-label image dataset and checks every label against the label contract.
@@ -52,9 +55,11 @@ def load(
         splits: The splits to return, all of which must exist and have rows; None: all there are. Usual other names
             (`val`, `dev`, `testing`, ...) are known.
         fresh_scenes: Whether the train split of the scenes is drawn anew every epoch.
+        report_labels: Whether names that are not in the vocabulary, or look misspelled, become labels with a note
+            (`Loaded.label_notes`) in place of an error.
         options: Fields of `training.options.DatasetOptions`, with its defaults. `label_names` is the vocabulary in
             class order (a checkpoint's, say) or a file of it; by default that of `labels.txt`, else of the column's
-            `ClassLabel`, else `label_columns`, else the sorted names that occur in the train split. `label_format`:
+            `ClassLabel`, else `label_columns`, else the sorted names that occur in any split. `label_format`:
             see `SparseLabels.from_arrow`; for text, what is between the separators ("auto": names).
 
     Returns:
@@ -92,37 +97,33 @@ def load(
                     images[name], table.splits[name] = images[name].select(kept), table.splits[name].select(kept)
             table.row_names[name] = row_namer(images[name], f"split {name!r}, ")
 
-    if table.label_columns:
-        given = list(label_names or table.label_names or table.label_columns)
-        if sorted(given) != sorted(table.label_columns):
-            odd = sorted(set(given) ^ set(table.label_columns))[0]
-            raise ValueError(f"{odd!r} is not among both the label columns and the label names; give the same in both.")
-        label_names = table.label_columns = given
-
-    @cache  # the names are looked for in them before they are parsed
-    def lists(name: str) -> pa.ChunkedArray | pa.Array:
-        if table.label_columns:
-            return stack_columns(table.splits[name], table.label_columns, table.row_names[name])
-        column = arrow_column(table.splits[name], table.label_column)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            column = split_text(column, options.label_separator, options.label_format, table.row_names[name])
-        return column
-
-    label_names = list(label_names or table.label_names or _names_of_labels(table, lists, source_words, revision))
+    column = LabelColumn(table, options, label_names or table.label_names)
+    label_names, notes = column.known or column.class_names(), []
+    if not label_names and column.of_names():
+        label_names, notes = names_of_splits(column.of_names(), table.row_names, report=report_labels)
+    label_names = label_names or _names_of_the_hub(table, column, source_words, revision)
     if twice := [name for name, count in Counter(label_names).items() if count > 1]:
         raise ValueError(f"The label names list {twice[0]!r} twice; keep one.")
+    check_label_names(label_names)
+    if report_labels:
+        notes += (outside := names_outside(column.of_names(), label_names, table.row_names))
+        label_names = [*label_names, *(note.label for note in outside)]
     ready = dict(table.ready)
     for name in to_read:
         labels = SparseLabels.from_arrow(
-            lists(name),
+            column.lists(name),
             label_names,
-            class_names=None if table.label_columns else class_names(table.splits[name], table.label_column),
+            class_names=column.own_names(name),
             label_format="multi_hot" if table.label_columns else options.label_format,
             where=table.row_names[name],
+            uncertain=options.uncertain,
+            blank=options.blank,
         )
         ready[name] = Split(images[name], labels, table.row_names[name], table.drawn)
         _warn_of_unknown(ready[name])
-    loaded = Loaded({name: ready[name] for name in splits}, label_names, table.left_out)
+    if "train" in to_read:
+        warn_without_positive(ready["train"].labels, label_names, notes)
+    loaded = Loaded({name: ready[name] for name in splits}, label_names, table.left_out, notes)
     if options.exclude is not None:
         for name, reasons in read_exclusions(options.exclude, {name: ready[name] for name in to_read}).items():
             loaded.leave_out("excluded", name, reasons)
@@ -179,7 +180,8 @@ def _check_splits(table: Table, splits: list[str], source: str | Path) -> None:
         split = table.splits[name]
         if len(split) == 0:
             raise ValueError(f"The split {name!r} of {source} has no rows; add some or leave the split out.")
-        for column in (table.image_column, *(table.label_columns or [table.label_column])):
+        label_column = table.label_column if table.label_column in split.column_names else _root(table.label_column)
+        for column in (table.image_column, *(table.label_columns or [label_column])):
             if column not in split.column_names:
                 raise ValueError(
                     f"The split {name!r} of {source} has no column {column!r}, only {', '.join(split.column_names)}; "
@@ -200,21 +202,13 @@ def _check_parquet(folder: Path) -> None:
             raise ValueError(f"{path} is not a whole parquet file ({error}); fetch or write it again.") from error
 
 
-def _names_of_labels(
+def _names_of_the_hub(
     table: Table,
-    lists: Callable[[str], pa.ChunkedArray | pa.Array],
+    column: LabelColumn,
     source: str | Path,
     revision: str | None,
 ) -> list[str]:
-    """The vocabulary that the data brings: the names in the features, else of a `labels.txt` on the Hub, else those
-    that occur in the train split."""
-    train = "train" if "train" in table.splits else next(iter(table.splits))
-    if (names := class_names(table.splits[train], table.label_column)) is not None:
-        return names
-    column = lists(train)
-    values = pc.list_flatten(column) if pa.types.is_nested(column.type) else column
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return sorted(values.unique().drop_null().to_pylist())
+    """The vocabulary of a `labels.txt` beside the data on the Hub, for labels without names."""
     if table.on_hub:
         try:
             return read_label_names(
@@ -222,10 +216,16 @@ def _names_of_labels(
             )
         except EntryNotFoundError:
             pass
+    kind = column.lists(next(iter(table.splits))).type
     raise ValueError(
-        f"The labels of {source} ({column.type}) carry no names; give label_names, or write a labels.txt with one "
-        "name a line in class order."
+        f"The labels of {source} ({kind}) carry no names; give label_names, or write a labels.txt with one name a line "
+        "in class order."
     )
+
+
+def _root(column: str) -> str:
+    """The column that holds a field such as `objects.category`."""
+    return column.partition(".")[0]
 
 
 def _warn_of_unknown(split: Split) -> None:

@@ -83,11 +83,13 @@ class Loaded:
         splits: By name; a `scenes.SceneSplit` where images are drawn anew every epoch.
         label_names: The vocabulary in class order.
         left_out: Rows and images that take no part, and why.
+        label_notes: `vocabulary.LabelNote`s, what is odd about the names.
     """
 
     splits: dict[str, Split]
     label_names: list[str]
     left_out: list[LeftOut] = field(default_factory=list)
+    label_notes: list = field(default_factory=list)
 
     def leave_out(self, kind: str, split: str, reasons: dict[int, str]) -> None:
         """Takes rows out of a split, each for a reason."""

@@ -17,6 +17,8 @@ from datasets import ClassLabel, Dataset
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
+from .label_cells import is_text
+
 LABEL_FORMATS = ("auto", "names", "ids", "multi_hot")
 
 
@@ -145,6 +147,8 @@ class SparseLabels:
         class_names: Sequence[str] | None = None,
         label_format: str = "auto",
         where: Callable[[int], str] = "row {}".format,
+        uncertain: str | None = None,
+        blank: str | None = None,
     ) -> SparseLabels:
         """Reads a column of lists: of names, of ids, or one number a label (multi-hot).
 
@@ -156,6 +160,7 @@ class SparseLabels:
             label_format: "names", "ids", "multi_hot", or "auto": by the type, and for integers multi-hot when most
                 lists are as long as the vocabulary.
             where: Gives the words that name a row in an error.
+            uncertain, blank: See `options.DatasetOptions`; of multi-hot lists.
 
         Raises:
             ValueError: a column that is no list, an unknown label, an id out of range, a multi-hot list of another
@@ -193,7 +198,7 @@ class SparseLabels:
                     f"{where(row)}: its list has {lengths[row]} numbers for {num_labels} labels; give one number per "
                     "label (multi-hot), or integer ids."
                 )
-            values = _multi_hot_values(flat, label_names, refuse)
+            values = _multi_hot_values(flat, label_names, refuse, uncertain, blank or uncertain)
             # A null row has no entries, so that an entry's label is its place modulo the vocabulary.
             kept = np.flatnonzero(values)
             starts, ids, values = np.searchsorted(kept, starts), kept % num_labels, values[kept]
@@ -215,108 +220,68 @@ class SparseLabels:
 
 
 def arrow_column(split: Dataset, column: str) -> pa.ChunkedArray:
-    """One column as it is stored, in the order of the rows."""
-    return split.select_columns([column]).with_format("arrow")[:].column(column)
+    """One column as it is stored, in the order of the rows; `objects.category` is a field of structs, or of a list of
+    structs."""
+    name, *fields = [column] if column in split.column_names else column.split(".")
+    found = split.select_columns([name]).with_format("arrow")[:].column(name)
+    for field in fields:
+        found = pa.chunked_array([_field(chunk, field) for chunk in found.chunks]) if found.chunks else found
+    if pa.types.is_dictionary(found.type):
+        found = found.cast(found.type.value_type)
+    return found
 
 
-def split_text(
-    column: pa.ChunkedArray,
-    separator: str = ",",
-    label_format: str = "auto",
-    where: Callable[[int], str] = "row {}".format,
-) -> pa.Array:
-    """Texts such as "cat, dog" as lists of names; of integers or floats for `label_format` "ids" and "multi_hot".
-
-    Blanks around a label are dropped. An empty text is an image without labels, `null` one of unknown labels.
-
-    Raises:
-        ValueError: nothing between two separators, or what is no number where numbers are asked for; with the row.
-    """
-    kind, parse = {"ids": (pa.int64(), int), "multi_hot": (pa.float32(), _number)}.get(label_format, (pa.string(), str))
-    rows = []
-    for row, text in enumerate(column.to_pylist()):
-        items = None if text is None else [item.strip() for item in text.split(separator)] if text.strip() else []
-        for item in items or ():
-            if not item:
-                raise ValueError(f"{where(row)}: {text!r} lists an empty label; take out the separator too many.")
-        try:
-            rows.append(None if items is None else [parse(item) for item in items])
-        except ValueError as error:
-            raise ValueError(f"{where(row)}: {text!r} must list numbers (label_format={label_format!r}).") from error
-    return pa.array(rows, pa.list_(kind))
-
-
-# Spellings of "unknown" in a column of text, beside an empty cell.
-_UNKNOWN_CELLS = frozenset(("", "nan", "null", "none", "na", "n/a", "?"))
-_WORDS = {"true": 1.0, "false": 0.0}
-
-
-def _number(cell: str) -> float:
-    cell = cell.strip().lower()
-    return np.nan if cell in _UNKNOWN_CELLS else _WORDS[cell] if cell in _WORDS else float(cell)
-
-
-def stack_columns(split: Dataset, columns: Sequence[str], where: Callable[[int], str] = "row {}".format) -> pa.Array:
-    """One column a label (numbers, booleans or text) as multi-hot lists of float32; `null`, NaN and an empty text are
-    NaN, which is unknown.
-
-    Raises:
-        ValueError: a text that is no number, or a column of another type; with the row and column.
-    """
-    table = split.select_columns(list(columns)).with_format("arrow")[:]
-    stacked = np.empty((len(split), len(columns)), dtype=np.float32)
-    for number, name in enumerate(columns):
-        column = table.column(name)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            cells = pc.dictionary_encode(column.combine_chunks())
-            try:
-                values = np.array([*map(_number, cells.dictionary.to_pylist()), np.nan], dtype=np.float32)
-            except ValueError:
-                cells = column.to_pylist()
-                row = next(row for row, cell in enumerate(cells) if cell is not None and not _is_number(cell))
-                raise ValueError(
-                    f"{where(row)}: column {name!r} holds {cells[row]!r}, but must hold 1 for present, 0 for absent, "
-                    "nothing for unknown; name the columns that are labels with label_columns."
-                ) from None
-            stacked[:, number] = values[pc.fill_null(cells.indices, len(values) - 1).to_numpy(zero_copy_only=False)]
-        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
-            numbers = pc.fill_null(column.cast(pa.float32()), np.nan)
-            stacked[:, number] = numbers.to_numpy()
-        elif pa.types.is_null(column.type):
-            stacked[:, number] = np.nan
-        else:
-            raise ValueError(f"{where(0)}: column {name!r} is of type {column.type}, but must hold numbers.")
-    starts = np.arange(len(split) + 1, dtype=np.int64) * len(columns)
-    return pa.LargeListArray.from_arrays(pa.array(starts), pa.array(stacked.ravel()))
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        _number(cell)
-    except ValueError:
-        return False
-    return True
+def _field(array: pa.Array, field: str) -> pa.Array:
+    """A field of structs, or of each struct in lists."""
+    if pa.types.is_struct(array.type):
+        return pc.struct_field(array, field)
+    array = array.cast(pa.large_list(array.type.value_type))
+    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+    starts = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
+    return pa.LargeListArray.from_arrays(starts, pc.struct_field(array.flatten(), field), mask=array.is_null())
 
 
 def class_names(split: Dataset, label_column: str) -> list[str] | None:
     """The names that the ids of a list column stand for, or None where its feature has none."""
-    inner = getattr(split.features.get(label_column), "feature", None)
-    return list(inner.names) if isinstance(inner, ClassLabel) else None
+    name, *fields = [label_column] if label_column in split.features else label_column.split(".")
+    inner = split.features.get(name)
+    for field in fields:
+        inner = getattr(inner, "feature", inner)
+        inner = inner.get(field) if isinstance(inner, dict) else None
+    inner = inner if fields and isinstance(inner, ClassLabel) else getattr(inner, "feature", None)
+    return [name.strip() for name in inner.names] if isinstance(inner, ClassLabel) else None
+
+
+def names_of_ids(column: pa.ChunkedArray, names: Sequence[str]) -> pa.Array:
+    """Lists of names in place of lists of ids."""
+    lists = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).cast(pa.large_list(pa.int64()))
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    values = pc.take(pa.array(names, pa.large_string()), pc.list_flatten(lists))
+    starts = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
+    return pa.LargeListArray.from_arrays(starts, values, mask=lists.is_null())
 
 
 def _nulls(array: pa.Array) -> np.ndarray:
     return array.is_null().to_numpy(zero_copy_only=False)
 
 
-def _multi_hot_values(flat: pa.Array, label_names: Sequence[str], refuse: Callable) -> np.ndarray:
-    """(entries,) float32 with -100 for null and NaN."""
+_MEANING = {None: UNKNOWN_LABEL, "unknown": UNKNOWN_LABEL, "absent": 0, "present": 1}
+
+
+def _multi_hot_values(
+    flat: pa.Array, label_names: Sequence[str], refuse: Callable, uncertain: str | None, blank: str | None
+) -> np.ndarray:
+    """(entries,) float32 with what null, NaN and -1 stand for; -100 is unknown."""
     values = pc.fill_null(flat.cast(pa.float32()), np.nan).to_numpy(zero_copy_only=False)
-    values = np.where(np.isnan(values), np.float32(UNKNOWN_LABEL), values)
+    values = np.where(np.isnan(values), np.float32(_MEANING[blank]), values)
+    if uncertain is not None:
+        values = np.where(values == -1, np.float32(_MEANING[uncertain]), values)
     refuse(
         ((values < 0) | (values > 1)) & (values != UNKNOWN_LABEL),
         lambda entry: (
             f"label {label_names[entry % len(label_names)]!r} is {values[entry]:g}, which is neither in [0, 1] nor "
             "-100; use 1 for present, 0 for absent, -100 for unknown"
+            + (", or say with --uncertain what -1 means" if values[entry] == -1 else "")
         ),
     )
     return values
@@ -346,7 +311,7 @@ def _choose_format(
     """The format of lists of type `kind`; refuses to guess where both readings of integers make sense."""
     if label_format not in LABEL_FORMATS:
         raise ValueError(f"label_format={label_format!r} is none of {', '.join(LABEL_FORMATS)}.")
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if is_text(kind):
         possible = ("names",)
     elif pa.types.is_null(kind) and lengths.sum() == 0:
         possible = ("ids", "multi_hot", "names")

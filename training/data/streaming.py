@@ -16,7 +16,8 @@ from datasets import Dataset, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from .dataset import ImageResizer
-from .sparse_labels import SparseLabels, class_names, split_text, stack_columns
+from .label_cells import clean_names, is_text, split_text, stack_columns
+from .sparse_labels import SparseLabels, class_names
 
 
 class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
@@ -90,6 +91,8 @@ class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
                 column = split_text(pa.chunked_array([column]), self._separator, label_format, where)
             elif self._own_names is None and label_format == "auto" and value and isinstance(value[0], int):
                 raise ValueError(f"{where(0)}: one list of integers may be ids or multi-hot alike; set label_format.")
+            if pa.types.is_nested(column.type) and is_text(column.type.value_type):
+                column = clean_names(column, where, known=self.label_names)
         return SparseLabels.from_arrow(
             column, self.label_names, class_names=self._own_names, label_format=label_format, where=where
         )

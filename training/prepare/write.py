@@ -13,8 +13,12 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
 
+from modeling_hsvlt.label_names import check_label_names
+
 from ..checkpoint.atomic import atomic_folder
+from ..data.label_names import read_label_names
 from ..data.rows import Split
+from ..data.sparse_labels import SparseLabels, class_names
 
 # Rows of a parquet row group: what a reader of one row must read; the Hub's viewer asks for no more.
 _GROUP = 100
@@ -36,9 +40,10 @@ def write_dataset(
     """
     if target.exists():
         raise FileExistsError(f"{target} exists: delete it, or choose another TARGET.")
+    check_label_names(label_names)
     for name in label_names:
-        if not name or name != name.strip() or len(name.splitlines()) != 1:
-            raise ValueError(f"The label name {name!r} is empty, or has blanks around it or a line break; rename it.")
+        if name != name.strip():
+            raise ValueError(f"The label name {name!r} has blanks around it; rename it.")
     for name, split in splits.items():
         if len(split) == 0:
             raise ValueError(f"The split {name!r} has no images left; take it out with --split, or add some.")
@@ -55,10 +60,39 @@ def write_dataset(
                 count = min(len(split), -(-_image_bytes(split.images) // max_shard_bytes) or 1)
                 for number, rows in enumerate(np.array_split(np.arange(len(split)), count)):
                     path = folder / "data" / f"{name}-{number:05}-of-{count:05}.parquet"
-                    _write_shard(split.select(rows), path, features, as_ids, progress)
+                    shard = split.select(rows)
+                    _write_shard(shard, path, features, as_ids, progress)
+                    _check_shard(shard, path, label_names, as_ids)
+            if read_label_names(folder / "labels.txt") != list(label_names):
+                raise ValueError("labels.txt does not read back as it was written; give the labels plainer names.")
     except BaseException:
         shutil.rmtree(target.with_name(f".{target.name}.new"), ignore_errors=True)
         raise
+
+
+def _check_shard(shard: Split, path: Path, label_names: list[str], as_ids: bool) -> None:
+    """
+    Raises:
+        ValueError: the labels do not read back as they were, which nobody should find out by training.
+    """
+    start, own_names = 0, class_names(Dataset(pq.read_schema(path).empty_table()), "labels")
+    for batch in pq.ParquetFile(path).iter_batches(1000, columns=["labels"]):
+        read = SparseLabels.from_arrow(
+            batch.column("labels"),
+            label_names,
+            class_names=own_names,
+            label_format="ids" if as_ids else "multi_hot",
+        )
+        written = shard.labels.select(np.arange(start, start + len(read)))
+        same = (own_names or label_names) == list(label_names) and all(
+            np.array_equal(getattr(read, field), getattr(written, field))
+            for field in ("starts", "ids", "values", "default")
+        )
+        if not same:
+            raise ValueError(f"{path.name}, rows from {start} on: the labels do not read back as they were written.")
+        start += len(read)
+    if start != len(shard):
+        raise ValueError(f"{path.name} reads back {start} rows in place of {len(shard)}.")
 
 
 def _image_bytes(images: Dataset) -> int:

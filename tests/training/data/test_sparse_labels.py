@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from training.data.sparse_labels import SparseLabels, split_text, stack_columns
+from training.data.label_cells import split_text, stack_columns
+from training.data.sparse_labels import SparseLabels
 
 NAMES = ["cat", "dog", "bird", "tv monitor"]
 EXPECTED = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=np.float32)

@@ -262,8 +262,8 @@ MALFORMED = [
     ),
     (
         "csv_text",
-        lambda s: edit(s / "test.csv", "cat", "cow"),
-        r"test.csv, line 2 \(test/0.jpg\): label 'cow' is not among",
+        lambda s: edit(s / "test.csv", "cat", "catt"),
+        r"test.csv, line 2 \(test/0.jpg\): label 'catt' is in no row of train.*did you mean 'cat'",
     ),
     (
         "csv_text",

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from itertools import combinations
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -27,7 +28,8 @@ def similar_names(names: Sequence[str], embeddings: np.ndarray | None = None) ->
 
     Returns:
         (name, name, reason, likeness up to 1). Reasons: "form", the same but for case, accents, plural and what divides
-        the words; "spelling", few letters and no digits differ; "meaning", the cosine of the embeddings, once what all
+        the words; "spelling", few letters and no digits differ, or two neighbours
+        are swapped; "meaning", the cosine of the embeddings, once what all
         of them have in common is taken off.
     """
     forms = [_plain_form(name) for name in names]
@@ -41,6 +43,15 @@ def similar_names(names: Sequence[str], embeddings: np.ndarray | None = None) ->
                 pairs[start + row, column] = "meaning", float(cosine[row, column])
     # Names that differ in a number do so on purpose.
     numbers = np.unique(["/".join(re.findall(r"\d+", form)) for form in forms], return_inverse=True)[1]
+    turned: dict[str, list[int]] = {}  # dgo and dog share no pair of letters
+    for number, form in enumerate(forms):
+        turned.setdefault("".join(sorted(form)), []).append(number)
+    for group in turned.values():
+        for row, column in combinations(group, 2) if len(group) < 100 else ():
+            one, other = forms[row], forms[column]
+            differ = [place for place in range(len(one)) if one[place] != other[place]]
+            if len(differ) == 2 and differ[1] == differ[0] + 1 and numbers[row] == numbers[column]:
+                pairs[row, column] = "spelling", SequenceMatcher(None, one, other, autojunk=False).ratio()
     letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 3), use_idf=False).fit_transform(forms)
     for start in range(0, len(names), _BLOCK):
         shared = (letters[start : start + _BLOCK] @ letters.T).tocoo()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.check.similar_names import similar_names
+from training.data.similar_names import similar_names
 
 
 @pytest.mark.parametrize(
