@@ -134,7 +134,7 @@ def test_every_split_makes_the_vocabulary_and_what_train_lacks_is_told(tmp_path,
     assert "without a positive in train" in caplog.text and "zebra, yak" in caplog.text
 
 
-@pytest.mark.parametrize(("typo", "right"), [("dgo", "dog"), ("Dog", "dog"), ("dogs", "dog"), ("umbrela", "umbrella")])
+@pytest.mark.parametrize(("typo", "right"), [("dgo", "dog"), ("Dog", "dog"), ("dogs", "dog"), ("umbrxlla", "umbrella")])
 def test_likely_misspellings_are_errors_that_check_data_lists(typo, right, tmp_path, capsys):
     splits = {"train": ["cat", "dog", "umbrella"], "validation": ["cat", typo, "zebra"]}
     folder = write_csv(tmp_path / "a", splits)
