@@ -182,12 +182,13 @@ RESUME = [
 
 
 PLAIN = ["--scheduler", "plateau", "--ema_decay", "null", "--fresh_scenes", "false"]
+MUON = ["--optimizer", "muon", "--backbone_lr_multiplier", "0.5"]
 
 
 # Batches of epoch 1: 0 to 9. Ended at once inside it, at the start of epoch 2, and inside that; or asked to stop.
 @pytest.mark.parametrize(
     ("at_batch", "how", "saved", "options"),
-    [(7, at_once, 2, []), (11, sigterm, 6, []), (18, at_once, 8, []), (16, sigterm, 9, PLAIN)],
+    [(7, at_once, 2, []), (11, sigterm, 6, []), (18, at_once, 8, MUON), (16, sigterm, 9, PLAIN)],
 )
 @pytest.mark.one_machine
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
@@ -343,7 +344,7 @@ class Fp16OnCpu(Accelerator):
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
 
 
-FP16 = ["--mixed_precision", "fp16", "--fresh_scenes", "false", "--save_every_steps", "2"]
+FP16 = ["--optimizer", "muon", "--mixed_precision", "fp16", "--fresh_scenes", "false", "--save_every_steps", "2"]
 
 
 def scales_of(folder):

@@ -8,12 +8,17 @@ from accelerate import Accelerator
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def configure_zero(accelerator: Accelerator, max_grad_norm: float | None) -> None:
+def configure_zero(accelerator: Accelerator, max_grad_norm: float | None, optimizer: str = "adamw") -> None:
     """Bring DeepSpeed's configuration into line with the run's; before `accelerator.prepare`.
 
     Raises:
         ValueError: what could not be saved or would train otherwise than elsewhere.
     """
+    if optimizer == "muon":
+        raise ValueError(
+            "DeepSpeed makes one long row of all weights, and Muon needs their matrices: set optimizer to adamw, or "
+            "launch with training/configs/accelerate/fsdp2.yaml."
+        )
     config = accelerator.deepspeed_plugin.deepspeed_config
     zero = config["zero_optimization"]
     offloaded = [

@@ -99,13 +99,21 @@ def load_training_state(
     """Put everything back where `copy_training_state` took it from, and return `progress`.
 
     Raises:
-        ValueError: it has a weight average where this run has none, or the reverse, or weights of other shapes.
+        ValueError: it has a weight average where this run has none, or the reverse, weights of other shapes, or another
+            optimizer.
     """
     values = _read_values(folder)
     if values["ema"] != (ema is not None):
         raise ValueError(
             f"{folder} was trained {'with' if values['ema'] else 'without'} a weight average: resume with the same "
             "ema_decay, or start a new run from its weights with --init_from."
+        )
+    own_groups, groups = optimizer.param_groups, values["param_groups"]
+    if [group.get("name") for group in own_groups] != [group.get("name") for group in groups]:
+        raise ValueError(
+            f"{folder} was trained with other groups of parameters than these options make: resume with the same "
+            "optimizer, decay_all and frozen parts as in config.yaml, or start a new run from its weights with "
+            "--init_from."
         )
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
     for name, tensor in load_file(folder / STATE_FOLDER / "tensors.safetensors").items():
@@ -122,12 +130,12 @@ def load_training_state(
                 f"{folder} holds another model than these options describe: resume with the options in config.yaml, "
                 f"or start a new run from its weights with --init_from. ({' '.join(str(error).split())[:300]})"
             ) from error
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in own_groups for parameter in group["params"]]
     optimizer_state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in parts["optimizer"].items():
         index, _, field = name.partition(".")
         optimizer_state.setdefault(int(index), {})[field] = _like(tensor, parameters[int(index)])
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": values["param_groups"]})
+    optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
     scheduler.load_state_dict(values["scheduler"])
     if scaler is not None and values["scaler"] is not None:
         scaler.load_state_dict(values["scaler"])

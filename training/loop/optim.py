@@ -1,12 +1,15 @@
 """Optimizer, learning-rate schedule and weight average of a training run.
 
-`build_optimizer`  AdamW with groups: backbone or rest, decayed or not.
+`build_optimizer`  AdamW, or Muon for matrices and AdamW for the rest, with groups: backbone or rest, decayed or not.
 `build_scheduler`  linear warm-up, then cosine to zero (our default) or reduce-on-plateau (published HSVLT).
 `build_ema`        exponential moving average of the weights, with its own warm-up.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 from transformers import get_cosine_schedule_with_warmup
@@ -15,6 +18,8 @@ NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RM
 # Tables and tokens that are raw parameters of two or more dimensions (Swin's bias table, ViT's positions and class
 # token): like nn.Embedding rows they are looked up, not multiplied by: shrinking them to zero regularises nothing.
 TABLE_NAMES = ("position_embedding", "pos_embed", "relative_position_bias_table", "cls_token", "class_embedding")
+MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MUON = "/muon"  # ends the names of groups that Muon steps
 
 
 def parameter_groups(
@@ -24,8 +29,9 @@ def parameter_groups(
     weight_decay: float,
     backbone_lr_multiplier: float = 1.0,
     decay_all: bool = False,
+    muon: bool = False,
 ) -> list[dict]:
-    """Sort a model's trainable parameters into at most four AdamW groups.
+    """Sort a model's trainable parameters into groups by learning rate, decay and optimizer.
 
     A parameter is not decayed when it belongs to a norm, has fewer than two dimensions (biases, ConvNeXt's
     `layer_scale_parameter`, scales), or is an embedding table. A module called `backbone` is it.
@@ -35,22 +41,28 @@ def parameter_groups(
         weight_decay: AdamW's decoupled decay, multiplied by the learning rate at each step.
         backbone_lr_multiplier: the backbone's learning rate is `learning_rate` times this.
         decay_all: decay every parameter, as the official HSVLT run did.
+        muon: groups of their own for the weights of linear layers and of convolutions that are not grouped.
 
     Returns:
-        Groups with the keys `name` ("backbone/decay", "backbone/no_decay", "rest/decay" or "rest/no_decay"), `params`,
-        `lr` and `weight_decay`; empty groups are left out. Frozen parameters are in none.
+        Groups with the keys `name` ("backbone/decay", "backbone/no_decay", "rest/decay" or "rest/no_decay", and with
+        "/muon" behind it), `params`, `lr` and `weight_decay`; empty groups are left out. Frozen parameters are in none.
 
     Raises:
-        ValueError: nothing is trainable, or a multiplier other than 1 is asked of a model that has no backbone. (In the
-            official HSVLT code such a group silently matched nothing.)
+        ValueError: nothing is trainable, `muon` finds no matrix, or a multiplier other than 1 is asked of a model that
+            has no backbone. (In the official HSVLT code such a group silently matched nothing.)
     """
-    undecayed = set()
+    undecayed, matrices, tables = set(), set(), set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}" if module_name else name
             is_table = isinstance(module, nn.Embedding) or any(table in name for table in TABLE_NAMES)
             if parameter.ndim < 2 or is_table or isinstance(module, NORM_LAYERS):
                 undecayed.add(full_name)
+            if is_table:
+                tables.add(parameter)
+            elif isinstance(module, MATRIX_LAYERS) and name == "weight" and getattr(module, "groups", 1) == 1:
+                matrices.add(parameter)
+    matrices = matrices - tables if muon else set()  # one that is tied to a table is one
 
     groups: dict[str, dict] = {}
     for name, parameter in model.named_parameters():
@@ -59,6 +71,8 @@ def parameter_groups(
         backbone = "backbone" in name.split(".")
         decayed = decay_all or name not in undecayed
         group_name = f"{'backbone' if backbone else 'rest'}/{'decay' if decayed else 'no_decay'}"
+        if parameter in matrices:
+            group_name += MUON
         group = groups.setdefault(
             group_name,
             {
@@ -72,6 +86,11 @@ def parameter_groups(
 
     if not groups:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: unfreeze something before training it.")
+    if muon and not any(name.endswith(MUON) for name in groups):
+        raise ValueError(
+            f"optimizer is muon, but {type(model).__name__} trains no weight of a linear or convolution layer: "
+            "set it to adamw."
+        )
     if backbone_lr_multiplier != 1.0 and not any(name.startswith("backbone/") for name in groups):
         raise ValueError(
             f"backbone_lr_multiplier is {backbone_lr_multiplier}, but {type(model).__name__} has no trainable "
@@ -88,17 +107,78 @@ def build_optimizer(
     backbone_lr_multiplier: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
     decay_all: bool = False,
-) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, with the fused kernel where the parameters' device has one."""
+    optimizer: str = "adamw",
+) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`, with the fused kernel where the parameters' device has one; or `Muon`."""
     groups = parameter_groups(
         model,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         backbone_lr_multiplier=backbone_lr_multiplier,
         decay_all=decay_all,
+        muon=optimizer == "muon",
     )
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=devices <= {"cpu", "cuda", "mps", "xpu"})
+    kind = Muon if optimizer == "muon" else torch.optim.AdamW
+    return kind(groups, lr=learning_rate, betas=betas, fused=devices <= {"cpu", "cuda", "mps", "xpu"})
+
+
+def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
+    """Five Newton-Schulz steps towards U V^T of the matrix U S V^T: singular values of some 0.7 to 1.2.
+
+    Coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon/). Products are in bfloat16 on a GPU, as
+    published. On a CPU they stay in fp32: one without bfloat16 instructions takes twenty times as long for them, and
+    `torch.optim.Muon` always uses them.
+    """
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    if len(x) > x.size(1):
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if x.shape == matrix.shape else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups whose name ends in "/muon", AdamW for the others; one optimizer to all that hold it.
+
+    As `torch.optim.Muon(momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")`, which takes matrices alone:
+    here a convolution's weight is one of (out, in * height * width). With that adjustment, 0.2 * sqrt(longer side), an
+    update is as large as AdamW's, whose learning rate and decay it shares (https://arxiv.org/abs/2502.16982).
+    """
+
+    def __init__(self, groups: list[dict], **options):
+        self.adamw = torch.optim.AdamW(groups, **options)
+        super().__init__(self.adamw.param_groups, self.adamw.defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        # Groups and state are this object's, where a checkpoint, FSDP2 or a schedule may have replaced them.
+        self.adamw.param_groups = [group for group in self.param_groups if not group["name"].endswith(MUON)]
+        self.adamw.state = self.state
+        loss = self.adamw.step(closure)
+        for group in self.param_groups:
+            if not group["name"].endswith(MUON):
+                continue
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"]
+                momentum.lerp_(gradient, 0.05)
+                update = gradient.lerp(momentum, 0.95)
+                whole = update.full_tensor() if isinstance(update, DTensor) else update  # FSDP2 divides it
+                matrix = whole.flatten(1)
+                whole = orthogonalise(matrix).to(update.dtype).reshape(whole.shape)
+                if isinstance(update, DTensor):  # every process takes its part of what they all have
+                    whole = distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(whole, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+        return loss
 
 
 class WarmupPlateau:

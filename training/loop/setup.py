@@ -63,7 +63,7 @@ def setup(config: TrainingConfig) -> Run:
     if missing:
         raise ValueError(f"The tracker {min(missing)!r} is not installed: install it, or leave it out of trackers.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        configure_zero(accelerator, config.max_grad_norm)
+        configure_zero(accelerator, config.max_grad_norm, config.optimizer)
     held = ExitStack()
     held.enter_context(locked(folder, accelerator))
     try:
@@ -135,6 +135,7 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         weight_decay=config.weight_decay,
         backbone_lr_multiplier=config.backbone_lr_multiplier,
         decay_all=config.decay_all,
+        optimizer=config.optimizer,
     )
     groups = [list(group["params"]) for group in optimizer.param_groups] if uses_zero else []
     model, optimizer, *prepared = accelerator.prepare(plain_model, optimizer, *loaders.values())

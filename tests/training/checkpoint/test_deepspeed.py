@@ -48,6 +48,11 @@ def test_what_could_not_be_saved_is_refused_with_what_to_take_instead(what):
         configure_zero(accelerator(**what), 1.0)
 
 
+def test_muon_is_refused_where_there_are_no_matrices():
+    with pytest.raises(ValueError, match=r"set optimizer to adamw, or launch with .*/fsdp2\.yaml"):
+        configure_zero(accelerator(), 1.0, "muon")
+
+
 def test_precision_clipping_and_accumulation_are_the_run_s():
     with pytest.raises(ValueError, match=r"bf16 or fp32.* now fp16"):
         configure_zero(accelerator(mixed_precision="fp16"), 1.0)

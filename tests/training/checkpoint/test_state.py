@@ -24,10 +24,10 @@ class Net(nn.Module):
         return self.norm(self.first(x)) + self.tied(x)
 
 
-def parts(schedule="cosine", with_ema=True):
+def parts(schedule="cosine", with_ema=True, optimizer="adamw"):
     torch.manual_seed(0)
     model = Net()
-    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.1)
+    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.1, optimizer=optimizer)
     scheduler = build_scheduler(optimizer, schedule=schedule, warmup_steps=2, total_steps=20)
     ema = build_ema(model, 0.9) if with_ema else None
     return {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema, "scaler": None}
@@ -46,17 +46,18 @@ def train(run, steps):
             run["scheduler"].step_metric(0.5)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
 @pytest.mark.parametrize("with_ema", [True, False])
 @pytest.mark.one_machine
-def test_training_continues_bit_for_bit(tmp_path, schedule, with_ema):
-    whole = parts(schedule, with_ema)
+def test_training_continues_bit_for_bit(tmp_path, schedule, with_ema, optimizer):
+    whole = parts(schedule, with_ema, optimizer)
     train(whole, range(5))
     state = copy_training_state(progress={"step": 5, "best": 0.1 + 0.2}, **whole)
     train(whole, range(5, 12))
     state.write(tmp_path)  # later, in a thread: what was copied must not follow the training
 
-    resumed = parts(schedule, with_ema)
+    resumed = parts(schedule, with_ema, optimizer)
     assert load_training_state(tmp_path, **resumed) == {"step": 5, "best": 0.1 + 0.2} == read_progress(tmp_path)
     train(resumed, range(5, 12))
     modules = ("model", "ema") if with_ema else ("model",)
@@ -83,6 +84,8 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
     other["model"].first = nn.Linear(3, 5)
     with pytest.raises(ValueError, match=r"another model than these options describe: .*first.weight"):
         load_training_state(tmp_path, **other)
+    with pytest.raises(ValueError, match="other groups of parameters .* the same optimizer, decay_all"):
+        load_training_state(tmp_path, **parts(optimizer="muon"))
 
 
 @pytest.mark.parametrize("where", ["weights", "average", "optimizer", "buffer"])

@@ -74,6 +74,8 @@ MODELS = {
     "hp_dval": (hp_dval, {"CLIPEncoderLayer"}),
 }
 
+RUNS = [*((name, "adamw") for name in MODELS), ("hsvlt", "muon"), ("mltr", "muon")]
+
 
 def wrapped_names(model):
     names = set(model._no_split_modules)
@@ -111,13 +113,13 @@ def build(make):
     return make().train()
 
 
-def parts(make, mesh=None, shard=shard):
+def parts(make, mesh=None, shard=shard, optimizer="adamw"):
     model = build(make)
     ema = build_ema(model, 0.9)
     if mesh is not None:
         shard(model, mesh)
         shard(ema.module, mesh)
-    optimizer = build_optimizer(model, learning_rate=1e-2, weight_decay=0.1)
+    optimizer = build_optimizer(model, learning_rate=1e-2, weight_decay=0.1, optimizer=optimizer)
     for group in optimizer.param_groups:
         group["eps"] = 1e-3  # with its own 1e-8 AdamW makes whole steps of gradients that are rounding alone
     scheduler = build_scheduler(optimizer, schedule="cosine", warmup_steps=0, total_steps=9)
@@ -159,10 +161,10 @@ def test_the_wrap_list_names_the_layers_that_repeat(name):
     assert wrapped > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_sharded_model_trains_like_a_plain_one(name, mesh):
+@pytest.mark.parametrize(("name", "optimizer"), RUNS)
+def test_a_sharded_model_trains_like_a_plain_one(name, optimizer, mesh):
     make, _ = MODELS[name]
-    plain, sharded = parts(make), parts(make, mesh)
+    plain, sharded = parts(make, optimizer=optimizer), parts(make, mesh, optimizer=optimizer)
     assert all(isinstance(module, FSDPModule) for module in wrapped_names(sharded["model"]).values())
     assert all(isinstance(parameter, DTensor) for parameter in sharded["model"].parameters())
     rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": torch.zeros(3), "index": row} for row in range(3)]
@@ -219,16 +221,18 @@ def two_ranks(rank, folder):
         run["model"].train()
         return {"logits": logits}
 
-    for name, (make, _) in MODELS.items():
-        plain = parts(make)
+    for name, optimizer in RUNS:
+        make, _ = MODELS[name]
+        plain = parts(make, optimizer=optimizer)
         before = [parameter.detach().clone() for parameter in plain["model"].parameters()]
         first, between = curve(train(plain, range(1)), 1), scores(plain)
         assert not all(map(torch.equal, plain["model"].parameters(), before)), "they learn"
-        expected, weights = saved(plain, Path(folder) / f"{name} on one")
+        expected, weights = saved(plain, Path(folder) / f"{name} {optimizer} on one")
         then = curve(train(plain, range(1, 2)), 1)
         for method in (shard, shard_by_accelerate):
-            what, where = f"{name}, {method.__name__}", Path(folder) / f"{name} {method.__name__}"
-            run = parts(make, mesh, method)
+            what = f"{name} {optimizer} {method.__name__}"
+            where = Path(folder) / what
+            run = parts(make, mesh, method, optimizer)
             mine = sum(parameter.to_local().numel() for parameter in run["model"].parameters())
             assert mine < 0.75 * plain["model"].num_parameters(), what
             check(curve(train(run, range(1), rank, 2), 2), first, what)
@@ -237,7 +241,7 @@ def two_ranks(rank, folder):
             check(state.tensors, expected.tensors, what)
             assert state.values == expected.values, what
             check(merged, weights, what)
-            resumed, on_one = parts(make, mesh, method), parts(make)
+            resumed, on_one = parts(make, mesh, method, optimizer), parts(make, optimizer=optimizer)
             for other in (resumed, on_one):
                 assert load_training_state(where, **other) == {"step": 1}
             went_on = train(run, range(1, 2), rank, 2)

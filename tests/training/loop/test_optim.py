@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -85,6 +86,155 @@ def test_optimizer_steps_as_plain_adamw_and_is_fused():
             optimizer.step()
     torch.testing.assert_close(model.weight, reference.weight)
     torch.testing.assert_close(model.bias, reference.bias)
+
+
+class Matrices(nn.Module):
+    """Every kind of parameter: those that Muon takes are the first four."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.pointwise = nn.Conv2d(3, 5, 1)
+        self.backbone.full = nn.Conv2d(5, 4, 2, bias=False)
+        self.wide = nn.Linear(36, 3)
+        self.tall = nn.Linear(3, 6, bias=False)
+        self.depthwise = nn.Conv2d(4, 4, 1, groups=4)
+        self.grouped = nn.Conv2d(4, 4, 1, groups=2, bias=False)
+        self.norm = nn.LayerNorm([4, 3, 3])
+        self.rows = nn.Embedding(7, 6)
+        self.tied = nn.Linear(6, 7, bias=False)
+        self.tied.weight = self.rows.weight
+        self.per_label = nn.Parameter(torch.randn(7, 6))
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, x):  # (batch, 3, 4, 4)
+        x = self.backbone.full(self.backbone.pointwise(x).relu())
+        x = self.norm(self.grouped(self.depthwise(x)))
+        x = self.tall(self.wide(x.flatten(1)))
+        return self.tied(x) + x @ self.per_label.T
+
+
+TAKEN = ["backbone.pointwise.weight", "backbone.full.weight", "wide.weight", "tall.weight"]
+
+
+def matrices_after(steps, change=lambda model: model, **options):
+    torch.manual_seed(0)
+    model = change(Matrices())
+    optimizer = build_optimizer(model, learning_rate=0.02, weight_decay=0.3, **options)
+    gradients = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        model(torch.randn(9, 3, 4, 4)).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, gradients
+
+
+def test_muon_takes_matrices_and_full_convolutions_alone():
+    model = Matrices()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(
+        model, learning_rate=1.0, weight_decay=0.1, backbone_lr_multiplier=0.1, optimizer="muon"
+    )
+    found = {group["name"]: [names[id(p)] for p in group["params"]] for group in optimizer.param_groups}
+    rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert found["backbone/decay/muon"] == TAKEN[:2] and rates["backbone/decay/muon"] == (0.1, 0.1)
+    assert found["rest/decay/muon"] == TAKEN[2:] and rates["rest/decay/muon"] == (1.0, 0.1)
+    others = {name for name, p in model.named_parameters() if p.requires_grad} - set(TAKEN)
+    assert {name for group, members in found.items() if not group.endswith("/muon") for name in members} == others
+    assert {"rows.weight", "per_label", "depthwise.weight", "grouped.weight", "norm.weight", "wide.bias"} <= others
+
+
+def test_muon_steps_as_written_by_hand():
+    """Muon in fp64 by a loop over the equations; AdamW where that is named; all three at their own rate and decay."""
+    rate, decay = 0.02, 0.3
+    torch.manual_seed(0)
+    start = {name: p.detach().clone() for name, p in Matrices().named_parameters()}
+    model, _, gradients = matrices_after(4, optimizer="muon", backbone_lr_multiplier=0.5)
+    for name in TAKEN:
+        lr = rate * (0.5 if name.startswith("backbone") else 1.0)
+        weight = start[name].double().flatten(1).numpy()
+        buffer = np.zeros_like(weight)
+        for step in gradients:
+            gradient = step[name].double().numpy().reshape(weight.shape)
+            buffer = 0.95 * buffer + gradient
+            x = gradient + 0.95 * buffer  # Nesterov
+            x = x / np.sqrt((x**2).sum())
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+            weight = weight * (1 - lr * decay) - lr * 0.2 * math.sqrt(max(weight.shape)) * x
+        moved = dict(model.named_parameters())[name].detach().flatten(1)
+        assert not torch.equal(moved, start[name].flatten(1))
+        torch.testing.assert_close(moved.double(), torch.from_numpy(weight), rtol=1e-4, atol=1e-5, msg=name)
+
+    torch.manual_seed(0)
+    reference = Matrices()
+    rest = {name: p for name, p in reference.named_parameters() if name not in TAKEN and p.requires_grad}
+    undecayed = [name for name, p in rest.items() if p.ndim < 2 or name.startswith(("norm", "rows"))]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p], "weight_decay": 0.0 if name in undecayed else decay,
+             "lr": rate * (0.5 if name.startswith("backbone") else 1.0)}
+            for name, p in rest.items()
+        ],
+    )  # fmt: skip
+    for step in gradients:
+        for name, p in rest.items():
+            p.grad = step[name]
+        adamw.step()
+    for name, p in rest.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name], p, msg=name)
+
+
+def test_muon_steps_as_torch_s_own():
+    """torch's multiplies in bfloat16, whose three digits five Newton-Schulz steps keep."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    start = ours.weight.detach().clone()
+    pair = (
+        (ours, build_optimizer(ours, learning_rate=0.1, weight_decay=0.2, optimizer="muon")),
+        (theirs, torch.optim.Muon(theirs.parameters(), lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")),
+    )
+    for step in range(3):
+        torch.manual_seed(step)
+        gradient = torch.randn(40, 24)
+        for module, optimizer in pair:
+            module.weight.grad = gradient.clone()
+            optimizer.step()
+    moved = (theirs.weight - start).norm()
+    assert (ours.weight - theirs.weight).norm() < 0.02 * moved and moved > 1
+
+
+def test_muon_changes_the_weight_itself_whatever_its_memory_looks_like():
+    plain, _, _ = matrices_after(2, optimizer="muon")
+    last, _, _ = matrices_after(2, lambda model: model.to(memory_format=torch.channels_last), optimizer="muon")
+    assert last.backbone.full.weight.is_contiguous(memory_format=torch.channels_last)
+    for (name, expected), (_, found) in zip(plain.named_parameters(), last.named_parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_muon_leaves_out_a_step_that_overflowed():
+    """The gradient of a matrix is fine, that of another parameter not: nothing moves, no momentum is taken."""
+    model, optimizer, _ = matrices_after(1, optimizer="muon")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    momentum = [state["momentum_buffer"].clone() for state in optimizer.state.values() if "momentum_buffer" in state]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(model(torch.randn(9, 3, 4, 4)).square().sum()).backward()
+    model.per_label.grad[0, 0] = math.inf
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0 and len(momentum) == 4
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    after = [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
+    assert all(map(torch.equal, momentum, after))
+
+
+def test_muon_without_a_matrix_is_refused():
+    with pytest.raises(ValueError, match="trains no weight of a linear or convolution layer: set it to adamw"):
+        build_optimizer(nn.Embedding(3, 2), learning_rate=1.0, weight_decay=0.0, optimizer="muon")
 
 
 def optimizer_of(lrs=(1.0, 0.1)):
