@@ -84,7 +84,7 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
     other["model"].first = nn.Linear(3, 5)
     with pytest.raises(ValueError, match=r"another model than these options describe: .*first.weight"):
         load_training_state(tmp_path, **other)
-    with pytest.raises(ValueError, match="other groups of parameters .* the same optimizer, decay_all"):
+    with pytest.raises(ValueError, match=r"other groups of parameters .* the same optimizer, decay_all"):
         load_training_state(tmp_path, **parts(optimizer="muon"))
 
 
