@@ -2,8 +2,8 @@
 
     MODELS="org/name org/other@revision" python app.py
 
-MODELS names checkpoints of the Hub or folders; each brings its own code, which is run here, so list only those whose
-code you trust, and pin the revision. Images in `examples/` are offered as examples.
+MODELS names checkpoints of the Hub or folders, with blanks or line ends between; each brings its own code, which is run
+here, so list only those whose code you trust, and pin the revision. Images in `examples/` are offered as examples.
 """
 
 import html
@@ -17,7 +17,9 @@ import numpy as np
 from PIL import Image
 from transformers import pipeline
 
-MODELS = os.environ.get("MODELS", "").replace(",", " ").split()
+MODELS = os.environ.get("MODELS", "")
+MODELS = MODELS.split("\n") if "\n" in MODELS else MODELS.replace(",", " ").split()
+MODELS = [name for name in MODELS if name]
 EXAMPLES = sorted(str(path) for path in (Path(__file__).parent / "examples").glob("*.*"))
 SHOWN = 12  # labels, unless all are asked for
 MAX_SIDE = 1024  # px of a heat map
@@ -220,4 +222,4 @@ def build() -> gr.Blocks:
 
 if __name__ == "__main__":
     theme = gr.themes.Soft(primary_hue="teal", font=["system-ui", "sans-serif"])  # no font from elsewhere
-    build().launch(css=CSS, theme=theme, max_file_size="40mb", footer_links=[])
+    build().launch(css=CSS, theme=theme, max_file_size="40mb", footer_links=[], inbrowser="OPEN_BROWSER" in os.environ)

@@ -15,40 +15,29 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from accelerate import Accelerator
-
-from .checkpoint.folder import revised, verify_if_sealed
-from .checkpoint.loading import load_checkpoint
-from .checkpoint.lock import locked, run_folder
 from .options import ScoringOptions, option, run_command
-from .scoring.calibration import (
-    METHODS,
-    SHRINKAGE,
-    Calibration,
-    check_foldable,
-    fit_calibration,
-    fold_calibration,
-    mean_log_loss,
-    move_thresholds,
-    stored_calibration,
-)
-from .scoring.held_out import held_out_scores
-from .scoring.predict import score_split
-from .scoring.reliability import NUM_BINS, reliability
-from .scoring.thresholds import fit_record
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .scoring.calibration import Calibration
 
 
 @dataclass(kw_only=True)
 class CalibrateOptions(ScoringOptions):
-    method: str = option("platt", "scale and bias, or scale", choices=METHODS)
+    method: Literal["platt", "temperature"] = option("platt", "scale and bias, or scale")
     shared: bool = option(False, "one scale and bias for all labels")
-    shrinkage: float = option(SHRINKAGE, "labels with about so few positives lie halfway to the fit of all labels")
+    shrinkage: float = option(10.0, "labels with about so few positives lie halfway to the fit of all labels")
 
 
 def run(args: CalibrateOptions) -> Calibration:
     """Predicts, fits, folds, writes and prints; returns what the checkpoint then holds."""
+    from accelerate import Accelerator
+
+    from .checkpoint.lock import locked, run_folder
+
     folder = Path(args.checkpoint)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -63,6 +52,23 @@ def run(args: CalibrateOptions) -> Calibration:
 
 
 def _calibrate(args: CalibrateOptions, folder: Path, accelerator: Accelerator) -> Calibration:
+    import numpy as np
+
+    from .checkpoint.folder import revised, verify_if_sealed
+    from .checkpoint.loading import load_checkpoint
+    from .scoring.calibration import (
+        check_foldable,
+        fit_calibration,
+        fold_calibration,
+        mean_log_loss,
+        move_thresholds,
+        stored_calibration,
+    )
+    from .scoring.held_out import held_out_scores
+    from .scoring.predict import score_split
+    from .scoring.reliability import NUM_BINS, reliability
+    from .scoring.thresholds import fit_record
+
     verify_if_sealed(folder)
     model, processor = load_checkpoint(args)
     check_foldable(model, not args.shared)

@@ -15,28 +15,12 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
-from modeling_hsvlt.load_image import MAX_PIXELS
-
-from .check.duplicates import MAX_DISTANCE
-from .check.findings import (
-    Finding,
-    check_labels,
-    duplicate_findings,
-    exclusions,
-    find_duplicates,
-    inspect_images,
-    note_findings,
-)
-from .check.imbalance import long_tail_groups, plot_imbalance
-from .checkpoint.atomic import write_file
-from .data.leave_out import write_exclusions
-from .data.load import load
-from .data.rows import ImageFiles, Split
 from .options import DatasetOptions, dataset_options, option, read_options
+
+if TYPE_CHECKING:
+    from .data.rows import Split
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
 
@@ -51,13 +35,15 @@ class CheckOptions(DatasetOptions):
     overwrite: bool = option(False, "replace a report that is in DIR")
     examples: int = option(5, "of each kind to print")
     text_encoder: str | None = option(None, "compare label names by their meaning as well", metavar="FOLDER")
-    max_distance: int = option(MAX_DISTANCE, "bits of 64 that copies differ in")
-    max_pixels: int = option(MAX_PIXELS, "larger images are refused, as in training")
+    max_distance: int = option(6, "bits of 64 that copies differ in")
+    max_pixels: int | None = option(None, "larger images are refused; null: as in training")
     num_workers: int = field(default_factory=os.cpu_count, metadata={"help": "threads that decode; all cores here"})
 
 
 def unlisted_images(folder: Path, splits: dict[str, Split]) -> list[str]:
     """Image files in `folder` that no row names; empty where the rows hold their images."""
+    from .data.rows import ImageFiles
+
     if not folder.is_dir():
         return []
     files, listed = ImageFiles(folder), False
@@ -74,6 +60,17 @@ def unlisted_images(folder: Path, splits: dict[str, Split]) -> list[str]:
 
 def check(args: CheckOptions) -> dict:
     """Loads, looks and says what report.json holds; findings that name rows get their file names."""
+    from .check.findings import (
+        Finding,
+        check_labels,
+        duplicate_findings,
+        exclusions,
+        find_duplicates,
+        inspect_images,
+        note_findings,
+    )
+    from .data.load import load
+
     try:
         loaded = load(args.dataset, report_labels=True, **dataset_options(args))
     except ValueError as error:
@@ -83,10 +80,13 @@ def check(args: CheckOptions) -> dict:
     labels = {name: split.labels for name, split in splits.items()}
     embeddings = None
     if args.text_encoder is not None:
+        from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
+
         encoder, tokenizer = load_text_encoder(args.text_encoder)
         embeddings = encode_labels(label_names, encoder, tokenizer).numpy()
     images = {name: split.images for name, split in splits.items()}
-    names, prints, findings = inspect_images(images, max_pixels=args.max_pixels, num_workers=args.num_workers)
+    limit = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
+    names, prints, findings = inspect_images(images, **limit, num_workers=args.num_workers)
     duplicates = find_duplicates(prints, names, labels, label_names, args.max_distance)
 
     folder = Path(args.dataset)
@@ -122,6 +122,10 @@ def check(args: CheckOptions) -> dict:
 
 def print_report(report: dict, examples: int) -> None:
     """Counts first, then the worst of each kind."""
+    import numpy as np
+
+    from .check.imbalance import long_tail_groups
+
     if "splits" in report:
         print(f"{report['dataset']}: {len(report['labels'])} labels")
         for name, images in report["splits"].items():
@@ -150,6 +154,12 @@ def print_report(report: dict, examples: int) -> None:
 
 def write_report(report: dict, folder: Path) -> None:
     """report.json, and where the data could be read imbalance.png and exclude.txt."""
+    import numpy as np
+
+    from .check.imbalance import plot_imbalance
+    from .checkpoint.atomic import write_file
+    from .data.leave_out import write_exclusions
+
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if "splits" in report:
@@ -178,7 +188,7 @@ def run(args: CheckOptions) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when clean, 1 when something would break training, 2 when there is nothing to check."""
     try:
-        return 0 if run(read_options(CheckOptions, "check_data", __doc__, argv)) else 1
+        return 0 if run(read_options(CheckOptions, "check", __doc__, argv)) else 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,9 +3,9 @@
 import dataclasses
 import inspect
 import textwrap
-import types
 import typing
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from .data.augment import check_augmentation_names
-from .options import DatasetOptions, nearest, read_list, read_text, read_yaml
+from .options import DatasetOptions, nearest, read_list, read_text, read_yaml, value_kind
+from .places import checkpoint_folder, recipes
 
 PATH = {"path": True}  # of an option that may hold a path of this machine: no push publishes that
 
@@ -131,6 +131,8 @@ class TrainingConfig(DatasetOptions):
                 raise ValueError(f"{key} is {getattr(self, key)}, but must be at least 1.")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other: give one of them.")
+        if self.init_from:
+            self.init_from = checkpoint_folder(self.init_from)
         if self.init_from and self.backbone:
             raise ValueError("init_from already brings a backbone: leave backbone out, or init_from.")
         if self.label_context is not None and (self.label_encoder is None or self.label_pooling != "mean"):
@@ -142,6 +144,8 @@ class TrainingConfig(DatasetOptions):
         if (self.threshold_objective == "f1") != (self.threshold_target is None):
             raise ValueError("threshold_target belongs to the objectives precision, recall and cost, and they need it.")
         if self.augmentation is not None:
+            from .data.augment import check_augmentation_names  # brings torch, which no --help should wait for
+
             check_augmentation_names(list(self.augmentation))
 
     def to_yaml(self) -> str:
@@ -149,21 +153,24 @@ class TrainingConfig(DatasetOptions):
 
 
 def parse_config(argv: list[str]) -> TrainingConfig:
-    """Read `CONFIG.yaml [--key value ...]`; what comes later wins.
+    """Read `[RECIPE] [DATASET] [--key value ...]`; what comes later wins.
+
+    RECIPE is a YAML file, the short name of one of ours, or the folder of a run. A first word that is none of these is
+    the DATASET, for the recipe `photos`; so is a short name that is a folder's too, with no DATASET after it.
 
     Values are spelled as `training.options` says. A key alone means true. A dot reaches into a dictionary:
     `--model.num_attention_heads 4`, `--augmentation.mixup 0.2`.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type, a value without a key.
-        FileNotFoundError: no such YAML file.
+        FileNotFoundError: no such recipe or dataset.
     """
     values: dict = {}
     arguments = list(argv)
-    if arguments and not arguments[0].startswith("--"):
-        path = Path(arguments.pop(0))
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: the first argument is a YAML file of training options.")
+    words = list(takewhile(lambda word: not word.startswith("--"), arguments))
+    if words:
+        arguments = arguments[len(words) :]
+        path, words = _find_recipe(words)
         try:
             values = OmegaConf.to_container(OmegaConf.load(path))
         except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
@@ -173,6 +180,10 @@ def parse_config(argv: list[str]) -> TrainingConfig:
         if not values:
             raise ValueError(f"{path} is empty: give the file of a run or of a recipe, not its defaults by accident.")
         _check_keys(values, str(path))
+    if words:
+        values["dataset"] = words.pop(0)
+    if words:
+        raise ValueError(f"{words[0]!r} follows no option: write --key value.")
     hints = typing.get_type_hints(TrainingConfig)
     while arguments:
         argument = arguments.pop(0)
@@ -200,6 +211,24 @@ def parse_config(argv: list[str]) -> TrainingConfig:
     return TrainingConfig(**values)
 
 
+def _find_recipe(words: list[str]) -> tuple[Path, list[str]]:
+    """The YAML file that the words before the first option mean, and the words that it leaves."""
+    first, known = words[0], recipes()
+    if (Path(first) / "config.yaml").is_file():
+        return Path(first) / "config.yaml", words[1:]
+    if first.endswith((".yaml", ".yml")):
+        if not Path(first).is_file():
+            raise FileNotFoundError(f"{first} does not exist: give a YAML file of training options, or a short name.")
+        return Path(first), words[1:]
+    if first in known and not (len(words) == 1 and Path(first).is_dir()):
+        return known[first], words[1:]
+    if len(words) > 1 or not (Path(first).exists() or first == "scenes" or first.count("/") == 1):
+        near = nearest(first, known)
+        hint = f"did you mean {near}?" if near else f"choose {', '.join(known)}, or give a YAML file."
+        raise FileNotFoundError(f"{first} is no recipe" + ("" if len(words) > 1 else " and no folder") + f": {hint}")
+    return known["photos"], words
+
+
 def describe_options() -> str:
     """Every option with its default and the reason, as its declaration says it."""
     kinds = [kind for kind in reversed(TrainingConfig.__mro__) if dataclasses.is_dataclass(kind)]
@@ -218,10 +247,7 @@ def _check_keys(keys, where: str) -> None:
 
 def _kind(hint) -> tuple[typing.Any, tuple]:
     """What a value is where it is not None, a type or Literal; and what it, or an item of it, is chosen from."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    kind = typing.get_origin(hint) or hint
-    item = typing.get_args(hint)[0] if kind is list else hint
+    kind, item = value_kind(hint)
     return kind, typing.get_args(item) if typing.get_origin(item) is Literal else ()
 
 

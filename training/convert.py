@@ -23,24 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from safetensors.torch import save_file
-from transformers import AutoImageProcessor, ConvNextConfig, ConvNextModel
-from transformers.image_utils import PILImageResampling
-
-from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MlTrConfig, MlTrForImageClassification
-from modeling_hsvlt.label_prompts import VOC_LABEL_TEXT, encode_labels, load_text_encoder
-from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
-
-from .checkpoint.atomic import atomic_folder, whole_file
-from .checkpoint.folder import save_checkpoint
-from .data.label_names import read_label_names
-from .models.cat import cat_to_mltr
-from .models.convnext import convert_convnext_state_dict, convnext_config
-from .models.official_hsvlt import hsvlt_to_official, official_to_hsvlt
-from .models.resolution import resize_model
-from .models.state_dicts import read_state_dict
 from .options import option, read_options
 
 
@@ -69,6 +51,20 @@ class ConvertOptions:
 
 def convert_to_hsvlt(args: ConvertOptions) -> None:
     """Writes a checkpoint folder of ours from a state dict of the released HSVLT."""
+    import numpy as np
+    import torch
+    from transformers.image_utils import PILImageResampling
+
+    from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+    from modeling_hsvlt.label_prompts import VOC_LABEL_TEXT, encode_labels, load_text_encoder
+    from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
+
+    from .checkpoint.atomic import atomic_folder
+    from .checkpoint.folder import save_checkpoint
+    from .data.label_names import read_label_names
+    from .models.official_hsvlt import official_to_hsvlt
+    from .models.state_dicts import read_state_dict
+
     state_dict, config_kwargs = official_to_hsvlt(read_state_dict(args.source))
     if args.labels is not None:
         names = read_label_names(args.labels)
@@ -113,6 +109,16 @@ def convert_to_hsvlt(args: ConvertOptions) -> None:
 
 def convert_to_official(args: ConvertOptions) -> None:
     """Writes the released layout of one of our checkpoints, and its label embeddings beside it."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoImageProcessor
+
+    from modeling_hsvlt import HSVLTForImageClassification
+
+    from .checkpoint.atomic import whole_file
+    from .models.official_hsvlt import hsvlt_to_official
+
     model = HSVLTForImageClassification.from_pretrained(args.source, use_safetensors=True)
     state_dict = hsvlt_to_official(model.state_dict())
     image_processor = AutoImageProcessor.from_pretrained(args.source)
@@ -140,6 +146,12 @@ def convert_to_official(args: ConvertOptions) -> None:
 
 def convert_to_convnext(args: ConvertOptions) -> None:
     """Writes a `ConvNextModel` folder from ConvNeXt weights of any of the three layouts."""
+    from transformers import ConvNextConfig, ConvNextModel
+
+    from .checkpoint.atomic import atomic_folder
+    from .models.convnext import convert_convnext_state_dict, convnext_config
+    from .models.state_dicts import read_state_dict
+
     state_dict = convert_convnext_state_dict(read_state_dict(args.source))
     model = ConvNextModel(ConvNextConfig(**convnext_config(state_dict)))
     # A feature extractor's weights lack the final norm; HSVLT's backbone does not read it.
@@ -151,6 +163,18 @@ def convert_to_convnext(args: ConvertOptions) -> None:
 
 def convert_to_mltr(args: ConvertOptions) -> None:
     """Writes a checkpoint folder of MlTr: from a state dict of CAT, or from one of ours for another resolution."""
+    from transformers import AutoImageProcessor
+
+    from modeling_hsvlt import MlTrConfig, MlTrForImageClassification
+    from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
+
+    from .checkpoint.atomic import atomic_folder
+    from .checkpoint.folder import save_checkpoint
+    from .data.label_names import read_label_names
+    from .models.cat import cat_to_mltr
+    from .models.resolution import resize_model
+    from .models.state_dicts import read_state_dict
+
     if args.source.is_dir():
         model = MlTrForImageClassification.from_pretrained(args.source, use_safetensors=True)
         image_processor = AutoImageProcessor.from_pretrained(args.source)
@@ -197,6 +221,7 @@ def check_target(target: Path, overwrite: bool, is_checkpoint: bool = True) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when all is done, 2 when something was refused."""
     args = read_options(ConvertOptions, "convert", __doc__, argv)
     convert = {
         "hsvlt": convert_to_hsvlt,
@@ -209,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         convert(args)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"Wrote {args.target}.")
     return 0
 

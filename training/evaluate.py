@@ -15,17 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import evaluate
-from accelerate import Accelerator
-
-from .check.imbalance import long_tail_groups
-from .checkpoint.loading import load_checkpoint
-from .metrics.functional import per_label_report
 from .options import ScoringOptions, number_or_auto, option, run_command
-from .report.page import AP_DEFINITION, result_record, write_report
-from .scoring.predict import score_split
 
-METRIC = Path(__file__).with_name("metrics") / "multilabel_classification"
 RESULT_FILES = ("results.json", "per_label.csv", "report.html")
 
 
@@ -41,6 +32,8 @@ class EvaluateOptions(ScoringOptions):
 
 def format_report(report: dict, threshold_words: str, absent: Sequence[str], top_k: int = 3) -> str:
     """A table that fits a terminal."""
+    from .report.page import AP_DEFINITION
+
     columns = ("CP", "CR", "CF1", "OP", "OR", "OF1", "CF1_per_class")
     rows = {threshold_words: "", f"top {top_k} of these": f"_top{top_k}"}
     width = max(map(len, rows))
@@ -66,6 +59,14 @@ def format_report(report: dict, threshold_words: str, absent: Sequence[str], top
 
 def run(args: EvaluateOptions) -> dict:
     """Scores, prints and writes; returns what results.json holds (on the main process)."""
+    from accelerate import Accelerator
+
+    from .check.imbalance import long_tail_groups
+    from .checkpoint.loading import load_checkpoint
+    from .metrics.functional import multilabel_report, per_label_report
+    from .report.page import result_record, write_report
+    from .scoring.predict import score_split
+
     existing = [name for name in RESULT_FILES if args.output is not None and (args.output / name).exists()]
     if existing and not args.overwrite:
         raise FileExistsError(
@@ -87,11 +88,10 @@ def run(args: EvaluateOptions) -> dict:
     accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    report = metric.compute(
-        predictions=scores,
-        references=labels,
-        threshold=threshold,
+    report = multilabel_report(
+        scores,
+        labels,
+        threshold,
         groups=None if counts is None else long_tail_groups(counts),
         label_names=label_names,
     )

@@ -25,31 +25,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import onnx
-from accelerate import Accelerator
-from transformers import BaseImageProcessor, PreTrainedModel
-
-from .checkpoint.atomic import whole_file
-from .checkpoint.loading import load_checkpoint
-from .metrics.functional import average_precision, decision_report
 from .options import ScoringOptions, option, run_command
-from .publish.selected_tags import FILE_NAME as TAGS_FILE
-from .publish.selected_tags import write_selected_tags
-from .publish.to_onnx import (
-    CHECKED_BATCHES,
-    INT8_FILE,
-    MODEL_FILE,
-    OnnxClassifier,
-    export_onnx,
-    quantize_int8,
-    to_wd_tagger,
-    write_metadata,
-)
-from .scoring.predict import load_scored, score_split
-from .scoring.thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel
 
 
 @dataclass(kw_only=True)
@@ -66,6 +47,15 @@ def _quantize_and_refit(
     model: PreTrainedModel, processor: BaseImageProcessor, source: Path, target: Path, args: ExportOptions
 ) -> None:
     """Writes the int8 file with thresholds fitted to its own scores, and prints what that costs."""
+    import numpy as np
+    import onnx
+    from accelerate import Accelerator
+
+    from .metrics.functional import average_precision, decision_report
+    from .publish.to_onnx import OnnxClassifier, quantize_int8, write_metadata
+    from .scoring.predict import load_scored, score_split
+    from .scoring.thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
+
     quantize_int8(source, target)
     accelerator = Accelerator(cpu=True)
     loaded = load_scored(model.config, args, accelerator)
@@ -102,6 +92,14 @@ def _quantize_and_refit(
 
 def run(args: ExportOptions) -> None:
     """Exports, checks, prints; puts the files into the target only when all went well."""
+    import onnx
+
+    from .checkpoint.atomic import whole_file
+    from .checkpoint.loading import load_checkpoint
+    from .publish.selected_tags import FILE_NAME as TAGS_FILE
+    from .publish.selected_tags import write_selected_tags
+    from .publish.to_onnx import CHECKED_BATCHES, INT8_FILE, MODEL_FILE, export_onnx, to_wd_tagger
+
     names = [MODEL_FILE, TAGS_FILE] + ([INT8_FILE] if args.quantize else [])
     existing = [name for name in names if (args.target / name).exists()]
     if existing and not args.overwrite:

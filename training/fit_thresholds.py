@@ -14,31 +14,30 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from accelerate import Accelerator
-
-from .checkpoint.folder import revised, verify_if_sealed
-from .checkpoint.loading import load_checkpoint
-from .checkpoint.lock import locked, run_folder
-from .metrics.functional import decision_report
 from .options import ScoringOptions, option, run_command
-from .scoring.held_out import held_out_decisions
-from .scoring.predict import score_split
-from .scoring.thresholds import MIN_POSITIVES, OBJECTIVES, fit_thresholds, store_thresholds, threshold_info
+
+if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import Accelerator
 
 
 @dataclass(kw_only=True)
 class FitOptions(ScoringOptions):
-    objective: str = option("f1", "what each label's threshold is best for", choices=OBJECTIVES)
+    objective: Literal["f1", "precision", "recall", "cost"] = option("f1", "what each label's threshold is best for")
     target: float | None = option(
         None, "the wanted precision or recall, or what a false positive costs in false negatives"
     )
-    min_positives: int = option(MIN_POSITIVES, "labels with fewer lean on a threshold shared by all")
+    min_positives: int = option(10, "labels with fewer lean on a threshold shared by all")
 
 
 def run(args: FitOptions) -> np.ndarray:
     """Predicts, fits, stores and prints; returns the thresholds."""
+    from accelerate import Accelerator
+
+    from .checkpoint.lock import locked, run_folder
+
     folder = Path(args.checkpoint)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -53,6 +52,15 @@ def run(args: FitOptions) -> np.ndarray:
 
 
 def _fit(args: FitOptions, folder: Path, accelerator: Accelerator) -> np.ndarray:
+    import numpy as np
+
+    from .checkpoint.folder import revised, verify_if_sealed
+    from .checkpoint.loading import load_checkpoint
+    from .metrics.functional import decision_report
+    from .scoring.held_out import held_out_decisions
+    from .scoring.predict import score_split
+    from .scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
+
     verify_if_sealed(folder)
     model, processor = load_checkpoint(args)
     label_names, scores, labels, *_ = score_split(model, processor, args, accelerator)
@@ -88,7 +96,7 @@ def _fit(args: FitOptions, folder: Path, accelerator: Accelerator) -> np.ndarray
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    return run_command(run, FitOptions, "fit_thresholds", __doc__, argv)
+    return run_command(run, FitOptions, "thresholds", __doc__, argv)
 
 
 if __name__ == "__main__":

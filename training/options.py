@@ -11,6 +11,8 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +20,8 @@ from typing import Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import HfArgumentParser
+
+from .places import checkpoint_folder
 
 
 def option(default: Any = dataclasses.MISSING, reason: str = "", *, positional: bool = False, **more) -> Any:
@@ -75,7 +78,12 @@ class DatasetOptions(ImageOptions):
 
 @dataclasses.dataclass(kw_only=True)
 class CheckpointOptions:
-    checkpoint: str = option(reason="folder or Hub id", positional=True, metavar="CHECKPOINT")
+    checkpoint: str = option(
+        reason="of a run or a checkpoint the folder, or a Hub id",
+        positional=True,
+        read=checkpoint_folder,
+        metavar="CHECKPOINT",
+    )
     revision: str | None = option(None, "commit of a CHECKPOINT on the Hub")
 
 
@@ -157,8 +165,52 @@ class _ReadList(argparse.Action):
         setattr(namespace, self.dest, items)
 
 
-class CommandParser(HfArgumentParser):
-    """`HfArgumentParser` that knows positional arguments, takes lists in both spellings, and shows defaults."""
+def value_kind(hint: Any) -> tuple[Any, Any]:
+    """What a value is where it is not None, a type or Literal; and what an item of it is, or itself."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    kind = typing.get_origin(hint) or hint
+    return kind, typing.get_args(hint)[0] if kind is list else hint
+
+
+def _read_switch(text: str) -> bool:
+    value = read_yaml(text)
+    if not isinstance(value, bool):
+        raise ValueError(text)
+    return value
+
+
+class _DataclassParser(argparse.ArgumentParser):
+    """An option for every field of a dataclass, as transformers' `HfArgumentParser`; to import that takes a second,
+    which every --help would wait for."""
+
+    def __init__(self, dataclass_types: type | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.options_type = dataclass_types
+        hints = {} if dataclass_types is None else typing.get_type_hints(dataclass_types)
+        for field in () if dataclass_types is None else dataclasses.fields(dataclass_types):
+            if field.init:
+                self._add_field(field, *value_kind(hints[field.name]))
+
+    def _add_field(self, field: dataclasses.Field, kind: Any, item: Any) -> None:
+        kwargs: dict[str, Any] = dict(field.metadata)
+        if kind is Literal:
+            kwargs |= {"choices": typing.get_args(item), "type": str}
+        elif kind is bool:
+            kwargs |= {"nargs": "?", "const": True, "type": _read_switch}
+        else:
+            kwargs |= {"type": item} | ({"nargs": "+"} if kind is list else {})
+        if field.default_factory is not dataclasses.MISSING:
+            kwargs["default"] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            kwargs["default"] = field.default
+        else:
+            kwargs["required"] = True
+        self.add_argument(*dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}")), **kwargs)
+
+
+class CommandParser(_DataclassParser):
+    """Knows positional arguments, takes lists in both spellings, and shows defaults."""
 
     def __init__(self, dataclass_types=None, **kwargs):
         settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -167,7 +219,8 @@ class CommandParser(HfArgumentParser):
     def add_argument(self, *names, positional: bool = False, path: bool = False, read: Any = None, **kwargs):
         if positional:
             names = (names[0].removeprefix("--"),)
-            kwargs.pop("required", None)
+            if not kwargs.pop("required", False):
+                kwargs["nargs"] = "?"
         default = kwargs.get("default")
         if kwargs.get("nargs") == "+":
             kwargs["action"] = partial(_ReadList, kind=kwargs.pop("type", str), allowed=kwargs.pop("choices", None))
@@ -184,7 +237,8 @@ class CommandParser(HfArgumentParser):
 
     def read(self, argv: Sequence[str] | None = None) -> Any:
         """The options that `argv` gives; ends with status 2 where it cannot be read."""
-        options, rest = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        namespace, rest = self.parse_known_args(argv)
+        options = self.options_type(**vars(namespace))
         if rest:
             wrong = next((word for word in rest if word.startswith("--")), rest[0]).partition("=")[0]
             near = nearest(wrong.lstrip("-").replace("-", "_"), vars(options))
@@ -194,7 +248,7 @@ class CommandParser(HfArgumentParser):
 
 def read_options(kind: type, command: str, description: str | None, argv: Sequence[str] | None) -> Any:
     """The options of a command of this package, as the dataclass `kind`."""
-    return CommandParser(kind, prog=f"python -m training.{command}", description=description).read(argv)
+    return CommandParser(kind, prog=f"hsvlt {command}", description=description).read(argv)
 
 
 def run_command(

@@ -15,10 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError
-
 from .options import option, read_options
-from .publish.hub import push_run
 
 
 @dataclass(kw_only=True)
@@ -38,6 +35,10 @@ class PushOptions:
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused or did not arrive."""
     args = vars(read_options(PushOptions, "push", __doc__, argv))
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from .publish.hub import push_run
+
     try:
         licence, private = args.pop("license"), not args.pop("public")
         push_run(args.pop("run"), args.pop("repo_id"), private=private, licence=licence, **args)

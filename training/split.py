@@ -12,17 +12,14 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from datasets import concatenate_datasets
-
-from .data.leave_out import same_image
-from .data.load import load
-from .data.rows import Split
-from .data.sparse_labels import SparseLabels
 from .options import DatasetOptions, dataset_options, option, run_command
-from .prepare.stratify import positives_by_split, stratified_split
-from .prepare.write import write_dataset
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .data.rows import Split
 
 DEFAULT_NAMES = {2: ["train", "validation"], 3: ["train", "validation", "test"]}
 
@@ -41,6 +38,15 @@ class SplitOptions(DatasetOptions):
 
 def run(args: SplitOptions) -> None:
     """Loads, divides, prints and writes."""
+    import numpy as np
+    from datasets import concatenate_datasets
+
+    from .data.load import load
+    from .data.rows import Split
+    from .data.sparse_labels import SparseLabels
+    from .prepare.stratify import positives_by_split, stratified_split
+    from .prepare.write import write_dataset
+
     names = args.names or DEFAULT_NAMES.get(len(args.fractions))
     if names is None or len(names) != len(args.fractions) or len(set(names)) != len(names):
         raise ValueError(f"{len(args.fractions)} fractions need as many different --names.")
@@ -88,6 +94,10 @@ def run(args: SplitOptions) -> None:
 
 def _duplicate_groups(report: Path, splits: dict[str, Split]) -> np.ndarray:
     """(rows of all splits,) group ids from the duplicates that training.check_data found."""
+    import numpy as np
+
+    from .data.leave_out import same_image
+
     starts = dict(zip(splits, np.cumsum([0, *(len(split) for split in splits.values())]).tolist(), strict=False))
     groups = np.arange(sum(len(split) for split in splits.values()))
     for group in json.loads(report.read_text(encoding="utf-8"))["duplicates"]:

@@ -24,25 +24,18 @@ import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
-
-from modeling_hsvlt.processing_multilabel import resolve_threshold
-
-from .checkpoint.loading import load_checkpoint
-from .checkpoint.lock import FolderLock
 from .options import CheckpointOptions, ImageOptions, number_or_auto, option, read_options
-from .tagging.loop import report, tag_share
-from .tagging.results import FORMATS, UNREADABLE_FILE, Results, fingerprint, summarise
-from .tagging.sidecars import WRITERS, check_sidecars, write_sidecars
-from .tagging.sources import DatasetSource, open_source
+from .places import free_cores
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def _free_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    from .checkpoint.lock import FolderLock
+    from .tagging.results import Results
+
+WRITERS = ("txt", "xmp")
 
 
 @dataclass(kw_only=True)
@@ -51,10 +44,10 @@ class TagOptions(ImageOptions, CheckpointOptions):
     output: Path = option(reason="folder to write into", positional=True, metavar="OUTPUT")
     threshold: float | str = option("auto", "a number, or auto: the thresholds in the checkpoint", read=number_or_auto)
     top_k: int | None = option(None, "at most so many labels an image; null: all above the threshold")
-    format: str = option("parquet", "of the part files", choices=FORMATS)
+    format: Literal["parquet", "jsonl"] = option("parquet", "of the part files")
     batch_size: int = option(32, "images per device")
     num_workers: int = field(
-        default_factory=_free_cores, metadata={"help": "processes that decode images, per device; by the cores here"}
+        default_factory=free_cores, metadata={"help": "processes that decode images, per device; by the cores here"}
     )
     part_size: int = option(1000, "images per part file")
     sidecars: list[str] = option(list, f"write the labels beside each image: {', '.join(WRITERS)}", choices=WRITERS)
@@ -65,6 +58,18 @@ class TagOptions(ImageOptions, CheckpointOptions):
 
 def run(args: TagOptions) -> None:
     """Tags what has no record yet, prints, and writes sidecars and the list of unreadable images."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import broadcast_object_list
+
+    from modeling_hsvlt.processing_multilabel import resolve_threshold
+
+    from .checkpoint.loading import load_checkpoint
+    from .checkpoint.lock import FolderLock
+    from .tagging.loop import report, tag_share
+    from .tagging.results import UNREADABLE_FILE, Results, summarise
+    from .tagging.sidecars import check_sidecars, write_sidecars
+    from .tagging.sources import DatasetSource, open_source
+
     # Processes wait for the slowest, which may have the largest images.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     model, processor = load_checkpoint(args)
@@ -113,6 +118,8 @@ def run(args: TagOptions) -> None:
 
 def _plan(args, model: PreTrainedModel, source, results: Results, lock: FolderLock) -> list:
     """The keys that have no record and the number of this run; or, in place of the keys, why there can be none."""
+    from .tagging.results import fingerprint
+
     settings = {
         "checkpoint": args.checkpoint if not Path(args.checkpoint).is_dir() else os.path.abspath(args.checkpoint),
         "revision": args.revision,

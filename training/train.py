@@ -1,33 +1,53 @@
 """Train a multi-label image classifier on any Hugging Face dataset.
 
-    accelerate launch -m training.train CONFIG.yaml [--key value ...]
+    hsvlt train FOLDER                          your photographs, with the recipe `photos`
+    hsvlt train RECIPE [DATASET] [--key value ...]
+    hsvlt train runs/photos --resume            after an interruption
 
-    # a folder of photographs with metadata.jsonl, on two CPU cores (accelerate takes one thread unless told)
-    accelerate launch --num_cpu_threads_per_process 2 -m training.train training/configs/photos.yaml --dataset FOLDER
-    # eight GPUs
-    accelerate launch --multi_gpu --num_processes 8 -m training.train training/configs/hsvlt_small_coco.yaml
-    # after an interruption
-    accelerate launch -m training.train runs/NAME/config.yaml --resume
+RECIPE is a name ({recipes}) or a YAML file. All GPUs of the machine
+are used, or what `accelerate config` was told; otherwise start it as
+`accelerate launch --config_file FILE -m hsvlt_training.train ...` (in a checkout: -m training.train).
 
-Every option, with the reason for its default, is in training/config.py. The run folder holds config.yaml, log.jsonl,
-best/ (the checkpoint to use), checkpoint-STEP/ (to resume from) and results.json. SIGINT (Ctrl-C) and SIGTERM end a run
-after the step in hand, with everything saved and exit status 0.
+The run folder holds config.yaml, log.jsonl, best/ (the checkpoint to use), checkpoint-STEP/ (to resume from) and
+results.json. SIGINT (Ctrl-C) and SIGTERM end a run after the step in hand, with everything saved and exit status 0.
 """
+
+from __future__ import annotations
 
 import gc
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import transformers
+from .config import TrainingConfig, describe_options, parse_config
+from .places import recipes
 
-from .checkpoint.folder import CheckpointError
-from .checkpoint.series import checkpoints
-from .config import describe_options, parse_config
-from .loop.finish import finish
-from .loop.fit import fit
-from .loop.interruption import Stopped
-from .loop.run import Run
-from .loop.setup import setup
+if TYPE_CHECKING:
+    from .loop.run import Run
+
+
+def train(config: TrainingConfig) -> dict:
+    """A whole run, from Python.
+
+    Returns:
+        What results.json holds: the metrics of best/ in the run's folder.
+
+    Raises:
+        ValueError, OSError, FloatingPointError, CheckpointError: in one sentence, what was wrong and what to do.
+        Stopped: by SIGINT or SIGTERM; everything is saved.
+    """
+    from .loop.finish import finish
+    from .loop.fit import fit
+    from .loop.setup import setup
+
+    run = setup(config)
+    with _closing(run), run.stop:
+        fit(run)
+        results = finish(run)
+    run.accelerator.end_training()
+    return results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,28 +59,44 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     if "-h" in arguments or "--help" in arguments:
-        print(f"{__doc__}\nOptions, their defaults, and why:\n\n{describe_options()}")
+        print(__doc__.format(recipes=", ".join(recipes())))
+        print(f"Options, their defaults, and why:\n\n{describe_options()}")
         return 0
-    transformers.utils.logging.disable_progress_bar()  # one bar, ours
     try:
-        run = setup(parse_config(arguments))
+        config = parse_config(arguments)
+        from .loop.setup import setup  # after the options, so that what they have wrong is said at once
+
+        run = setup(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    status = 0
+    from .checkpoint.folder import CheckpointError
+    from .loop.finish import finish
+    from .loop.fit import fit
+    from .loop.interruption import Stopped
+
+    with _closing(run):
+        try:
+            with run.stop:
+                fit(run)
+                finish(run)
+        except Stopped:
+            _say_what_is_kept(run, f"Stopped by {run.stop.signal or 'a signal to another process'}")
+        except (FloatingPointError, CheckpointError, ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            traceback.clear_frames(error.__traceback__)  # the writer may keep the error, and its frames the loaders
+            return 1
+        except KeyboardInterrupt:
+            _say_what_is_kept(run, "Interrupted")
+            return 130
+    run.accelerator.end_training()
+    return 0
+
+
+@contextmanager
+def _closing(run: Run) -> Iterator[None]:
     try:
-        with run.stop:
-            fit(run)
-            finish(run)
-    except Stopped:
-        _say_what_is_kept(run, f"Stopped by {run.stop.signal or 'a signal to another process'}")
-    except (FloatingPointError, CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        traceback.clear_frames(error.__traceback__)  # the writer may keep the error, and its frames the loaders
-        status = 1
-    except KeyboardInterrupt:
-        _say_what_is_kept(run, "Interrupted")
-        status = 130
+        yield
     finally:
         run.writer.close()
         # DistributedDataParallel must not hold the last reference to the process group: it would drop that with
@@ -71,12 +107,11 @@ def main(argv: list[str] | None = None) -> int:
         run.loaders.clear()
         gc.collect()
         run.held.close()
-    if status == 0:
-        run.accelerator.end_training()
-    return status
 
 
 def _say_what_is_kept(run: Run, what: str) -> None:
+    from .checkpoint.series import checkpoints
+
     if not run.accelerator.is_main_process:
         return
     run.writer.error(wait=True)

@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
 from training.config import TrainingConfig, parse_config
+
+RECIPES = Path(__file__).parents[2] / "training" / "configs"
 
 
 @pytest.fixture
@@ -89,3 +93,58 @@ def test_what_is_written_reads_back_equal(recipe):
     config = parse_config(["--learning_rate", "3e-4", "--scenes.num_scenes.train", "5", "--push_to_hub", "me/model"])
     assert parse_config([recipe(config.to_yaml())]) == config
     assert yaml.safe_load(config.to_yaml())["scenes"] == {"num_scenes": {"train": 5}}
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe", "dataset"),
+    [
+        (["my photos"], "photos", "my photos"),  # a folder alone: with the recipe for photographs
+        (["photos", "my photos"], "photos", "my photos"),
+        (["quickstart"], "quickstart", "scenes"),
+        (["split"], "photos", "split"),
+        (["partial_labels", "split"], "partial_labels", "split"),
+        (["quickstart.yaml", "my photos"], None, "my photos"),
+        (["org/name"], "photos", "org/name"),
+        (["photos", "org/name"], "photos", "org/name"),
+        (["run"], None, "of the run"),
+        (["photos.csv"], "photos", "photos.csv"),
+        (["quickstart", "photos"], "quickstart", "photos"),  # both are names of recipes
+    ],
+)
+def test_a_recipe_and_a_dataset_by_the_words_before_the_options(words, recipe, dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my photos", "split", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "photos.csv").write_text("file_name,labels\n")
+    (tmp_path / "quickstart.yaml").write_text("epochs: 77\n")
+    (tmp_path / "run" / "config.yaml").write_text("epochs: 77\ndataset: of the run\n")
+    config = parse_config([*words, "--seed", "3"])
+    assert (config.dataset, config.seed) == (dataset, 3)
+    if recipe is None:
+        assert config.epochs == 77
+    else:
+        from_file = parse_config([str(RECIPES / f"{recipe}.yaml"), "--dataset", dataset, "--seed", "3"])
+        assert config == from_file
+
+
+def test_a_folder_that_has_the_name_of_a_recipe_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert parse_config(["photos"]).dataset == "photos"
+    assert parse_config(["photos", "photos"]) == parse_config(["photos"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["photo"], "photo is no recipe and no folder: did you mean photos?"),
+        (["phto", "org/name"], "phto is no recipe: did you mean photos?"),
+        (["photos", "a", "b"], "'b' follows no option"),
+        (["absent.yaml"], "absent.yaml does not exist"),
+    ],
+)
+def test_words_that_mean_nothing(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError)) as error:
+        parse_config(words)
+    assert message in str(error.value)

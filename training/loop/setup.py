@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -49,6 +50,7 @@ def setup(config: TrainingConfig) -> Run:
     Raises:
         ValueError, OSError: in one sentence, what was wrong and what to do.
     """
+    transformers.utils.logging.disable_progress_bar()  # one bar, ours
     folder = Path(config.output_dir)
     log = JsonLinesTracker(folder / "log.jsonl")
     accelerator = Accelerator(

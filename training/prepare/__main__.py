@@ -1,4 +1,4 @@
-"""`python -m training.prepare KIND SOURCE TARGET`: a data set in its own format becomes a Hugging Face dataset.
+"""`hsvlt prepare KIND SOURCE TARGET`: a data set in its own format becomes a Hugging Face dataset.
 
 TARGET is a folder of parquet shards with the images in them, which `datasets.load_dataset` and the commands of this
 folder read, and which can be uploaded as it is. Counts are printed beside the published ones.
@@ -8,50 +8,66 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..data.sparse_labels import SparseLabels
 from ..options import CommandParser
-from . import coco, nuswide, tables, voc
-from .reading import Reading
-from .write import write_dataset
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..data.sparse_labels import SparseLabels
+    from .reading import Reading
+
+# The module that reads a kind, and what it is; imported when it is asked for.
 KINDS = {
-    "coco": coco,
-    "voc": voc,
-    "nuswide": nuswide,
-    "csv": tables,
-    "imagefolder": tables,
-    "dataset": tables,
+    "coco": ("coco", "COCO json, instances"),
+    "voc": ("voc", "PASCAL VOC, xml or lists of ImageSets/Main"),
+    "nuswide": ("nuswide", "NUS-WIDE's own lists"),
+    "csv": (
+        "tables",
+        "CSV with file names, and labels as text or one column a label: a file, or a folder of SPLIT.csv",
+    ),
+    "imagefolder": ("tables", "images beside a SPLIT/metadata.jsonl"),
+    "dataset": ("tables", "parquet, save_to_disk, or a data set of the Hub"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
+    from .write import write_dataset
+
     try:
         if args.target.exists():
             raise FileExistsError(f"{args.target} exists: delete it, or choose another TARGET.")
-        reading = select_splits(KINDS[args.kind].read(args), args.split)
+        reading = select_splits(_reader(args.kind).read(args), args.split)
         if args.without_labels == "drop":
             drop_images_without_labels(reading)
         print(count_table(reading), flush=True)
         write_dataset(reading.splits, reading.label_names, args.target, max_shard_bytes=args.max_shard_mb * 1_000_000)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"Written to {args.target}; load_dataset({str(args.target)!r}) and --dataset {args.target} read it.")
     return 0
 
 
-def build_parser() -> CommandParser:
-    parser = CommandParser(prog="python -m training.prepare", description=__doc__)
+def _reader(kind: str):
+    return import_module(f".{KINDS[kind][0]}", __package__)
+
+
+def build_parser(chosen: str | None) -> CommandParser:
+    """The parser of all kinds, with the options of the one that is `chosen`."""
+    parser = CommandParser(prog="hsvlt prepare", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for name, module in KINDS.items():
-        kind = kinds.add_parser(
-            name, dataclass_types=module.Options, help=module.HELP[name], description=module.__doc__
-        )
+    for name, (_, words) in KINDS.items():
+        if name != chosen:
+            kinds.add_parser(name, help=words)
+            continue
+        module = _reader(name)
+        kind = kinds.add_parser(name, dataclass_types=module.Options, help=words, description=module.__doc__)
         kind.add_argument("target", metavar="TARGET", type=Path, help="folder to make; refused if it exists")
         kind.add_argument(
             "--split",
@@ -93,6 +109,8 @@ def select_splits(reading: Reading, pairs: list[tuple[str, str]] | None) -> Read
 
 
 def drop_images_without_labels(reading: Reading) -> None:
+    import numpy as np
+
     for name, split in reading.splits.items():
         rows = np.flatnonzero(_shows_a_label(split.labels))
         print(f"Left out of {name}: {len(split) - len(rows):,} images that show no label.")
@@ -101,6 +119,8 @@ def drop_images_without_labels(reading: Reading) -> None:
 
 def _shows_a_label(labels: SparseLabels) -> np.ndarray:
     """(rows,) bool."""
+    import numpy as np
+
     rows = np.repeat(np.arange(len(labels)), np.diff(labels.starts))
     return np.bincount(rows[labels.values >= 0.5], minlength=len(labels)) > 0
 

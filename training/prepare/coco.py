@@ -18,8 +18,6 @@ from ..data.rows import SPLIT_ALIASES
 from ..options import option
 from .reading import Reading, Rows, SourceOptions, checked, first_folder
 
-HELP = {"coco": "COCO json, instances"}
-
 # Images, and those with an annotation.
 PUBLISHED = {"train2014": (82_783, 82_081), "val2014": (40_504, 40_137)}
 

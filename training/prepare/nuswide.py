@@ -16,8 +16,6 @@ from ..data.label_names import read_label_names
 from ..options import option
 from .reading import Reading, Rows, SourceOptions, checked, first_folder, text_lines
 
-HELP = {"nuswide": "NUS-WIDE's own lists"}
-
 # Images, and those that show one of the 81 concepts.
 PUBLISHED = {"Train": (161_789, 125_449), "Test": (107_859, 83_898)}
 

@@ -13,12 +13,6 @@ from .reading import Reading
 
 Options = DatasetOptions
 
-HELP = {
-    "csv": "CSV with file names, and labels as text or one column a label: a file, or a folder of SPLIT.csv",
-    "imagefolder": "images beside a SPLIT/metadata.jsonl",
-    "dataset": "parquet, save_to_disk, or a data set of the Hub",
-}
-
 
 def read(args: argparse.Namespace) -> Reading:
     """Raises ValueError or FileNotFoundError, in one sentence with file, line and label."""

@@ -22,8 +22,6 @@ from ..data.rows import SPLIT_ALIASES
 from ..options import LABEL_NAMES, option
 from .reading import Reading, Rows, SourceOptions, checked, text_lines
 
-HELP = {"voc": "PASCAL VOC, xml or lists of ImageSets/Main"}
-
 PUBLISHED = {"VOC2007": {"trainval": (5_011, None), "test": (4_952, None)}}
 
 

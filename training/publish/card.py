@@ -20,9 +20,9 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from training.check.imbalance import HEAD, MEDIUM
-from training.scoring.measured_with import AT_THRESHOLDS, names_of
-
+from ..check.imbalance import HEAD, MEDIUM
+from ..places import shipped
+from ..scoring.measured_with import AT_THRESHOLDS, names_of
 from .measured import (
     checkpoint_of,
     evaluation_file,
@@ -112,7 +112,7 @@ def render_card(
         eval_results=_eval_results(facts) or None,
     )
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parents[2] / "model_cards"),
+        loader=jinja2.FileSystemLoader(shipped("model_cards")),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -13,7 +13,7 @@ class PackageBlocker:
     """Makes importing the package fail, as on a machine that never installed it."""
 
     def find_spec(self, name: str, path=None, target=None):
-        if name.partition(".")[0] in ("modeling_hsvlt", "training"):
+        if name.partition(".")[0] in ("modeling_hsvlt", "hsvlt_training", "training"):
             raise ModuleNotFoundError(f"{name} is blocked here on purpose: the folder must bring its own code.")
 
 

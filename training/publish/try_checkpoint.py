@@ -17,7 +17,7 @@ class PackageBlocker:
     """Makes `import modeling_hsvlt` fail, as on a machine that never installed it."""
 
     def find_spec(self, name: str, path=None, target=None):
-        if name.partition(".")[0] in ("modeling_hsvlt", "training"):
+        if name.partition(".")[0] in ("modeling_hsvlt", "hsvlt_training", "training"):
             raise ImportError(f"{name} is blocked here on purpose: the checkpoint must bring its own code.")
 
 

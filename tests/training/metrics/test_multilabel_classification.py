@@ -54,7 +54,7 @@ def test_errors_name_the_label(metric):
 
 @pytest.mark.slow
 def test_away_from_the_checkout_it_says_what_is_missing(tmp_path):
-    code = f"import evaluate; evaluate.load({str(MODULE)!r})"
+    code = f"import sys; sys.modules['hsvlt_training'] = None; import evaluate; evaluate.load({str(MODULE)!r})"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode != 0
     assert "run from the root of the checkout" in run.stderr.splitlines()[-1]

@@ -305,11 +305,11 @@ def test_command_converts_and_transfers(tmp_path, capsys):
         assert name.startswith("layernorm") or torch.equal(ours[name], tensor), name
 
     capsys.readouterr()
-    assert main([str(folder), str(larger), *to]) == 1
+    assert main([str(folder), str(larger), *to]) == 2
     assert "exists: choose another TARGET, or replace it with --overwrite" in capsys.readouterr().err
-    assert main([str(tmp_path / "absent.pth"), str(tmp_path / "new"), *to]) == 1
+    assert main([str(tmp_path / "absent.pth"), str(tmp_path / "new"), *to]) == 2
     assert "is not a file" in capsys.readouterr().err
-    assert main([str(tmp_path / "labels.txt"), str(tmp_path / "new"), *to]) == 1
+    assert main([str(tmp_path / "labels.txt"), str(tmp_path / "new"), *to]) == 2
     assert not (tmp_path / "new").exists()
 
 

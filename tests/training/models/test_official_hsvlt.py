@@ -376,7 +376,7 @@ def test_command_writes_the_released_layout(released, label_embeddings, target, 
     assert "bert.npy" in capsys.readouterr().out
     # Neither of the two files is replaced unasked.
     target.unlink()
-    assert main([ours, str(target), "--to", "official"]) == 1 and not target.exists()
+    assert main([ours, str(target), "--to", "official"]) == 2 and not target.exists()
     assert f"{target.with_suffix('.npy')}' exists" in capsys.readouterr().err
     assert main([ours, str(target), "--to", "official", "--overwrite"]) == 0 and target.is_file()
 
@@ -433,7 +433,7 @@ def test_command_refuses_in_one_sentence(released, capsys):
     source, ours, embeddings = (str(released / name) for name in ("best_model.pth", "ours", "bert.npy"))
 
     def refused(*arguments):
-        assert main([str(argument) for argument in arguments]) == 1
+        assert main([str(argument) for argument in arguments]) == 2
         output = capsys.readouterr()
         assert "code from a pickle ran" not in output.out and output.err.startswith("error: ")
         return output.err
@@ -466,9 +466,9 @@ def test_command_never_overwrites_unasked(released, capsys):
     arguments = [source, str(target), "--label_embeddings", str(released / "bert.npy")]
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "exists: choose another TARGET, or replace it with --overwrite" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite"]) == 1
+    assert main([*arguments, "--overwrite"]) == 2
     assert "no checkpoint folder" in capsys.readouterr().err
     assert (target / "thesis.txt").read_text() == "years of work"
 
@@ -478,6 +478,6 @@ def test_command_never_overwrites_unasked(released, capsys):
     save_file(random_official(seed=7), released / "other.safetensors")
     other = [str(released / "other.safetensors"), *arguments[1:]]
     weights = (target / "model.safetensors").read_bytes()
-    assert main(other) == 1 and (target / "model.safetensors").read_bytes() == weights
+    assert main(other) == 2 and (target / "model.safetensors").read_bytes() == weights
     assert main([*other, "--overwrite"]) == 0 and (target / "model.safetensors").read_bytes() != weights
     assert json.loads((target / "config.json").read_text())["model_type"] == "hsvlt"

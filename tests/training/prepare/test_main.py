@@ -357,7 +357,7 @@ def test_what_is_malformed_is_refused_with_file_and_line(name, harm, message, tm
     build, (kind, *options) = FORMATS[name]
     source = build(tmp_path / "source")
     harm(source if source.is_dir() else source.parent)
-    assert prepare(kind, source, tmp_path / "made" / "target", *options) == 1
+    assert prepare(kind, source, tmp_path / "made" / "target", *options) == 2
     error = capsys.readouterr().err
     assert [line for line in error.splitlines() if line.startswith("error: ")], error
     assert not (tmp_path / "made").exists()
@@ -373,7 +373,7 @@ def test_missing_images_of_parquet_name_their_row(missing, tmp_path, capsys):
     rows = pa.Table.from_pydict({"image": images, "labels": [["cat"], ["dog"]]}, schema=features.arrow_schema)
     pq.write_table(rows, tmp_path / "source" / "train-00000-of-00001.parquet")
     command = ["dataset", tmp_path / "source", tmp_path / "target"]
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     assert "The split 'train' of" in (error := capsys.readouterr().err) and "1 image (row 1)" in error
     assert prepare(*command, "--missing_images", "skip") == 0
     splits = load(tmp_path / "target").splits
@@ -389,7 +389,7 @@ def test_unknown_labels_of_parquet_name_their_row(tmp_path, capsys):
         source = write_parquet(tmp_path / layout, layout)
         write(tmp_path / "labels.txt", "cat\ntvmonitor\n")
         options = [tmp_path / option if option.endswith(".txt") else option for option in options]
-        assert prepare("dataset", source, tmp_path / "target", *options) == 1
+        assert prepare("dataset", source, tmp_path / "target", *options) == 2
         assert message in capsys.readouterr().err
 
 
@@ -460,15 +460,15 @@ def test_splits_are_chosen_and_renamed(tmp_path, capsys):
     assert prepare("imagefolder", source, tmp_path / "target", "--split", "test=validation") == 0
     assert set(load(tmp_path / "target").splits) == {"validation"}
     capsys.readouterr()
-    assert prepare("imagefolder", source, tmp_path / "other", "--split", "dev=train") == 1
+    assert prepare("imagefolder", source, tmp_path / "other", "--split", "dev=train") == 2
     assert "There is no 'dev', only test, train" in capsys.readouterr().err
-    assert prepare("imagefolder", source, tmp_path / "other", "--split", "test=train", "--split", "train=train") == 1
+    assert prepare("imagefolder", source, tmp_path / "other", "--split", "test=train", "--split", "train=train") == 2
     assert "not the only one that would become 'train'" in capsys.readouterr().err
 
 
 def test_an_existing_target_is_refused_untouched(tmp_path, capsys):
     write(tmp_path / "target" / "mine.txt", "mine")
-    assert prepare("imagefolder", write_image_folder(tmp_path / "source"), tmp_path / "target") == 1
+    assert prepare("imagefolder", write_image_folder(tmp_path / "source"), tmp_path / "target") == 2
     assert "target exists: delete it" in capsys.readouterr().err
     assert os.listdir(tmp_path / "target") == ["mine.txt"]
 

@@ -1,5 +1,7 @@
 """All multi-label metrics as one `evaluate` module; the definitions are in training/metrics/functional.py."""
 
+import importlib
+
 import datasets
 import evaluate
 
@@ -46,15 +48,17 @@ class MultilabelClassification(evaluate.Metric):
         return info
 
     def _download_and_prepare(self, dl_manager):
-        # Not at the top of the file, where evaluate takes an import for a package to `pip install`.
-        try:
-            from training.metrics.functional import multilabel_report
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "This metric needs training/metrics/functional.py; run from the root of the checkout, or put that "
-                "root on PYTHONPATH."
-            ) from error
-        self._report = multilabel_report
+        # Not an import statement, which evaluate takes for a package to `pip install`.
+        for package in ("hsvlt_training", "training"):  # installed, or in a checkout
+            try:
+                self._report = importlib.import_module(f"{package}.metrics.functional").multilabel_report
+                return
+            except ModuleNotFoundError:
+                pass
+        raise ModuleNotFoundError(
+            "This metric needs training/metrics/functional.py; run from the root of the checkout, or install the "
+            "package."
+        )
 
     def _compute(self, predictions, references, **options):
         for name, rows in (("predictions", predictions), ("references", references)):

@@ -1,0 +1,58 @@
+"""What is where on this machine: the files that the package brings, runs, and how many cores there are."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def shipped(name: str) -> Path:
+    """The folder `model_cards` or `space`: beside this one in a checkout, in it where the package is installed."""
+    here = Path(__file__).parent
+    return here / name if (here / name).is_dir() else here.parent / name
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by their short names."""
+    return {path.stem: path for path in sorted(Path(__file__).with_name("configs").glob("*.yaml"))}
+
+
+def checkpoint_folder(text: str) -> str:
+    """A checkpoint as it was named, or best/ of the run that it names.
+
+    Raises:
+        ValueError: a run that has no checkpoint yet.
+    """
+    folder = Path(text)
+    if not folder.is_dir() or (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        return text
+    if not (folder / "best").is_dir():
+        raise ValueError(f"{text} is a run without best/, which the end of its first epoch makes.")
+    return str(folder / "best")
+
+
+def last_run() -> str:
+    """The checkpoint that was written last among those of the runs below runs/.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = [path.parent for path in Path("runs").glob("**/best/config.json")]
+    if not found:
+        raise FileNotFoundError("There is no run below runs/ in this folder: name a checkpoint, or train one first.")
+    return str(max(found, key=lambda folder: (folder / "config.json").stat().st_mtime))
+
+
+def cores() -> int:
+    """Cores that this process may use: of the machine, of its affinity, and of its container's share."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no cgroup, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def free_cores() -> int:
+    """Processes that may decode images beside one that computes: its share of the cores, less one; at most 8."""
+    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
