@@ -41,8 +41,8 @@ print(json.dumps(found), file=sys.stderr)
 
 
 def test_a_command_that_there_is_not(capsys):
-    assert hsvlt.main(["evalate"]) == 2
-    assert capsys.readouterr().err == "error: there is no command 'evalate': did you mean evaluate?\n"
+    assert hsvlt.main(["evaluat"]) == 2
+    assert capsys.readouterr().err == "error: there is no command 'evaluat': did you mean evaluate?\n"
     assert hsvlt.main(["zzzz"]) == 2 and "see hsvlt --help" in capsys.readouterr().err
 
 
