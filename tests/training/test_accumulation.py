@@ -13,17 +13,11 @@ from modeling_hsvlt import HSVLTForImageClassification
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 from training.train import main
 
-from .tiny_run import reset_accelerate, write_recipe
+from .tiny_run import write_recipe
 
 ROOT = Path(__file__).parents[2]
 PARTLY_KNOWN = ["--fresh_scenes", "false", "--partial_labels", "{known_fraction: 0.2}", "--warmup_epochs", "0"]
 PLAIN = [*PARTLY_KNOWN, "--augmentation", "null"]
-
-
-@pytest.fixture(autouse=True)
-def own_process():
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +37,6 @@ def curve_of(folder):
 
 def train(recipe, folder, *options):
     assert main([recipe, "--output_dir", str(folder), *options]) == 0
-    reset_accelerate()
     return curve_of(folder)
 
 

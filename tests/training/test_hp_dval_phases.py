@@ -18,7 +18,7 @@ from training.scoring.measured_with import fingerprints
 from training.train import main
 
 from ..tiny_clip import tiny_clip, tiny_clip_tokenizer
-from .tiny_run import SCENES, reset_accelerate
+from .tiny_run import SCENES
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 TABLE = "hp_dval.text.text_model.embeddings.token_embedding.weight"
@@ -37,13 +37,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def accelerate_state():
-    reset_accelerate()
-    yield
-    reset_accelerate()
-
-
 @pytest.fixture
 def clip(tmp_path):
     tokenizer = tiny_clip_tokenizer()
@@ -54,7 +47,6 @@ def clip(tmp_path):
 
 def command(recipe, output, **options):
     options = {**TINY, "output_dir": str(output), **options}
-    reset_accelerate()
     written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
     return main([str(CONFIGS / recipe), *(f"--{key}={value}" for key, value in written.items())])
 
@@ -124,7 +116,6 @@ def test_joint_training_resumes_exactly(tmp_path, clip, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training.loop.fit, "validate", interrupted)
         assert command("hp_dval_joint.yaml", tmp_path / "halves", **options) == 130
-    reset_accelerate()
     assert main([str(tmp_path / "halves" / "config.yaml"), "--resume"]) == 0
     whole, halves = (load_file(checkpoints(tmp_path / name)[0] / "model.safetensors") for name in ("whole", "halves"))
     assert not changed(whole, halves)

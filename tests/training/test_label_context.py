@@ -17,18 +17,11 @@ from training.data.scenes import SCENE_LABELS
 from training.models.build import build_model
 from training.train import main
 
-from .tiny_run import SCENES, reset_accelerate
+from .tiny_run import SCENES
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "hsvlt_label_context.yaml"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", *SCENE_LABELS]
 BACKBONE = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]}
-
-
-@pytest.fixture(autouse=True)
-def accelerate_state():
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture
@@ -90,7 +83,6 @@ def test_the_recipe_learns_contexts_alone_and_leaves_a_plain_checkpoint(tmp_path
     # Its training state goes back into a new model with a context.
     options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert options["label_context"] == {"num_tokens": 4, "class_specific": False, "train": "nothing"}
-    reset_accelerate()
     assert main([str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
 
 

@@ -12,16 +12,9 @@ import training.evaluate
 import training.fit_thresholds
 import training.train
 
-from .tiny_run import reset_accelerate, write_recipe
+from .tiny_run import write_recipe
 
 NAMES = ["red", "green", "blue"]
-
-
-@pytest.fixture(autouse=True)
-def own_process():
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +57,8 @@ def test_a_table_of_ones_own_is_trained_on_scored_and_fitted_to(shelves, tmp_pat
         argv = [recipe, "--output_dir", str(run), "--dataset", str(shelves / layout), "--epochs", "1"]
         argv += ["--augmentation", "null", "--report", str(layout == "columns").lower()]
         assert training.train.main([*argv, *shared, *for_training]) == 0, capsys.readouterr()
-        reset_accelerate()
         scoring = [str(run / "best"), str(shelves / layout), *shared, *for_scoring]
         assert training.evaluate.main([*scoring, "--output", str(run / "scored"), "--count_split", "train"]) == 0
-        reset_accelerate()
         results[layout] = json.loads((run / "scored" / "results.json").read_text())["metrics"]
         # As at the end of training: the same images and labels.
         assert results[layout]["mAP"] == json.loads((run / "results.json").read_text())["validation"]["mAP"]
@@ -82,7 +73,6 @@ def test_a_table_of_ones_own_is_trained_on_scored_and_fitted_to(shelves, tmp_pat
     for command in (training.evaluate, training.fit_thresholds, training.calibrate):
         options = ["--shared"] if command is training.calibrate else []
         assert command.main([*scoring, "--exclude", str(excluded), *options]) == 0, capsys.readouterr()
-        reset_accelerate()
     config = json.loads((run / "best" / "config.json").read_text())
     assert config["threshold_info"]["num_samples"] == config["calibration_info"]["num_samples"] == 11
     excluded.write_text("validation\t3\tphotos/val4.png\tcopy\n")

@@ -10,16 +10,9 @@ from safetensors.torch import load_file
 
 from training.train import main
 
-from .tiny_run import reset_accelerate, write_recipe
+from .tiny_run import write_recipe
 
 NAMES = ["round", "square", "never"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def write_photos(root, unknown_cell, hidden):
@@ -39,7 +32,6 @@ def write_photos(root, unknown_cell, hidden):
 
 
 def train(folder, recipe, *options):
-    reset_accelerate()
     arguments = ["--output_dir", str(folder / "run"), "--augmentation", "null", "--epochs", "1", *map(str, options)]
     assert main([recipe, *arguments]) == 0
     return json.loads((folder / "run" / "results.json").read_text()), load_file(folder / "run/best/model.safetensors")

@@ -37,15 +37,9 @@ from training.scoring.measured_with import fingerprints
 from training.train import main
 
 from ..tolerance import METRIC, assert_close_metrics
-from .tiny_run import NANO, SCENES, free_port, reset_accelerate, write_recipe
+from .tiny_run import NANO, SCENES, free_port, write_recipe
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def own_process():
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

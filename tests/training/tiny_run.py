@@ -4,7 +4,6 @@ import socket
 from pathlib import Path
 
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 NANO = {
     "backbone_config": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
@@ -36,10 +35,3 @@ def free_port() -> str:
     """For `--main_process_port`: by default every launch takes 29500, also that of a test in another worker."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return str(server.getsockname()[1])
-
-
-def reset_accelerate() -> None:
-    """accelerate keeps state for the process; each command would have a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    PartialState._reset_state()

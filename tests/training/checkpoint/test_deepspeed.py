@@ -18,7 +18,7 @@ from training.checkpoint.deepspeed import configure_zero
 from training.checkpoint.series import newest_good
 from training.train import main
 
-from ..tiny_run import free_port, reset_accelerate, write_recipe
+from ..tiny_run import free_port, write_recipe
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = ["--ema_decay", "0.9", "--gradient_accumulation_steps", "2", "--fresh_scenes", "false"]
@@ -99,9 +99,7 @@ def test_two_processes_train_like_one_and_resume_on_two_and_on_one(tmp_path):
     train_on_two(tmp_path / "resumed", str(whole / "config.yaml"), "--resume")
     options = ["--resume", "--resume_despite", "[batches]", "--batch_size", "8"]
     assert main([str(whole / "config.yaml"), "--output_dir", str(tmp_path / "on_one"), *options]) == 0
-    reset_accelerate()
     assert main([recipe, "--output_dir", str(tmp_path / "plain"), "--batch_size", "8", *OPTIONS]) == 0
-    reset_accelerate()
 
     last = end(whole)
     assert any(name.startswith("optimizer.") for name in last) and any(name.startswith("ema.") for name in last)

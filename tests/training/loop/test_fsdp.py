@@ -31,7 +31,6 @@ from training.scoring.predict import predict
 
 from ...tiny_clip import tiny_clip, tiny_clip_tokenizer
 from ...tolerance import assert_close_outputs
-from ..tiny_run import reset_accelerate
 
 ROOT = Path(__file__).parents[3]
 
@@ -148,7 +147,6 @@ def mesh():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
-    reset_accelerate()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,13 +10,7 @@ from training.checkpoint.series import newest_good
 from training.data.scenes import SCENE_LABELS
 from training.train import main
 
-from ..tiny_run import reset_accelerate, write_recipe
-
-
-@pytest.fixture(autouse=True)
-def own_process():
-    yield
-    reset_accelerate()
+from ..tiny_run import write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +22,6 @@ def recipe(tmp_path_factory):
 def finished(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert main([recipe, "--output_dir", str(folder)]) == 0
-    reset_accelerate()
     return folder
 
 

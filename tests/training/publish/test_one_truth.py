@@ -25,7 +25,7 @@ from training.publish.hub import push_run
 from training.publish.measured import PATH_OPTIONS, read_options
 
 from ..tiny_checkpoint import tiny_model
-from ..tiny_run import reset_accelerate, write_recipe
+from ..tiny_run import write_recipe
 
 NAMES = ["red", "green", "blue"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", *NAMES]
@@ -34,9 +34,6 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", *NAME
 @pytest.fixture(autouse=True)
 def own_process(monkeypatch):
     monkeypatch.setattr(training.publish.hub, "check_folder", lambda *args: 0.0)
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +83,7 @@ def run(secret):
     }
     recipe = Path(write_recipe(secret))
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | options))
-    reset_accelerate()
     assert training.train.main([str(recipe)]) == 0
-    reset_accelerate()
     used = yaml.safe_load((secret / "run" / "config.yaml").read_text())
     assert [name for name in PATH_OPTIONS if not used[name]] == ["backbone"], "which init_from excludes"
     return secret / "run"
@@ -179,7 +174,6 @@ def test_what_is_fitted_again_is_what_the_card_shows(run, secret, tmp_path):
     split = [str(run / "best"), str(secret / "table"), "--image_folder", str(secret / "photos")]
     split += ["--unlisted_images", "skip", "--label_names", *NAMES]
     assert training.fit_thresholds.main([*split, "--objective", "cost", "--target", "5"]) == 0
-    reset_accelerate()
     again = json.loads((run / "best" / "config.json").read_text())["thresholds"]
     assert again != config["thresholds"]
     second = build(run, tmp_path / "second")
@@ -195,13 +189,11 @@ def test_what_is_fitted_again_is_what_the_card_shows(run, secret, tmp_path):
 
     # Measured again, it is shown again.
     assert training.evaluate.main([*split, "--threshold", "auto", "--output", str(run / "evaluation")]) == 0
-    reset_accelerate()
     metrics = json.loads((run / "evaluation" / "results.json").read_text())["metrics"]
     third = build(run, tmp_path / "third")
     assert f"at the thresholds below: CF1 {metrics['CF1']:.4f}" in third
 
     assert training.calibrate.main(split) == 0
-    reset_accelerate()
     moved = json.loads((run / "best" / "config.json").read_text())["thresholds"]
     fourth = build(run, tmp_path / "fourth")
     assert column(fourth, 1) == [f"{value:.4f}" for value in moved] != column(third, 1)

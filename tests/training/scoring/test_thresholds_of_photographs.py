@@ -25,20 +25,11 @@ from training.data.batches import build_dataloader
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
 
-from ..tiny_run import reset_accelerate
-
 VOC = Path(__file__).parents[4] / "shared" / "data" / "voc"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not VOC.is_dir(), reason="the photographs of ../shared/data are not on this machine"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_process():
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def halves(folder):
@@ -87,7 +78,6 @@ def test_fitted_thresholds_raise_macro_f1_on_the_other_half(tmp_path, capsys):
     names = train_a_head(checkpoint)
     fitted, held_out = halves(tmp_path)
     assert training.fit_thresholds.main([str(checkpoint), fitted, "--batch_size", "64"]) == 0, capsys.readouterr()
-    reset_accelerate()
     scoring = [str(checkpoint), str(held_out), "--threshold", "auto", "--batch_size", "64"]
     assert training.evaluate.main([*scoring, "--output", str(tmp_path / "report")]) == 0, capsys.readouterr()
 
