@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .options import ScoringOptions, number_or_auto, option, run_command
+from .metrics.glossary import AP_DEFINITION, FIGURES, shown
+from .options import ScoringOptions, number_or_auto, option, refuse_to_replace, run_command
 
 RESULT_FILES = ("results.json", "per_label.csv", "report.html")
 
@@ -32,22 +33,20 @@ class EvaluateOptions(ScoringOptions):
 
 def format_report(report: dict, threshold_words: str, absent: Sequence[str], top_k: int = 3) -> str:
     """A table that fits a terminal."""
-    from .report.page import AP_DEFINITION
-
     columns = ("CP", "CR", "CF1", "OP", "OR", "OF1", "CF1_per_class")
     rows = {threshold_words: "", f"top {top_k} of these": f"_top{top_k}"}
     width = max(map(len, rows))
     lines = [
-        f"mAP {report['mAP']:.4f} ({AP_DEFINITION}; VOC07 11-point {report['mAP_voc07']:.4f}, VOC10 "
-        f"{report['mAP_voc10']:.4f}, micro {report['mAP_micro']:.4f}, weighted {report['mAP_weighted']:.4f})",
+        f"{shown(report, 'mAP')} ({AP_DEFINITION}); "
+        + shown(report, "mAP_voc07", "mAP_voc10", "mAP_micro", "mAP_weighted"),
         " " * width + "".join(f"{name:>{max(8, len(name) + 2)}}" for name in columns),
     ]
     for words, suffix in rows.items():
         values = (f"{report[name + suffix]:>{max(8, len(name) + 2)}.4f}" for name in columns)
         lines.append(f"{words:<{width}}" + "".join(values))
     lines.append(
-        f"LRAP {report['LRAP']:.4f}, ranking loss {report['ranking_loss']:.4f}, coverage "
-        f"{report['coverage_error']:.2f} of {report['num_labels']} labels"
+        f"{shown(report, 'LRAP', 'ranking_loss')}; {FIGURES['coverage_error'].name} {report['coverage_error']:.2f} of "
+        f"{report['num_labels']} labels"
     )
     if absent:
         listing = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
@@ -67,11 +66,8 @@ def run(args: EvaluateOptions) -> dict:
     from .report.page import result_record, write_report
     from .scoring.predict import score_split
 
-    existing = [name for name in RESULT_FILES if args.output is not None and (args.output / name).exists()]
-    if existing and not args.overwrite:
-        raise FileExistsError(
-            f"{args.output / existing[0]} exists; choose another --output, or pass --overwrite to replace it."
-        )
+    if args.output is not None and not args.overwrite:
+        refuse_to_replace(args.output, RESULT_FILES, "--output")
     model, processor = load_checkpoint(args)
     threshold = args.threshold
     if threshold == "auto":

@@ -19,18 +19,13 @@ come. Scores move a little with that, so its thresholds are fitted again on DATA
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from .options import ScoringOptions, option, run_command
-
-if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedModel
+from .options import ScoringOptions, option, refuse_to_replace, run_command
 
 
 @dataclass(kw_only=True)
@@ -43,69 +38,20 @@ class ExportOptions(ScoringOptions):
     overwrite: bool = option(False, "replace files in TARGET")
 
 
-def _quantize_and_refit(
-    model: PreTrainedModel, processor: BaseImageProcessor, source: Path, target: Path, args: ExportOptions
-) -> None:
-    """Writes the int8 file with thresholds fitted to its own scores, and prints what that costs."""
-    import numpy as np
-    import onnx
-    from accelerate import Accelerator
-
-    from .metrics.functional import average_precision, decision_report
-    from .publish.to_onnx import OnnxClassifier, quantize_int8, write_metadata
-    from .scoring.predict import load_scored, score_split
-    from .scoring.thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
-
-    quantize_int8(source, target)
-    accelerator = Accelerator(cpu=True)
-    loaded = load_scored(model.config, args, accelerator)
-    rows = {}
-    for name, path in (("fp32", source), ("int8", target)):
-        begin = time.perf_counter()
-        split = score_split(OnnxClassifier(path, model.config), processor, args, accelerator, loaded=loaded)
-        seconds = time.perf_counter() - begin
-        rows[name] = (np.nanmean(average_precision(split.scores, split.labels)), path.stat().st_size, seconds)
-    info = getattr(model.config, "threshold_info", None) or {}
-    fit = {
-        "objective": info.get("objective", "f1"),
-        "target": info.get("target"),
-        "min_positives": info.get("min_positives", MIN_POSITIVES),
-    }
-    fitted = fit_thresholds(split.scores, split.labels, label_names=split.label_names, **fit)
-    print(f"On {args.dataset}, split {args.split}, {len(split.scores):,} images:")
-    for name, (mean_ap, size, seconds) in rows.items():
-        print(f"  {name}: mAP {mean_ap:.4f}, {size / 1e6:.1f} MB, {seconds:.1f} s with decoding")
-    print(f"  int8 loses {100 * (rows['fp32'][0] - rows['int8'][0]):.2f} points of mAP.")
-    thresholds = {"fitted again": fitted}
-    if getattr(model.config, "thresholds", None) is not None:
-        thresholds = {"as they were": np.array(model.config.thresholds), **thresholds}
-    for words, values in thresholds.items():
-        report = decision_report(split.scores, split.labels, values)
-        print(f"  int8, thresholds {words}: macro F1 {report['f1_macro']:.4f}, micro F1 {report['f1_micro']:.4f}")
-    info = threshold_info(split.labels, **fit, dataset=args.dataset, split=args.split)
-    proto = onnx.load(target)
-    props = {prop.key: prop.value for prop in onnx.load(source, load_external_data=False).metadata_props}
-    refitted = {"thresholds": json.dumps(fitted.tolist()), "threshold_info": json.dumps(info)}
-    write_metadata(proto, {**props, **refitted, "quantization": "dynamic int8 of linear layers"})
-    onnx.save(proto, target)
-
-
 def run(args: ExportOptions) -> None:
     """Exports, checks, prints; puts the files into the target only when all went well."""
     import onnx
 
     from .checkpoint.atomic import whole_file
     from .checkpoint.loading import load_checkpoint
+    from .publish.int8 import quantize_and_refit
     from .publish.selected_tags import FILE_NAME as TAGS_FILE
     from .publish.selected_tags import write_selected_tags
     from .publish.to_onnx import CHECKED_BATCHES, INT8_FILE, MODEL_FILE, export_onnx, to_wd_tagger
 
     names = [MODEL_FILE, TAGS_FILE] + ([INT8_FILE] if args.quantize else [])
-    existing = [name for name in names if (args.target / name).exists()]
-    if existing and not args.overwrite:
-        raise FileExistsError(
-            f"{args.target / existing[0]} exists; choose another TARGET, or pass --overwrite to replace it."
-        )
+    if not args.overwrite:
+        refuse_to_replace(args.target, names, "TARGET")
     if args.quantize and args.dataset is None:
         raise ValueError("--quantize needs --dataset: the thresholds are fitted again to the scores of the int8 model.")
     model, processor = load_checkpoint(args)
@@ -119,7 +65,7 @@ def run(args: ExportOptions) -> None:
             f"{', '.join(map(str, CHECKED_BATCHES))}."
         )
         if args.quantize:
-            _quantize_and_refit(model, processor, path, folder / INT8_FILE, args)
+            quantize_and_refit(model, processor, path, folder / INT8_FILE, args)
         if args.layout == "wd_tagger":
             for file in folder.glob("*.onnx"):
                 onnx.save(to_wd_tagger(onnx.load(file)), file)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .metrics.glossary import FIGURES
 from .options import ScoringOptions, option, run_command
 
 if TYPE_CHECKING:
@@ -76,14 +77,14 @@ def _fit(args: FitOptions, folder: Path, accelerator: Accelerator) -> np.ndarray
         )
         with revised(folder) as copy:
             store_thresholds(copy, thresholds, info)
-        print(f"{'':<10}{'CP':>8}{'CR':>8}{'OP':>8}{'OR':>8}{'F1 macro':>10}{'F1 micro':>10}")
+        columns = ("CP", "CR", "OP", "OR", "f1_macro", "f1_micro")
+        print(f"{'':<10}" + "".join(f"{FIGURES[column].name:>10}" for column in columns))
         rows = [("0.5" if before is None else "as it was", old), ("fitted", new)]
         decided = held_out_decisions(scores, labels, args.objective, args.target, min_positives=args.min_positives)
         if decided is not None:
             rows.append(("held out", decision_report(decided.astype(np.float32), labels)))
         for words, report in rows:
-            values = (f"{report[name]:>8.4f}" for name in ("CP", "CR", "OP", "OR"))
-            print(f"{words:<10}{''.join(values)}{report['f1_macro']:>10.4f}{report['f1_micro']:>10.4f}")
+            print(f"{words:<10}" + "".join(f"{report[column]:>10.4f}" for column in columns))
         few = int(((labels == 1).sum(0) < args.min_positives).sum())
         print(
             f"On the {len(scores):,} images they were fitted to; held out: fitted on one half of them, applied to "

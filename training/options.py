@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -108,6 +109,18 @@ def dataset_options(options: Any) -> dict[str, Any]:
 def number_or_auto(text: str) -> float | str:
     """The type of --threshold."""
     return text if text == "auto" else float(text)
+
+
+def refuse_to_replace(folder: Path, names: Iterable[str], option: str) -> None:
+    """
+    Raises:
+        FileExistsError: one of these files is in the folder, which `option` chose, and there was no --overwrite.
+    """
+    for name in names:
+        if (folder / name).exists():
+            raise FileExistsError(
+                f"{folder / name} exists; choose another {option}, or pass --overwrite to replace it."
+            )
 
 
 # --- reading

@@ -120,7 +120,7 @@ def _say_what_is_kept(run: Run, what: str) -> None:
         words = f"{kept[0]} is whole; continue with `{run.folder}/config.yaml --resume`"
     else:
         words = "before the first save; there is nothing to continue from"
-    print(f"\n{what} at step {run.progress['step']}: {words}.", file=sys.stderr)
+    print(f"\n{what} at step {run.progress.step}: {words}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

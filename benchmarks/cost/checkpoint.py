@@ -24,6 +24,7 @@ from training.checkpoint.atomic import CheckpointWriter
 from training.checkpoint.series import newest_good
 from training.config import TrainingConfig
 from training.loop.optim import build_ema, build_optimizer, build_scheduler
+from training.loop.run import Progress
 from training.loop.saving import check_writer, save
 from training.loop.setup import build_processor
 
@@ -47,7 +48,7 @@ def prepare(preset: str, folder: Path) -> SimpleNamespace:
         ema=build_ema(model, 0.9997),
         stateful_optimizer=optimizer,
         scheduler=build_scheduler(optimizer, schedule="cosine", warmup_steps=1, total_steps=100),
-        progress={"step": 0, "epoch": 0, "log_bytes": 0},
+        progress=Progress(label_names=names, dataset="none", total_steps=100, batches=[1, 16, 1, 0]),
         log=SimpleNamespace(size=lambda: 0),
         writer=CheckpointWriter(),
     )
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         blocking, writing, reading = [], [], []
         for step in range(1, args.repeats + 1):
-            run.progress["step"] = step
+            run.progress.step = step
             start = time.perf_counter()
             save(run)
             blocking.append(time.perf_counter() - start)

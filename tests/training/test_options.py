@@ -75,12 +75,16 @@ def test_every_command_reads_every_option_of_a_dataset_alike(command):
         "label_format": "names",
         "label_separator": "|",
         "image_folder": "f",
+        "uncertain": "absent",
+        "blank": "present",
+        "no_label": "[none, nil]",
         "missing_images": "skip",
         "unlisted_images": "skip",
         "exclude": "e",
         "scenes": "{seed: 1}",
     }
     read = {"label_columns": ["cat", "dog"], "label_names": ["dog", "cat", "on", "1.10"], "scenes": {"seed": 1}}
+    read["no_label"] = ["none", "nil"]
     expected = written | read
     if command == "check_data":  # finds what the others are told to leave out
         expected["exclude"] = None

@@ -11,7 +11,8 @@ from ..checkpoint.atomic import whole_file
 
 # Positives in train, as COCO-LT and VOC-LT are divided (Wu et al., "Distribution-Balanced Loss", ECCV 2020).
 HEAD, MEDIUM = 100, 20
-_COLORS = {"head": "#3b6ea5", "medium": "#e0a030", "tail": "#c0504d"}
+GROUP_WORDS = {"head": f"{HEAD} or more", "medium": f"{MEDIUM} to {HEAD - 1}", "tail": f"fewer than {MEDIUM}"}
+GROUP_COLORS = {"head": "#3b6ea5", "medium": "#e0a030", "tail": "#c0504d"}
 _MAX_NAMED = 120  # labels whose names can still be read under a bar
 
 
@@ -43,11 +44,10 @@ def plot_imbalance(positives: dict[str, np.ndarray], label_names: list[str], pat
     floor = 0.5  # a log scale has no 0: what is absent stands below 1
     groups = {group: labels for group, labels in long_tail_groups(counts).items() if len(labels)}
     for group, labels in groups.items():
-        words = {"head": f"{HEAD} or more", "medium": f"{MEDIUM} to {HEAD - 1}", "tail": f"fewer than {MEDIUM}"}[group]
         heights = np.maximum(counts[labels], floor) - floor
-        label = f"{main}, {group}: {len(labels)} labels ({words})"
+        label = f"{main}, {group}: {len(labels)} labels ({GROUP_WORDS[group]})"
         width = 0.8 if named else 1.0
-        axes.bar(place[labels], heights, width, bottom=floor, color=_COLORS[group], label=label)
+        axes.bar(place[labels], heights, width, bottom=floor, color=GROUP_COLORS[group], label=label)
     for (name, others), marker, color in zip(
         ((name, others) for name, others in positives.items() if name != main), "ovs^Dx" * 9, "kgmcyb" * 9, strict=False
     ):

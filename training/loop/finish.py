@@ -33,8 +33,8 @@ def finish(run: Run) -> dict:
     store_thresholds(model, fitted, threshold_info(labels, **how, dataset=config.dataset, split="validation"))
     run.processor.thresholds = model.config.thresholds
     results = {
-        "best_epoch": run.progress["best_epoch"],
-        "steps": run.progress["step"],
+        "best_epoch": run.progress.best_epoch,
+        "steps": run.progress.step,
         "measured_with": fingerprints(model.config.to_dict()),
         "validation": validation,
         "validation_at_thresholds": multilabel_report(scores, labels, fitted, groups=run.groups),
@@ -49,7 +49,7 @@ def finish(run: Run) -> dict:
             if (folder / "label_context").is_dir():  # the adapter, of which the loaded model knows nothing
                 shutil.copytree(folder / "label_context", new / "label_context")
             save_checkpoint(new, model, run.processor)
-            write_marker(new, step=run.progress["step"], epoch=run.progress["best_epoch"])
+            write_marker(new, step=run.progress.step, epoch=run.progress.best_epoch)
         write_file(run.folder / "results.json", json.dumps(results, indent=1))
         if config.report:
             _write_report(run, model, scores, labels, results["validation_at_thresholds"])

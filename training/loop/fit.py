@@ -1,23 +1,20 @@
 """Training until the steps are done: the step, the epoch, the end."""
 
-import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 
 import torch
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..data.batches import normalize_pixels
-from .agreement import agree, name_nonfinite
+from .agreement import BatchLoss, agree, clip_gradients, leave_out
 from .interruption import Stopped
 from .run import Run
 from .saving import check_writer, save
 from .step import augmented, known_labels
 from .validation import validate
-
-MAX_SKIPPED_STEPS = 10  # one after the other: by then it is the run that is wrong, not an image
 
 
 def fit(run: Run) -> None:
@@ -33,19 +30,19 @@ def fit(run: Run) -> None:
     """
     accelerator, progress = run.accelerator, run.progress
     bar = tqdm(
-        total=run.total_steps, initial=progress["step"], unit="step", disable=not accelerator.is_main_process,
+        total=run.total_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process,
         dynamic_ncols=True,
     )  # fmt: skip
     with bar:
         try:
             # An epoch that has batches behind it is validated, even if no step is left.
-            while (progress["batch"] or progress["step"] < run.total_steps) and not _stops_early(run):
-                if progress["step"] < run.total_steps:
+            while (progress.batch or progress.step < run.total_steps) and not _stops_early(run):
+                if progress.step < run.total_steps:
                     train_epoch(run, bar)
                 is_best = validate(run)
-                progress["epoch"], progress["batch"] = progress["epoch"] + 1, 0
+                progress.epoch, progress.batch = progress.epoch + 1, 0
                 save(run, best=is_best)
-            if progress["best_epoch"] is None:  # best/ was lost, and no epoch is left to make another
+            if progress.best_epoch is None:  # best/ was lost, and no epoch is left to make another
                 validate(run)
                 save(run, best=True)
         except Stopped:
@@ -53,91 +50,107 @@ def fit(run: Run) -> None:
             check_writer(run, wait=True)
             raise
         check_writer(run, wait=True)
-    if progress["step"] < run.total_steps:
-        accelerator.print(f"Stopped early: no better validation mAP since epoch {progress['best_epoch']}.")
+    if progress.step < run.total_steps:
+        accelerator.print(f"Stopped early: no better validation mAP since epoch {progress.best_epoch}.")
 
 
 def _stops_early(run: Run) -> bool:
-    patience, best_epoch = run.config.early_stopping_patience, run.progress["best_epoch"]
-    return None not in (patience, best_epoch) and run.progress["epoch"] - best_epoch >= patience
+    patience, best_epoch = run.config.early_stopping_patience, run.progress.best_epoch
+    return None not in (patience, best_epoch) and run.progress.epoch - best_epoch >= patience
 
 
 def train_epoch(run: Run, bar: tqdm) -> None:
-    """The steps of an epoch, from `progress["batch"]` on."""
-    config, accelerator, progress = run.config, run.accelerator, run.progress
-    epoch, loader = progress["epoch"], run.loaders["train"]
-    if progress["batch"]:
-        loader = accelerator.skip_first_batches(loader, progress["batch"])
-    loader.set_epoch(epoch)
-    run.train_data.set_epoch(epoch)
+    """The steps of an epoch, from `progress.batch` on."""
+    config, progress = run.config, run.progress
     run.model.train()
-    bar.set_description(f"epoch {epoch + 1}")
-    images, start = 0, time.perf_counter()
-    iterator = iter(loader)
-    for batches in iter(lambda: list(islice(iterator, config.gradient_accumulation_steps)), []):
-        known = known_labels(run, batches)
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss and rows of each batch of the step
-        for batch in batches:
-            accelerator.sync_gradients = batch is batches[-1]
-            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(run.model):
-                pixel_values, labels = augmented(run, batch, progress["batch"])
-                loss = run.model(
-                    pixel_values=normalize_pixels(pixel_values, run.processor),
-                    labels=labels,
-                    num_items_in_batch=known,
-                ).loss
-                # The gradients of processes are averaged, and accelerate divides by the batches of a step; but these
-                # losses are parts of the step's mean, to be added up.
-                loss = loss * accelerator.num_processes
-                accelerator.backward(loss * config.gradient_accumulation_steps)
-            seen.append((loss.detach(), batch["index"]))
-            progress["batch"] += 1
-            images += len(labels)
-        norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-        # FSDP2's is divided, DeepSpeed's a number.
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
-        finite, stop, failed = agree(run, seen, norm)
-        if finite:
-            run.optimizer.step()
-        else:
-            name_nonfinite(run, seen)
-            progress["skipped_steps"] += 1
-            if accelerator.scaler is not None:
-                accelerator.scaler.update()
-        run.optimizer.zero_grad()
-        progress["step"] += 1
+    bar.set_description(f"epoch {progress.epoch + 1}")
+    log = StepLog(run, bar)
+    for batches in batches_of_steps(run):
         learning_rate = max(group["lr"] for group in run.optimizer.param_groups)
-        if not finite:
-            run.scheduler.step()
-            progress["skipped_in_a_row"] += 1
-            if progress["skipped_in_a_row"] == MAX_SKIPPED_STEPS:
-                raise FloatingPointError(f"{MAX_SKIPPED_STEPS} steps one after the other were not finite, see above.")
-        elif norm.isfinite():  # fp16 skips a step that overflowed; accelerate does not see it of a fused AdamW
-            progress["skipped_in_a_row"] = 0
-            run.scheduler.step()
-            if run.ema is not None:
-                run.ema.update_parameters(run.plain_model)
+        losses = backward(run, batches)
+        norm = clip_gradients(run)
+        found = agree(run, losses, norm)
+        if found.finite:
+            update_weights(run, norm)
+        else:
+            leave_out(run, losses)
+        run.optimizer.zero_grad()
+        progress.step += 1
         bar.update()
-        if progress["step"] % config.log_every_steps == 0:
-            seconds = time.perf_counter() - start
-            values = {
-                "epoch": epoch + progress["batch"] / len(run.loaders["train"]),
-                "train/loss": accelerator.reduce(sum(loss for loss, _ in seen), "mean").item(),
-                "train/grad_norm": norm.item(),
-                "train/learning_rate": learning_rate,
-                "train/skipped_steps": progress["skipped_steps"],
-                "train/images_per_second": images * accelerator.num_processes / seconds,
-            }
-            if accelerator.scaler is not None:
-                values["train/grad_scale"] = accelerator.scaler.get_scale()
-            accelerator.log(values, step=progress["step"])
-            bar.set_postfix(loss=values["train/loss"], best_mAP=progress["best_mAP"] or 0.0)
-            images, start = 0, time.perf_counter()
-        if failed:
+        log.step(losses, norm, learning_rate)
+        if found.save_failed:
             check_writer(run, wait=True)
-        if stop:
+        if found.stop:
             raise Stopped
-        if progress["step"] == run.total_steps:
+        if progress.step == run.total_steps:
             break
-        if config.save_every_steps and progress["step"] % config.save_every_steps == 0:
+        if config.save_every_steps and progress.step % config.save_every_steps == 0:
             save(run)
+
+
+def batches_of_steps(run: Run) -> Iterator[list[dict]]:
+    """The batches of each step that is left of the epoch: `gradient_accumulation_steps`, fewer in the last."""
+    loader = run.loaders["train"]
+    if run.progress.batch:
+        loader = run.accelerator.skip_first_batches(loader, run.progress.batch)
+    loader.set_epoch(run.progress.epoch)
+    run.train_data.set_epoch(run.progress.epoch)
+    batches = iter(loader)
+    return iter(lambda: list(islice(batches, run.config.gradient_accumulation_steps)), [])
+
+
+def backward(run: Run, batches: list[dict]) -> list[BatchLoss]:
+    """Add up the gradients of a step: of the mean over all known labels in its batches, on all processes."""
+    accelerator = run.accelerator
+    known, losses = known_labels(run, batches), []
+    for batch in batches:
+        accelerator.sync_gradients = batch is batches[-1]
+        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(run.model):
+            pixel_values, labels = augmented(run, batch, run.progress.batch)
+            pixel_values = normalize_pixels(pixel_values, run.processor)
+            loss = run.model(pixel_values=pixel_values, labels=labels, num_items_in_batch=known).loss
+            # The gradients of processes are averaged, and accelerate divides by the batches of a step; but these
+            # losses are parts of the step's mean, to be added up.
+            loss = loss * accelerator.num_processes
+            accelerator.backward(loss * run.config.gradient_accumulation_steps)
+        losses.append(BatchLoss(loss.detach(), batch["index"]))
+        run.progress.batch += 1
+    return losses
+
+
+def update_weights(run: Run, norm: torch.Tensor) -> None:
+    """A step of the optimizer and, where it was one, of the schedule and the weight average."""
+    run.optimizer.step()
+    if norm.isfinite():  # fp16 skips a step that overflowed; accelerate does not see it of a fused AdamW
+        run.progress.skipped_in_a_row = 0
+        run.scheduler.step()
+        if run.ema is not None:
+            run.ema.update_parameters(run.plain_model)
+
+
+class StepLog:
+    """Logs a step of every `log_every_steps`, with the speed since the last one that was logged."""
+
+    def __init__(self, run: Run, bar: tqdm):
+        self.run, self.bar = run, bar
+        self.images, self.start = 0, time.perf_counter()
+
+    def step(self, losses: list[BatchLoss], norm: torch.Tensor, learning_rate: float) -> None:
+        run, accelerator, progress = self.run, self.run.accelerator, self.run.progress
+        self.images += sum(len(rows) for _, rows in losses)
+        if progress.step % run.config.log_every_steps:
+            return
+        seconds = time.perf_counter() - self.start
+        values = {
+            "epoch": progress.epoch + progress.batch / len(run.loaders["train"]),
+            "train/loss": accelerator.reduce(sum(loss for loss, _ in losses), "mean").item(),
+            "train/grad_norm": norm.item(),
+            "train/learning_rate": learning_rate,
+            "train/skipped_steps": progress.skipped_steps,
+            "train/images_per_second": self.images * accelerator.num_processes / seconds,
+        }
+        if accelerator.scaler is not None:
+            values["train/grad_scale"] = accelerator.scaler.get_scale()
+        accelerator.log(values, step=progress.step)
+        self.bar.set_postfix(loss=values["train/loss"], best_mAP=progress.best_mAP or 0.0)
+        self.images, self.start = 0, time.perf_counter()

@@ -4,16 +4,14 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import (
-    broadcast_object_list,
-)
+from accelerate.utils import broadcast_object_list
 
 from ..checkpoint.atomic import move_aside
 from ..checkpoint.folder import CheckpointError, verify
 from ..checkpoint.loading import still_loads
 from ..checkpoint.series import newest_good, recover_run
 from ..checkpoint.state import load_training_state, read_progress
-from .run import Run
+from .run import Progress, Run
 
 
 def find_source(folder: Path, accelerator: Accelerator) -> Path:
@@ -43,35 +41,36 @@ def restore(run: Run, source: Path) -> None:
             say so.
     """
     saved, new = read_progress(source), run.progress
-    same = ("label_names", "dataset", "total_steps", "batches")
-    for key in same:
-        if saved[key] != new[key] and key not in run.config.resume_despite:
+    same = {name: getattr(new, name) for name in ("label_names", "dataset", "total_steps", "batches")}
+    for key, value in same.items():
+        if saved[key] != value and key not in run.config.resume_despite:
             words = " (processes, images a batch, batches a step, seed)" if key == "batches" else ""
             raise ValueError(
-                f"{run.folder} was trained with {key} {saved[key]!r}, not {new[key]!r}{words}: resume with the options "
+                f"{run.folder} was trained with {key} {saved[key]!r}, not {value!r}{words}: resume with the options "
                 f"in its config.yaml, allow the change with --resume_despite '[{key}]', or start a new run from its "
                 "weights with --init_from."
             )
-    run.progress = load_training_state(
+    saved = load_training_state(
         source,
         model=run.plain_model,
         optimizer=run.stateful_optimizer,
         scheduler=run.scheduler,
         ema=run.ema,
         scaler=run.accelerator.scaler,
-    ) | {key: new[key] for key in same}
-    if saved["batches"] != new["batches"]:  # the same images of the epoch are done, but for a part of a step
+    )
+    run.progress = Progress(**saved | same)
+    if saved["batches"] != new.batches:  # the same images of the epoch are done, but for a part of a step
         images = saved["batch"] * saved["batches"][0] * saved["batches"][1]
         accumulated = run.config.gradient_accumulation_steps
-        run.progress["batch"] = images // (new["batches"][0] * new["batches"][1] * accumulated) * accumulated
-    if saved["dataset"] != new["dataset"]:
-        run.progress["batch"] = 0
+        run.progress.batch = images // (new.batches[0] * new.batches[1] * accumulated) * accumulated
+    if saved["dataset"] != new.dataset:
+        run.progress.batch = 0
     lost = False
-    if run.progress["best_epoch"] is not None and run.accelerator.is_main_process:
+    if run.progress.best_epoch is not None and run.accelerator.is_main_process:
         lost = _is_lost(run.folder / "best")
     (lost,) = broadcast_object_list([lost])
     if lost:
-        run.progress |= {"best_mAP": None, "best_epoch": None}
+        run.progress.best_mAP = run.progress.best_epoch = None
 
 
 def _is_lost(best: Path) -> bool:

@@ -25,6 +25,26 @@ from .optim import WarmupPlateau
 
 
 @dataclass(kw_only=True)
+class Progress:
+    """How far a run is; saved with every checkpoint."""
+
+    # what makes it the same run when it goes on
+    label_names: list[str]
+    dataset: str  # with a fingerprint of its labels
+    total_steps: int
+    batches: list[int]  # processes, images a batch, batches a step, seed
+    # how far it is
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # batches of the next epoch that are done
+    step: int = 0  # optimizer steps
+    best_mAP: float | None = None  # noqa: N815 (as the metric is called)
+    best_epoch: int | None = None
+    skipped_steps: int = 0  # those whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    log_bytes: int = 0  # of log.jsonl
+
+
+@dataclass(kw_only=True)
 class Run:
     """What `setup` builds and `fit` trains. `model` is wrapped for the device or devices, `plain_model` is not."""
 
@@ -43,8 +63,8 @@ class Run:
     stateful_optimizer: torch.optim.Optimizer | ZeroOptimizer  # whose state is saved
     scheduler: LambdaLR | WarmupPlateau
     total_steps: int
-    progress: dict  # counters and scores; saved with every checkpoint
-    log: "JsonLinesTracker"
+    progress: Progress
+    log: JsonLinesTracker
     stop: StopRequest
     held: ExitStack  # the lock of the folder
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)

@@ -1,5 +1,7 @@
 """When a run saves, and what: the state is copied at once and written while training goes on."""
 
+from dataclasses import asdict
+
 import torch
 
 from ..checkpoint.atomic import atomic_folder
@@ -20,20 +22,20 @@ def save(run: Run, *, best: bool = False) -> None:
     check_writer(run, wait=True)
     config, model, processor = run.config, run.plain_model, run.processor
     if run.accelerator.is_main_process:
-        run.progress["log_bytes"] = run.log.size()
+        run.progress.log_bytes = run.log.size()
     state = copy_training_state(
         model=model,
         optimizer=run.stateful_optimizer,
         scheduler=run.scheduler,
         ema=run.ema,
         scaler=run.accelerator.scaler,
-        progress=run.progress,
+        progress=asdict(run.progress),
         keep=run.accelerator.is_main_process,
     )
-    folders = [run.folder / f"checkpoint-{run.progress['step']}"]
+    folders = [run.folder / f"checkpoint-{run.progress.step}"]
     if best:  # before the checkpoint that says so
         folders.insert(0, run.folder / "best")
-    facts = {name: run.progress[name] for name in ("step", "epoch")}
+    facts = {"step": run.progress.step, "epoch": run.progress.epoch}
 
     def write() -> None:
         for target in folders:

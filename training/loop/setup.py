@@ -41,7 +41,7 @@ from .interruption import StopRequest
 from .log import JsonLinesTracker
 from .optim import build_ema, build_optimizer, build_scheduler
 from .resume import find_source, restore
-from .run import Run
+from .run import Progress, Run
 
 
 def setup(config: TrainingConfig) -> Run:
@@ -180,27 +180,19 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         stateful_optimizer=stateful,
         scheduler=scheduler,
         total_steps=total_steps,
-        progress={
-            "epoch": 0,  # finished epochs
-            "batch": 0,  # batches of the next epoch that are done
-            "step": 0,  # optimizer steps
-            "best_mAP": None,
-            "best_epoch": None,
-            "skipped_steps": 0,  # those whose loss or gradient was not finite
-            "skipped_in_a_row": 0,
-            "log_bytes": 0,
-            "dataset": f"{config.dataset} ({_fingerprint(config, data)})",
-            "label_names": label_names,
-            "total_steps": total_steps,
-            "batches": [accelerator.num_processes, config.batch_size, config.gradient_accumulation_steps, config.seed],
-        },
+        progress=Progress(
+            label_names=label_names,
+            dataset=f"{config.dataset} ({_fingerprint(config, data)})",
+            total_steps=total_steps,
+            batches=[accelerator.num_processes, config.batch_size, config.gradient_accumulation_steps, config.seed],
+        ),
         log=log,
         stop=StopRequest(config.stop_timeout),
         held=held,
     )
     if source is not None:
         restore(run, source)
-        log.cut(run.progress["log_bytes"])
+        log.cut(run.progress.log_bytes)
     elif accelerator.is_main_process:
         if config.overwrite:
             set_aside(folder)

@@ -11,7 +11,7 @@ from .run import Run
 
 def augmented(run: Run, batch: dict, place: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels, not yet normalised, and labels of batch `place` of the epoch; the same every time they are asked for."""
-    seeds = np.random.SeedSequence((run.config.seed, run.progress["epoch"], place, run.accelerator.process_index))
+    seeds = np.random.SeedSequence((run.config.seed, run.progress.epoch, place, run.accelerator.process_index))
     set_seed(int(seeds.generate_state(1)[0]))
     pixel_values, labels = batch["pixel_values"], batch["labels"].to_dense()
     if run.augmentation is not None:
@@ -35,7 +35,7 @@ def known_labels(run: Run, batches: list[dict]) -> torch.Tensor:
     """How many labels are known in the batches of a step, on all processes: each of them counts once in its loss."""
     mixup = run.augmentation is not None and run.augmentation.mixup
     known = 0
-    for place, batch in enumerate(batches, run.progress["batch"]):
+    for place, batch in enumerate(batches, run.progress.batch):
         labels = batch["labels"].to_dense()
         if mixup and (labels == UNKNOWN_LABEL).any():  # what is mixed with an unknown label is unknown as well
             labels = augmented(run, batch, place)[1]

@@ -34,12 +34,12 @@ def validate(run: Run) -> bool:
     report = evaluate(run, run.evaluated_model, "validation")[2]
     if isinstance(run.scheduler, WarmupPlateau):
         run.scheduler.step_metric(report["mAP"])
-    epoch = progress["epoch"] + 1
+    epoch = progress.epoch + 1
     values = {f"validation/{name}": value for name, value in report.items()}
-    accelerator.log({"epoch": epoch, **values}, step=progress["step"])
-    is_best = progress["best_mAP"] is None or report["mAP"] > progress["best_mAP"]
+    accelerator.log({"epoch": epoch, **values}, step=progress.step)
+    is_best = progress.best_mAP is None or report["mAP"] > progress.best_mAP
     if is_best:
-        progress["best_mAP"], progress["best_epoch"] = report["mAP"], epoch
+        progress.best_mAP, progress.best_epoch = report["mAP"], epoch
     if accelerator.is_main_process:
         tqdm.write(f"epoch {epoch}: validation mAP {report['mAP']:.4f}{' (best)' if is_best else ''}")
     return is_best

@@ -20,7 +20,8 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..check.imbalance import HEAD, MEDIUM
+from ..check.imbalance import GROUP_WORDS
+from ..metrics.glossary import FIGURES
 from ..places import shipped
 from ..scoring.measured_with import AT_THRESHOLDS, names_of
 from .measured import (
@@ -37,23 +38,8 @@ from .measured import (
 TEMPLATES = {"hsvlt": "hsvlt.md", "mltr": "mltr.md", "hp_dval": "hp_dval.md"}
 MAX_LABEL_ROWS = 200  # of the per-label table; the rest is in per_label.csv
 SPLITS = ("validation", "test")
-HEADLINES = {  # key: name, what it is
-    "mAP": ("mAP", "mean over labels of the non-interpolated average precision"),
-    "mAP_voc07": ("mAP, VOC07", "the same with PASCAL VOC's 11-point AP (until 2009)"),
-    "mAP_voc10": ("mAP, VOC10", "the same with the area under the monotone precision envelope (VOC from 2010 on)"),
-    "mAP_micro": ("mAP, micro", "AP of all image-label pairs in one ranking"),
-    "LRAP": ("LRAP", "label ranking average precision: how well an image's own labels are ranked above the others"),
-}
-DECISIONS = {
-    "CP": ("CP", "mean over labels of precision (0 where nothing was predicted)"),
-    "CR": ("CR", "mean over labels of recall"),
-    "CF1": ("CF1", "harmonic mean of CP and CR, the papers' definition"),
-    "OP": ("OP", "precision over all image-label pairs"),
-    "OR": ("OR", "recall over all pairs"),
-    "OF1": ("OF1", "harmonic mean of OP and OR"),
-    "f1_macro": ("macro F1", "mean over labels of F1"),
-}
-GROUPS = {"head": f"{HEAD} or more", "medium": f"{MEDIUM} to {HEAD - 1}", "tail": f"fewer than {MEDIUM}"}  # of train
+HEADLINES = ("mAP", "mAP_voc07", "mAP_voc10", "mAP_micro", "LRAP")
+DECISIONS = ("CP", "CR", "CF1", "OP", "OR", "OF1", "f1_macro")
 LABEL_COLUMNS = ("AP", "precision", "recall", "f1")
 
 
@@ -128,9 +114,9 @@ def render_card(
         own=own,
         adapter_revision=adapter_revision,
         figures=figures,
-        headlines=HEADLINES,
-        decisions=DECISIONS,
-        group_words=GROUPS,
+        headlines={name: FIGURES[name] for name in HEADLINES},
+        decisions={name: FIGURES[name] for name in DECISIONS},
+        group_words=GROUP_WORDS,
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text), ignore_metadata_errors=False)
 
@@ -163,7 +149,7 @@ def collect(run: Path, folder: Path) -> dict:
         "label_names": names,
         "label_rows": _label_rows(names, model, results, measured_rows),
         "max_label_rows": MAX_LABEL_ROWS,
-        "groups": [group for group in GROUPS if any(f"mAP_{group}" in report for report in splits.values())],
+        "groups": [group for group in GROUP_WORDS if any(f"mAP_{group}" in report for report in splits.values())],
         "speed": read_json(run / "speed.json"),
         "log": log,
         "training_speed": sorted(seen)[len(seen) // 2] if seen else None,
@@ -221,7 +207,7 @@ def _eval_results(facts: dict) -> list[EvalResult]:
         if split in facts["at_thresholds"]:
             chosen |= {key: facts["at_thresholds"][split][key] for key in ("CF1", "OF1")}
         for key, value in chosen.items():
-            name, words = (HEADLINES | DECISIONS)[key]
+            name, words = FIGURES[key]
             if not math.isnan(value):
                 name = f"{name} ({words}{'' if key == 'mAP' else '; at the fitted thresholds'})"
                 entries.append(

@@ -22,6 +22,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..checkpoint.atomic import write_file
 from ..metrics.functional import decision_report
+from ..metrics.glossary import AP_DEFINITION, FIGURES
 from ..scoring.calibration import stored_calibration
 from ..scoring.held_out import held_out_decisions
 from ..scoring.measured_with import fingerprints
@@ -31,26 +32,8 @@ from .heat_maps import draw_found_labels
 from .mistakes import co_occurrence_confusion, confident_mistakes, confusion_page, mistake_page
 from .plots import MIN_COUNT, plot_long_tail, plot_precision_recall, plot_reliability
 
-HEADLINES = {
-    "mAP": "mean over labels of the average precision (non-interpolated: the mean over a label's positives of the "
-    "precision at their score)",
-    "mAP_voc07": "the same with PASCAL VOC's 11-point AP (until 2009)",
-    "mAP_voc10": "the same with the area under the monotone precision envelope (VOC from 2010 on)",
-    "mAP_micro": "AP of all image-label pairs in one ranking",
-    "mAP_weighted": "mean AP weighted by each label's positives",
-    "LRAP": "label ranking average precision: how well each image's own labels are ranked above the others",
-    "ranking_loss": "share of an image's (present, absent) label pairs in the wrong order",
-    "coverage_error": "how many labels of an image's ranking must be read to meet all that are present",
-}
-DECISIONS = {
-    "f1_macro": "mean over labels of F1",
-    "f1_micro": "F1 over all image-label pairs (OF1)",
-    "CP": "mean over labels of precision (0 where nothing was predicted)",
-    "CR": "mean over labels of recall",
-    "CF1": "harmonic mean of CP and CR, the papers' definition",
-    "OP": "precision over all pairs",
-    "OR": "recall over all pairs",
-}
+HEADLINES = ("mAP", "mAP_voc07", "mAP_voc10", "mAP_micro", "mAP_weighted", "LRAP", "ranking_loss", "coverage_error")
+DECISIONS = ("f1_macro", "f1_micro", "CP", "CR", "CF1", "OP", "OR")
 
 
 def compare_thresholds(scores: np.ndarray, labels: np.ndarray, config, threshold: float | str) -> dict[str, dict]:
@@ -143,8 +126,8 @@ def write_report(
         "heat_maps": heat_maps and "data:image/png;base64," + base64.b64encode(heat_maps).decode("ascii"),
         "results": results,
         "metrics": results["metrics"],
-        "headlines": HEADLINES,
-        "decisions": DECISIONS,
+        "headlines": {name: FIGURES[name] for name in HEADLINES},
+        "decisions": {name: FIGURES[name] for name in DECISIONS},
         "comparison": comparison,
         "num_bins": NUM_BINS,
         "min_count": MIN_COUNT,
@@ -176,9 +159,6 @@ def write_report(
     if heat_maps:
         write_file(folder / "heat_maps.png", heat_maps)
     write_file(folder / "report.html", html)
-
-
-AP_DEFINITION = "non-interpolated"
 
 
 def result_record(

@@ -13,10 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.metrics import precision_recall_curve
 
-from ..check.imbalance import HEAD, MEDIUM, long_tail_groups
+from ..check.imbalance import GROUP_COLORS, GROUP_WORDS, long_tail_groups
 from ..scoring.reliability import Reliability
 
-GROUP_COLORS = {"head": "#3b6ea5", "medium": "#e0a030", "tail": "#c0504d"}
 LINE_COLORS = ("#3b6ea5", "#c0504d", "#4f9d69", "#8064a2", "#e0a030")
 MAX_NAMED = 60  # labels whose names can still be read beside their points
 MAX_CURVE_POINTS = 400
@@ -51,7 +50,6 @@ def plot_long_tail(
     figure, (axes,) = _new_figure(9, 4.6)
     rated = ~np.isnan(average_precision)
     place = np.maximum(positives, 0.5)  # a log scale has no 0
-    words = {"head": f"{HEAD} or more", "medium": f"{MEDIUM} to {HEAD - 1}", "tail": f"fewer than {MEDIUM}"}
     for name, members in long_tail_groups(positives).items():
         members = members[rated[members]]
         if not len(members):
@@ -61,7 +59,7 @@ def plot_long_tail(
         axes.scatter(place[members], average_precision[members], s=22, color=color)
         axes.hlines(
             mean, place[members].min() / 1.1, place[members].max() * 1.1, color=color, linewidth=2, alpha=0.6,
-            label=f"{name} ({words[name]}): {len(members)} labels, mAP {mean:.3f}",
+            label=f"{name} ({GROUP_WORDS[name]}): {len(members)} labels, mAP {mean:.3f}",
         )  # fmt: skip
     if rated.sum() <= MAX_NAMED:
         for label in np.flatnonzero(rated):
