@@ -1,6 +1,7 @@
 """Multi-label image classification for the Hugging Face Hub: HSVLT, MlTr and HP-DVAL."""
 
 from .auto_classes import register as _register
+from .configuration_efficientnet_lite import EfficientNetLiteConfig
 from .configuration_hp_dval import HPDVALConfig
 from .configuration_hsvlt import HSVLTConfig
 from .configuration_mltr import MlTrConfig
@@ -20,6 +21,7 @@ from .losses_multilabel import (
     two_way_loss,
     zlpr_loss,
 )
+from .modeling_efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteForImageClassification
 from .modeling_hp_dval import HPDVALForImageClassification, HPDVALModel, HPDVALPreTrainedModel
 from .modeling_hsvlt import HSVLTForImageClassification, HSVLTModel, HSVLTPreTrainedModel
 from .modeling_mltr import MlTrBackbone, MlTrForImageClassification, MlTrModel, MlTrPreTrainedModel
@@ -34,6 +36,9 @@ __all__ = [
     "MULTILABEL_LOSSES",
     "NOT_EVALUATED",
     "UNKNOWN_LABEL",
+    "EfficientNetLiteBackbone",
+    "EfficientNetLiteConfig",
+    "EfficientNetLiteForImageClassification",
     "HPDVALConfig",
     "HPDVALForImageClassification",
     "HPDVALModel",

@@ -10,10 +10,12 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_efficientnet_lite import EfficientNetLiteConfig
 from .configuration_hp_dval import HPDVALConfig
 from .configuration_hsvlt import HSVLTConfig
 from .configuration_mltr import MlTrConfig
 from .configuration_multilabel import MultiLabelConfig
+from .modeling_efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteForImageClassification
 from .modeling_hp_dval import HPDVALForImageClassification, HPDVALModel
 from .modeling_hsvlt import HSVLTForImageClassification, HSVLTModel
 from .modeling_mltr import MlTrBackbone, MlTrForImageClassification, MlTrModel
@@ -49,6 +51,9 @@ def register() -> None:
         model.register_for_auto_class("AutoModelForImageClassification")
         base.register_for_auto_class("AutoModel")
     AutoBackbone.register(MlTrConfig, MlTrBackbone)
+    AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)
+    AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone)
+    AutoModelForImageClassification.register(EfficientNetLiteConfig, EfficientNetLiteForImageClassification)
     MultiLabelConfig.custom_pipelines_class = RegisteredPipelines
     PIPELINE_REGISTRY.register_pipeline(
         "multi-label-image-classification",

@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .configuration_efficientnet_lite import EfficientNetLiteConfig
+from .configuration_mltr import MlTrConfig
 from .configuration_multilabel import MultiLabelConfig
 
 AUTO_MAP = {
@@ -16,6 +18,8 @@ AUTO_MAP = {
 }
 # Backbones whose blocks are public, so that an interaction can follow every block, as published.
 BLOCK_BACKBONES = ("convnext", "convnextv2")
+# Not in transformers' own mapping where this file was downloaded with a checkpoint.
+OWN_BACKBONES = {"mltr": MlTrConfig, "efficientnet_lite": EfficientNetLiteConfig}
 
 # Depths and widths: specs of the released models. "nano" is this package's own, for tests and small data; the fields
 # it turns on (normalised tokens, torch's default init, layer scale 1) are what training from random weights needs:
@@ -58,7 +62,8 @@ class HSVLTConfig(MultiLabelConfig):
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the backbone. ConvNeXt and ConvNeXtV2 are walked block by block as published; any other
-            backbone of four stages (Swin, ResNet, MlTr, ...) is read at the output of each stage. Default: ConvNeXt.
+            backbone of four stages (Swin, ResNet, MlTr, EfficientNet-Lite, ...) is read at the output of each stage.
+            Default: ConvNeXt.
         interaction_depths (`list[int]`, *optional*):
             Interactions on the output of each of the four stages. None puts one after every block of a ConvNeXt
             (published), and one on each stage of any other backbone.
@@ -204,11 +209,9 @@ class HSVLTConfig(MultiLabelConfig):
                 )
         if isinstance(self.backbone_config, dict):
             self.backbone_config = dict(self.backbone_config)
-            if self.backbone_config.get("model_type") == "mltr":
-                # Not in transformers' own mapping when this file was downloaded with a checkpoint.
-                from .configuration_mltr import MlTrConfig
-
-                self.backbone_config = MlTrConfig(**self.backbone_config)
+            own = OWN_BACKBONES.get(self.backbone_config.get("model_type"))
+            if own is not None:
+                self.backbone_config = own(**self.backbone_config)
         super().__post_init__(**kwargs)
         backbone = self.backbone_config
         if backbone.model_type not in BLOCK_BACKBONES and len(getattr(backbone, "out_features", None) or []) != 4:

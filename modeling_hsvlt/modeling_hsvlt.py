@@ -28,6 +28,8 @@ from .configuration_hsvlt import BLOCK_BACKBONES, HSVLTConfig
 from .convnext_in_rows import convnext_layer_in_rows, runs_in_rows
 from .hsvlt_additions import HSVLTCandidateScorer, HSVLTResidualAttention, spread_candidates
 from .losses_multilabel import multilabel_loss, validate_labels
+from .modeling_efficientnet_lite import EfficientNetLiteBackbone
+from .modeling_mltr import MlTrBackbone
 from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     as_dtype_of,
@@ -45,6 +47,8 @@ from .modeling_multilabel import (
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
 
+# AutoBackbone does not know a class that was downloaded with a checkpoint.
+OWN_BACKBONES: dict[str, Any] = {"mltr": MlTrBackbone, "efficientnet_lite": EfficientNetLiteBackbone}
 # Widest head of the flash kernels behind scaled_dot_product_attention.
 MAX_FUSED_HEAD_DIM = 256
 
@@ -166,11 +170,9 @@ class HSVLTStageBackbone(nn.Module):
 
     def __init__(self, config: HSVLTConfig):
         super().__init__()
-        if config.backbone_config.model_type == "mltr":
-            # AutoBackbone does not know a class that was downloaded with a checkpoint.
-            from .modeling_mltr import MlTrBackbone
-
-            self.model = MlTrBackbone._from_config(config.backbone_config)
+        own = OWN_BACKBONES.get(config.backbone_config.model_type)
+        if own is not None:
+            self.model = own._from_config(config.backbone_config)
         else:
             self.model = AutoBackbone.from_config(config.backbone_config)
             if config.backbone_config.model_type in ("swin", "focalnet"):  # built there, but never used

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.peers.efficientnet_lite import (
+from benchmarks.peers.efficientnet_lite import EfficientNetLiteHeadConfig, EfficientNetLiteWithHead
+from modeling_hsvlt import (
     EfficientNetLiteBackbone,
     EfficientNetLiteConfig,
-    EfficientNetLiteForImageClassification,
+    HSVLTConfig,
+    HSVLTForImageClassification,
 )
-from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from training.loop.optim import build_ema, build_scheduler, parameter_groups
 
 # Bias that every head starts from: most labels are absent, and who starts at one half first unlearns that by its
@@ -80,8 +81,8 @@ def build_head(
         arguments = dict(recipe.model)
         if text_classifier is not None:
             arguments["text_classifier"] = True
-        config = EfficientNetLiteConfig(**fields, **shared, head=name, head_kwargs=arguments or None)
-        model = EfficientNetLiteForImageClassification(config)
+        config = EfficientNetLiteHeadConfig(**fields, **shared, head=name, head_kwargs=arguments or None)
+        model = EfficientNetLiteWithHead(config)
         if text_classifier is not None:
             model.head.text_weight.copy_(text_classifier)
         model.backbone.load_state_dict(backbone.state_dict())

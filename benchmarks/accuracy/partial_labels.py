@@ -46,8 +46,7 @@ SETTINGS = {
 
 def pooled_features(cache: FeatureCache) -> torch.Tensor:
     """(n, channels) means over the places of the last map."""
-    last = cache.maps[-1]
-    return torch.from_numpy(np.stack([last[0, row].astype(np.float32).mean((0, 1)) for row in range(len(cache))]))
+    return torch.cat([cache.batch(rows)[-1].mean((-2, -1)) for rows in torch.arange(len(cache)).split(128)])
 
 
 def visible_labels(labels: SparseLabels, hide: dict | None, loss: str, seed: int) -> torch.Tensor:

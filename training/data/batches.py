@@ -55,7 +55,7 @@ class SparseBatch:
 
 class MultiLabelCollator:
     """Puts samples together: `pixel_values` (batch, 3, height, width), `labels` (batch, num_labels) float32, and
-    `index`.
+    `index`; of a `features.FeatureDataset`, `features` in place of `pixel_values`.
 
     Args:
         num_labels: Labels of the model; checked, like the label contract, on every batch.
@@ -75,11 +75,11 @@ class MultiLabelCollator:
         else:
             labels = torch.stack([of_sample.to_dense() for of_sample in labels])
             validate_labels(labels, self.num_labels)
-        pixels = torch.stack([sample["pixel_values"] for sample in samples])
-        batch = {
-            "pixel_values": pixels if self.processor is None else normalize_pixels(pixels, self.processor),
-            "labels": labels,
-        }
+        what = "features" if "features" in samples[0] else "pixel_values"
+        inputs = torch.stack([sample[what] for sample in samples])
+        if what == "pixel_values" and self.processor is not None:
+            inputs = normalize_pixels(inputs, self.processor)
+        batch = {what: inputs, "labels": labels}
         if "index" in samples[0]:  # transformers' Trainer drops what the model's forward does not take
             batch["index"] = torch.tensor([sample["index"] for sample in samples])
         return batch
