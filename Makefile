@@ -67,5 +67,5 @@ clean:
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,bench,onnx]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,onnx]"
 	touch $@

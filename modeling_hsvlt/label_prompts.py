@@ -111,11 +111,20 @@ def transfer_classifier(
             f"weight {tuple(weight.shape)}, class_embeddings {tuple(class_embeddings.shape)} and label_embeddings "
             f"{tuple(label_embeddings.shape)} must be (classes, channels), (classes, width) and (labels, width)."
         )
-    center = class_embeddings.mean(0)
-    cosine = F.normalize(label_embeddings - center, dim=-1) @ F.normalize(class_embeddings - center, dim=-1).T
-    transferred = (cosine / temperature).softmax(-1) @ (weight.float() - weight.float().mean(0))
+    shares = class_shares(class_embeddings, label_embeddings, temperature)
+    transferred = shares @ (weight.float() - weight.float().mean(0))
     transferred = transferred - transferred.mean(1, keepdim=True)  # the norm in front of it has no mean either
     return F.normalize(transferred, dim=-1) * 12 / weight.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def class_shares(
+    class_embeddings: torch.Tensor, label_embeddings: torch.Tensor, temperature: float = 0.1
+) -> torch.Tensor:
+    """What each class gives to each label in [`transfer_classifier`], `(N, K)`, summing to 1 over the classes."""
+    center = class_embeddings.mean(0)
+    cosine = F.normalize(label_embeddings - center, dim=-1) @ F.normalize(class_embeddings - center, dim=-1).T
+    return (cosine / temperature).softmax(-1)
 
 
 def load_text_encoder(
@@ -238,4 +247,11 @@ def _mean_states(
     return torch.stack(embeddings)
 
 
-__all__ = ["DEFAULT_TEMPLATE", "VOC_LABEL_TEXT", "encode_labels", "load_text_encoder", "transfer_classifier"]
+__all__ = [
+    "DEFAULT_TEMPLATE",
+    "VOC_LABEL_TEXT",
+    "class_shares",
+    "encode_labels",
+    "load_text_encoder",
+    "transfer_classifier",
+]

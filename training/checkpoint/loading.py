@@ -1,6 +1,7 @@
 """Loading a checkpoint, with the code of this checkout, and what is refused before."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import (
@@ -62,11 +63,12 @@ def still_loads(folder: Path) -> bool:
     return True
 
 
-def check_pinned(option: str, source: str, revision: str | None) -> None:
-    """Refuse a Hub id without a revision: a branch moves, and a run must be repeatable."""
+def check_pinned(option: str, source: str, revision: str | None, names: Iterable[str] = ()) -> None:
+    """Refuse a Hub id without a revision: a branch moves, and a run must be repeatable; `names` are other sources."""
     if revision is None and not Path(source).is_dir():
+        known = f"is no folder and not {' or '.join(names)}" if names else "is no folder"
         raise ValueError(
-            f"{option} {source!r} is no folder, and as a Hub id it needs --{option}_revision: the commit that the "
+            f"{option} {source!r} {known}, and as a Hub id it needs --{option}_revision: the commit that the "
             "repository's page shows under 'Files and versions'."
         )
 

@@ -163,6 +163,13 @@ def build_augmentation(
     return BatchAugmentation(steps, mixup)
 
 
+def changes_images(options: dict) -> list[str]:
+    """The options of `build_augmentation` that change anything, defaults included."""
+    defaults = {name: entry.default for name, entry in inspect.signature(build_augmentation).parameters.items()}
+    del defaults["image_size"], defaults["crop_ratio"]  # of a crop
+    return [name for name, default in defaults.items() if options.get(name, default)]
+
+
 def check_augmentation_names(names: list[str]) -> None:
     """Raise a ValueError that suggests the nearest name when `build_augmentation` takes no such option."""
     known = [name for name in inspect.signature(build_augmentation).parameters if name != "image_size"]

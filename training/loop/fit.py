@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from tqdm.auto import tqdm
 
-from ..data.batches import normalize_pixels
 from .agreement import BatchLoss, agree, clip_gradients, leave_out
+from .frozen import loader_name, set_training_mode
 from .interruption import Stopped
 from .run import Run
 from .saving import check_writer, save
@@ -62,7 +62,7 @@ def _stops_early(run: Run) -> bool:
 def train_epoch(run: Run, bar: tqdm) -> None:
     """The steps of an epoch, from `progress.batch` on."""
     config, progress = run.config, run.progress
-    run.model.train()
+    set_training_mode(run)
     bar.set_description(f"epoch {progress.epoch + 1}")
     log = StepLog(run, bar)
     for batches in batches_of_steps(run):
@@ -90,7 +90,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
 
 def batches_of_steps(run: Run) -> Iterator[list[dict]]:
     """The batches of each step that is left of the epoch: `gradient_accumulation_steps`, fewer in the last."""
-    loader = run.loaders["train"]
+    loader = run.loaders[loader_name(run, "train")]
     if run.progress.batch:
         loader = run.accelerator.skip_first_batches(loader, run.progress.batch)
     loader.set_epoch(run.progress.epoch)
@@ -106,9 +106,8 @@ def backward(run: Run, batches: list[dict]) -> list[BatchLoss]:
     for batch in batches:
         accelerator.sync_gradients = batch is batches[-1]
         with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(run.model):
-            pixel_values, labels = augmented(run, batch, run.progress.batch)
-            pixel_values = normalize_pixels(pixel_values, run.processor)
-            loss = run.model(pixel_values=pixel_values, labels=labels, num_items_in_batch=known).loss
+            inputs, labels = augmented(run, batch, run.progress.batch)
+            loss = run.model(**inputs, labels=labels, num_items_in_batch=known).loss
             # The gradients of processes are averaged, and accelerate divides by the batches of a step; but these
             # losses are parts of the step's mean, to be added up.
             loss = loss * accelerator.num_processes

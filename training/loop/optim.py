@@ -5,7 +5,7 @@
 `build_ema`        exponential moving average of the weights, with its own warm-up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -28,10 +28,11 @@ def parameter_groups(
     learning_rate: float,
     weight_decay: float,
     backbone_lr_multiplier: float = 1.0,
+    parts: Mapping[str, Mapping[str, float]] | None = None,
     decay_all: bool = False,
     muon: bool = False,
 ) -> list[dict]:
-    """Sort a model's trainable parameters into groups by learning rate, decay and optimizer.
+    """Sort a model's trainable parameters into groups: backbone, parts or rest, decayed or not, by optimizer.
 
     A parameter is not decayed when it belongs to a norm, has fewer than two dimensions (biases, ConvNeXt's
     `layer_scale_parameter`, scales), or is an embedding table. A module called `backbone` is it.
@@ -40,17 +41,26 @@ def parameter_groups(
         learning_rate: of everything outside the backbone.
         weight_decay: AdamW's decoupled decay, multiplied by the learning rate at each step.
         backbone_lr_multiplier: the backbone's learning rate is `learning_rate` times this.
+        parts: a `learning_rate` and a `weight_decay` of its own for what lies below a module of that name.
         decay_all: decay every parameter, as the official HSVLT run did.
         muon: groups of their own for the weights of linear layers and of convolutions that are not grouped.
 
     Returns:
-        Groups with the keys `name` ("backbone/decay", "backbone/no_decay", "rest/decay" or "rest/no_decay", and with
-        "/muon" behind it), `params`, `lr` and `weight_decay`; empty groups are left out. Frozen parameters are in none.
+        Groups with the keys `name` ("backbone/decay", "rest/no_decay", "PART/decay", ..., and with "/muon" behind it),
+        `params`, `lr` and `weight_decay`; empty groups are left out. Frozen parameters are in none.
 
     Raises:
-        ValueError: nothing is trainable, `muon` finds no matrix, or a multiplier other than 1 is asked of a model that
-            has no backbone. (In the official HSVLT code such a group silently matched nothing.)
+        ValueError: nothing is trainable, a part is no module or has another option, `muon` finds no matrix, or a
+            multiplier other than 1 is asked of a model that has no backbone. (In the official HSVLT code such a group
+            silently matched nothing.)
     """
+    parts = parts or {}
+    for part, options in parts.items():
+        if not any(part in name.split(".") for name, _ in model.named_modules()):
+            raise ValueError(f"parts names {part!r}, but {type(model).__name__} has no module of that name.")
+        for key in options or {"nothing"}:
+            if key not in ("learning_rate", "weight_decay"):
+                raise ValueError(f"parts.{part} has {key}: give it a learning_rate, a weight_decay, or both.")
     undecayed, matrices, tables = set(), set(), set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -68,9 +78,12 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        backbone = "backbone" in name.split(".")
+        path = name.split(".")
+        backbone = "backbone" in path
+        part = next((each for each in parts if each in path), "backbone" if backbone else "rest")
+        own = parts.get(part, {})
         decayed = decay_all or name not in undecayed
-        group_name = f"{'backbone' if backbone else 'rest'}/{'decay' if decayed else 'no_decay'}"
+        group_name = f"{part}/{'decay' if decayed else 'no_decay'}"
         if parameter in matrices:
             group_name += MUON
         group = groups.setdefault(
@@ -78,8 +91,8 @@ def parameter_groups(
             {
                 "name": group_name,
                 "params": [],
-                "lr": learning_rate * (backbone_lr_multiplier if backbone else 1.0),
-                "weight_decay": weight_decay if decayed else 0.0,
+                "lr": own.get("learning_rate", learning_rate * (backbone_lr_multiplier if backbone else 1.0)),
+                "weight_decay": own.get("weight_decay", weight_decay) if decayed else 0.0,
             },
         )
         group["params"].append(parameter)
@@ -105,6 +118,7 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     backbone_lr_multiplier: float = 1.0,
+    parts: Mapping[str, Mapping[str, float]] | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     decay_all: bool = False,
     optimizer: str = "adamw",
@@ -115,6 +129,7 @@ def build_optimizer(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         backbone_lr_multiplier=backbone_lr_multiplier,
+        parts=parts,
         decay_all=decay_all,
         muon=optimizer == "muon",
     )

@@ -35,8 +35,9 @@ from ..data.dataset import MultiLabelDataset
 from ..data.leave_out import find_unreadable, leave_out_unreadable
 from ..data.load import load
 from ..data.rows import Loaded
-from ..models.build import build_model
+from ..models.build import build_model, read_backbone_statistics
 from ..options import dataset_options
+from .frozen import feature_loaders
 from .interruption import StopRequest
 from .log import JsonLinesTracker
 from .optim import build_ema, build_optimizer, build_scheduler
@@ -86,6 +87,13 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
 
     loaded = load_splits(config, accelerator)
     label_names = loaded.label_names
+    if config.unfreeze_epochs and accelerator.num_processes > 1:
+        raise ValueError(
+            f"unfreeze_epochs is for one process, and there are {accelerator.num_processes}: train the backbone in a "
+            "run of its own, with --init_from this run's best/."
+        )
+    if config.backbone_statistics:
+        read_backbone_statistics(config)
     processor = build_processor(config, label_names)
     crops = config.augmentation is not None and config.augmentation.get("crop_scale", True)
     data = {}
@@ -127,7 +135,11 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         config.loss_kwargs = {**(config.loss_kwargs or {}), **counts}
 
     set_seed(config.seed)
-    plain_model = build_model(config, label_names).to(accelerator.device)
+    plain_model = build_model(config, label_names, accelerator.print).to(accelerator.device)
+    if config.cache_features:
+        loaders |= feature_loaders(config, plain_model, data, accelerator)
+    if config.unfreeze_epochs:
+        plain_model.hsvlt.backbone.requires_grad_(True)  # for the optimizer's groups
     ema = build_ema(plain_model, config.ema_decay) if config.ema_decay is not None else None
     if config.compile:
         plain_model.compile()
@@ -136,6 +148,7 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         backbone_lr_multiplier=config.backbone_lr_multiplier,
+        parts=config.parts,
         decay_all=config.decay_all,
         optimizer=config.optimizer,
     )

@@ -6,18 +6,27 @@ from accelerate.utils import set_seed
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
+from ..data.batches import normalize_pixels
+from .frozen import FEATURES, mirrored
 from .run import Run
 
 
-def augmented(run: Run, batch: dict, place: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels, not yet normalised, and labels of batch `place` of the epoch; the same every time they are asked for."""
+def augmented(run: Run, batch: dict, place: int) -> tuple[dict, torch.Tensor]:
+    """What the model reads, and labels, of batch `place` of the epoch; the same every time they are asked for."""
     seeds = np.random.SeedSequence((run.config.seed, run.progress.epoch, place, run.accelerator.process_index))
     set_seed(int(seeds.generate_state(1)[0]))
-    pixel_values, labels = batch["pixel_values"], batch["labels"].to_dense()
+    labels = batch["labels"].to_dense()
+    if "features" in batch:
+        records = batch["features"]
+        views = mirrored(run.augmentation, labels).to(records.device)
+        records = records[torch.arange(len(records), device=records.device), views]
+        store = run.loaders["train" + FEATURES].dataset.store
+        return {"feature_maps": store.unpack(records)}, _once(run, labels, place)
+    pixel_values = batch["pixel_values"]
     if run.augmentation is not None:
         pixel_values, labels = run.augmentation(pixel_values / 255, labels)
         pixel_values = pixel_values * 255
-    return pixel_values, _once(run, labels, place)
+    return {"pixel_values": normalize_pixels(pixel_values, run.processor)}, _once(run, labels, place)
 
 
 def _once(run: Run, labels: torch.Tensor, place: int) -> torch.Tensor:

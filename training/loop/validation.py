@@ -6,6 +6,7 @@ from tqdm.auto import tqdm
 
 from ..metrics.functional import multilabel_report
 from ..scoring.predict import predict
+from .frozen import loader_name
 from .interruption import Stopped
 from .optim import WarmupPlateau
 from .run import Run
@@ -31,7 +32,7 @@ def evaluate(run: Run, model: torch.nn.Module, split: str) -> tuple[np.ndarray, 
 def validate(run: Run) -> bool:
     """End an epoch: score the validation split and log it. Returns whether it is the best so far."""
     progress, accelerator = run.progress, run.accelerator
-    report = evaluate(run, run.evaluated_model, "validation")[2]
+    report = evaluate(run, run.evaluated_model, loader_name(run, "validation"))[2]
     if isinstance(run.scheduler, WarmupPlateau):
         run.scheduler.step_metric(report["mAP"])
     epoch = progress.epoch + 1

@@ -1,22 +1,29 @@
 """The model of a run: new, on a pretrained backbone, or from a checkpoint; and its label embeddings."""
 
+from collections.abc import Callable
+
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, AutoTokenizer, CLIPModel, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 import modeling_hsvlt  # noqa: F401  (registers the model types)
 from modeling_hsvlt.label_context import LabelContext
-from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder, transfer_classifier
+from modeling_hsvlt.label_prompts import class_shares, encode_labels, load_text_encoder, transfer_classifier
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
 from ..checkpoint.loading import check_pinned, commit_of
 from ..checkpoint.public_names import public_name
 from ..config import TrainingConfig
 from .from_checkpoint import from_checkpoint
+from .named import BACKBONES, TEXT_ENCODERS, local_source
+
+# Labels whose classes are printed.
+MAX_SAID = 30
 
 
-def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedModel:
+def build_model(config: TrainingConfig, label_names: list[str], say: Callable[[str], None] = print) -> PreTrainedModel:
     """Make the model that `config` describes, for these labels.
 
     Where it names a Hub id with a branch or tag, the commit that this was is written back into `config`, so that
@@ -25,6 +32,7 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
     Arguments:
         config: reads `model_type`, `preset`, `model`, `backbone`, `label_encoder`, `init_from` and their companions.
         label_names: in class order.
+        say: prints a line.
 
     Raises:
         ValueError: an unknown model type or loss, an option that they do not have, a Hub id without a revision.
@@ -42,8 +50,9 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
             f"label_context is for hsvlt, and model_type is {config.model_type!r}: hp_dval's contexts are its phase 2."
         )
     if config.label_encoder is not None and config.model_type != "hp_dval":
-        check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
-        encoder, tokenizer = load_text_encoder(config.label_encoder, config.label_encoder_revision)
+        source = local_source(config.label_encoder, TEXT_ENCODERS)
+        check_pinned("label_encoder", source, config.label_encoder_revision, TEXT_ENCODERS)
+        encoder, tokenizer = load_text_encoder(source, config.label_encoder_revision)
         config.label_encoder_revision = commit_of(encoder.config) or config.label_encoder_revision
         encoded = encode_labels(
             label_names,
@@ -81,32 +90,55 @@ def build_model(config: TrainingConfig, label_names: list[str]) -> PreTrainedMod
             pooling=config.label_pooling,
             template=None if official else config.label_template,
         )
-    if config.text_classifier:
-        set_text_classifier(model, encoder, tokenizer, config)
+    wanted = config.text_classifier
+    if wanted is None:
+        wanted = config.can_transfer_classifier and getattr(model.config, "residual_attention", False)
+    if wanted:
+        set_text_classifier(model, encoder, tokenizer, config, say)
+    if config.initial_bias is not None and config.init_from is None:
+        set_initial_bias(model, config.initial_bias)
     if config.label_context is not None:
         add_label_context(model, encoder, tokenizer, config, label_names)
     if hasattr(model, "set_phase"):
         model.set_phase(model.config.phase)
+    if config.freeze_backbone:
+        freeze_backbone(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
-def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: TrainingConfig) -> None:
-    """Start an HSVLT's residual attention from the classifier of `config.backbone`, see `transfer_classifier`.
-
-    Of a class with several names ("tench, Tinca tinca") the first is read.
+def read_backbone_statistics(config: TrainingConfig) -> None:
+    """Set `image_mean` and `image_std` to what the backbone's own processor has.
 
     Raises:
-        ValueError: a model without residual attention, a backbone without a linear classifier of its last map, or
-            without names for its classes.
+        ValueError: it has none.
+        OSError: there is no processor beside the backbone.
     """
-    if not getattr(model.config, "residual_attention", False):
-        raise ValueError("text_classifier belongs to HSVLT's residual_attention: set that to true in model.")
+    source = local_source(config.backbone, BACKBONES)
+    check_pinned("backbone", source, config.backbone_revision, BACKBONES)
+    found, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=config.backbone_revision)
+    if not found.get("image_mean") or not found.get("image_std"):
+        raise ValueError(f"The processor of {config.backbone} has no image_mean and image_std: give them yourself.")
+    config.image_mean, config.image_std = list(found["image_mean"]), list(found["image_std"])
+    config.backbone_statistics = False  # config.yaml says what was used
+
+
+def backbone_classifier(config: TrainingConfig, channels: int) -> tuple[torch.Tensor, list[str]]:
+    """The classifier (classes, channels) that `config.backbone` was trained with, and the names of its classes.
+
+    Of a class with several names ("tench, Tinca tinca") the first is given.
+
+    Raises:
+        ValueError: a backbone without a linear classifier of its last map, or without names for its classes.
+    """
     source, loading = AutoModelForImageClassification.from_pretrained(
-        config.backbone, revision=config.backbone_revision, use_safetensors=True, output_loading_info=True
+        local_source(config.backbone, BACKBONES),
+        revision=config.backbone_revision,
+        use_safetensors=True,
+        output_loading_info=True,
     )
-    shape = (source.config.num_labels, model.residual_attention.text_weight.shape[1])
+    shape = (source.config.num_labels, channels)
     linear = [(name, module.weight) for name, module in source.named_modules() if isinstance(module, torch.nn.Linear)]
     name, weight = linear[-1] if linear else ("", torch.empty(0))
     if weight.shape != shape or f"{name}.weight" in loading["missing_keys"]:
@@ -114,10 +146,61 @@ def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: Trai
     names = [source.config.id2label[index].split(",")[0].strip() for index in range(shape[0])]
     if all(name.startswith("LABEL_") for name in names):
         raise ValueError(f"{config.backbone} does not name its classes (id2label): leave text_classifier out.")
+    return weight.detach(), names
+
+
+def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: TrainingConfig, say: Callable) -> None:
+    """Start an HSVLT's residual attention from the classifier of `config.backbone`, see `transfer_classifier`, and say
+    which classes each label starts from. With `text_classifier` null, a backbone without one is left as it is.
+
+    Raises:
+        ValueError: `text_classifier` is true, and there is no residual attention or no classifier.
+    """
+    if not getattr(model.config, "residual_attention", False):
+        raise ValueError("text_classifier belongs to HSVLT's residual_attention: set that to true in model.")
+    try:
+        weight, names = backbone_classifier(config, model.residual_attention.text_weight.shape[1])
+    except ValueError as error:
+        if config.text_classifier:
+            raise
+        say(f"Labels start without a text classifier: {str(error).partition(':')[0]}.")
+        return
     unique = list(dict.fromkeys(names))  # ImageNet has two cranes and two maillots
     embeddings = encode_labels(unique, encoder, tokenizer, template=config.label_template)
-    embeddings = embeddings[[unique.index(each) for each in names]]
-    model.set_text_classifier(transfer_classifier(weight, embeddings, model.hsvlt.label_embeddings.weight))
+    embeddings, labels = embeddings[[unique.index(each) for each in names]], model.hsvlt.label_embeddings.weight
+    model.set_text_classifier(transfer_classifier(weight, embeddings, labels))
+    say(f"Each label starts from the classes of {config.backbone} with the most similar names:")
+    shares, classes = class_shares(embeddings, labels).topk(min(3, len(names)))
+    for row in range(min(len(labels), MAX_SAID)):
+        started = (f"{names[k]} {share:.0%}" for share, k in zip(shares[row], classes[row].tolist(), strict=True))
+        say(f"  {model.config.id2label[row]}: {', '.join(started)}")
+    if len(labels) > MAX_SAID:
+        say(f"  and so on for the other {len(labels) - MAX_SAID} labels")
+
+
+def set_initial_bias(model: PreTrainedModel, bias: float) -> None:
+    """Start each label's logit at `bias`.
+
+    Raises:
+        ValueError: a model whose classifier has no bias.
+    """
+    heads = [getattr(model, name, None) for name in ("classifier", "residual_attention", "candidate_scorer")]
+    biases = [getattr(getattr(head, "linear", head), "bias", None) for head in heads if head is not None]
+    if not biases or None in biases:
+        raise ValueError(f"initial_bias belongs to a classifier with a bias, and {type(model).__name__} has none.")
+    for each in biases:
+        torch.nn.init.constant_(each, bias)
+
+
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """Leave the backbone out of training.
+
+    Raises:
+        ValueError: a model that stands on none.
+    """
+    if not hasattr(model, "hsvlt"):
+        raise ValueError(f"freeze_backbone is for hsvlt, and this is a {type(model).__name__}: leave it out.")
+    model.hsvlt.backbone.requires_grad_(False)
 
 
 TRAINED_BESIDE_CONTEXT = ("all", "all_but_backbone", "nothing")
@@ -166,10 +249,11 @@ def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
         return model_class(model_config)
     if not hasattr(model_class, "from_backbone"):
         raise ValueError(f"model_type {config.model_type!r} stands on no other backbone: leave backbone out.")
-    check_pinned("backbone", config.backbone, config.backbone_revision)
-    source_config = AutoConfig.from_pretrained(config.backbone, revision=config.backbone_revision)
+    source = local_source(config.backbone, BACKBONES)
+    check_pinned("backbone", source, config.backbone_revision, BACKBONES)
+    source_config = AutoConfig.from_pretrained(source, revision=config.backbone_revision)
     config.backbone_revision = commit_of(source_config) or config.backbone_revision
-    return model_class.from_backbone(config.backbone, revision=config.backbone_revision, config=model_config)
+    return model_class.from_backbone(source, revision=config.backbone_revision, config=model_config)
 
 
 def _from_clip(config: TrainingConfig, overrides: dict) -> PreTrainedModel:

@@ -42,7 +42,8 @@ def predict(
 
     Args:
         model: Gives `logits` (batch, num_labels) for `pixel_values`. Put in evaluation mode, and back.
-        dataloader: Of a `MultiLabelDataset`, built with the processor (normalised pixels); prepared or not.
+        dataloader: Of a `MultiLabelDataset`, built with the processor (normalised pixels), or of a `FeatureDataset`;
+            prepared or not.
         accelerator: None makes one, and moves the model to its device.
         progress: Whether the main process shows a bar.
         before_batch: Called before every batch; may raise to end the scoring.
@@ -72,14 +73,18 @@ def predict(
         for batch in bar:
             if before_batch is not None:
                 before_batch()
-            if batch["pixel_values"].dtype == torch.uint8:
+            inputs = batch["features" if "features" in batch else "pixel_values"]
+            if inputs.dtype == torch.uint8:
                 raise ValueError("The pixels are uint8; build the loader with processor=..., which normalises them.")
             # Only batches of one size: matrix products round differently for another, and how many images the last
             # batch has depends on the number of processes.
-            pixel_values = batch["pixel_values"].to(dtype)
-            count = len(pixel_values)
-            padding = pixel_values[-1:].expand(batch_size - count, *pixel_values.shape[1:])
-            output = model(pixel_values=torch.cat([pixel_values, padding]))
+            count = len(inputs)
+            inputs = torch.cat([inputs, inputs[-1:].expand(batch_size - count, *inputs.shape[1:])])
+            if "features" in batch:
+                maps = dataloader.dataset.store.unpack(inputs[:, 0])
+                output = model(feature_maps=[each.to(dtype) for each in maps])
+            else:
+                output = model(pixel_values=inputs.to(dtype))
             batch_scores = output.logits.float().sigmoid()
             batch_scores = batch_scores[:count]
             batch_labels = batch["labels"].to_dense().float()

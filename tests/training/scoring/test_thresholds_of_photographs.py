@@ -14,8 +14,8 @@ from transformers import AutoModelForImageClassification, pipeline
 import training.evaluate
 import training.fit_thresholds
 from benchmarks.peers.efficientnet_lite import (
-    EfficientNetLiteConfig,
-    EfficientNetLiteForImageClassification,
+    EfficientNetLiteHeadConfig,
+    EfficientNetLiteWithHead,
     image_processor,
     load_backbone,
 )
@@ -56,7 +56,7 @@ def train_a_head(folder):
         splits["train"].select(np.random.default_rng(0).permutation(len(splits["train"]))[:1000]), names, processor
     )
     torch.manual_seed(0)
-    model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(id2label=dict(enumerate(names))))
+    model = EfficientNetLiteWithHead(EfficientNetLiteHeadConfig(id2label=dict(enumerate(names))))
     model.backbone.load_state_dict(load_backbone().state_dict())
     model.eval()
     with torch.no_grad():
