@@ -13,6 +13,11 @@ def shipped(name: str) -> Path:
     return here / name if (here / name).is_dir() else here.parent / name
 
 
+def user_cache() -> Path:
+    """The user's cache folder for what this package computes."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hsvlt"
+
+
 def recipes() -> dict[str, Path]:
     """The recipes that come with the package, by their short names."""
     return {path.stem: path for path in sorted(Path(__file__).with_name("configs").glob("*.yaml"))}

@@ -14,9 +14,9 @@ from training.data.features import (
     image_keys,
     map_shapes,
     store_name,
-    user_cache,
     view_key,
 )
+from training.places import user_cache
 
 VIEWS = 2  # the image and its mirror image
 

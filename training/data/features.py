@@ -32,11 +32,6 @@ KEY_BYTES = 32
 BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version")
 
 
-def user_cache() -> Path:
-    """The user's cache folder for what this package computes."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hsvlt"
-
-
 def image_keys(images: Dataset) -> list[bytes]:
     """SHA-256 of each image as it is stored, of the column `image`, not decoded."""
     keys = []

@@ -18,9 +18,9 @@ from ..data.features import (
     make_room,
     map_shapes,
     store_name,
-    user_cache,
     view_key,
 )
+from ..places import user_cache
 from .run import Run
 
 FEATURES = " from features"  # behind the name of a split: its loader of stored maps

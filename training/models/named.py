@@ -12,7 +12,7 @@ import torch
 from modeling_hsvlt import EfficientNetLiteConfig, EfficientNetLiteForImageClassification, MultiLabelImageProcessor
 
 from ..checkpoint.atomic import atomic_folder
-from ..data.features import user_cache
+from ..places import user_cache
 from .state_dicts import StateDict
 
 IMAGENET_LABELS = Path(__file__).parent / "imagenet_labels.txt"
