@@ -65,6 +65,7 @@ def _calibrate(args: CalibrateOptions, folder: Path, accelerator: Accelerator) -
         stored_calibration,
     )
     from .scoring.held_out import held_out_scores
+    from .scoring.measured_with import weights_of
     from .scoring.predict import score_split
     from .scoring.reliability import NUM_BINS, reliability
     from .scoring.thresholds import fit_record
@@ -87,6 +88,7 @@ def _calibrate(args: CalibrateOptions, folder: Path, accelerator: Accelerator) -
         fold_calibration(model, step)
         if getattr(model.config, "thresholds", None) is not None:
             model.config.thresholds = move_thresholds(model.config.thresholds, step)
+        weights = weights_of(folder, model.config.to_dict())  # before this changes them
         model.config.calibration_info = {
             "method": args.method,
             "per_label": not args.shared,
@@ -95,6 +97,7 @@ def _calibrate(args: CalibrateOptions, folder: Path, accelerator: Accelerator) -
             **fit_record(labels, dataset=args.dataset, split=args.split),
             "scale": new.scale.tolist(),
             "bias": new.bias.tolist(),
+            "weights": weights,
         }
         with revised(folder) as copy:
             model.save_pretrained(copy)

@@ -18,13 +18,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from modeling_hsvlt.label_names import check_label_names
 
 from ..options import DatasetOptions
+from .built_in import BUILT_IN
 from .csv_table import find_csv_tables, read_csv_tables
 from .image_folder import read_image_folders
 from .label_column import LabelColumn
 from .label_names import given_names, read_label_names
 from .leave_out import read_exclusions
 from .rows import SPLIT_ALIASES, Loaded, Split, Table, no_such_split, only_images, row_namer, without_missing
-from .scenes import read_scenes
 from .sparse_labels import SparseLabels
 from .vocabulary import names_of_splits, names_outside, warn_without_positive
 
@@ -76,8 +76,9 @@ def load(
     options = DatasetOptions(dataset=source, **options)
     label_names, revision = given_names(options.label_names), options.dataset_revision
     source_words = source if isinstance(source, str | Path) else "the dataset"
-    if str(source_words) == "scenes":
-        table = read_scenes(splits, options.scenes, label_names=label_names, fresh=fresh_scenes)
+    if str(source_words) in BUILT_IN:
+        read = BUILT_IN[str(source_words)].read
+        table = read(splits, options.scenes, label_names=label_names, fresh=fresh_scenes)
     else:
         table = _read(source, options, cache_dir)
     splits = list(splits or table.splits)
@@ -130,6 +131,26 @@ def load(
     return loaded
 
 
+def load_images(source: str, split: str | None = None, **options) -> Dataset:
+    """The images of one split as the column `image`, not decoded; labels are not looked at, and need not be there.
+
+    Args:
+        source: As for `load`.
+        split: None: the only one.
+        options: Fields of `training.options.DatasetOptions`.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence that names the split or column and says what to do.
+    """
+    options = DatasetOptions(dataset=source, **options)
+    table = BUILT_IN[source].read(None, options.scenes) if source in BUILT_IN else _read(source, options, None)
+    if split is None and len(table.splits) > 1:
+        raise ValueError(f"{source} has the splits {', '.join(table.splits)}; choose one with --split.")
+    name = SPLIT_ALIASES.get(split, split) or next(iter(table.splits))
+    _check_splits(table, [name], source, labels=False)
+    return only_images(table.splits[name], table.image_column)
+
+
 def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, cache_dir: str | None) -> Table:
     """The rows of a source by the reader of its format, under the usual names of splits."""
     path = None if isinstance(source, Dataset | DatasetDict) else Path(source)
@@ -152,7 +173,8 @@ def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, c
             _check_parquet(path)
             loaded = load_dataset(str(path), name=options.dataset_config, cache_dir=cache_dir)
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise FileNotFoundError(f"{source} is no folder; give a folder, the id of a dataset on the Hub, or 'scenes'.")
+        what = "is no folder" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{source} {what}; give a folder, the id of a dataset on the Hub, or 'scenes'.")
     else:
         on_hub = True
         try:
@@ -169,7 +191,7 @@ def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, c
     return loaded
 
 
-def _check_splits(table: Table, splits: list[str], source: str | Path) -> None:
+def _check_splits(table: Table, splits: list[str], source: str | Path, *, labels: bool = True) -> None:
     """
     Raises:
         ValueError: a split that is not there or has no rows, or no column of images or labels.
@@ -181,7 +203,7 @@ def _check_splits(table: Table, splits: list[str], source: str | Path) -> None:
         if len(split) == 0:
             raise ValueError(f"The split {name!r} of {source} has no rows; add some or leave the split out.")
         label_column = table.label_column if table.label_column in split.column_names else _root(table.label_column)
-        for column in (table.image_column, *(table.label_columns or [label_column])):
+        for column in (table.image_column, *((table.label_columns or [label_column]) if labels else ())):
             if column not in split.column_names:
                 raise ValueError(
                     f"The split {name!r} of {source} has no column {column!r}, only {', '.join(split.column_names)}; "

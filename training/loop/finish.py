@@ -11,7 +11,7 @@ from ..checkpoint.folder import save_checkpoint, verify_if_sealed, write_marker
 from ..metrics.functional import multilabel_report, per_label_report
 from ..publish.hub import push_run
 from ..report.page import result_record, write_report
-from ..scoring.measured_with import fingerprints
+from ..scoring.measured_with import fingerprints, weights_of
 from ..scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
 from .run import Run
 from .validation import evaluate
@@ -50,6 +50,7 @@ def finish(run: Run) -> dict:
                 shutil.copytree(folder / "label_context", new / "label_context")
             save_checkpoint(new, model, run.processor)
             write_marker(new, step=run.progress.step, epoch=run.progress.best_epoch)
+        results["weights"] = weights_of(folder, model.config.to_dict())
         write_file(run.folder / "results.json", json.dumps(results, indent=1))
         if config.report:
             _write_report(run, model, scores, labels, results["validation_at_thresholds"])

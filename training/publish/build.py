@@ -66,7 +66,7 @@ def build_folder(
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     config = read_config(run, target)
     results, _ = read_results(run, config)
-    _, rows = read_evaluation(run, config)
+    _, rows, _ = read_evaluation(run, config)
     write_selected_tags(target, label_names, results.get("positives_in_train"))
     if results:
         (target / "results.json").write_text(json.dumps(results, indent=1))

@@ -21,6 +21,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..check.imbalance import GROUP_WORDS
+from ..data.built_in import BUILT_IN
 from ..metrics.glossary import FIGURES
 from ..places import shipped
 from ..scoring.measured_with import AT_THRESHOLDS, names_of
@@ -80,13 +81,13 @@ def render_card(
     """
     facts = collect(run, folder)
     options = facts["options"]
-    scenes = options.get("dataset") == "scenes"
-    own = scenes and not (options.get("backbone") or options.get("init_from"))
+    built_in = BUILT_IN.get(options.get("dataset"))
+    own = built_in is not None and not (options.get("backbone") or options.get("init_from"))
     template = "adapter.md" if facts["base"] else TEMPLATES.get(facts["model"].get("model_type"))
     if template is None:
         raise ValueError(f"{folder} holds no model of a type that has a card ({', '.join(TEMPLATES)}) and no adapter.")
-    licence = licence or ("apache-2.0" if own else "unknown")
-    figures = _write_figures(run, folder, facts, images or scenes)
+    licence = licence or (built_in.licence if own else "unknown")
+    figures = _write_figures(run, folder, facts, images or built_in is not None)
     data = ModelCardData(
         license=licence,
         library_name="peft" if facts["base"] else "transformers",
@@ -128,8 +129,9 @@ def collect(run: Path, folder: Path) -> dict:
     model = read_config(run, folder)
     processor = read_json(folder / "processor_config.json")
     results, changed = read_results(run, model)
-    evaluation, measured_rows = read_evaluation(run, model)
+    evaluation, measured_rows, evaluation_changed = read_evaluation(run, model)
     options = read_options(run)
+    built_in = BUILT_IN.get(options.get("dataset"))
     names = names_of(model)
     splits = {name: results[name] for name in SPLITS if name in results}
     at_thresholds = {name: results[name + AT_THRESHOLDS] for name in splits if name + AT_THRESHOLDS in results}
@@ -140,12 +142,13 @@ def collect(run: Path, folder: Path) -> dict:
         "model": model,
         "image": processor.get("image_processor") or processor,
         "options": options,
-        "dataset_name": _dataset_name(options.get("dataset")),
+        "dataset_name": built_in.title if built_in else options.get("dataset"),
         "results": results,
         "splits": splits,
         "at_thresholds": at_thresholds,
         "changed": changed,
         "evaluation": evaluation,
+        "evaluation_changed": evaluation_changed,
         "label_names": names,
         "label_rows": _label_rows(names, model, results, measured_rows),
         "max_label_rows": MAX_LABEL_ROWS,
@@ -159,10 +162,6 @@ def collect(run: Path, folder: Path) -> dict:
 
 def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
-
-
-def _dataset_name(dataset: str | None) -> str | None:
-    return "the built-in scenes" if dataset == "scenes" else dataset
 
 
 def _num_parameters(folder: Path) -> int:

@@ -12,7 +12,8 @@ import yaml
 
 from ..checkpoint.public_names import is_path, last_name, without_paths
 from ..config import TrainingConfig
-from ..scoring.measured_with import still_true
+from ..data.built_in import BUILT_IN
+from ..scoring.measured_with import still_true, weights_of
 
 PATH_OPTIONS = [field.name for field in dataclasses.fields(TrainingConfig) if field.metadata.get("path")]
 # Their Hub ids are pinned (`check_pinned`): without a revision beside it, one of these is a folder.
@@ -34,20 +35,21 @@ def read_config(run: Path, folder: Path) -> dict:
 
 def read_results(run: Path, config: dict) -> tuple[dict, list[str]]:
     """See `still_true`: of the run's results.json."""
-    return still_true(read_json(run / "results.json"), config)
+    return still_true(read_json(run / "results.json"), config, weights_of(checkpoint_of(run), config))
 
 
-def read_evaluation(run: Path, config: dict) -> tuple[dict, list[dict]]:
-    """What `still_true` leaves of the evaluation's results.json, and of the rows of its per_label.csv."""
-    record, _ = still_true(read_json(evaluation_file(run, "results.json")), config)
+def read_evaluation(run: Path, config: dict) -> tuple[dict, list[dict], list[str]]:
+    """What `still_true` leaves of the evaluation's results.json, and of the rows of its per_label.csv; what changed."""
+    weights = weights_of(checkpoint_of(run), config)
+    record, changed = still_true(read_json(evaluation_file(run, "results.json")), config, weights)
     path = evaluation_file(run, "per_label.csv")
     if not record or not path.is_file():
-        return record, []
+        return record, [], changed
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if "CP" not in record["metrics"]:
         rows = [{name: row[name] for name in ("label", "positives", "known", "AP") if name in row} for row in rows]
-    return record, rows
+    return record, rows, changed
 
 
 def evaluation_file(run: Path, name: str) -> Path:
@@ -64,8 +66,8 @@ def read_options(run: Path) -> dict:
         if name in raw:
             is_folder = name in PINNED and not raw.get(f"{name}_revision")
             options[name] = without_paths(raw[name], last_name if is_folder else _unless_hub_id)
-    if options.get("dataset") == "scenes" != raw["dataset"]:  # a folder of that name is not the built-in data set
-        options["dataset"] = "./scenes"
+    if options.get("dataset") in BUILT_IN and raw["dataset"] != options["dataset"]:  # a folder of that name is another
+        options["dataset"] = f"./{options['dataset']}"
     return options
 
 

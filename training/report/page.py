@@ -25,7 +25,7 @@ from ..metrics.functional import decision_report
 from ..metrics.glossary import AP_DEFINITION, FIGURES
 from ..scoring.calibration import stored_calibration
 from ..scoring.held_out import held_out_decisions
-from ..scoring.measured_with import fingerprints
+from ..scoring.measured_with import fingerprints, weights_of
 from ..scoring.reliability import NUM_BINS, Reliability, reliability
 from ..scoring.thresholds import fit_record
 from .heat_maps import draw_found_labels
@@ -182,6 +182,7 @@ def result_record(
         "split": split,
         "count_split": count_split,
         "threshold": threshold,
+        "weights": weights_of(checkpoint, config.to_dict()),
         "measured_with": fingerprints(config.to_dict()),
         "ap_definition": AP_DEFINITION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset
 
-from ..data.rows import images_below, only_images
+from ..data.load import load_images
+from ..data.rows import images_below
 
 # What makes a folder a data set and not a tree of images.
 DATASET_FILES = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
@@ -39,19 +40,12 @@ class DatasetSource:
         return self.rows[key]["image"]
 
 
-def open_source(
-    source: str,
-    *,
-    split: str | None = None,
-    image_column: str = "image",
-    revision: str | None = None,
-    config_name: str | None = None,
-) -> FileSource | DatasetSource:
+def open_source(source: str, *, split: str | None = None, **options) -> FileSource | DatasetSource:
     """The images of a folder (with the folders in it), of a text file that names one a line, or of a data set.
 
     A folder that `datasets` wrote, or of parquet files, is a data set; so is what is no path, an id on the Hub. In a
     list, relative names start where the list is, and what follows a tab is left out, so that the `unreadable.txt` of
-    another run is a list.
+    another run is a list. `split` and `options`: as of `training.data.load.load_images`.
 
     Raises:
         FileNotFoundError, ValueError: in one sentence, what is wrong and what to do.
@@ -68,22 +62,4 @@ def open_source(
         if not names:
             raise ValueError(f"{path} holds no images; give another folder, a list, or a data set.")
         return FileSource(path, names)
-    if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise FileNotFoundError(f"{source} does not exist; give a folder, a list of files, or a data set.")
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        loaded = load_from_disk(source)
-    else:
-        loaded = load_dataset(source, name=config_name, revision=revision)
-    if isinstance(loaded, DatasetDict):
-        if split is None and len(loaded) > 1:
-            raise ValueError(f"{source} has the splits {', '.join(loaded)}; choose one with --split.")
-        split = split or next(iter(loaded))
-        if split not in loaded:
-            raise ValueError(f"{source} has no split {split!r}, only {', '.join(loaded)}; choose another.")
-        loaded = loaded[split]
-    if image_column not in loaded.column_names:
-        raise ValueError(
-            f"{source} has no column {image_column!r}, only {', '.join(loaded.column_names)}; name the images' "
-            "column with --image_column."
-        )
-    return DatasetSource(only_images(loaded, image_column))
+    return DatasetSource(load_images(source, split, **options))

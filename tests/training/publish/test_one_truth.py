@@ -24,7 +24,7 @@ from training.publish.build import check_no_path
 from training.publish.hub import push_run
 from training.publish.measured import PATH_OPTIONS, read_options
 
-from ..tiny_checkpoint import tiny_model
+from ..tiny_checkpoint import save_checkpoint, tiny_model
 from ..tiny_run import write_recipe
 
 NAMES = ["red", "green", "blue"]
@@ -210,3 +210,21 @@ def test_what_is_fitted_again_is_what_the_card_shows(run, secret, tmp_path):
     assert "of other label names" in fifth and f"{results['validation']['mAP']:.4f}" not in fifth
     assert not os.path.exists(tmp_path / "fifth" / "results.json")
     assert {line[-1] for line in (tmp_path / "fifth" / "selected_tags.csv").read_text().splitlines()[1:]} == {"0"}
+
+
+def test_an_evaluation_of_earlier_weights_is_left_out_and_said(secret, tmp_path):
+    folder = tmp_path / "run"
+    model = save_checkpoint(folder / "best", NAMES)
+    split = [str(folder / "best"), str(secret / "table"), "--image_folder", str(secret / "photos")]
+    split += ["--unlisted_images", "skip", "--label_names", *NAMES]
+    assert training.evaluate.main([*split, "--output", str(folder / "evaluation")]) == 0
+    assert "A further evaluation: split validation" in build(folder, tmp_path / "measured")
+    # Calibration changes the classifier; the weights below it are those that were measured.
+    assert training.calibrate.main(split) == 0
+    assert "A further evaluation: split validation" in build(folder, tmp_path / "calibrated")
+    with torch.no_grad():
+        next(model.hsvlt.parameters()).add_(1e-3)
+    model.save_pretrained(folder / "best")
+    card = build(folder, tmp_path / "trained_on")
+    assert "A further evaluation is of earlier weights than the checkpoint has now" in card
+    assert "split validation" not in card and not (tmp_path / "trained_on" / "per_label.csv").exists()

@@ -1,0 +1,102 @@
+"""A run of `training.tag`: what is left to do, divided over the processes, and what came of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from modeling_hsvlt.processing_multilabel import resolve_threshold
+
+from ..checkpoint.loading import load_checkpoint
+from ..checkpoint.lock import FolderLock
+from ..options import ImageOptions
+from .loop import report, tag_share
+from .results import UNREADABLE_FILE, Results, fingerprint, summarise
+from .sidecars import check_sidecars, write_sidecars
+from .sources import DatasetSource, open_source
+
+
+def tag_source(args) -> None:
+    """Tags what has no record yet, prints, and writes sidecars and the list of unreadable images.
+
+    Args:
+        args: The options of `training.tag`.
+
+    Raises:
+        ValueError, OSError: in one sentence, what was wrong and what to do.
+    """
+    # Processes wait for the slowest, which may have the largest images.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    model, processor = load_checkpoint(args)
+    model = model.to(accelerator.device).eval()
+    thresholds = getattr(model.config, "thresholds", None)
+    resolve_threshold(args.threshold, thresholds, model.config.num_labels)
+    if min(args.batch_size, args.part_size, args.top_k or 1) < 1 or args.num_workers < 0:
+        raise ValueError("--batch_size, --part_size and --top_k must be at least 1, --num_workers at least 0.")
+    with accelerator.main_process_first():  # the others find a downloaded data set
+        source = open_source(
+            args.source,
+            split=args.split,
+            **{field.name: getattr(args, field.name) for field in fields(ImageOptions)},
+        )
+    if args.sidecars:
+        check_sidecars(source, args.sidecars)
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = Results(args.output, source.key_name, args.format)
+    lock = FolderLock(args.output)
+    plan = [None, None]
+    try:
+        if accelerator.is_main_process:
+            plan = _plan(args, model, source, results, lock)
+        # One list for all, though images may come and go while it is made.
+        todo, run_number = broadcast_object_list(plan)
+        if isinstance(todo, str):
+            raise ValueError(todo)
+        lock.take(alone=False)
+        accelerator.wait_for_everyone()
+        share = todo[accelerator.process_index :: accelerator.num_processes]
+        clock = tag_share(args, model, processor, source, results, share, run_number, accelerator)
+        accelerator.wait_for_everyone()
+        report(clock, len(share), args.num_workers, accelerator)
+        if accelerator.is_main_process:
+            name = str if isinstance(source, DatasetSource) else lambda key: os.path.abspath(source.path(key))
+            total, unreadable = summarise(results, name)
+            print(f"{args.output}: {total:,} images, {unreadable:,} of them unreadable ({UNREADABLE_FILE}).")
+        if args.sidecars:
+            write_sidecars(source, results, args, accelerator)
+    finally:
+        lock.release()
+    accelerator.end_training()
+
+
+def _plan(args, model: PreTrainedModel, source, results: Results, lock: FolderLock) -> list:
+    """The keys that have no record and the number of this run; or, in place of the keys, why there can be none."""
+    settings = {
+        "checkpoint": args.checkpoint if not Path(args.checkpoint).is_dir() else os.path.abspath(args.checkpoint),
+        "revision": args.revision,
+        "config": fingerprint(model.config.to_json_string()),
+        "source": args.source if not Path(args.source).exists() else os.path.abspath(args.source),
+        "split": args.split,
+        "image_column": args.image_column,
+        "threshold": args.threshold,
+        "top_k": args.top_k,
+        "format": args.format,
+    }
+    try:
+        lock.take(alone=True)
+    except BlockingIOError:
+        return [f"Another run is writing into {args.output}; wait for its end, or choose another OUTPUT.", None]
+    try:
+        results.begin(settings, overwrite=args.overwrite)
+        done = results.done()
+    except (ValueError, OSError) as error:
+        return [str(error), None]
+    todo = [key for key in source.keys if key not in done]
+    print(f"{args.source}: {len(source.keys):,} images, {len(todo):,} of them to be tagged.")
+    return [todo, results.next_run()]
