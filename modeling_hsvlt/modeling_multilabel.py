@@ -18,6 +18,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # Where the classes live that are just their weights. Adapters, quantised layers, shards and parametrisations are, or
 # make, classes of other places.
 _PLAIN = ("torch.nn.modules.", "transformers.models.", "transformers.activations")
+_PLAIN_WEIGHTS = (nn.Parameter, torch.Tensor, type(None))
 
 
 def is_plain(*modules: nn.Module) -> bool:
@@ -38,14 +39,16 @@ def is_plain(*modules: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
+    own = module.__dict__  # read without `nn.Module.__getattr__`: this runs for every layer of every image
+    weights = own["_parameters"]
     return (
         type(module).__module__.startswith(_PLAIN)
-        and not any(getattr(module, name) for name in _HOOKS)
-        and "forward" not in module.__dict__  # replaced on the instance, as offloading does
-        and not hasattr(module, "_hf_hook")
-        and all(type(weight) in (nn.Parameter, torch.Tensor, type(None)) for weight in module._parameters.values())
+        and not (own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])
+        and "forward" not in own  # replaced on the instance, as offloading does
+        and "_hf_hook" not in own
+        and all(type(weight) in _PLAIN_WEIGHTS for weight in weights.values())
         # Pruning and the old weight norm keep the weight as a plain attribute, computed by a hook.
-        and all(name in module._parameters for name in ("weight", "bias") if hasattr(module, name))
+        and all(name in weights or not hasattr(module, name) for name in ("weight", "bias"))
     )
 
 
