@@ -3,10 +3,17 @@
 import atexit
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[1]
+PACKED = ("modeling_hsvlt", "training", "model_cards", "space")
 
 # Before anything imports torch, transformers or datasets, which read these once. Processes of a test inherit them.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,3 +36,49 @@ def reset_accelerate() -> None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
         state.PartialState._reset_state()
+
+
+@dataclass
+class Wheel:
+    """The package as it is installed: `site` holds what the wheel `file` brings, `bin/hsvlt` included."""
+
+    file: Path
+    site: Path
+
+    def run(self, command: list, folder: Path, *, status: int = 0) -> subprocess.CompletedProcess:
+        """Runs `command` in `folder`, away from the checkout, with the installed package."""
+        environment = {**os.environ, "PYTHONPATH": str(self.site), "HF_HUB_OFFLINE": "1"}
+        command = [*map(str, command)]
+        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+        assert ran.returncode == status, ran.stdout + ran.stderr
+        return ran
+
+    def hsvlt(self, *arguments, folder: Path, status: int = 0) -> subprocess.CompletedProcess:
+        return self.run([sys.executable, self.site / "bin" / "hsvlt", *arguments], folder, status=status)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Wheel:
+    """Built once, also for workers that run side by side."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "wheel"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "site" / "bin" / "hsvlt").exists():
+            source = shared / "source"  # building leaves files beside the sources
+            source.mkdir(parents=True)
+            for name in (
+                "pyproject.toml",
+                "README.md",
+                "LICENSE",
+                "modeling_hsvlt",
+                "training",
+                "model_cards",
+                "space",
+            ):
+                os.symlink(ROOT / name, source / name)
+            pip = [sys.executable, "-m", "pip", "--quiet"]
+            build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", shared, source]
+            subprocess.run([*pip, *build], check=True)
+            install = ["install", "--no-deps", "--target", shared / "site", *shared.glob("*.whl")]
+            subprocess.run([*pip, *install], check=True)
+    return Wheel(next(shared.glob("*.whl")), shared / "site")

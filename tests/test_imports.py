@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up. A room imports its own floor and those below; rooms of one floor not in a circle.
 FLOORS = [
-    {"places", "options", "metrics", "checkpoint"},
+    {"places", "options", "say", "metrics", "checkpoint"},
     {"config", "data"},
     {"check", "prepare", "models", "scoring", "publish", "tagging"},
     {"report"},

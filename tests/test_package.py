@@ -1,7 +1,5 @@
 import ast
-import os
 import re
-import subprocess
 import sys
 import tomllib
 import zipfile
@@ -77,23 +75,20 @@ def test_the_hooks_check_with_the_tested_versions():
 
 
 @pytest.mark.slow
-def test_a_built_wheel_works_alone(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    source = tmp_path / "source"  # building leaves files beside the sources
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "modeling_hsvlt"):
-        os.symlink(ROOT / name, source / name)
-    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True)
-    wheel = next(tmp_path.glob("hsvlt-*.whl"))
-    names = zipfile.ZipFile(wheel).namelist()
-    packed = {name for name in names if ".dist-info/" not in name}
-    assert packed == {f"modeling_hsvlt/{file.name}" for file in [*FILES, Path("py.typed")]}
-    assert any(name.endswith("LICENSE") for name in names)
+def test_the_wheel_holds_the_two_packages_and_what_they_read(wheel):
+    packed = {name for name in zipfile.ZipFile(wheel.file).namelist() if ".dist-info/" not in name}
+    places = {"training": "hsvlt_training", "modeling_hsvlt": "modeling_hsvlt"}
+    places |= {name: f"hsvlt_training/{name}" for name in ("model_cards", "space")}
+    wanted = set()
+    for top, inside in places.items():
+        files = (path.relative_to(ROOT / top) for path in (ROOT / top).rglob("*") if path.is_file())
+        wanted |= {f"{inside}/{file.as_posix()}" for file in files if "__pycache__" not in file.parts}
+    assert packed == wanted
+    assert any(name.endswith("LICENSE") for name in zipfile.ZipFile(wheel.file).namelist())
 
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel],
-        check=True,
-    )
+
+@pytest.mark.slow
+def test_the_package_of_the_wheel_works_alone(wheel, tmp_path):
     script = (
         "import modeling_hsvlt, torch\n"
         "from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification\n"
@@ -101,8 +96,5 @@ def test_a_built_wheel_works_alone(tmp_path):
         "model = HSVLTForImageClassification(HSVLTConfig.preset('nano', num_labels=3)).eval()\n"
         "print(tuple(model(torch.rand(1, 3, 64, 64)).logits.shape))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    output = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-    ).stdout
-    assert str(tmp_path / "site") in output and "(1, 3)" in output
+    ran = wheel.run([sys.executable, "-c", script], tmp_path)
+    assert str(wheel.site) in ran.stdout and "(1, 3)" in ran.stdout

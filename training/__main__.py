@@ -59,11 +59,15 @@ def main(argv: list[str] | None = None) -> int:
     module = f"{__package__}.{COMMANDS[name][0]}"
     try:
         command = importlib.import_module(module)
-        if name in ON_ALL_DEVICES and not {"-h", "--help"} & set(arguments):
+        here = {"-h", "--help"} & set(arguments) or (name == "tag" and command.few_images(arguments[1:]) is not None)
+        if name in ON_ALL_DEVICES and not here:
             status = launch(module, arguments[1:], mixed_precision=name == "train")
             if status is not None:
                 return status
         return command.main(arguments[1:])
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", __package__, "modeling_hsvlt"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .options import ScoringOptions, option, run_command
+from .say import counted, say_next
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -107,10 +108,12 @@ def _calibrate(args: CalibrateOptions, folder: Path, accelerator: Accelerator) -
             print(f"{words:<12}{bins.ece():>8.4f}{values[0]:>15.4f}{values[1]:>10.4f}")
         print(
             f"ECE: {NUM_BINS} bins of equal width, all known entries in common; per label: the mean over labels of "
-            f"each one's own. {len(found):,} images; held out: fitted on one half of them, applied to the other, and "
-            "back."
+            f"each one's own. {counted(len(found), 'image')}; held out: fitted on one half of them, applied to the "
+            "other, and back."
         )
         print(f"Written: the classifier and config.json of {folder}")
+        how = ["--split", args.split, "--threshold", "auto"]
+        say_next("evaluate", args.checkpoint, args.dataset, *how, like=args)
     return new
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .options import DatasetOptions, option, read_options, refuse_to_replace
+from .say import counted, say_next
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
 
@@ -48,8 +49,15 @@ def run(args: CheckOptions) -> bool:
     for name in REPORT_FILES:  # not every report has all of them
         (folder / name).unlink(missing_ok=True)
     write_report(report, folder)
-    print(f"\nWritten: {folder}, with {len(report.get('excluded', [])):,} rows to leave out in exclude.txt")
-    return not any(finding["breaks_training"] and finding["examples"] for finding in report["findings"])
+    excluded = report.get("excluded", [])
+    print(f"\nWritten: {folder}, with {counted(len(excluded), 'row')} to leave out in exclude.txt")
+    broken = any(finding["breaks_training"] and finding["examples"] for finding in report["findings"])
+    if broken:
+        say_next("check", args.dataset, "--output", folder, "--overwrite", like=args)
+    else:
+        leave_out = ["--exclude", folder / "exclude.txt"] if excluded else []
+        say_next("train", "photos", args.dataset, *leave_out, like=args)
+    return not broken
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from .options import DatasetOptions, nearest, read_list, read_text, read_yaml, value_kind
-from .places import checkpoint_folder, recipes
+from .places import checkpoint_folder, free_cores, recipes
 
 PATH = {"path": True}  # of an option that may hold a path of this machine: no push publishes that
 
@@ -51,7 +51,7 @@ class TrainingConfig(DatasetOptions):
     partial_labels: dict | None = None  # hide labels of train for experiments: {known_fraction: 0.1, seed: 0} or
     # {single_positive: true, seed: 0}, see training/data/sparse_labels.py; null: train on all labels there are
     cache_images: bool = False  # keep resized images in memory: faster where decoding is slower than the model
-    num_workers: int = 4  # decoding processes (the official run's number); 0: decode in the training process
+    num_workers: int | None = None  # decoding processes; null: by the cores of this machine; 0: the training process
 
     # --- images
     image_size: int = 448  # side in px, as published; a multiple of the backbone's stride (32)
@@ -192,6 +192,11 @@ class TrainingConfig(DatasetOptions):
                     f"have {changing[0]}: set it to {'null' if changing[0] == 'crop_scale' else '0'}, or leave "
                     "cache_features out."
                 )
+
+    @property
+    def workers(self) -> int:
+        """`num_workers`, fitted to this machine where it is None."""
+        return free_cores() if self.num_workers is None else self.num_workers
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from .options import option, run_command
+from .say import say_next
 
 
 @dataclass(kw_only=True)
@@ -76,6 +77,10 @@ def run(args: ConvertOptions) -> None:
         with atomic_folder(args.target) as folder:
             save_checkpoint(folder, model, processor)
     print(f"Wrote {args.target}.")
+    if args.to == "convnext":
+        say_next("train", "photos", "FOLDER", "--backbone", args.target)
+    elif args.to != "official":
+        say_next("tag", args.target, "photo.jpg")
 
 
 def check_target(target: Path, overwrite: bool, is_checkpoint: bool = True) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from .metrics.glossary import AP_DEFINITION, FIGURES, shown
 from .options import ScoringOptions, number_or_auto, option, refuse_to_replace, run_command
+from .places import run_of
+from .say import counted, say_next
 
 RESULT_FILES = ("results.json", "per_label.csv", "report.html")
 
@@ -50,9 +52,9 @@ def format_report(report: dict, threshold_words: str, absent: Sequence[str], top
     )
     if absent:
         listing = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-        lines.append(f"Left out of the means, having no positive here: {len(absent)} labels ({listing}).")
+        lines.append(f"Left out of the means, having no positive here: {counted(len(absent), 'label')} ({listing}).")
     if report["num_unknown"]:
-        lines.append(f"Unknown, and counted nowhere: {report['num_unknown']:,} entries.")
+        lines.append(f"Unknown, and counted nowhere: {counted(report['num_unknown'], 'entry')}.")
     return "\n".join(lines)
 
 
@@ -74,8 +76,8 @@ def run(args: EvaluateOptions) -> dict:
         threshold = getattr(model.config, "thresholds", None)
         if threshold is None:
             raise ValueError(
-                f"{args.checkpoint} holds no thresholds; fit them with python -m training.fit_thresholds, or give a "
-                "number for --threshold."
+                f"{args.checkpoint} holds no thresholds; fit them with hsvlt thresholds, or give a number for "
+                "--threshold."
             )
     accelerator = Accelerator()
     label_names, scores, labels, images, counts = score_split(
@@ -106,8 +108,8 @@ def run(args: EvaluateOptions) -> dict:
     absent = [name for name, positives in zip(label_names, per_label["positives"], strict=True) if not positives]
     words = "fitted thresholds" if args.threshold == "auto" else f"score >= {args.threshold:g}"
     print(
-        f"{args.checkpoint} on {args.dataset}, split {args.split}: {len(scores):,} images, "
-        f"{len(label_names)} labels\n" + format_report(report, words, absent)
+        f"{args.checkpoint} on {args.dataset}, split {args.split}: {counted(len(scores), 'image')}, "
+        f"{counted(len(label_names), 'label')}\n" + format_report(report, words, absent)
     )
     if args.output is not None:
         named_counts = None if counts is None else (args.count_split, counts)
@@ -116,6 +118,11 @@ def run(args: EvaluateOptions) -> dict:
             explained_by=(model, processor),
         )  # fmt: skip
         print(f"Written: {', '.join(str(args.output / name) for name in RESULT_FILES)}")
+        say_next("push", run_of(args.checkpoint), "org/name", "--dry_run")
+    else:
+        folder = Path(run_of(args.checkpoint)) if Path(args.checkpoint).is_dir() else Path("evaluations")
+        how = ["--split", args.split, "--threshold", args.threshold, "--output", folder / "evaluation"]
+        say_next("evaluate", args.checkpoint, args.dataset, *how, like=args)
     return results
 
 

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Literal
 
 from .options import ScoringOptions, option, refuse_to_replace, run_command
+from .places import run_of
+from .say import say_next
 
 
 @dataclass(kw_only=True)
@@ -75,9 +77,8 @@ def run(args: ExportOptions) -> None:
                 (folder / name).rename(written)
     print(f"Written: {', '.join(str(args.target / name) for name in names)}")
     if getattr(model.config, "thresholds", None) is None and not args.quantize:
-        print(
-            "The checkpoint has no thresholds, so the file has none; fit them with python -m training.fit_thresholds."
-        )
+        print("The checkpoint has no thresholds, so the file has none; fit them with hsvlt thresholds.")
+    say_next("push", run_of(args.checkpoint), "org/name", "--dry_run")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .metrics.glossary import FIGURES
 from .options import ScoringOptions, option, run_command
+from .say import counted, say_next
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,11 +88,13 @@ def _fit(args: FitOptions, folder: Path, accelerator: Accelerator) -> np.ndarray
             print(f"{words:<10}" + "".join(f"{report[column]:>10.4f}" for column in columns))
         few = int(((labels == 1).sum(0) < args.min_positives).sum())
         print(
-            f"On the {len(scores):,} images they were fitted to; held out: fitted on one half of them, applied to "
-            f"the other, and back. Labels with fewer than {args.min_positives} positives, which lean on the shared "
-            f"threshold: {few} of {len(label_names)}."
+            f"On the {counted(len(scores), 'image')} they were fitted to; held out: fitted on one half of them, "
+            f"applied to the other, and back. Labels with fewer than {args.min_positives} positives, which lean on "
+            f"the shared threshold: {few} of {len(label_names)}."
         )
         print(f"Written: {folder / 'config.json'}")
+        how = ["--split", args.split, "--threshold", "auto"]
+        say_next("evaluate", args.checkpoint, args.dataset, *how, like=args)
     return thresholds
 
 

@@ -22,7 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .places import checkpoint_folder
+from .places import checkpoint_folder, free_cores
 
 
 def option(default: Any = dataclasses.MISSING, reason: str = "", *, positional: bool = False, **more) -> Any:
@@ -97,7 +97,9 @@ class ScoringOptions(DatasetOptions, CheckpointOptions):
         False, "read the labels with the checkpoint's vocabulary, for data that brings none of its own"
     )
     batch_size: int = option(32, "images per device")
-    num_workers: int = option(0, "processes that decode images; 0: this one")
+    num_workers: int = dataclasses.field(
+        default_factory=free_cores, metadata={"help": "processes that decode images; 0: this one; by the cores here"}
+    )
 
 
 def dataset_options(options: Any) -> dict[str, Any]:

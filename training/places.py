@@ -27,14 +27,20 @@ def checkpoint_folder(text: str) -> str:
     """A checkpoint as it was named, or best/ of the run that it names.
 
     Raises:
-        ValueError: a run that has no checkpoint yet.
+        FileNotFoundError: a run that has no checkpoint yet.
     """
     folder = Path(text)
     if not folder.is_dir() or (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
         return text
     if not (folder / "best").is_dir():
-        raise ValueError(f"{text} is a run without best/, which the end of its first epoch makes.")
+        raise FileNotFoundError(f"{text} is a run without best/, which the end of its first epoch makes.")
     return str(folder / "best")
+
+
+def run_of(checkpoint: str | Path) -> Path:
+    """The run whose best/ a checkpoint is; else the checkpoint."""
+    folder = Path(checkpoint)
+    return folder.parent if folder.name == "best" else folder
 
 
 def last_run() -> str:

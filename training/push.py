@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .options import option, read_options
+from .say import say_next
 
 
 @dataclass(kw_only=True)
@@ -41,7 +42,12 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         licence, private = args.pop("license"), not args.pop("public")
-        push_run(args.pop("run"), args.pop("repo_id"), private=private, licence=licence, **args)
+        run, repo_id = args.pop("run"), args.pop("repo_id")
+        push_run(run, repo_id, private=private, licence=licence, **args)
+        if args["dry_run"]:
+            say_next("push", run, repo_id)
+        elif args["adapter_of"] is None:
+            say_next("tag", repo_id, "photo.jpg")
     except (ValueError, OSError, HfHubHTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import DatasetOptions, dataset_options, option, run_command
+from .say import say_next
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +91,7 @@ def run(args: SplitOptions) -> None:
         print(f"Labels that are absent from a new split: {', '.join(absent[:20])}{', ...' if absent[20:] else ''}.")
     write_dataset(new | kept, label_names, args.target)
     print(f"Written: {args.target}")
+    say_next("check", args.target)
 
 
 def _duplicate_groups(report: Path, splits: dict[str, Split]) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""Label any number of images, on all devices, in a run that may be killed and started again.
+"""Label images: a few in the terminal, or any number, on all devices, in a run that may be killed and started again.
 
-    accelerate launch -m training.tag CHECKPOINT SOURCE OUTPUT
-    accelerate launch -m training.tag CHECKPOINT photos tags --threshold 0.5 --top_k 20 --format jsonl
-    accelerate launch -m training.tag CHECKPOINT photos tags --sidecars txt xmp
+    hsvlt tag photo.jpg                      a table, by the newest run below runs/
+    hsvlt tag CHECKPOINT 1.jpg 2.jpg --top_k 3
+    hsvlt tag CHECKPOINT SOURCE OUTPUT
+    hsvlt tag CHECKPOINT photos tags --threshold 0.5 --top_k 20 --format jsonl
+    hsvlt tag CHECKPOINT photos tags --sidecars txt xmp
 
 SOURCE is a folder of images (with the folders in it), a text file that names one image a line, or a data set (a
 folder that `datasets` wrote, a folder of parquet files, or a Hub id). OUTPUT gets part files, complete or not there:
@@ -19,15 +21,26 @@ keywords for photo tools in 1.jpg.xmp. Files that exist are left alone, unless -
 
 from __future__ import annotations
 
+import mimetypes
 import sys
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from .options import CheckpointOptions, ImageOptions, number_or_auto, option, read_options
-from .places import free_cores
+from .places import free_cores, last_run
 
 WRITERS = ("txt", "xmp")
+
+
+@dataclass(kw_only=True)
+class ShowOptions(CheckpointOptions):
+    """Of images whose labels are printed."""
+
+    images: list[str] = option(reason="image files, or addresses", positional=True, metavar="IMAGE")
+    threshold: float | str = option("auto", "a number, or auto: the checkpoint's, or 0.5", read=number_or_auto)
+    top_k: int | None = option(None, "labels to print; null: those found, and others up to five")
 
 
 @dataclass(kw_only=True)
@@ -48,9 +61,37 @@ class TagOptions(ImageOptions, CheckpointOptions):
     split: str | None = option(None, "of a dataset that has several")
 
 
+def few_images(argv: list[str]) -> list[str] | None:
+    """The words of `ShowOptions` where a command line names images, and no source and output; else None.
+
+    Raises:
+        FileNotFoundError: an image alone, and no run to look at it.
+    """
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))
+    if words and is_image(words[0]):
+        words, argv = ["", *words], [last_run(), *argv]
+    return argv if len(words) > 1 and all(map(is_image, words[1:])) else None
+
+
+def is_image(word: str) -> bool:
+    """Whether a word of the command line is an image, and not a list of images."""
+    if word.startswith(("http://", "https://")):
+        return True
+    kind = mimetypes.guess_type(word, strict=False)[0] or ""
+    return Path(word).is_file() and kind.startswith("image/")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        images = few_images(argv)
+        if images is not None:
+            args = read_options(ShowOptions, "tag", __doc__, images)
+            from .tagging.show import show_labels
+
+            show_labels(args)
+            return 0
         args = read_options(TagOptions, "tag", __doc__, argv)
         from .tagging.run import tag_source  # after the options: --help waits for no library
 

@@ -15,6 +15,7 @@ results.json. SIGINT (Ctrl-C) and SIGTERM end a run after the step in hand, with
 from __future__ import annotations
 
 import gc
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from .config import TrainingConfig, describe_options, parse_config
 from .places import recipes
+from .say import say_next
 
 if TYPE_CHECKING:
     from .loop.run import Run
@@ -80,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             with run.stop:
                 fit(run)
                 finish(run)
+            _say_next(run)
         except Stopped:
             _say_what_is_kept(run, f"Stopped by {run.stop.signal or 'a signal to another process'}")
         except (FloatingPointError, CheckpointError, ValueError, OSError) as error:
@@ -109,6 +112,13 @@ def _closing(run: Run) -> Iterator[None]:
         run.held.close()
 
 
+def _say_next(run: Run) -> None:
+    if run.accelerator.is_main_process:
+        how = ["--split", "validation", "--threshold", "auto", "--output", run.folder / "evaluation"]
+        say_next("evaluate", run.folder, run.config.dataset, *how, like=run.config)
+        say_next("tag", run.folder, "photo.jpg")
+
+
 def _say_what_is_kept(run: Run, what: str) -> None:
     from .checkpoint.series import checkpoints
 
@@ -117,7 +127,7 @@ def _say_what_is_kept(run: Run, what: str) -> None:
     run.writer.error(wait=True)
     kept = checkpoints(run.folder)
     if kept:
-        words = f"{kept[0]} is whole; continue with `{run.folder}/config.yaml --resume`"
+        words = f"{kept[0]} is whole; continue with: hsvlt train {shlex.quote(str(run.folder))} --resume"
     else:
         words = "before the first save; there is nothing to continue from"
     print(f"\n{what} at step {run.progress.step}: {words}.", file=sys.stderr)

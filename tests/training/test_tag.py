@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,3 +240,48 @@ def test_2000_images_in_a_run_killed_three_times(checkpoint, tmp_path):
         (name,) = (name for name in found if name.endswith(f"{number:04d}.png"))
         wanted = expected_labels(checkpoint, images / name, threshold=0.0)
         assert found[name]["scores"] == pytest.approx([label["score"] for label in wanted], abs=1e-5)
+
+
+def table_of(capsys):
+    """The rows of what was printed, by image: label, score and threshold, with a star where it was found."""
+    tables = {}
+    for block in capsys.readouterr().out.strip().split("\n\n"):
+        title, _, *rows = block.splitlines()
+        tables[title.partition(":")[0]] = [(row[0] == "*", *row[2:].rsplit(maxsplit=2)) for row in rows]
+    return tables
+
+
+def test_images_are_shown_in_the_terminal(checkpoint, tmp_path, capsys, monkeypatch):
+    draw(tmp_path, 2)
+    files = [str(tmp_path / "0" / "0.png"), str(tmp_path / "1" / "1.png")]
+    assert main([str(checkpoint), *files]) == 0
+    shown = table_of(capsys)
+    for file in files:
+        every = expected_labels(checkpoint, file, threshold=None)
+        thresholds = dict(zip(NAMES, [0.3, 0.5, 0.7], strict=True))
+        found = [label for label in every if label["score"] >= thresholds[label["label"]]]
+        rest = [label for label in every if label not in found]
+        assert shown[file] == [
+            (label in found, label["label"], f"{label['score']:.2f}", f"{thresholds[label['label']]:.2f}")
+            for label in found + rest
+        ]
+    assert main([str(checkpoint), files[0], "--threshold", "0.5", "--top_k", "1"]) == 0
+    ((row,),) = table_of(capsys).values()
+    assert row[3] == "0.50"
+
+
+def test_an_image_alone_is_for_the_last_run(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path, 1)
+    assert main(["0/0.png"]) == 2
+    assert "There is no run below runs/" in capsys.readouterr().err
+    shutil.copytree(checkpoint, tmp_path / "runs" / "mine" / "best")
+    assert main(["0/0.png"]) == 0
+    assert list(table_of(capsys)) == ["0/0.png"]
+
+
+def test_an_image_that_cannot_be_read_is_one_line(checkpoint, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
+    assert main([str(checkpoint), str(tmp_path / "broken.jpg")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "broken.jpg" in error and error.count("\n") == 1

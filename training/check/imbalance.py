@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..checkpoint.atomic import whole_file
+from ..say import counted
 
 # Positives in train, as COCO-LT and VOC-LT are divided (Wu et al., "Distribution-Balanced Loss", ECCV 2020).
 HEAD, MEDIUM = 100, 20
@@ -45,7 +46,7 @@ def plot_imbalance(positives: dict[str, np.ndarray], label_names: list[str], pat
     groups = {group: labels for group, labels in long_tail_groups(counts).items() if len(labels)}
     for group, labels in groups.items():
         heights = np.maximum(counts[labels], floor) - floor
-        label = f"{main}, {group}: {len(labels)} labels ({GROUP_WORDS[group]})"
+        label = f"{main}, {group}: {counted(len(labels), 'label')} ({GROUP_WORDS[group]})"
         width = 0.8 if named else 1.0
         axes.bar(place[labels], heights, width, bottom=floor, color=GROUP_COLORS[group], label=label)
     for (name, others), marker, color in zip(
@@ -64,7 +65,9 @@ def plot_imbalance(positives: dict[str, np.ndarray], label_names: list[str], pat
     else:
         axes.set_xlabel("labels, most frequent first")
     ratio = counts.max() / max(counts[counts > 0].min(), 1) if counts.any() else 1
-    axes.set_title(f"{len(counts):,} labels, {(counts == 0).sum():,} absent from {main}; imbalance ratio {ratio:,.0f}")
+    axes.set_title(
+        f"{counted(len(counts), 'label')}, {(counts == 0).sum():,} absent from {main}; imbalance ratio {ratio:,.0f}"
+    )
     axes.legend(fontsize=8, markerscale=1 if named else 4)
     with whole_file(path) as written:
         figure.savefig(written, dpi=130, format="png")

@@ -17,6 +17,7 @@ from ..data.leave_out import write_exclusions
 from ..data.load import load
 from ..data.rows import ImageFiles, Split
 from ..options import DatasetOptions, dataset_options
+from ..say import counted
 from .findings import (
     Finding,
     check_labels,
@@ -106,12 +107,12 @@ def _unlisted_images(folder: Path, splits: dict[str, Split]) -> list[str]:
 def print_report(report: dict, examples: int) -> None:
     """Counts first, then the worst of each kind."""
     if "splits" in report:
-        print(f"{report['dataset']}: {len(report['labels'])} labels")
+        print(f"{report['dataset']}: {counted(len(report['labels']), 'label')}")
         for name, images in report["splits"].items():
             positives = np.array(report["positives"][name])
             print(
-                f"  {name:<12}{images:>10,} images, {positives.sum() / images:.2f} labels an image; a label has "
-                f"{positives.min():,} to {positives.max():,} positives"
+                f"  {name:<12}{counted(images, 'image'):>17}, {positives.sum() / images:.2f} labels an image; a label "
+                f"has {positives.min():,} to {positives.max():,} positives"
             )
         groups = long_tail_groups(np.array(report["positives"].get("train", [])))
         print(f"  head, medium, tail labels: {', '.join(str(len(group)) for group in groups.values())}")

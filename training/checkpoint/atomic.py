@@ -52,6 +52,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     written.mkdir(parents=True)
     try:
         yield written
+        same_modes(written)
         for path in [*written.rglob("*"), written]:
             _sync(path)
         if not target.exists():
@@ -68,6 +69,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     for folder in (target.parent, target.parent.parent):  # the name in its folder, and that folder's in its own
         _sync(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def same_modes(folder: Path) -> None:
+    """Let whoever may read a new folder read its files too: safetensors gives its own to their owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o666)
 
 
 def recover(target: Path) -> None:

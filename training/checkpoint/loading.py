@@ -11,6 +11,7 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
 
@@ -49,6 +50,7 @@ def load_checkpoint(args: CheckpointOptions) -> tuple[PreTrainedModel, BaseImage
         raise FileNotFoundError(f"{args.checkpoint} is no folder; give the folder of a checkpoint or a Hub id.")
     refuse_leads_elsewhere(args.checkpoint)
     revision = args.revision or "main"
+    logging.disable_progress_bar()  # of a second; what is downloaded has its own
     model = AutoModelForImageClassification.from_pretrained(args.checkpoint, revision=revision, use_safetensors=True)
     return model, AutoImageProcessor.from_pretrained(args.checkpoint, revision=revision)
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from .agreement import BatchLoss, agree, clip_gradients, leave_out
 from .frozen import loader_name, set_training_mode
 from .interruption import Stopped
-from .run import Run
+from .run import Progress, Run
 from .saving import check_writer, save
 from .step import augmented, known_labels
 from .validation import validate
@@ -34,12 +34,14 @@ def fit(run: Run) -> None:
         dynamic_ncols=True,
     )  # fmt: skip
     with bar:
+        show(bar, progress)
         try:
             # An epoch that has batches behind it is validated, even if no step is left.
             while (progress.batch or progress.step < run.total_steps) and not _stops_early(run):
                 if progress.step < run.total_steps:
                     train_epoch(run, bar)
                 is_best = validate(run)
+                show(bar, progress)
                 progress.epoch, progress.batch = progress.epoch + 1, 0
                 save(run, best=is_best)
             if progress.best_epoch is None:  # best/ was lost, and no epoch is left to make another
@@ -52,6 +54,11 @@ def fit(run: Run) -> None:
         check_writer(run, wait=True)
     if progress.step < run.total_steps:
         accelerator.print(f"Stopped early: no better validation mAP since epoch {progress.best_epoch}.")
+
+
+def show(bar: tqdm, progress: Progress, **values: float) -> None:
+    """Beside the bar: what was given, and the best score once there is one."""
+    bar.set_postfix(values if progress.best_mAP is None else {**values, "best_mAP": progress.best_mAP})
 
 
 def _stops_early(run: Run) -> bool:
@@ -151,5 +158,5 @@ class StepLog:
         if accelerator.scaler is not None:
             values["train/grad_scale"] = accelerator.scaler.get_scale()
         accelerator.log(values, step=progress.step)
-        self.bar.set_postfix(loss=values["train/loss"], best_mAP=progress.best_mAP or 0.0)
+        show(self.bar, progress, loss=values["train/loss"])
         self.images, self.start = 0, time.perf_counter()

@@ -61,7 +61,7 @@ def feature_loaders(
             count,
             backbone,
             batch_size=config.eval_batch_size or config.batch_size,
-            num_workers=config.num_workers,
+            num_workers=config.workers,
             device=device,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,

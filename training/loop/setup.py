@@ -37,6 +37,8 @@ from ..data.load import load
 from ..data.rows import Loaded
 from ..models.build import build_model, read_backbone_statistics
 from ..options import dataset_options
+from ..say import counted
+from .advice import advice
 from .frozen import feature_loaders
 from .interruption import StopRequest
 from .log import JsonLinesTracker
@@ -64,7 +66,9 @@ def setup(config: TrainingConfig) -> Run:
     )
     missing = set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
-        raise ValueError(f"The tracker {min(missing)!r} is not installed: install it, or leave it out of trackers.")
+        raise ValueError(
+            f"The tracker {min(missing)!r} is not installed: pip install {min(missing)}, or leave it out of trackers."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         configure_zero(accelerator, config.max_grad_norm, config.optimizer)
     held = ExitStack()
@@ -106,7 +110,7 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
             processor,
             margin=margin,
             cache_images=cache,
-            num_workers=config.num_workers,
+            num_workers=config.workers,
             partial_labels=config.partial_labels if name == "train" else None,
         )
         if name != "train":
@@ -117,7 +121,7 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
             batch_size=config.batch_size if name == "train" else config.eval_batch_size or config.batch_size,
             shuffle=name == "train",
             seed=config.seed,
-            num_workers=0 if config.cache_images else config.num_workers,
+            num_workers=0 if config.cache_images else config.workers,
             processor=None if name == "train" else processor,
             sparse_labels=True,
         )
@@ -221,11 +225,15 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         write_file(folder / "config.yaml", kept.to_yaml())
     accelerator.init_trackers(config.project_name, config={key: str(value) for key, value in vars(config).items()})
     accelerator.print(
-        f"{len(data['train']):,} images to train on, {len(data['validation']):,} to validate, "
-        f"{len(label_names)} labels; {plain_model.num_parameters():,} parameters; {total_steps:,} steps of "
-        f"{config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes} images on "
+        f"{counted(len(data['train']), 'image')} to train on, {len(data['validation']):,} to validate, "
+        f"{counted(len(label_names), 'label')}; {plain_model.num_parameters():,} parameters; "
+        f"{counted(total_steps, 'step')} of "
+        f"{counted(config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes, 'image')} on "
         f"{accelerator.num_processes} x {accelerator.device.type}."
     )
+    if accelerator.is_main_process:
+        for words in advice(data, label_names, pretrained=bool(config.backbone or config.init_from)):
+            print(f"warning: {words}", file=sys.stderr)
     return run
 
 
@@ -248,7 +256,7 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator) -> Loaded:
     to_check = {name: split for name, split in loaded.splits.items() if config.check_images and not split.drawn}
     for name, split in to_check.items():
         count, rank = accelerator.num_processes, accelerator.process_index
-        mine = find_unreadable(split.images.shard(count, rank, contiguous=False), config.num_workers)
+        mine = find_unreadable(split.images.shard(count, rank, contiguous=False), config.workers)
         unreadable = gather_object([(row * count + rank, file, reason) for row, file, reason in mine])
         leave_out_unreadable(loaded, name, sorted(unreadable), config.on_unreadable)
     return loaded

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..options import CommandParser
+from ..say import counted, say_next
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Written to {args.target}; load_dataset({str(args.target)!r}) and --dataset {args.target} read it.")
+    say_next("check", args.target)
     return 0
 
 
@@ -113,7 +115,7 @@ def drop_images_without_labels(reading: Reading) -> None:
 
     for name, split in reading.splits.items():
         rows = np.flatnonzero(_shows_a_label(split.labels))
-        print(f"Left out of {name}: {len(split) - len(rows):,} images that show no label.")
+        print(f"Left out of {name}: {counted(len(split) - len(rows), 'image')} without a label.")
         reading.splits[name] = split.select(rows)
 
 
@@ -136,11 +138,11 @@ def count_table(reading: Reading) -> str:
         line = f"{name:<12}{len(split):>10,}{shown:>14,}{labels.positives().sum():>12,}{unknown:>10,}"
         if name in reading.published:
             images, labelled = reading.published[name]
-            line += f"   {images:,} images" + (f", {labelled:,} with a label" if labelled else "")
+            line += f"   {counted(images, 'image')}" + (f", {labelled:,} with a label" if labelled else "")
             same = len(split) in (images, labelled) and labelled in (None, shown)
             line += ": the same" if same else ": NOT the same"
         lines.append(line)
-    return "\n".join([*lines, f"{len(reading.label_names):,} labels"])
+    return "\n".join([*lines, counted(len(reading.label_names), "label")])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..metrics.functional import average_precision, decision_report
 from ..metrics.glossary import shown
 from ..options import ScoringOptions
+from ..say import counted
 from ..scoring.predict import load_scored, score_split
 from ..scoring.thresholds import MIN_POSITIVES, fit_thresholds, threshold_info
 from .to_onnx import OnnxClassifier, quantize_int8, write_metadata
@@ -39,10 +40,10 @@ def quantize_and_refit(
         "min_positives": info.get("min_positives", MIN_POSITIVES),
     }
     fitted = fit_thresholds(split.scores, split.labels, label_names=split.label_names, **fit)
-    print(f"On {args.dataset}, split {args.split}, {len(split.scores):,} images:")
+    print(f"On {args.dataset}, split {args.split}, {counted(len(split.scores), 'image')}:")
     for name, (mean_ap, size, seconds) in rows.items():
         print(f"  {name}: mAP {mean_ap:.4f}, {size / 1e6:.1f} MB, {seconds:.1f} s with decoding")
-    print(f"  int8 loses {100 * (rows['fp32'][0] - rows['int8'][0]):.2f} points of mAP.")
+    print(f"  int8 loses {rows['fp32'][0] - rows['int8'][0]:.4f} of mAP.")
     thresholds = {"fitted again": fitted}
     if getattr(model.config, "thresholds", None) is not None:
         thresholds = {"as they were": np.array(model.config.thresholds), **thresholds}

@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.metrics import precision_recall_curve
 
 from ..check.imbalance import GROUP_COLORS, GROUP_WORDS, long_tail_groups
+from ..say import counted
 from ..scoring.reliability import Reliability
 
 LINE_COLORS = ("#3b6ea5", "#c0504d", "#4f9d69", "#8064a2", "#e0a030")
@@ -59,7 +60,7 @@ def plot_long_tail(
         axes.scatter(place[members], average_precision[members], s=22, color=color)
         axes.hlines(
             mean, place[members].min() / 1.1, place[members].max() * 1.1, color=color, linewidth=2, alpha=0.6,
-            label=f"{name} ({GROUP_WORDS[name]}): {len(members)} labels, mAP {mean:.3f}",
+            label=f"{name} ({GROUP_WORDS[name]}): {counted(len(members), 'label')}, mAP {mean:.3f}",
         )  # fmt: skip
     if rated.sum() <= MAX_NAMED:
         for label in np.flatnonzero(rated):

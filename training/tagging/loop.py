@@ -16,6 +16,7 @@ from modeling_hsvlt.processing_multilabel import post_process_multi_label_classi
 
 from ..data.batches import normalize_pixels
 from ..data.dataset import ImageResizer
+from ..say import counted
 from .results import PartWriter
 from .sources import DatasetSource, FileSource
 
@@ -141,8 +142,8 @@ def report(clock: Clock, count: int, workers: int, accelerator: Accelerator) -> 
     shares = {part: seconds[part] / total for part in parts[:3]}
     elapsed = total / accelerator.num_processes
     accelerator.print(
-        f"{count:,.0f} images in {elapsed:.1f} s, {count / elapsed:.1f} a second on {accelerator.num_processes} "
-        f"process{'es' if accelerator.num_processes > 1 else ''}. Time: model {shares['model']:.0%}, waiting for "
+        f"{counted(int(count), 'image')} in {elapsed:.1f} s, {count / elapsed:.1f} a second on "
+        f"{counted(accelerator.num_processes, 'process')}. Time: model {shares['model']:.0%}, waiting for "
         f"images {shares['images']:.0%}, labels and files {shares['writing']:.0%}. Decoding one takes "
         f"{1000 * seconds['decoding'] / count:.1f} ms; workers a process: {workers}."
     )

@@ -16,6 +16,7 @@ from modeling_hsvlt.processing_multilabel import resolve_threshold
 from ..checkpoint.loading import load_checkpoint
 from ..checkpoint.lock import FolderLock
 from ..options import ImageOptions
+from ..say import counted, say_next
 from .loop import report, tag_share
 from .results import UNREADABLE_FILE, Results, fingerprint, summarise
 from .sidecars import check_sidecars, write_sidecars
@@ -67,7 +68,8 @@ def tag_source(args) -> None:
         if accelerator.is_main_process:
             name = str if isinstance(source, DatasetSource) else lambda key: os.path.abspath(source.path(key))
             total, unreadable = summarise(results, name)
-            print(f"{args.output}: {total:,} images, {unreadable:,} of them unreadable ({UNREADABLE_FILE}).")
+            print(f"{args.output}: {counted(total, 'image')}, {unreadable:,} of them unreadable ({UNREADABLE_FILE}).")
+            say_next("demo", args.checkpoint)
         if args.sidecars:
             write_sidecars(source, results, args, accelerator)
     finally:
@@ -98,5 +100,5 @@ def _plan(args, model: PreTrainedModel, source, results: Results, lock: FolderLo
     except (ValueError, OSError) as error:
         return [str(error), None]
     todo = [key for key in source.keys if key not in done]
-    print(f"{args.source}: {len(source.keys):,} images, {len(todo):,} of them to be tagged.")
+    print(f"{args.source}: {counted(len(source.keys), 'image')}, {len(todo):,} of them to be tagged.")
     return [todo, results.next_run()]

@@ -5,6 +5,8 @@ import os
 import threading
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from training.checkpoint.atomic import CheckpointWriter, atomic_folder, recover
 
@@ -20,6 +22,19 @@ def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
             assert not target.exists() or (target / "sub" / "file").read_text() == "one"
         assert (target / "sub" / "file").read_text() == text
     assert contents(target.parent) == ["best"], "nothing may be left beside it"
+
+
+def test_weights_may_be_read_by_whoever_may_read_their_folder(tmp_path):
+    for mask in (0o022, 0o027, 0o077):
+        before = os.umask(mask)
+        try:
+            with atomic_folder(tmp_path / "checkpoint") as folder:
+                (folder / "config.json").write_text("{}")
+                save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+        finally:
+            os.umask(before)
+        modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "checkpoint").iterdir()}
+        assert modes == {0o666 & ~mask}
 
 
 def test_a_save_that_fails_leaves_the_old_folder(tmp_path):

@@ -32,6 +32,7 @@ def finished(recipe, tmp_path_factory):
         (["--model.num_heads", "3"], "HSVLTConfig has no field 'num_heads'"),
         (["--loss_type", "bse"], "bse"),
         (["--trackers", "[nothing]"], "nothing"),
+        (["--trackers", "clearml"], "pip install clearml"),
         (["--dataset", "no/such/folder"], "no/such/folder"),
         (["--scenes.num_scenes", "50"], "for train and for each other split"),
     ],

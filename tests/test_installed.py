@@ -1,0 +1,78 @@
+"""The commands as a user has them: from the wheel, in an empty folder, without the checkout."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .training.tiny_run import TINY
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(wheel, tmp_path_factory):
+    """An empty folder in which a user has trained a tiny model."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"report": True}))
+    ran = wheel.hsvlt("train", "tiny.yaml", "--output_dir", "runs/tiny", folder=folder)
+    (folder / "train.txt").write_text(ran.stdout)
+    images = "from hsvlt_training.data.scenes import main; main(['scenes', '--num_scenes', '3'])"
+    wheel.run([sys.executable, "-c", images], folder)
+    return folder
+
+
+def test_help_takes_less_than_a_second(wheel, tmp_path):
+    """Of processor time, so that a busy machine does not matter; the best of three."""
+    import resource
+
+    for command in ("train", "tag", "evaluate", "prepare"):
+        seconds = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            assert f"hsvlt {command}" in wheel.hsvlt(command, "--help", folder=tmp_path).stdout
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert min(seconds) < 1, command
+
+
+def test_training_leaves_a_run_with_its_report(folder):
+    assert (folder / "runs" / "tiny" / "best" / "model.safetensors").is_file()
+    assert (folder / "runs" / "tiny" / "report" / "report.html").is_file()  # its template is in the wheel
+
+
+def test_a_run_is_evaluated_by_its_own_name(wheel, folder):
+    ran = wheel.hsvlt("evaluate", "runs/tiny", "scenes", "--scenes", json.dumps(TINY["scenes"]), folder=folder)
+    assert "mAP" in ran.stdout
+
+
+def test_a_push_is_built_with_its_card(wheel, folder):
+    ran = wheel.hsvlt("push", "runs/tiny", "org/name", "--dry_run", "--folder", "built", folder=folder)
+    assert "Dry run: nothing was sent" in ran.stdout
+    assert "pipeline(" in (folder / "built" / "README.md").read_text()
+
+
+def test_the_other_commands_start(wheel, folder):
+    """What is wrong is one line, and the exit status 2."""
+    for command in (
+        ["check", "nowhere"],
+        ["split", "nowhere", "target", "--fractions", "0.5", "0.5"],
+        ["prepare", "coco", "nowhere", "target"],
+        ["thresholds", "nowhere/at/all", "scenes"],
+        ["calibrate", "nowhere/at/all", "scenes"],
+        ["export", "nowhere/at/all", "target"],
+        ["convert", "nowhere", "target"],
+        ["train", "photos", "nowhere"],
+        ["tag", "nowhere/at/all", "nowhere", "tags"],
+    ):
+        error = wheel.hsvlt(*command, folder=folder, status=2).stderr
+        assert re.search("^error: .", error, re.MULTILINE) and "Traceback" not in error, command
+
+
+def test_a_demo_without_gradio_says_what_to_install(wheel, folder):
+    error = wheel.hsvlt("demo", folder=folder, status=2).stderr
+    assert error.count("\n") == 1 and "MODELS=runs/tiny/best" in error
+    assert "gradio" in Path(re.search(r"-r (\S+)", error)[1]).read_text()

@@ -1,0 +1,49 @@
+"""Runs and checkpoints are found by the names that a user has for them."""
+
+import os
+
+import pytest
+
+from training import evaluate, tag
+from training.options import CommandParser, ScoringOptions
+from training.places import checkpoint_folder, last_run, run_of
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("new", "old", "deeper/older")):
+        best = tmp_path / "runs" / name / "best"
+        best.mkdir(parents=True)
+        (best.parent / "config.yaml").touch()
+        (best / "config.json").touch()
+        os.utime(best / "config.json", (1000 - age, 1000 - age))
+    return tmp_path / "runs"
+
+
+def test_a_run_stands_for_its_best_checkpoint(runs):
+    assert checkpoint_folder("runs/new") == checkpoint_folder("runs/new/") == "runs/new/best"
+    assert checkpoint_folder("runs/new/best") == "runs/new/best"
+    assert checkpoint_folder("org/name") == "org/name"
+    assert CommandParser(ScoringOptions).read(["runs/new", "photos"]).checkpoint == "runs/new/best"
+
+
+def test_a_run_without_a_checkpoint_says_so(runs, capsys):
+    (runs / "begun").mkdir()
+    (runs / "begun" / "config.yaml").touch()
+    for command in (evaluate, tag):
+        assert command.main(["runs/begun", "photos", "target"][: 2 if command is evaluate else 3]) == 2
+        assert "error: runs/begun is a run without best/" in capsys.readouterr().err
+
+
+def test_the_last_run_is_the_one_whose_checkpoint_is_newest(runs):
+    assert last_run() == "runs/new/best"
+    os.utime(runs / "deeper" / "older" / "best" / "config.json", (2000, 2000))
+    assert last_run() == "runs/deeper/older/best"
+    assert str(run_of(last_run())) == "runs/deeper/older"
+
+
+def test_no_run_at_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no run below runs/"):
+        last_run()

@@ -1,0 +1,47 @@
+"""Counts read well, and a printed command does what it says: read again, it gives the same options."""
+
+import shlex
+
+import pytest
+
+from training.options import CommandParser, DatasetOptions, ScoringOptions, dataset_options
+from training.say import counted, dataset_words, say_next
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "words"),
+    [
+        (0, "image", "0 images"),
+        (1, "image", "1 image"),
+        (1234, "image", "1,234 images"),
+        (1, "process", "1 process"),
+        (2, "process", "2 processes"),
+        (3, "entry", "3 entries"),
+    ],
+)
+def test_one_is_singular(count, noun, words):
+    assert counted(count, noun) == words
+
+
+def test_a_dataset_that_is_read_as_usual_needs_no_words():
+    assert dataset_words(DatasetOptions(dataset="photos")) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"label_names": ["cat", "tv monitor", "-1", "[x]", "on"]},
+        {"label_columns": ["cat"]},
+        {"label_separator": "|", "image_column": "file name"},
+        {"label_separator": "\t"},
+        {"scenes": {"seed": 1, "num_scenes": {"train": 3}}},
+        {"missing_images": "skip", "exclude": "checked/it's here.txt"},
+    ],
+)
+def test_a_printed_command_reads_the_same_dataset(given, capsys):
+    options = DatasetOptions(dataset="my photos", **given)
+    say_next("evaluate", "runs/a run", options.dataset, like=options)
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:5] == ["Next:", "hsvlt", "evaluate", "runs/a run", "my photos"]
+    read = CommandParser(ScoringOptions).read(words[3:])
+    assert dataset_options(read) == dataset_options(options)
