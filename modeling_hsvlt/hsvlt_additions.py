@@ -1,32 +1,39 @@
 """Additions to HSVLT; none of this is published HSVLT, and all of it is off by default.
 
-Class-specific residual attention helps small data on a pretrained backbone; candidates bound the cost of many labels.
+Class-specific residual attention helps small data on a pretrained backbone; candidates and chunks bound the cost of
+many labels; a label context is learned in front of their names.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import ModelOutput
 
+from .configuration_hsvlt import HSVLTConfig
+from .label_context import LabelContext
 from .losses_multilabel import NOT_EVALUATED
-from .modeling_multilabel import as_dtype_of, widened
+from .modeling_multilabel import as_dtype_of, no_fp16_autocast, widened
 
 
 class HSVLTCandidateScorer(nn.Module):
     """Scores every label from the pooled last feature map, cheaply, to choose the labels worth a closer look."""
 
-    def __init__(self, hidden_size: int, num_labels: int):
+    def __init__(self, config: HSVLTConfig, hidden_size: int):
         super().__init__()
+        self.config = config
         self.norm = nn.LayerNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, num_labels)
+        self.linear = nn.Linear(hidden_size, config.num_labels)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to scores (B, num_labels)."""
         pooled = self.norm(as_dtype_of(self.norm, feature_map.mean((-2, -1))))
         return self.linear(as_dtype_of(self.linear, pooled))
 
-    @staticmethod
-    def choose(scores: torch.Tensor, number: int) -> torch.Tensor:
-        """The labels (B, number) of the highest scores (B, N), ascending."""
+    def choose(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """The labels (B, m) of the highest scores (B, N), ascending; None for all, and in training."""
+        number = self.config.candidate_labels
+        if self.training or number is None or number >= scores.shape[-1]:
+            return None
         return scores.topk(number, dim=-1).indices.sort(dim=-1).values
 
 
@@ -47,12 +54,24 @@ class HSVLTResidualAttention(nn.Module):
     `HSVLTForImageClassification.set_text_classifier` sets it; weight decay then pulls towards it.
     """
 
-    def __init__(self, hidden_size: int, num_labels: int):
+    def __init__(self, config: HSVLTConfig, hidden_size: int):
         super().__init__()
+        self.config = config
         self.norm = nn.LayerNorm(hidden_size)
-        self.weight = nn.Parameter(torch.empty(num_labels, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_labels))
-        self.register_buffer("text_weight", torch.zeros(num_labels, hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.num_labels, hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_labels))
+        self.register_buffer("text_weight", torch.zeros(config.num_labels, hidden_size))
+
+    def set_text_weight(self, weight: torch.Tensor) -> None:
+        """See [`HSVLTForImageClassification.set_text_classifier`]."""
+        shape = self.text_weight.shape
+        if weight.shape != shape or not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"the text classifier must be finite numbers of shape {tuple(shape)} (labels, channels of the last "
+                f"map), but it is {tuple(weight.shape)}"
+                + ("." if weight.shape != shape else " with values that are not finite.")
+            )
+        self.text_weight.copy_(weight)
 
     def forward(self, feature_map: torch.Tensor, class_ids: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -64,8 +83,9 @@ class HSVLTResidualAttention(nn.Module):
             `torch.Tensor` of shape `(B, N)`: logits.
         """
         one_set = class_ids is None or class_ids.ndim == 1  # for all images
-        scores = self.pixel_scores(feature_map, class_ids if one_set else None)
-        logits = (scores.mean(1) + (scores.softmax(1) * scores).sum(1)) / 2
+        with no_fp16_autocast(feature_map):
+            scores = self.pixel_scores(feature_map, class_ids if one_set else None)
+            logits = (scores.mean(1) + (scores.softmax(1) * scores).sum(1)) / 2
         return logits if one_set else logits.gather(1, class_ids)
 
     def pixel_scores(self, feature_map: torch.Tensor, class_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -77,11 +97,83 @@ class HSVLTResidualAttention(nn.Module):
         pixels = self.norm(as_dtype_of(self.norm, pixels))
         return widened(F.linear(as_dtype_of(self, pixels), weight, bias))
 
-    @staticmethod
-    def join(stream_logits: torch.Tensor, pixel_logits: torch.Tensor, pixel_share: float) -> torch.Tensor:
+    def join(self, stream_logits: torch.Tensor, pixel_logits: torch.Tensor) -> torch.Tensor:
         """The sum of the label stream's logits (B, N) and those of the pixel scores, by the share of the latter."""
         stream_logits = widened(stream_logits)
-        return torch.lerp(stream_logits, pixel_logits.to(stream_logits), pixel_share)
+        return torch.lerp(stream_logits, pixel_logits.to(stream_logits), self.config.residual_attention_weight)
 
 
-__all__ = ["HSVLTCandidateScorer", "HSVLTResidualAttention", "spread_candidates"]
+class HSVLTTopDownAggregation(nn.Module):
+    """Cross-scale aggregation from coarse to fine: twice linear, norm, ReLU after each scale joined.
+
+    The released code holds it with a convolution over the label index, which mixes alphabetical neighbours, and with
+    the dimensions of another variant; here it acts on each label alone (kernel 1) with this model's dimensions.
+    """
+
+    def __init__(self, channels: list[int]):
+        super().__init__()
+        self.hidden_size = channels[-1] // 2
+        self.scales = nn.ModuleList()
+        in_size = channels[-1]
+        for width in reversed(channels[:-1]):
+            layers = []
+            for size in (in_size + width, self.hidden_size):
+                linear = nn.Linear(size, self.hidden_size, bias=False)
+                layers += [linear, nn.LayerNorm(self.hidden_size), nn.ReLU()]
+            self.scales.append(nn.Sequential(*layers))
+            in_size = self.hidden_size
+
+    def forward(self, multimodal_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        state = multimodal_states[-1]
+        for scale, finer in zip(self.scales, reversed(multimodal_states[:-1]), strict=True):
+            state = scale(torch.cat((state, finer), dim=-1))
+        return state  # (B, N, C_4 / 2)
+
+
+def in_chunks(read, feature_maps, text_embeddings, class_ids, chunk: int | None, **asked) -> ModelOutput:
+    """`read(feature_maps, text_embeddings, class_ids, **asked)`, the output of a classifier, by `chunk` labels at a
+    time: the same, as labels never see one another, in bounded memory.
+
+    Args:
+        class_ids (`torch.LongTensor` of shape `(N,)` or `(B, N)`, *optional*): the labels; None: all.
+        chunk (`int`, *optional*): None for all at once.
+    """
+    num_labels = len(text_embeddings) if class_ids is None else class_ids.shape[-1]
+    # With gradients, chunks would spare no memory, and states put together would be none that the logits come from.
+    if chunk is None or torch.is_grad_enabled() or num_labels <= chunk:
+        return read(feature_maps, text_embeddings, class_ids, **asked)
+    if class_ids is None:
+        class_ids = torch.arange(num_labels, device=text_embeddings.device)
+    feature_maps = list(feature_maps)
+    outputs = [read(feature_maps, text_embeddings, ids, **asked) for ids in class_ids.split(chunk, dim=-1)]
+    whole = outputs[0]
+    whole["logits"] = torch.cat([output.logits for output in outputs], dim=1)
+    for field, dim in {"label_hidden_states": 1, "multimodal_states": 1, "attentions": 2}.items():
+        if field in whole:
+            stages = zip(*(output[field] for output in outputs), strict=True)
+            whole[field] = tuple(None if stage[0] is None else torch.cat(stage, dim=dim) for stage in stages)
+    return whole
+
+
+def fold_label_context(model, state_dict: dict | None) -> tuple[LabelContext | None, dict | None]:
+    """The label context of a model, or None, and the weights of a plain checkpoint: in its place the label embeddings
+    that it gives with the weights in `state_dict`, by default the model's."""
+    if model.label_context is None:
+        return None, state_dict
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    prefix = "label_context."
+    learned = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    context = model.label_context.with_weights(learned)
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
+    state_dict["hsvlt.label_embeddings.weight"] = context()
+    return context, state_dict
+
+
+__all__ = [
+    "HSVLTCandidateScorer",
+    "HSVLTResidualAttention",
+    "HSVLTTopDownAggregation",
+    "fold_label_context",
+    "in_chunks",
+    "spread_candidates",
+]

@@ -45,7 +45,7 @@ from .hp_dval_prompts import (
 )
 from .kept_embeddings import KeptEmbeddings
 from .label_prompts import _label_texts
-from .losses_multilabel import UNKNOWN_LABEL, items_in_step, multilabel_loss, validate_labels
+from .losses_multilabel import UNKNOWN_LABEL, items_in_step
 from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     load_peft,
@@ -690,18 +690,15 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 parameters that the phase keeps frozen and that require gradients.
         """
         config = self.config
-        compiling = torch.compiler.is_compiling()
-        if self.training and labels is not None and not compiling:
+        if self.training and labels is not None and not torch.compiler.is_compiling():
             self._check_phase()
         output = self.hp_dval(pixel_values, output_hidden_states, output_attentions, return_dict=True, **kwargs)
         logits = self.scores(output.image_embeds, output.patch_embeds, output.text_embeds)
 
         loss = distillation_loss = semantic_consistency_loss = None
         if labels is not None:
-            if not compiling:
-                validate_labels(labels, self.num_labels)
-            labels = labels.to(logits.device)
-            loss = multilabel_loss(logits, labels, config.loss_type, config.loss_kwargs, num_items_in_batch)
+            labels = self._check_labels(labels, self.num_labels).to(logits.device)
+            loss = self._loss(logits, labels, num_items_in_batch)
             # What each image counts in a mean over images; by its known labels where several batches make a step.
             if num_items_in_batch is None:
                 share = logits.new_full((len(logits),), 1 / max(len(logits), 1))

@@ -7,29 +7,31 @@ Shapes: B images, N labels, D width of a label embedding, C channels, H x W pixe
 h attention heads, d = C / h.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoBackbone, AutoConfig, AutoModel
+from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextEncoder
-from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2Embeddings, ConvNextV2Encoder
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .configuration_hsvlt import BLOCK_BACKBONES, HSVLTConfig
-from .convnext_in_rows import convnext_layer_in_rows, runs_in_rows
-from .hsvlt_additions import HSVLTCandidateScorer, HSVLTResidualAttention, spread_candidates
-from .losses_multilabel import multilabel_loss, validate_labels
-from .modeling_efficientnet_lite import EfficientNetLiteBackbone
-from .modeling_mltr import MlTrBackbone
+from .configuration_hsvlt import HSVLTConfig
+from .hsvlt_additions import (
+    HSVLTCandidateScorer,
+    HSVLTResidualAttention,
+    HSVLTTopDownAggregation,
+    fold_label_context,
+    in_chunks,
+    spread_candidates,
+)
+from .hsvlt_backbones import build_backbone
 from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     as_dtype_of,
@@ -47,8 +49,6 @@ from .modeling_multilabel import (
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
 
-# AutoBackbone does not know a class that was downloaded with a checkpoint.
-OWN_BACKBONES: dict[str, Any] = {"mltr": MlTrBackbone, "efficientnet_lite": EfficientNetLiteBackbone}
 # Widest head of the flash kernels behind scaled_dot_product_attention.
 MAX_FUSED_HEAD_DIM = 256
 
@@ -96,95 +96,6 @@ class HSVLTImageClassifierOutput(ModelOutput):
     label_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     multimodal_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-class HSVLTBlockBackbone(nn.Module):
-    """A ConvNeXt or ConvNeXtV2 of transformers, read after every block (or only at the end of each stage).
-
-    The parts of `ConvNextModel` under their own names, without its final norm, which nothing here would use.
-    """
-
-    gradient_checkpointing = False
-
-    def __init__(self, config: HSVLTConfig):
-        super().__init__()
-        backbone = config.backbone_config
-        embeddings, encoder = {
-            "convnext": (ConvNextEmbeddings, ConvNextEncoder),
-            "convnextv2": (ConvNextV2Embeddings, ConvNextV2Encoder),
-        }[backbone.model_type]
-        self.embeddings = embeddings(backbone)
-        self.encoder = encoder._from_config(backbone)
-        self.channels = list(backbone.hidden_sizes)
-        self.every_block = config.interaction_depths is None
-        self.interaction_depths = list(backbone.depths if self.every_block else config.interaction_depths)
-
-    def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yields a (B, C_i, H_i, W_i) map, channels last in memory, for each interaction in order."""
-        # In this layout the permutes inside a ConvNeXt block are views, and so are the label stream's pixel tokens.
-        hidden_state = self.embeddings(pixel_values.contiguous(memory_format=torch.channels_last))
-        blocks = self._blocks(hidden_state)
-        for stage, depth in zip(self.encoder.stages, self.interaction_depths, strict=True):
-            for _ in stage.layers:
-                hidden_state = next(blocks)
-                if self.every_block:
-                    yield hidden_state
-            if not self.every_block:
-                yield from [hidden_state] * depth
-
-    def _blocks(self, hidden_state: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The output of each block."""
-        if not is_plain(self.encoder, *self.encoder.stages):
-            yield from self._blocks_of_call(hidden_state)
-            return
-        for stage in self.encoder.stages:
-            for layer in stage.downsampling_layer:
-                hidden_state = layer(hidden_state)
-            for layer in stage.layers:
-                if self.gradient_checkpointing and self.training:
-                    hidden_state = self._gradient_checkpointing_func(layer.__call__, hidden_state)
-                elif runs_in_rows(layer, hidden_state):
-                    hidden_state = convnext_layer_in_rows(layer, hidden_state)
-                else:
-                    hidden_state = layer(hidden_state)
-                yield hidden_state
-
-    def _blocks_of_call(self, hidden_state: torch.Tensor) -> list[torch.Tensor]:
-        """The same, where something hangs on the encoder or a stage (a hook, a shard), so that it has to be called."""
-        outputs = []
-        handles = [
-            layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
-            for stage in self.encoder.stages
-            for layer in stage.layers
-        ]
-        try:
-            self.encoder(hidden_state)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return outputs
-
-
-class HSVLTStageBackbone(nn.Module):
-    """Any four-stage backbone of transformers, read at the output of each stage."""
-
-    def __init__(self, config: HSVLTConfig):
-        super().__init__()
-        own = OWN_BACKBONES.get(config.backbone_config.model_type)
-        if own is not None:
-            self.model = own._from_config(config.backbone_config)
-        else:
-            self.model = AutoBackbone.from_config(config.backbone_config)
-            if config.backbone_config.model_type in ("swin", "focalnet"):  # built there, but never used
-                getattr(self.model, self.model.base_model_prefix).layernorm = nn.Identity()
-        self.channels = list(self.model.channels)
-        self.interaction_depths = list(config.interaction_depths or [1, 1, 1, 1])
-
-    def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yields a (B, C_i, H_i, W_i) map for each interaction in order."""
-        feature_maps = self.model(pixel_values).feature_maps
-        for feature_map, depth in zip(feature_maps, self.interaction_depths, strict=True):
-            yield from [feature_map] * depth
 
 
 def eager_attention_forward(
@@ -436,33 +347,6 @@ class HSVLTConcatAggregation(nn.Module):
         return torch.cat(multimodal_states, dim=-1)  # (B, N, C_1 + C_2 + C_3 + C_4)
 
 
-class HSVLTTopDownAggregation(nn.Module):
-    """Cross-scale aggregation from coarse to fine: twice linear, norm, ReLU after each scale joined.
-
-    The released code holds it with a convolution over the label index, which mixes alphabetical neighbours, and with
-    the dimensions of another variant; here it acts on each label alone (kernel 1) with this model's dimensions.
-    """
-
-    def __init__(self, channels: list[int]):
-        super().__init__()
-        self.hidden_size = channels[-1] // 2
-        self.scales = nn.ModuleList()
-        in_size = channels[-1]
-        for width in reversed(channels[:-1]):
-            layers = []
-            for size in (in_size + width, self.hidden_size):
-                linear = nn.Linear(size, self.hidden_size, bias=False)
-                layers += [linear, nn.LayerNorm(self.hidden_size), nn.ReLU()]
-            self.scales.append(nn.Sequential(*layers))
-            in_size = self.hidden_size
-
-    def forward(self, multimodal_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        state = multimodal_states[-1]
-        for scale, finer in zip(self.scales, reversed(multimodal_states[:-1]), strict=True):
-            state = scale(torch.cat((state, finer), dim=-1))
-        return state  # (B, N, C_4 / 2)
-
-
 class HSVLTPerLabelClassifier(nn.Module):
     """A weight vector and a bias for each label: `logit[b, c] = sum_k Z[b, c, k] W[c, k] + beta[c]`."""
 
@@ -550,8 +434,7 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """As in transformers, except that a backbone without that attention (a ConvNeXt has none) keeps its own."""
         backbone = getattr(self, self.base_model_prefix, self).backbone
-        backbone = backbone.encoder if isinstance(backbone, HSVLTBlockBackbone) else backbone.model
-        if attn_implementation == "sdpa" and not backbone._supports_sdpa:
+        if attn_implementation == "sdpa" and not backbone.body._supports_sdpa:
             attn_implementation = {"": "sdpa", "backbone_config": "eager"}
         super().set_attn_implementation(attn_implementation, **kwargs)
 
@@ -570,8 +453,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
         super().__init__(config)
         if config.backbone_config._attn_implementation == "sdpa":
             config.backbone_config._attn_implementation = None  # where it can; many backbones refuse it by name
-        backbone = HSVLTBlockBackbone if config.backbone_config.model_type in BLOCK_BACKBONES else HSVLTStageBackbone
-        self.backbone = backbone(config)
+        self.backbone = build_backbone(config)
         self.label_stream = HSVLTLabelStream(config, self.backbone.channels, self.backbone.interaction_depths)
         aggregation: Any = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
         self.aggregation = aggregation(self.backbone.channels)
@@ -582,21 +464,16 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self.post_init()
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
         # ConvNeXt the blocks are called one by one here, never a stage.
-        body = self.backbone.encoder if isinstance(self.backbone, HSVLTBlockBackbone) else self.backbone.model
-        self._no_split_modules |= set(body._no_split_modules or ()) - {"ConvNextStage"}  # type: ignore[operator]  # a set here
+        self._no_split_modules |= set(self.backbone.body._no_split_modules or ()) - {"ConvNextStage"}  # type: ignore[operator]  # a set here
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The backbone's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
-        return getattr(self._backbone_embeddings(), "patch_embeddings", None)
+        return getattr(self.backbone.embeddings, "patch_embeddings", None)
 
     def set_input_embeddings(self, value: nn.Module):
         if self.get_input_embeddings() is None:
             raise ValueError("this backbone has no module patch_embeddings to set.")
-        self._backbone_embeddings().patch_embeddings = value
-
-    def _backbone_embeddings(self) -> nn.Module | None:
-        backbone = self.backbone if isinstance(self.backbone, HSVLTBlockBackbone) else self.backbone.model.base_model
-        return getattr(backbone, "embeddings", None)
+        self.backbone.embeddings.patch_embeddings = value
 
     @can_return_tuple
     def forward(
@@ -674,12 +551,9 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             self.classifier = nn.Linear(hidden_size, 1)  # one for all labels, which can then be exchanged
             self.classifier.starts_as_in_torch = True
         self.label_context = None  # a `label_context.LabelContext` while one is learned
-        self.candidate_scorer = None
-        if config.candidate_labels is not None:
-            self.candidate_scorer = HSVLTCandidateScorer(self.hsvlt.backbone.channels[-1], config.num_labels)
-        self.residual_attention = None
-        if config.residual_attention:
-            self.residual_attention = HSVLTResidualAttention(self.hsvlt.backbone.channels[-1], config.num_labels)
+        last = self.hsvlt.backbone.channels[-1]
+        self.candidate_scorer = HSVLTCandidateScorer(config, last) if config.candidate_labels is not None else None
+        self.residual_attention = HSVLTResidualAttention(config, last) if config.residual_attention else None
         self.post_init()
 
     @classmethod
@@ -703,25 +577,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         else:
             config = HSVLTConfig.from_dict({**config.to_dict(), "backbone_config": backbone_config.to_dict()})
         model = cls(config)
-        load = {"revision": revision, "use_safetensors": True}
-        if config.backbone_config.model_type in BLOCK_BACKBONES:
-            state_dict = AutoModel.from_pretrained(source, **load).state_dict()
-            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("layernorm.")}
-            result = model.hsvlt.backbone.load_state_dict(state_dict, strict=False)
-            if result.missing_keys or result.unexpected_keys:
-                raise ValueError(
-                    f"the weights of {source} do not fit the backbone: missing {result.missing_keys[:3]}, "
-                    f"unexpected {result.unexpected_keys[:3]}."
-                )
-        else:
-            # A checkpoint of the bare model has no norms in front of the feature maps; those start fresh.
-            # Not AutoBackbone: it asks the Hub whether a local folder exists.
-            backbone = type(model.hsvlt.backbone.model).from_pretrained(
-                source, out_features=config.backbone_config.out_features, **load
-            )
-            unused = [f"{backbone.base_model_prefix}.layernorm.{name}" for name in ("weight", "bias")]
-            state_dict = {key: value for key, value in backbone.state_dict().items() if key not in unused}
-            model.hsvlt.backbone.model.load_state_dict(state_dict)
+        model.hsvlt.backbone.load_pretrained(source, revision=revision, use_safetensors=True)
         return model
 
     def set_label_embeddings(
@@ -779,27 +635,13 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         """
         if self.residual_attention is None:
             raise ValueError("a text classifier belongs to residual_attention, and this model's config has it off.")
-        buffer = self.residual_attention.text_weight
-        if weight.shape != buffer.shape or not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"the text classifier must be finite numbers of shape {tuple(buffer.shape)} (labels, channels of the "
-                f"last map), but it is {tuple(weight.shape)}"
-                + ("." if weight.shape != buffer.shape else " with values that are not finite.")
-            )
-        buffer.copy_(weight)
+        self.residual_attention.set_text_weight(weight)
 
     @torch.no_grad()
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
         """As in transformers. A learned label context leaves a plain checkpoint, with the label embeddings that its
         weights (or those of `state_dict`) give, and its adapter in the folder `label_context`."""
-        context = None
-        if self.label_context is not None:
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            prefix = "label_context."
-            learned = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-            context = self.label_context.with_weights(learned)
-            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
-            state_dict["hsvlt.label_embeddings.weight"] = context()
+        context, state_dict = fold_label_context(self, state_dict)
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         if context is not None and is_main_process:
             context.save_adapter(f"{save_directory}/label_context")
@@ -835,52 +677,40 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
                 of another number of labels than a per-label classifier has.
         """
         warn_of_unknown_arguments(self, kwargs)
-        flags = output_flags(self.config, output_hidden_states, output_attentions)
         text_embeddings = self._text_embeddings(text_embeddings)
         num_labels = len(text_embeddings if class_ids is None else class_ids)
-        if labels is not None and not torch.compiler.is_compiling():
-            labels = validate_labels(labels, num_labels)
+        labels = self._check_labels(labels, num_labels)
         if feature_maps is None:
             feature_maps = self.hsvlt.backbone(require_images(pixel_values))
-        if self.residual_attention is not None or self.candidate_scorer is not None:
-            feature_maps = list(feature_maps)
 
-        candidate_logits = candidates = None
+        # Candidates and residual attention are additions: without them, all labels are read and one path is left.
+        if self.candidate_scorer is not None or self.residual_attention is not None:
+            feature_maps = list(feature_maps)  # the last one is read once more
+        proposals = candidates = None
         if self.candidate_scorer is not None and class_ids is None and num_labels == self.num_labels:
-            candidate_logits = self.candidate_scorer(feature_maps[-1])  # type: ignore[index]
-            if not self.training and self.config.candidate_labels < num_labels:
-                candidates = class_ids = self.candidate_scorer.choose(candidate_logits, self.config.candidate_labels)
-        output = self._read_labels(feature_maps, text_embeddings, class_ids, *flags)
+            proposals = self.candidate_scorer(feature_maps[-1])  # type: ignore[index]
+            class_ids = candidates = self.candidate_scorer.choose(proposals)
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        output = in_chunks(self._read, feature_maps, text_embeddings, class_ids, self.config.label_chunk_size, **asked)
         logits, paths = output.logits, [output.logits]
         if self.residual_attention is not None:
-            with no_fp16_autocast(logits):
-                paths.append(self.residual_attention(feature_maps[-1], class_ids))  # type: ignore[index]
-            logits = self.residual_attention.join(paths[0], paths[1], self.config.residual_attention_weight)
+            paths.append(self.residual_attention(feature_maps[-1], class_ids))  # type: ignore[index]
+            logits = self.residual_attention.join(*paths)
 
         loss = None
-        if labels is not None:
+        if labels is not None and candidates is not None:  # of the candidates alone: a mean of their own
+            loss = self._loss(logits, labels.to(candidates.device).gather(1, candidates))
+        elif labels is not None and not self.training:
+            loss = self._loss(logits, labels, num_items_in_batch)
+        elif labels is not None:
             # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has
             # seen so fast that the pixel scores learn little.
-            paths = paths if self.training else [logits]
-            known = labels if candidates is None else labels.to(candidates.device).gather(1, candidates)
-            items = num_items_in_batch if candidates is None else None  # of the candidates alone: a mean of their own
-            loss = sum(self._loss(path, known, items) for path in paths) / len(paths)
-            if candidate_logits is not None and self.training:
-                loss = loss + self.config.candidate_loss_weight * self._loss(candidate_logits, labels, items)
+            loss = sum(self._loss(path, labels, num_items_in_batch) for path in paths) / len(paths)
+            if proposals is not None:
+                loss = loss + self.config.candidate_loss_weight * self._loss(proposals, labels, num_items_in_batch)
         if candidates is not None:
             logits = spread_candidates(logits, candidates, num_labels)
-        return HSVLTImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            class_ids=candidates,
-            hidden_states=output.hidden_states,
-            label_hidden_states=output.label_hidden_states,
-            multimodal_states=output.multimodal_states,
-            attentions=output.attentions,
-        )
-
-    def _loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
-        return multilabel_loss(logits, labels, self.config.loss_type, self.config.loss_kwargs, num_items_in_batch)
+        return HSVLTImageClassifierOutput(**{**output, "loss": loss, "logits": logits, "class_ids": candidates})
 
     def _text_embeddings(self, text_embeddings: torch.Tensor | None) -> torch.Tensor:
         """Those given, those of a learned context, or the checkpoint's."""
@@ -893,66 +723,18 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
             )
         return text_embeddings
 
-    def _read_labels(
-        self, feature_maps, text_embeddings, class_ids, output_hidden_states, output_attentions
-    ) -> HSVLTImageClassifierOutput:
-        """Logits (and, where asked for, states) of all labels or of those of `class_ids`, some at a time where
-        `label_chunk_size` says so."""
-        chunk = self.config.label_chunk_size
-        num_labels = text_embeddings.shape[0] if class_ids is None else class_ids.shape[-1]
-        # With gradients, chunks would spare no memory, and states put together would be none that the logits come from.
-        if chunk is None or torch.is_grad_enabled() or num_labels <= chunk:
-            return self._read_chunk(feature_maps, text_embeddings, class_ids, output_hidden_states, output_attentions)
-        if class_ids is None:
-            class_ids = torch.arange(num_labels, device=text_embeddings.device)
-        feature_maps = list(feature_maps)
-        chunks = class_ids.split(chunk, dim=-1)
-        return _concatenate(
-            [
-                self._read_chunk(feature_maps, text_embeddings, ids, output_hidden_states, output_attentions)
-                for ids in chunks
-            ]
-        )
-
-    def _read_chunk(self, feature_maps, text_embeddings, class_ids, output_hidden_states, output_attentions):
-        output = self.hsvlt(
-            text_embeddings=text_embeddings if class_ids is None else text_embeddings[class_ids],
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            feature_maps=feature_maps,
-            return_dict=True,
-        )
+    def _read(self, feature_maps, text_embeddings, class_ids, **asked) -> HSVLTImageClassifierOutput:
+        """Logits (and, where asked for, states) of all labels or of those of `class_ids`."""
+        text_embeddings = text_embeddings if class_ids is None else text_embeddings[class_ids]
+        output = self.hsvlt(text_embeddings=text_embeddings, feature_maps=feature_maps, return_dict=True, **asked)
         features = output.last_hidden_state
         with no_fp16_autocast(features):
             if self.config.classifier == "per_label":
                 logits = self.classifier(features, class_ids)
             else:
                 logits = self.classifier(as_dtype_of(self.classifier, features)).squeeze(-1)
-        return HSVLTImageClassifierOutput(
-            logits=logits,
-            hidden_states=output.hidden_states,
-            label_hidden_states=output.label_hidden_states,
-            multimodal_states=output.multimodal_states,
-            attentions=output.attentions,
-        )
-
-
-def _concatenate(outputs: list[HSVLTImageClassifierOutput]) -> HSVLTImageClassifierOutput:
-    """One output of all labels from those of chunks of labels."""
-
-    def join(field: str, dim: int):
-        if getattr(outputs[0], field) is None:
-            return None
-        stages = zip(*(getattr(output, field) for output in outputs), strict=True)
-        return tuple(None if stage[0] is None else torch.cat(stage, dim=dim) for stage in stages)
-
-    return HSVLTImageClassifierOutput(
-        logits=torch.cat([output.logits for output in outputs], dim=1),
-        hidden_states=outputs[0].hidden_states,
-        label_hidden_states=join("label_hidden_states", 1),
-        multimodal_states=join("multimodal_states", 1),
-        attentions=join("attentions", 2),
-    )
+        states = {name: value for name, value in output.items() if name != "last_hidden_state"}
+        return HSVLTImageClassifierOutput(logits=logits, **states)
 
 
 __all__ = ["HSVLTForImageClassification", "HSVLTModel", "HSVLTPreTrainedModel"]

@@ -25,7 +25,6 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_mltr import MlTrConfig
-from .losses_multilabel import multilabel_loss, validate_labels
 from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     as_dtype_of,
@@ -639,8 +638,7 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
             ValueError: labels outside the contract (values are checked only outside `torch.compile`).
         """
         warn_of_unknown_arguments(self, kwargs)
-        if labels is not None and not torch.compiler.is_compiling():
-            labels = validate_labels(labels, self.num_labels)
+        labels = self._check_labels(labels, self.num_labels)
         output = self.mltr(
             pixel_values,
             output_hidden_states=output_hidden_states,
@@ -648,10 +646,7 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
             return_dict=True,
         )
         logits = self.classifier(output.pooler_output)
-        loss = None
-        if labels is not None:
-            loss_type, loss_kwargs = self.config.loss_type, self.config.loss_kwargs
-            loss = multilabel_loss(logits, labels, loss_type, loss_kwargs, num_items_in_batch)
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         return MlTrImageClassifierOutput(
             loss=loss,
             logits=logits,

@@ -12,6 +12,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs
 
+from .losses_multilabel import multilabel_loss, validate_labels
+
 logger = logging.get_logger(__name__)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -156,6 +158,16 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
         if not key_mapping:
             model._weight_conversions = None  # saving would give the older names back
         return loaded
+
+    def _check_labels(self, labels: torch.Tensor | None, num_labels: int) -> torch.Tensor | None:
+        """`labels` as [`validate_labels`] gives them; in a graph, which cannot look at values, as they are."""
+        if labels is None or torch.compiler.is_compiling():
+            return labels
+        return validate_labels(labels, num_labels)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """The configuration's loss, see [`multilabel_loss`]."""
+        return multilabel_loss(logits, labels, self.config.loss_type, self.config.loss_kwargs, num_items_in_batch)
 
     def post_init(self):
         super().post_init()

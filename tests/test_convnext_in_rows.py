@@ -4,7 +4,7 @@ from transformers import ConvNextConfig, ConvNextV2Config
 from transformers.models.convnext.modeling_convnext import ConvNextLayer
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2Layer
 
-from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, convnext_in_rows, modeling_hsvlt
+from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, convnext_in_rows, hsvlt_backbones
 from modeling_hsvlt.convnext_in_rows import convnext_layer_in_rows, runs_in_rows
 
 
@@ -59,7 +59,7 @@ def test_the_model_takes_it_and_gives_the_same_logits(monkeypatch):
         called.append(layer)
         return convnext_layer_in_rows(layer, hidden_state)
 
-    monkeypatch.setattr(modeling_hsvlt, "convnext_layer_in_rows", count)
+    monkeypatch.setattr(hsvlt_backbones, "convnext_layer_in_rows", count)
     expected = model(pixel_values).logits.detach()  # gradients on: the stock layers
     assert not called
     with torch.no_grad():
