@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_multilabel import preset_of
+
 # What differs from Lite0. Width and depth grow as in EfficientNet, rounded to 8 channels and up to whole blocks; stem,
 # last convolution and the depth of the first and the last group stay.
 DEEPER = (1, 3, 3, 4, 4, 5, 1)
@@ -49,9 +51,7 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: an unknown size.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; choose one of {list(PRESETS)}.")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**preset_of(PRESETS, name), **overrides})
 
     def __post_init__(self, **kwargs):
         self.stage_names = [*(f"stage{index}" for index in range(1, 5)), "head"]

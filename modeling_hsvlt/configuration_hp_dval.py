@@ -6,13 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from .configuration_multilabel import MultiLabelConfig
+from .configuration_multilabel import MultiLabelConfig, auto_map_of, preset_of
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_hp_dval.HPDVALConfig",
-    "AutoModel": "modeling_hp_dval.HPDVALForImageClassification",
-    "AutoModelForImageClassification": "modeling_hp_dval.HPDVALForImageClassification",
-}
 PHASES = ("phase1", "phase2", "joint")
 # Image towers that give a class token and one token a patch, without others between.
 STUDENT_TYPES = ("clip_vision_model", "vit")
@@ -52,9 +47,12 @@ class HPDVALConfig(MultiLabelConfig):
     r"""
     Configuration of [`HPDVALModel`] and [`HPDVALForImageClassification`]: dual-view alignment and hierarchical prompt
     tuning of a CLIP (HP-DVAL, IEEE TIP 2025, arXiv 2509.17747). Where the paper and its released code part ways, the
-    defaults follow the paper and the code's variant is a choice, named below.
+    defaults follow the paper and the code's variant is a choice, named below. The paper's loss is `loss_type`
+    `"distribution_balanced"` with `positive_weight="class"`, which needs the training set's counts.
 
     Args:
+        > Published
+
         text_config (`dict` or `CLIPTextConfig`, *optional*):
             Text tower. Its `vocab_size` counts the reserved context tokens.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
@@ -67,18 +65,35 @@ class HPDVALConfig(MultiLabelConfig):
         image_size (`int`, *optional*):
             Side of the square image that the checkpoint was trained on, in pixels. None: that of `vision_config`;
             another one is reached by interpolating the position embeddings.
-        embedding_head (`str`, *optional*):
-            From student tokens to the shared space: `"clip"`, CLIP's visual projection (the code), or `"mlp"`, two
-            linear layers with a tanh between (the paper's two layers; the tanh is the code's). None: `"clip"` for a
-            student that is a CLIP, else `"mlp"`.
         alpha (`float`, defaults to 0.4):
             Weight of the global score; the local one has `1 - alpha` (paper eq. 5; the code has it the other way
             round). 1 is CLIP's own score.
         local_top_k (`int`, defaults to 32):
             Patches whose mean score is a label's local score.
+        num_context_tokens (`int`, defaults to 4):
+            Learned context tokens of a prompt, `M`, for each of the two views.
+        context_init (`str`, defaults to `"random"`):
+            Start of phase 2: `"random"`, N(0, 0.02) (paper), or `"template"`, the embeddings of the template's words in
+            front of the name (code), of which there must be `num_context_tokens`: phase 2 then starts at the
+            hand-written prompts. With few steps or a small learning rate take `"template"`.
+        label_template (`str`, defaults to `"a photo of a {}."`):
+            Hand-written prompt. What follows `{}` also follows the name in the learned prompts.
+        embedding_head (`str`, *optional*):
+            From student tokens to the shared space: `"clip"`, CLIP's visual projection (the code), or `"mlp"`, two
+            linear layers with a tanh between (the paper's two layers; the tanh is the code's). None: `"clip"` for a
+            student that is a CLIP, else `"mlp"`.
         score_normalization (`str`, defaults to `"cosine"`):
             `"cosine"` (paper), or `"class_l2"` (code): dot products, each view's scores divided by their norm over the
             labels; then a label's logit depends on the other labels, and any logit scale cancels.
+        distillation_weight (`float`, defaults to 1.0):
+            Weight of the L1 distance to the teacher in phase 1; 0 runs no teacher.
+        semantic_consistency_weight (`float`, defaults to 1.0):
+            Weight of the L1 distance of the global learned text embeddings to the hand-written ones in phase 2.
+        phase (`str`, defaults to `"phase1"`):
+            What is trained: `"phase1"` the student, `"phase2"` the context tokens, `"joint"` both (an ablation).
+
+        > Not published
+
         logit_scale (`float`, defaults to 1.0), logit_bias (`float`, defaults to 0.0):
             `logit = scale * score + bias`. The paper has neither, so its logits lie within [-1, 1]. A larger scale
             gives the loss more range; then choose a bias that puts the mean logit near what label frequency asks for,
@@ -86,38 +101,17 @@ class HPDVALConfig(MultiLabelConfig):
         learn_logit_scale (`bool`, defaults to `False`):
             Whether factor and bias are trained, in every phase. Read when a model is built, which then has two
             parameters more, without a dimension: FSDP2 does not take those.
-        num_context_tokens (`int`, defaults to 4):
-            Learned context tokens of a prompt, `M`, for each of the two views.
-        class_specific_context (`bool`, defaults to `False`):
+        class_specific (`bool`, defaults to `False`):
             Whether each label has contexts of its own. Not HP-DVAL; what LMPT and CoOp's "CSC" do.
-        context_init (`str`, defaults to `"random"`):
-            Start of phase 2: `"random"`, N(0, 0.02) (paper), or `"template"`, the embeddings of the template's words in
-            front of the name (code), of which there must be `num_context_tokens`: phase 2 then starts at the
-            hand-written prompts. With few steps or a small learning rate take `"template"`.
-        prompt_template (`str`, defaults to `"a photo of a {}."`):
-            Hand-written prompt. What follows `{}` also follows the name in the learned prompts.
+
+        > Bookkeeping
+
         prompt_length (`int`, defaults to 16):
             Tokens of the longest prompt, start and end included; set with the labels.
-        phase (`str`, defaults to `"phase1"`):
-            What is trained: `"phase1"` the student, `"phase2"` the context tokens, `"joint"` both (an ablation).
-        distillation_weight (`float`, defaults to 1.0):
-            Weight of the L1 distance to the teacher in phase 1; 0 runs no teacher.
-        semantic_consistency_weight (`float`, defaults to 1.0):
-            Weight of the L1 distance of the global learned text embeddings to the hand-written ones in phase 2.
         has_teacher, has_text_model (`bool`, defaults to `True`):
             Whether the checkpoint holds the teacher and the text tower; inference needs neither.
-        loss_type (`str`, defaults to `"bce"`):
-            Classification loss, a key of `losses_multilabel.MULTILABEL_LOSSES`. The paper's is
-            `"distribution_balanced"` with `positive_weight="class"`, which needs the training set's counts.
-        loss_kwargs (`dict`, *optional*):
-            Arguments of that loss.
-        thresholds (`list[float]`, *optional*):
-            Score from which on each label counts as present; None until fitted on validation data.
-        threshold_info (`dict`, *optional*):
-            How they were fitted: objective, target, data set, split, its fingerprint, date. Nothing computes with it.
-        calibration_info (`dict`, *optional*):
-            How the classifier was calibrated: method, data as above, and the `scale` and `bias` of each label's logit
-            that its weights hold since, so that it can be undone. Nothing at inference reads it.
+
+        Further fields are those of [`MultiLabelConfig`].
 
     Example:
 
@@ -130,7 +124,8 @@ class HPDVALConfig(MultiLabelConfig):
     """
 
     model_type = "hp_dval"
-    auto_classes = AUTO_MAP
+    renamed_fields = {"class_specific_context": "class_specific", "prompt_template": "label_template"}
+    auto_classes = auto_map_of("hp_dval", "HPDVAL")
     keys_to_ignore_at_inference = [
         "distillation_loss",
         "semantic_consistency_loss",
@@ -145,26 +140,29 @@ class HPDVALConfig(MultiLabelConfig):
         "teacher_config": SubConfigSpec(CLIPVisionConfig, optional=True),
     }
 
+    # Published
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
     teacher_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     image_size: int | None = None
-    embedding_head: str | None = None
     alpha: float | int = 0.4
     local_top_k: int = 32
+    num_context_tokens: int = 4
+    context_init: str = "random"
+    label_template: str = "a photo of a {}."
+    embedding_head: str | None = None
     score_normalization: str = "cosine"
+    distillation_weight: float | int = 1.0
+    semantic_consistency_weight: float | int = 1.0
+    phase: str = "phase1"
+    # Not published
     logit_scale: float | int = 1.0
     logit_bias: float | int = 0.0
     learn_logit_scale: bool = False
-    num_context_tokens: int = 4
-    class_specific_context: bool = False
-    context_init: str = "random"
-    prompt_template: str = "a photo of a {}."
+    class_specific: bool = False
+    # Bookkeeping
     prompt_length: int = 16
-    phase: str = "phase1"
-    distillation_weight: float | int = 1.0
-    semantic_consistency_weight: float | int = 1.0
     has_teacher: bool = True
     has_text_model: bool = True
 
@@ -180,14 +178,13 @@ class HPDVALConfig(MultiLabelConfig):
         Raises:
             ValueError: an unknown size.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; choose one of {list(PRESETS)}.")
-        fields = {**PRESETS[name], **overrides}
+        preset = preset_of(PRESETS, name)
+        fields = {**preset, **overrides}
         for part in ("text_config", "vision_config"):
-            fields[part] = {**PRESETS[name][part], **overrides.get(part, {})}
+            fields[part] = {**preset[part], **overrides.get(part, {})}
             fields[part].setdefault("projection_dim", fields.get("projection_dim", cls.projection_dim))
         num_labels = len(fields["id2label"]) if fields.get("id2label") else fields.get("num_labels", 2)
-        contexts = 2 * (num_labels if fields.get("class_specific_context") else 1)
+        contexts = 2 * (num_labels if fields.get("class_specific") else 1)
         fields["text_config"]["vocab_size"] += contexts * fields.get("num_context_tokens", cls.num_context_tokens)
         return cls(**fields)
 
@@ -206,8 +203,8 @@ class HPDVALConfig(MultiLabelConfig):
 
     @property
     def num_reserved_tokens(self) -> int:
-        """Context tokens of both views and, with `class_specific_context`, of all labels."""
-        return 2 * self.num_context_tokens * (self.num_labels if self.class_specific_context else 1)
+        """Context tokens of both views and, with `class_specific`, of all labels."""
+        return 2 * self.num_context_tokens * (self.num_labels if self.class_specific else 1)
 
     @property
     def context_token_ids(self) -> list[int]:
@@ -217,8 +214,8 @@ class HPDVALConfig(MultiLabelConfig):
     @property
     def context_tokens(self) -> list[str]:
         """Names of the context tokens, in the order of `context_token_ids`: `<global_0>`, ..., `<local_0>`, ...; with
-        `class_specific_context`, `<global_{label}_{i}>` and so on."""
-        labels = [f"{label}_" for label in range(self.num_labels)] if self.class_specific_context else [""]
+        `class_specific`, `<global_{label}_{i}>` and so on."""
+        labels = [f"{label}_" for label in range(self.num_labels)] if self.class_specific else [""]
         indices = range(self.num_context_tokens)
         return [f"<{view}_{label}{i}>" for view in ("global", "local") for label in labels for i in indices]
 
@@ -228,15 +225,12 @@ class HPDVALConfig(MultiLabelConfig):
         Raises:
             ValueError: naming the field and what it may be.
         """
-        choices = {
-            "embedding_head": ("clip", "mlp"),
-            "score_normalization": ("cosine", "class_l2"),
-            "context_init": ("random", "template"),
-            "phase": PHASES,
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {allowed}, but it is {getattr(self, field)!r}.")
+        self._check_choices(
+            embedding_head=("clip", "mlp"),
+            score_normalization=("cosine", "class_l2"),
+            context_init=("random", "template"),
+            phase=PHASES,
+        )
         if self.vision_config.model_type not in STUDENT_TYPES:
             raise ValueError(
                 f"vision_config is of type {self.vision_config.model_type!r}, but the student must give a class token "
@@ -264,8 +258,8 @@ class HPDVALConfig(MultiLabelConfig):
             raise ValueError(f"logit_scale must be above 0, but it is {self.logit_scale}.")
         if self.num_context_tokens < 1:
             raise ValueError(f"num_context_tokens must be at least 1, but it is {self.num_context_tokens}.")
-        if self.prompt_template.count("{}") != 1:
-            raise ValueError(f"prompt_template must hold {{}} once, but it is {self.prompt_template!r}.")
+        if self.label_template.count("{}") != 1:
+            raise ValueError(f"label_template must hold {{}} once, but it is {self.label_template!r}.")
         shortest, longest = self.num_context_tokens + 3, self.text_config.max_position_embeddings
         if not shortest <= self.prompt_length <= longest:
             raise ValueError(

@@ -1,6 +1,5 @@
 """HSVLT configuration."""
 
-import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -9,13 +8,8 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .configuration_efficientnet_lite import EfficientNetLiteConfig
 from .configuration_mltr import MlTrConfig
-from .configuration_multilabel import MultiLabelConfig
+from .configuration_multilabel import MultiLabelConfig, auto_map_of, preset_of
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_hsvlt.HSVLTConfig",
-    "AutoModel": "modeling_hsvlt.HSVLTForImageClassification",
-    "AutoModelForImageClassification": "modeling_hsvlt.HSVLTForImageClassification",
-}
 # Backbones whose blocks are public, so that an interaction can follow every block, as published.
 BLOCK_BACKBONES = ("convnext", "convnextv2")
 # Not in transformers' own mapping where this file was downloaded with a checkpoint.
@@ -60,22 +54,27 @@ class HSVLTConfig(MultiLabelConfig):
     [`HSVLTConfig.preset`] for the sizes.
 
     Args:
+        > Published
+
         backbone_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the backbone. ConvNeXt and ConvNeXtV2 are walked block by block as published; any other
             backbone of four stages (Swin, ResNet, MlTr, EfficientNet-Lite, ...) is read at the output of each stage.
             Default: ConvNeXt.
-        interaction_depths (`list[int]`, *optional*):
-            Interactions on the output of each of the four stages. None puts one after every block of a ConvNeXt
-            (published), and one on each stage of any other backbone.
         image_size (`int`, defaults to 448):
             Side of the square image that the checkpoint was trained on, in pixels; the backbone takes any size.
         label_embedding_dim (`int`, defaults to 768):
             Width of the label embeddings; 768 is `bert-base-uncased`, the published encoder.
         num_attention_heads (`int`, defaults to 1):
             Heads of the label-to-pixel attention; the released configuration has 1.
-        absorb_projections (`bool`, defaults to `True`):
-            Whether attention is computed as `(L Wq Wk^T) X^T` and `(A X) Wv Wo`, never forming keys and values of the
-            pixels. Same function, same parameters, less arithmetic; False computes what the released code does.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the truncated normal that starts the label stream's linear layers (gate, multi-modal
+            layer and classifier keep torch's default, as released). None keeps torch's default everywhere.
+
+        > Generalisations
+
+        interaction_depths (`list[int]`, *optional*):
+            Interactions on the output of each of the four stages. None puts one after every block of a ConvNeXt
+            (published), and one on each stage of any other backbone.
         label_update (`str`, defaults to `"gate"`):
             Update of a label token after the multi-modal state was added: `"gate"` (published) or `"none"`.
         aggregation (`str`, defaults to `"concat"`):
@@ -83,6 +82,17 @@ class HSVLTConfig(MultiLabelConfig):
             the released code holds without running it; here without mixing neighbouring labels).
         classifier (`str`, defaults to `"per_label"`):
             `"per_label"`: a weight vector a label (published); `"shared"`: one for all, so that labels can be swapped.
+
+        > Speed, the same function
+
+        absorb_projections (`bool`, defaults to `True`):
+            Whether attention is computed as `(L Wq Wk^T) X^T` and `(A X) Wv Wo`, never forming keys and values of the
+            pixels. Same function, same parameters, less arithmetic; False computes what the released code does.
+        label_chunk_size (`int`, *optional*):
+            Labels processed at a time at inference; bounds memory for thousands of labels. None: all at once.
+
+        > Not published
+
         normalize_visual_tokens (`bool`, defaults to `False`):
             Whether pixels are layer-normalised in front of the attention. Not published; helps small data.
         normalize_label_tokens (`bool`, defaults to `False`):
@@ -90,13 +100,6 @@ class HSVLTConfig(MultiLabelConfig):
         normalize_multimodal_states (`bool`, defaults to `False`):
             Whether each stage's multi-modal states are layer-normalised in front of the aggregation: they start small
             (standard deviation 0.02 to 0.04 was seen). Not published; helps small data.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the truncated normal that starts the label stream's linear layers (gate, multi-modal
-            layer and classifier keep torch's default, as released). None keeps torch's default everywhere.
-        label_seed (`int`, defaults to 0):
-            Seed of the random label embeddings that a new model holds until they are set.
-        label_chunk_size (`int`, *optional*):
-            Labels processed at a time at inference; bounds memory for thousands of labels. None: all at once.
         candidate_labels (`int`, *optional*):
             At inference, the label stream runs for only this many labels an image, proposed by a linear scorer on the
             pooled last feature map. The others are NaN in `logits` and False in `evaluated`. None: all labels.
@@ -107,23 +110,19 @@ class HSVLTConfig(MultiLabelConfig):
             `HSVLTResidualAttention`. Not published; helps small data on a pretrained backbone.
         residual_attention_weight (`float`, defaults to 0.5):
             Its share of the logit, between 0 and 1; the rest is the label stream's.
-        loss_type (`str`, defaults to `"bce"`):
-            Training loss, a key of `losses_multilabel.MULTILABEL_LOSSES`.
-        loss_kwargs (`dict`, *optional*):
-            Arguments of that loss.
-        thresholds (`list[float]`, *optional*):
-            Score from which on each label counts as present; None until fitted on validation data.
-        threshold_info (`dict`, *optional*):
-            How they were fitted: objective, target, data set, split, its fingerprint, date. Nothing computes with it.
-        calibration_info (`dict`, *optional*):
-            How the classifier was calibrated: method, data as above, and the `scale` and `bias` of each label's logit
-            that its weights hold since, so that it can be undone. Nothing at inference reads it.
+
+        > Bookkeeping
+
+        label_seed (`int`, defaults to 0):
+            Seed of the random label embeddings that a new model holds until they are set.
         label_text_encoder (`str`, *optional*):
             Text encoder that the label embeddings came from; None: random or unknown. Never loaded from.
         label_pooling (`str`, *optional*):
             How its states became embeddings, `"official"` or `"mean"` (see `label_prompts.encode_labels`).
         label_template (`str`, *optional*):
             Text that each name was put into, for example `"a photo of a {}"`.
+
+        Further fields are those of [`MultiLabelConfig`].
 
     Example:
 
@@ -136,7 +135,8 @@ class HSVLTConfig(MultiLabelConfig):
     """
 
     model_type = "hsvlt"
-    auto_classes = AUTO_MAP
+    renamed_fields = {"label_reading": "label_pooling"}
+    auto_classes = auto_map_of("hsvlt", "HSVLT")
     keys_to_ignore_at_inference = [
         "class_ids",
         "hidden_states",
@@ -154,25 +154,30 @@ class HSVLTConfig(MultiLabelConfig):
         )
     }
 
+    # Published
     backbone_config: dict | PreTrainedConfig | None = None
-    interaction_depths: list[int] | tuple[int, ...] | None = None
     image_size: int = 448
     label_embedding_dim: int = 768
     num_attention_heads: int = 1
-    absorb_projections: bool = True
+    initializer_range: float | None = 0.02
+    # Generalisations
+    interaction_depths: list[int] | tuple[int, ...] | None = None
     label_update: str = "gate"
     aggregation: str = "concat"
     classifier: str = "per_label"
+    # Speed, the same function
+    absorb_projections: bool = True
+    label_chunk_size: int | None = None
+    # Not published
     normalize_visual_tokens: bool = False
     normalize_label_tokens: bool = False
     normalize_multimodal_states: bool = False
-    initializer_range: float | None = 0.02
-    label_seed: int = 0
-    label_chunk_size: int | None = None
     candidate_labels: int | None = None
     candidate_loss_weight: float | int = 1.0
     residual_attention: bool = False
     residual_attention_weight: float = 0.5
+    # Bookkeeping
+    label_seed: int = 0
     label_text_encoder: str | None = None
     label_pooling: str | None = None
     label_template: str | None = None
@@ -189,17 +194,13 @@ class HSVLTConfig(MultiLabelConfig):
         Raises:
             ValueError: an unknown size.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; choose one of {list(PRESETS)}.")
-        preset = copy.deepcopy(PRESETS[name])
+        preset = preset_of(PRESETS, name)
         backbone = overrides.pop("backbone_config", {})
         if isinstance(backbone, dict) and "model_type" not in backbone:
             backbone = {**preset["backbone_config"], **backbone}
         return cls(**{**preset, **overrides, "backbone_config": backbone})
 
     def __post_init__(self, **kwargs):
-        if "label_reading" in kwargs:  # its name before 0.1; for one release
-            self.label_pooling = kwargs.pop("label_reading")
         # A downloaded configuration must never name code or another repository to load from.
         for key in ("backbone", "use_pretrained_backbone", "use_timm_backbone", "backbone_kwargs"):
             if kwargs.pop(key, None):
@@ -229,14 +230,11 @@ class HSVLTConfig(MultiLabelConfig):
         Raises:
             ValueError: naming the field and what it may be.
         """
-        choices = {
-            "label_update": ("gate", "none"),
-            "aggregation": ("concat", "topdown"),
-            "classifier": ("per_label", "shared"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {allowed}, but it is {getattr(self, field)!r}.")
+        self._check_choices(
+            label_update=("gate", "none"),
+            aggregation=("concat", "topdown"),
+            classifier=("per_label", "shared"),
+        )
         if self.interaction_depths is not None and (
             len(self.interaction_depths) != 4 or any(depth < 1 for depth in self.interaction_depths)
         ):

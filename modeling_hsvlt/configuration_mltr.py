@@ -1,15 +1,12 @@
 """MlTr configuration."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .configuration_multilabel import MultiLabelConfig
+from .configuration_multilabel import MultiLabelConfig, auto_map_of, preset_of
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_mltr.MlTrConfig",
-    "AutoModel": "modeling_mltr.MlTrForImageClassification",
-    "AutoModelForImageClassification": "modeling_mltr.MlTrForImageClassification",
-}
 SUBLAYERS = ("pixel", "cross", "mlp")
 CAT_BLOCK = ("pixel", "mlp", "cross", "mlp", "pixel", "mlp")
 
@@ -18,7 +15,9 @@ CAT_BLOCK = ("pixel", "mlp", "cross", "mlp", "pixel", "mlp")
 # package's own, for tests and small data, with the same 64 / 16 / 4 / 1 windows a stage as the published sizes, a step
 # that takes as long as HSVLT's nano, and what narrow layers need to learn from random weights: torch's default init,
 # overlapping patches and convolutions for positions.
-PRESETS = {
+_AT_384 = {"image_size": 384, "window_size": 12, "depths": (2, 2, 24, 2)}
+_CAT = {"block_pattern": CAT_BLOCK, "use_absolute_embeddings": True}
+PRESETS: dict[str, dict[str, Any]] = {
     "nano": {
         "image_size": 64,
         "patch_size": 2,
@@ -31,54 +30,13 @@ PRESETS = {
         "stem_kernel_size": 7,
         "position_kernel_size": 5,
     },
-    "s": {"embed_dim": 96, "depths": (2, 2, 9, 2), "num_heads": (3, 6, 12, 24)},
-    "m": {
-        "image_size": 384,
-        "embed_dim": 96,
-        "depths": (2, 2, 24, 2),
-        "num_heads": (3, 6, 12, 24),
-        "window_size": 12,
-        "drop_path_rate": 0.2,
-    },
-    "l": {
-        "image_size": 384,
-        "embed_dim": 128,
-        "depths": (2, 2, 24, 2),
-        "num_heads": (4, 8, 16, 32),
-        "window_size": 12,
-        "drop_path_rate": 0.3,
-    },
-    "xl": {
-        "image_size": 384,
-        "embed_dim": 192,
-        "depths": (2, 2, 24, 2),
-        "num_heads": (6, 12, 24, 48),
-        "window_size": 12,
-        "drop_path_rate": 0.3,
-    },
-    "cat_t": {
-        "embed_dim": 64,
-        "depths": (1, 1, 3, 1),
-        "num_heads": (2, 4, 8, 16),
-        "block_pattern": CAT_BLOCK,
-        "use_absolute_embeddings": True,
-    },
-    "cat_s": {
-        "embed_dim": 96,
-        "depths": (1, 1, 3, 1),
-        "num_heads": (3, 6, 12, 24),
-        "block_pattern": CAT_BLOCK,
-        "use_absolute_embeddings": True,
-        "drop_path_rate": 0.2,
-    },
-    "cat_b": {
-        "embed_dim": 96,
-        "depths": (1, 1, 6, 1),
-        "num_heads": (3, 6, 12, 24),
-        "block_pattern": CAT_BLOCK,
-        "use_absolute_embeddings": True,
-        "drop_path_rate": 0.3,
-    },
+    "s": {"embed_dim": 96, "num_heads": (3, 6, 12, 24), "depths": (2, 2, 9, 2)},
+    "m": {"embed_dim": 96, "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2, **_AT_384},
+    "l": {"embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.3, **_AT_384},
+    "xl": {"embed_dim": 192, "num_heads": (6, 12, 24, 48), "drop_path_rate": 0.3, **_AT_384},
+    "cat_t": {"embed_dim": 64, "num_heads": (2, 4, 8, 16), "depths": (1, 1, 3, 1), **_CAT},
+    "cat_s": {"embed_dim": 96, "num_heads": (3, 6, 12, 24), "depths": (1, 1, 3, 1), "drop_path_rate": 0.2, **_CAT},
+    "cat_b": {"embed_dim": 96, "num_heads": (3, 6, 12, 24), "depths": (1, 1, 6, 1), "drop_path_rate": 0.3, **_CAT},
 }
 
 
@@ -93,13 +51,16 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
     blocks there are was chosen to give the published parameter counts. See [`MlTrConfig.preset`] for the sizes.
 
     Args:
+        > Published
+
         image_size (`int`, defaults to 224):
             Side of the square image that the checkpoint was trained on, in pixels. With `window_size` it fixes the
             window of each stage; the model takes any image size.
+
+        > Generalisations: the reconstruction and CAT are two settings
+
         patch_size (`int`, defaults to 4):
             Side of a patch of the stem, in pixels; the four stages have strides of 1, 2, 4 and 8 patches.
-        stem_kernel_size (`int`, *optional*):
-            Side of the stem's convolution, where patches overlap; default: `patch_size`, as in all published sizes.
         num_channels (`int`, defaults to 3):
             Channels of the image.
         embed_dim (`int`, defaults to 96):
@@ -110,6 +71,13 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
             Heads of the in-window pixel attention in each stage.
         window_size (`int`, defaults to 7):
             Side of a window, in pixels of the stage's map; smaller where the map at `image_size` is smaller.
+        block_pattern (`list[str]`, defaults to `("pixel", "cross", "mlp")`):
+            Sublayers of a block in order, each with its own norm and residual: `"pixel"` in-window pixel attention,
+            `"cross"` cross-window attention, `"mlp"`. CAT is `("pixel", "mlp", "cross", "mlp", "pixel", "mlp")`.
+        use_absolute_embeddings (`bool`, defaults to `False`):
+            Whether a learned position embedding is added to the patches (CAT does; the reconstruction fits without).
+        use_relative_position_bias (`bool`, defaults to `True`):
+            Whether the pixel attention has a learned bias for each offset within the window.
         mlp_ratio (`float`, defaults to 4.0):
             Width of the MLP's hidden layer over its input.
         qkv_bias (`bool`, defaults to `True`):
@@ -124,42 +92,34 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
             Dropout on the cross-window attention's probabilities.
         drop_path_rate (`float`, defaults to 0.1):
             Stochastic depth of the last block, rising linearly from 0 at the first; the sublayers of a block share it.
-        use_absolute_embeddings (`bool`, defaults to `False`):
-            Whether a learned position embedding is added to the patches (CAT does; the reconstruction fits without).
-        use_relative_position_bias (`bool`, defaults to `True`):
-            Whether the pixel attention has a learned bias for each offset within the window.
-        position_kernel_size (`int`, defaults to 0):
-            Side of a depthwise convolution whose output is added to the map each stage starts from (conditional
-            position encoding, arXiv 2102.10882); 0: none, as in all published sizes. Without one and from random
-            weights, a model stays at the labels' base rates for thousands of steps.
-        block_pattern (`list[str]`, defaults to `("pixel", "cross", "mlp")`):
-            Sublayers of a block in order, each with its own norm and residual: `"pixel"` in-window pixel attention,
-            `"cross"` cross-window attention, `"mlp"`. CAT is `("pixel", "mlp", "cross", "mlp", "pixel", "mlp")`.
-        last_stage_block_pattern (`list[str]`, *optional*):
-            Sublayers of the last stage's blocks, where they differ.
-        skip_single_window_cross (`bool`, defaults to `False`):
-            Whether to leave out cross-window attention in stages that are a single window at `image_size`, where it is
-            a linear map of the window's pixels. CAT keeps it.
         layer_norm_eps (`float`, defaults to 1e-5):
             Epsilon of the layer norms.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal that starts linear layers, position bias and position embedding.
             None keeps torch's default for linear layers (and 0.02 for the two tables).
+
+        > Not published
+
+        stem_kernel_size (`int`, *optional*):
+            Side of the stem's convolution, where patches overlap; default: `patch_size`, as in all published sizes.
+        position_kernel_size (`int`, defaults to 0):
+            Side of a depthwise convolution whose output is added to the map each stage starts from (conditional
+            position encoding, arXiv 2102.10882); 0: none, as in all published sizes. Without one and from random
+            weights, a model stays at the labels' base rates for thousands of steps.
+        last_stage_block_pattern (`list[str]`, *optional*):
+            Sublayers of the last stage's blocks, where they differ.
+        skip_single_window_cross (`bool`, defaults to `False`):
+            Whether to leave out cross-window attention in stages that are a single window at `image_size`, where it is
+            a linear map of the window's pixels. CAT keeps it.
+
+        > Bookkeeping
+
         out_features (`list[str]`, *optional*):
             Stages that [`MlTrBackbone`] returns, of `"stem"`, `"stage1"`, ... `"stage4"`; default: the last.
         out_indices (`list[int]`, *optional*):
             The same as indices.
-        loss_type (`str`, defaults to `"bce"`):
-            Training loss, a key of `losses_multilabel.MULTILABEL_LOSSES`.
-        loss_kwargs (`dict`, *optional*):
-            Arguments of that loss.
-        thresholds (`list[float]`, *optional*):
-            Score from which on each label counts as present; None until fitted on validation data.
-        threshold_info (`dict`, *optional*):
-            How they were fitted: objective, target, data set, split, its fingerprint, date. Nothing computes with it.
-        calibration_info (`dict`, *optional*):
-            How the classifier was calibrated: method, data as above, and the `scale` and `bias` of each label's logit
-            that its weights hold since, so that it can be undone. Nothing at inference reads it.
+
+        Further fields are those of [`MultiLabelConfig`].
 
     Example:
 
@@ -172,18 +132,22 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
     """
 
     model_type = "mltr"
-    auto_classes = AUTO_MAP
+    auto_classes = auto_map_of("mltr", "MlTr")
     keys_to_ignore_at_inference = ["hidden_states", "reshaped_hidden_states", "attentions", "cross_attentions"]
     attribute_map = {"num_attention_heads": "num_heads"}
 
+    # Published
     image_size: int = 224
+    # Generalisations: the reconstruction and CAT are two settings
     patch_size: int = 4
-    stem_kernel_size: int | None = None
     num_channels: int = 3
     embed_dim: int = 96
     depths: list[int] | tuple[int, ...] = (2, 2, 9, 2)
     num_heads: list[int] | tuple[int, ...] = (3, 6, 12, 24)
     window_size: int = 7
+    block_pattern: list[str] | tuple[str, ...] = ("pixel", "cross", "mlp")
+    use_absolute_embeddings: bool = False
+    use_relative_position_bias: bool = True
     mlp_ratio: float | int = 4.0
     qkv_bias: bool = True
     hidden_act: str = "gelu"
@@ -191,14 +155,14 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
     attention_probs_dropout_prob: float | int = 0.0
     cross_attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.1
-    use_absolute_embeddings: bool = False
-    use_relative_position_bias: bool = True
-    position_kernel_size: int = 0
-    block_pattern: list[str] | tuple[str, ...] = ("pixel", "cross", "mlp")
-    last_stage_block_pattern: list[str] | tuple[str, ...] | None = None
-    skip_single_window_cross: bool = False
     layer_norm_eps: float = 1e-5
     initializer_range: float | None = 0.02
+    # Not published
+    stem_kernel_size: int | None = None
+    position_kernel_size: int = 0
+    last_stage_block_pattern: list[str] | tuple[str, ...] | None = None
+    skip_single_window_cross: bool = False
+    # Bookkeeping
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -214,9 +178,7 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
         Raises:
             ValueError: an unknown size.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; choose one of {list(PRESETS)}.")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**preset_of(PRESETS, name), **overrides})
 
     def __post_init__(self, **kwargs):
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, 5))]

@@ -2,8 +2,9 @@
 config.json must not ask for.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -20,6 +21,24 @@ CUSTOM_PIPELINES = {
         "type": "image",
     }
 }
+
+
+def auto_map_of(name: str, classes: str) -> dict[str, str]:
+    """`auto_map` of a model: where a checkpoint's files hold its classes. AutoModel gives the classifier."""
+    model = f"modeling_{name}.{classes}ForImageClassification"
+    config = f"configuration_{name}.{classes}Config"
+    return {"AutoConfig": config, "AutoModel": model, "AutoModelForImageClassification": model}
+
+
+def preset_of(presets: Mapping[str, dict], name: str) -> dict[str, Any]:
+    """A copy of the fields of the size `name`.
+
+    Raises:
+        ValueError: an unknown size.
+    """
+    if name not in presets:
+        raise ValueError(f"preset {name!r} is unknown; choose one of {list(presets)}.")
+    return copy.deepcopy(presets[name])
 
 
 @strict
@@ -46,6 +65,8 @@ class MultiLabelConfig(PreTrainedConfig):
     auto_classes: ClassVar[dict[str, str]] = {}
     # What `custom_pipelines` becomes; the package, where it is imported, has a reason for another kind of dict.
     custom_pipelines_class = dict
+    # What fields were called in configurations from before 0.1, and are called now. For one release.
+    renamed_fields: ClassVar[dict[str, str]] = {}
     # Fields that were fitted for, or made from, these very labels.
     label_fields: ClassVar[tuple[str, ...]] = ("thresholds", "threshold_info", "calibration_info")
 
@@ -57,6 +78,8 @@ class MultiLabelConfig(PreTrainedConfig):
     problem_type: str | None = "multi_label_classification"
 
     def __post_init__(self, **kwargs):
+        for before in self.renamed_fields.keys() & kwargs.keys():
+            setattr(self, self.renamed_fields[before], kwargs.pop(before))
         kwargs.setdefault("auto_map", dict(self.auto_classes))
         kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
         super().__post_init__(**kwargs)
@@ -113,6 +136,11 @@ class MultiLabelConfig(PreTrainedConfig):
                 "data; weights and label embeddings stay what they were until they are set or trained."
             )
 
+    def _check_choices(self, **choices: Sequence[str]) -> None:
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, but it is {getattr(self, field)!r}.")
+
     def _refuse_kernel_repositories(self) -> None:
         """Refuses an attention implementation that is the name of a repository, here and in sub-configurations.
 
@@ -133,4 +161,4 @@ def _names(id2label: Mapping | None) -> list[str] | None:
     return None if id2label is None else [id2label[key] for key in sorted(id2label, key=int)]
 
 
-__all__ = ["MultiLabelConfig"]
+__all__ = ["MultiLabelConfig", "auto_map_of", "preset_of"]

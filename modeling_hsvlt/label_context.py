@@ -46,11 +46,11 @@ class LabelContext(nn.Module):
         text_encoder (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): as for `label_prompts.encode_labels`,
             with `pooling="mean"`; both are copied, and all of the encoder but the context rows is frozen.
         names (sequence of `str`): label names in the order of `id2label`. Underscores are read as spaces.
-        num_tokens (`int`, defaults to 4): context tokens in front of a name, `M`.
+        num_context_tokens (`int`, defaults to 4): context tokens in front of a name, `M`.
         class_specific (`bool`, defaults to `False`): whether each label has a context of its own (CoOp's "CSC").
         template (`str`, defaults to `"a photo of a {}"`): hand-written text. What follows `{}` stays behind the name;
-            the words in front of it are where the contexts start, if their tokens are `num_tokens` many, and with any
-            other number the contexts start at random, N(0, 0.02) as in CoOp.
+            the words in front of it are where the contexts start, if their tokens are `num_context_tokens` many, and
+            with any other number the contexts start at random, N(0, 0.02) as in CoOp.
         label_text (`Mapping`, *optional*): what to write in place of a name.
         adapter (`str` or `os.PathLike`, *optional*): folder of an adapter to start from, which [`save_adapter`] wrote.
 
@@ -65,7 +65,7 @@ class LabelContext(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         names: Sequence[str],
         *,
-        num_tokens: int = 4,
+        num_context_tokens: int = 4,
         class_specific: bool = False,
         template: str = "a photo of a {}",
         label_text: Mapping[str, str] | None = None,
@@ -73,8 +73,8 @@ class LabelContext(nn.Module):
     ):
         super().__init__()
         peft = load_peft()
-        if num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1, but it is {num_tokens}.")
+        if num_context_tokens < 1:
+            raise ValueError(f"num_context_tokens must be at least 1, but it is {num_context_tokens}.")
         if template.count("{}") != 1:
             raise ValueError(f'template must hold {{}} once, where the name goes, but it is "{template}".')
         texts = _label_texts(names, label_text or {})
@@ -82,7 +82,7 @@ class LabelContext(nn.Module):
         words = tokenizer(before, add_special_tokens=False)["input_ids"]
         tokenizer = copy.deepcopy(tokenizer)
         contexts = [
-            [f"<context_{label}{index}>" for index in range(num_tokens)]
+            [f"<context_{label}{index}>" for index in range(num_context_tokens)]
             for label in ([f"{row}_" for row in range(len(texts))] if class_specific else [""])
         ]
         tokenizer.add_tokens([token for context in contexts for token in context], special_tokens=True)
@@ -98,7 +98,7 @@ class LabelContext(nn.Module):
             text_encoder.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         table = text_encoder.get_input_embeddings()
         with torch.no_grad():
-            if len(words) == num_tokens:
+            if len(words) == num_context_tokens:
                 table.weight[ids] = table.weight[words].repeat(len(contexts), 1)
             else:
                 table.weight[ids] = torch.randn(len(ids), table.weight.shape[1]).to(table.weight) * 0.02
@@ -118,7 +118,7 @@ class LabelContext(nn.Module):
             if saved != ids:
                 raise ValueError(
                     f"{adapter} holds {len(saved)} context tokens, from {saved[0]} on, but this context has "
-                    f"{len(ids)}, from {ids[0]} on: another num_tokens, class_specific or tokenizer."
+                    f"{len(ids)}, from {ids[0]} on: another num_context_tokens, class_specific or tokenizer."
                 )
             self.encoder.load_adapter(os.fspath(adapter), "default", is_trainable=True)
         self.train(self.training)
@@ -158,7 +158,7 @@ class LabelContext(nn.Module):
         return twin.to(next(iter(state_dict.values())).device)
 
 
-def num_context_tokens(template: str) -> int:
+def count_context_tokens(template: str) -> int:
     """Context tokens in one of `LabelContext.templates`, as a checkpoint's `config.label_template` keeps it; 0 in a
     template of words.
 
@@ -170,4 +170,4 @@ def num_context_tokens(template: str) -> int:
     return len(re.findall(r"<context_\d+>", template.partition("{}")[0]))
 
 
-__all__ = ["LabelContext", "num_context_tokens"]
+__all__ = ["LabelContext", "count_context_tokens"]

@@ -432,7 +432,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
-        contexts = 2 * (len(label_names) if config_kwargs.get("class_specific_context") else 1)
+        contexts = 2 * (len(label_names) if config_kwargs.get("class_specific") else 1)
         contexts *= config_kwargs.get("num_context_tokens", HPDVALConfig.num_context_tokens)
         teacher_config = {**clip_config.vision_config.to_dict(), "projection_dim": clip_config.projection_dim}
         config = HPDVALConfig(
@@ -488,10 +488,10 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 "labels are set by the text tower, and this checkpoint holds none; set them before dropping it."
             )
         names = list(label_names)
-        if config.class_specific_context and names != [config.id2label[index] for index in range(config.num_labels)]:
+        if config.class_specific and names != [config.id2label[index] for index in range(config.num_labels)]:
             raise ValueError("this model has a context for each of its labels: other labels need a new model.")
         texts = _label_texts(names, label_text or {})
-        before, after = config.prompt_template.split("{}")
+        before, after = config.label_template.split("{}")
         template = tokenizer(before, add_special_tokens=False)["input_ids"]
         if config.context_init == "template" and len(template) != config.num_context_tokens:
             raise ValueError(

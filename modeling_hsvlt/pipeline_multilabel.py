@@ -12,7 +12,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
 from .heat_maps_multilabel import image_box, resize_to_image, scored_heat_maps
-from .label_context import LabelContext, num_context_tokens
+from .label_context import LabelContext, count_context_tokens
 from .label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder
 from .load_image import is_many, load_image, undecoded
 from .processing_multilabel import (
@@ -255,7 +255,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             "template": config.label_template,
         }
         template = config.label_template or DEFAULT_TEMPLATE
-        learned = num_context_tokens(template)
+        learned = count_context_tokens(template)
         if learned and label_context is None:
             raise ValueError(
                 "This checkpoint learned a context for its label names, of which its text encoder knows nothing; give "
@@ -275,7 +275,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                     encoder,
                     tokenizer,
                     names,
-                    num_tokens=learned,
+                    num_context_tokens=learned,
                     template="{}" + after,
                     label_text=label_text,
                     adapter=label_context,

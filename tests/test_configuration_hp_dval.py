@@ -16,8 +16,8 @@ def test_preset_is_clip_vit_b_16():
     assert HPDVALConfig(num_labels=80).to_dict() == config.to_dict()
 
 
-def test_class_specific_contexts_are_reserved_for_every_label():
-    config = HPDVALConfig.preset("nano", num_labels=3, class_specific_context=True, num_context_tokens=2)
+def test_class_specifics_are_reserved_for_every_label():
+    config = HPDVALConfig.preset("nano", num_labels=3, class_specific=True, num_context_tokens=2)
     assert config.context_token_ids == list(range(512, 512 + 2 * 3 * 2))
     assert config.context_tokens[:3] == ["<global_0_0>", "<global_0_1>", "<global_1_0>"]
     assert config.context_tokens[-1] == "<local_2_1>"
@@ -60,7 +60,7 @@ def test_the_teacher_is_like_a_clip_student_and_must_be_given_for_another():
         ({"num_context_tokens": 0}, "num_context_tokens must be at least 1"),
         ({"num_context_tokens": 14}, "prompt_length must be from 17"),
         ({"prompt_length": 33}, "to 32"),
-        ({"prompt_template": "a photo"}, "must hold {} once"),
+        ({"label_template": "a photo"}, "must hold {} once"),
         ({"text_config": {"projection_dim": 32}}, "text_config.projection_dim is 32"),
         ({"text_config": {"eos_token_id": 2}}, "the mark of early CLIP configurations"),
         ({"text_config": {"vocab_size": 500}}, "leaves no room for 8 context tokens"),

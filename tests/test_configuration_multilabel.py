@@ -1,13 +1,17 @@
 """What belongs to a label set goes with it, in all three configurations and however the names change."""
 
 import copy
+import dataclasses
+import inspect
 import json
 import logging
 import pickle
+import re
 
 import pytest
 
 from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
+from modeling_hsvlt.configuration_multilabel import MultiLabelConfig
 
 NAMES, OTHERS = ["cat", "dog", "bird"], ["cat", "bird", "dog"]
 FITTED = {
@@ -34,6 +38,28 @@ def make_config(kind):
 
 def fitted(config, kind):
     return {key: getattr(config, key) for key in CONFIGS[kind][1]}
+
+
+HEADINGS = ["Published", "Generalisations", "Speed", "Not published", "Bookkeeping"]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_fields_are_documented_under_headings_in_the_order_of_their_declaration(kind):
+    config_class = CONFIGS[kind][0]
+    own = [field.name.lstrip("_") for field in dataclasses.fields(config_class)]
+    own = own[len(dataclasses.fields(MultiLabelConfig)) :]
+    arguments = config_class.__doc__.partition("    Args:\n")[2].partition("\n    Further fields")[0]
+    entries = re.findall(r"^ {8}(> \w[\w ]*|\w.*:$)", arguments, re.MULTILINE)
+    headings = [entry[2:] for entry in entries if entry.startswith("> ")]
+    assert headings == [heading for heading in HEADINGS if heading in headings] and len(headings) >= 3
+    names = [name for entry in entries if entry[0] != ">" for name in re.findall(r"(\w+)(?:, | \()", entry)]
+    assert [name for name in names if name in own] == own
+    # Where the fields are declared, each heading is a comment in front of the same field.
+    source = inspect.getsource(config_class).partition('"""')[2].partition('"""')[2]
+    declared = re.findall(r"^ {4}(?:# (\w[\w ]*)(?=[:,\n])|_?(\w+): .* = )", source, re.MULTILINE)
+    documented = [name for entry in entries for name in re.findall(r"> (\w[\w ]*)|(\w+)(?:, | \()", entry)]
+    kept = {*own, *HEADINGS}
+    assert [a or b for a, b in declared if (a or b) in kept] == [a or b for a, b in documented if (a or b) in kept]
 
 
 @pytest.fixture

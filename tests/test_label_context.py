@@ -81,7 +81,8 @@ def test_contexts_start_at_the_hand_written_words(class_specific):
 
 
 def test_tokens_are_a_sentence_with_contexts_in_place_of_words():
-    context = LabelContext(ENCODER, TOKENIZER, NAMES, num_tokens=2, class_specific=True, template="a photo of a {} .")
+    options = {"num_context_tokens": 2, "class_specific": True, "template": "a photo of a {} ."}
+    context = LabelContext(ENCODER, TOKENIZER, NAMES, **options)
     first = len(WORDS)
     end = [WORDS.index("."), WORDS.index("[SEP]")]
     ids = [WORDS.index(word) for word in ("[CLS]", "cat", "dog", "red", "bird")]
@@ -231,7 +232,7 @@ def test_checkpoints_are_plain_and_the_adapter_serves_other_labels(tmp_path):
     by_peft = encode_labels(NAMES, encoder, tokenizer, template=context.templates[0])
     assert_close_outputs(by_peft, fresh(context))
     with pytest.raises(ValueError, match="holds 4 context tokens"):
-        LabelContext(ENCODER, TOKENIZER, NAMES, num_tokens=3, adapter=folder)
+        LabelContext(ENCODER, TOKENIZER, NAMES, num_context_tokens=3, adapter=folder)
 
 
 def test_other_weights_are_saved_with_their_own_embeddings(tmp_path):
@@ -281,7 +282,7 @@ def test_clip_s_text_tower():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_tokens": 0}, "at least 1"), ({"template": "a photo"}, "hold {} once")],
+    [({"num_context_tokens": 0}, "at least 1"), ({"template": "a photo"}, "hold {} once")],
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):

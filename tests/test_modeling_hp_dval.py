@@ -559,7 +559,7 @@ def test_trainable_tokens_equal_coop_s_splicing():
 
 
 def test_class_specific_contexts():
-    model = make_model(class_specific_context=True)
+    model = make_model(class_specific=True)
     model.set_phase("phase2")
     assert len(model.config.context_token_ids) == 2 * 3 * 4
     assert_close_outputs(model(random_images()).logits, make_model()(random_images()).logits)
@@ -612,7 +612,7 @@ def test_other_labels_of_the_same_number_drop_what_was_fitted():
 
 def test_the_template_of_the_time_is_read():
     model = make_model()
-    model.config.prompt_template = "photo of dog a {} plant"
+    model.config.label_template = "photo of dog a {} plant"
     model.set_labels(["cat", "bird"], TOKENIZER)
     text = text_features(["photo of dog a cat plant", "photo of dog a bird plant"])
     assert_close_outputs(model(random_images()).logits, reference_logits(CLIP, text, text))

@@ -627,7 +627,7 @@ def test_names_with_a_learned_context(image_processor, tmp_path):
     model = tiny_model(classifier="shared", thresholds=[0.5] * 5)
     known = ["cat", "dog", "bird", "fish", "photo"]
     model.config.set_label_names(known)
-    model.label_context = LabelContext(BERT, BERT_TOKENIZER, known, num_tokens=2, template="a {} .")
+    model.label_context = LabelContext(BERT, BERT_TOKENIZER, known, num_context_tokens=2, template="a {} .")
     with torch.no_grad():
         next(p for p in model.label_context.parameters() if p.requires_grad).normal_()
     rows = model.label_context.rows().detach()

@@ -44,10 +44,13 @@ def test_weights_under_older_names_are_read_and_saved_under_those_of_now(name, t
     [
         ("hsvlt", {"label_reading": "mean"}, "label_pooling", "mean"),
         ("hp_dval", {"stage": "stage2"}, "phase", "phase2"),
+        ("hp_dval", {"class_specific_context": True}, "class_specific", True),
+        ("hp_dval", {"prompt_template": "a {}"}, "label_template", "a {}"),
     ],
 )
 def test_fields_under_older_names_are_read(name, older, field, value, tmp_path):
-    model = make_model() if name == "hp_dval" else make(name)
+    reserved = {"class_specific": value} if field == "class_specific" else {}  # tokens that the vocabulary must have
+    model = make_model(**reserved) if name == "hp_dval" else make(name)
     model.config.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     fields = json.loads(file.read_text())

@@ -71,7 +71,7 @@ PROMPTS_ALONE = {"alpha": 1.0, "semantic_consistency_weight": 0.0, "context_init
 # stayed far below zero-shot here in as many epochs.
 RECIPES = {
     "coop": Recipe("phase2", 20, 2e-4, PROMPTS_ALONE),
-    "class_contexts": Recipe("phase2", 20, 2e-4, {**PROMPTS_ALONE, "class_specific_context": True}),
+    "class_contexts": Recipe("phase2", 20, 2e-4, {**PROMPTS_ALONE, "class_specific": True}),
     "phase1": Recipe("phase1", 20, 1e-3, {"alpha": 0.7}),
     "phase2": Recipe("phase2", 20, 2e-4, {"context_init": "template"}),
 }

@@ -82,7 +82,7 @@ def test_the_recipe_learns_contexts_alone_and_leaves_a_plain_checkpoint(tmp_path
     assert results["validation"]["num_labels_tail"] and len(results["positives_in_train"]) == 10
     # Its training state goes back into a new model with a context.
     options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert options["label_context"] == {"num_tokens": 4, "class_specific": False, "train": "nothing"}
+    assert options["label_context"] == {"num_context_tokens": 4, "class_specific": False, "train": "nothing"}
     assert main([str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
 
 

@@ -209,8 +209,8 @@ TRAINED_BESIDE_CONTEXT = ("all", "all_but_backbone", "nothing")
 def add_label_context(model: PreTrainedModel, encoder, tokenizer, config: TrainingConfig, label_names) -> None:
     """Give an HSVLT a context in front of its label names to learn, see `modeling_hsvlt.label_context`.
 
-    `config.label_context` holds arguments of `LabelContext` (`num_tokens`, `class_specific`, `adapter`), and under
-    `train` what of the model trains beside the context: "all" (where it is left out), "all_but_backbone", or "nothing".
+    `config.label_context` holds arguments of `LabelContext` (`num_context_tokens`, `class_specific`, `adapter`), and
+    under `train` what of the model trains beside the context: "all" (the default), "all_but_backbone", or "nothing".
 
     Raises:
         ValueError: another key or value.
@@ -219,7 +219,7 @@ def add_label_context(model: PreTrainedModel, encoder, tokenizer, config: Traini
     beside = options.pop("train", "all")
     if beside not in TRAINED_BESIDE_CONTEXT:
         raise ValueError(f"label_context.train is {beside!r}: choose one of {', '.join(TRAINED_BESIDE_CONTEXT)}.")
-    unknown = options.keys() - {"num_tokens", "class_specific", "adapter"}
+    unknown = options.keys() - {"num_context_tokens", "class_specific", "adapter"}
     if unknown:
         raise ValueError(f"label_context has no option {min(unknown)!r}: see training.models.build.add_label_context.")
     frozen = {"all": None, "all_but_backbone": model.hsvlt.backbone, "nothing": model}[beside]
