@@ -60,6 +60,3 @@ def register() -> None:
         pipeline_class=MultiLabelImageClassificationPipeline,
         pt_model=AutoModelForImageClassification,
     )
-
-
-__all__ = ["RegisteredPipelines", "register"]

@@ -64,6 +64,3 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
         """Raises a ValueError for a wrong number of groups."""
         if len(self.group_channels) != NUM_GROUPS or len(self.group_depths) != NUM_GROUPS:
             raise ValueError(f"group_channels and group_depths must hold {NUM_GROUPS} numbers each.")
-
-
-__all__ = ["EfficientNetLiteConfig"]

@@ -276,6 +276,3 @@ class HPDVALConfig(MultiLabelConfig):
                 f"text_config.vocab_size ({self.text_config.vocab_size}) leaves no room for {self.num_reserved_tokens} "
                 "context tokens behind the tokenizer's own; HPDVALForImageClassification.from_clip adds them."
             )
-
-
-__all__ = ["HPDVALConfig"]

@@ -254,6 +254,3 @@ class HSVLTConfig(MultiLabelConfig):
         for field in ("residual_attention", "candidate_labels"):
             if getattr(self, field) and self.classifier != "per_label":
                 raise ValueError(f'{field} has weights for each label: it needs classifier="per_label".')
-
-
-__all__ = ["HSVLTConfig"]

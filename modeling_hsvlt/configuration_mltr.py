@@ -253,6 +253,3 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
                 raise ValueError(f"{field} must name sublayers out of {SUBLAYERS} in order, but it is {value}.")
         if not all(self.stage_patterns):
             raise ValueError("skip_single_window_cross leaves blocks of the last stage empty; set it to False.")
-
-
-__all__ = ["MlTrConfig"]

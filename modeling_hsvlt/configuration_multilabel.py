@@ -159,6 +159,3 @@ class MultiLabelConfig(PreTrainedConfig):
 def _names(id2label: Mapping | None) -> list[str] | None:
     """Label names in the order of their numbers, which JSON turns into text."""
     return None if id2label is None else [id2label[key] for key in sorted(id2label, key=int)]
-
-
-__all__ = ["MultiLabelConfig", "auto_map_of", "preset_of"]

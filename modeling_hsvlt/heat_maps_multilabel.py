@@ -171,6 +171,3 @@ def resize_to_image(
     sampled = F.grid_sample(maps[None], grid[None].to(maps), padding_mode="border", align_corners=False)[0]
     seen = ((down >= 0) & (down <= 1))[:, None] & ((across >= 0) & (across <= 1))
     return sampled * seen
-
-
-__all__ = ["image_box", "label_heat_maps", "resize_to_image"]

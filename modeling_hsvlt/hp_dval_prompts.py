@@ -122,6 +122,3 @@ def adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
                 if adapter in entries:
                     entry = entries[adapter]
                     yield from [entry] if isinstance(entry, nn.Parameter) else entry.parameters()
-
-
-__all__ = ["GLOBAL", "HANDWRITTEN", "LOCAL", "HPDVALPrompts"]

@@ -104,10 +104,11 @@ class HSVLTResidualAttention(nn.Module):
 
 
 class HSVLTTopDownAggregation(nn.Module):
-    """Cross-scale aggregation from coarse to fine: twice linear, norm, ReLU after each scale joined.
+    """Cross-scale aggregation from coarse to fine: `Z <- (ReLU LN Linear)^2 [Z, M_i]` for `i` = 3, 2, 1 from `Z = M_4`.
 
-    The released code holds it with a convolution over the label index, which mixes alphabetical neighbours, and with
-    the dimensions of another variant; here it acts on each label alone (kernel 1) with this model's dimensions.
+    The released code builds it (`SimpleDecoding`) without running it, with a convolution over the label index, which
+    mixes alphabetical neighbours, and with the dimensions of another variant; here it acts on each label alone (kernel
+    1) with this model's dimensions.
     """
 
     def __init__(self, channels: list[int]):
@@ -167,13 +168,3 @@ def fold_label_context(model, state_dict: dict | None) -> tuple[LabelContext | N
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
     state_dict["hsvlt.label_embeddings.weight"] = context()
     return context, state_dict
-
-
-__all__ = [
-    "HSVLTCandidateScorer",
-    "HSVLTResidualAttention",
-    "HSVLTTopDownAggregation",
-    "fold_label_context",
-    "in_chunks",
-    "spread_candidates",
-]

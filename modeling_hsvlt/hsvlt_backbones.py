@@ -147,6 +147,3 @@ class HSVLTStageBackbone(nn.Module):
         feature_maps = self.model(pixel_values).feature_maps
         for feature_map, depth in zip(feature_maps, self.interaction_depths, strict=True):
             yield from [feature_map] * depth
-
-
-__all__ = ["HSVLTBlockBackbone", "HSVLTStageBackbone", "build_backbone"]

@@ -87,6 +87,3 @@ def _fold(tensor: torch.Tensor) -> torch.Tensor:
     if rows < 3:
         return words
     return torch.cat((words[: rows * _COLUMNS].view(rows, _COLUMNS).sum(0), words[rows * _COLUMNS :]))
-
-
-__all__ = ["KeptEmbeddings"]

@@ -168,6 +168,3 @@ def count_context_tokens(template: str) -> int:
     if re.match(r"<context_\d+_\d+>", template):
         raise ValueError("This checkpoint learned a context for each of its labels: other labels need a new model.")
     return len(re.findall(r"<context_\d+>", template.partition("{}")[0]))
-
-
-__all__ = ["LabelContext", "count_context_tokens"]

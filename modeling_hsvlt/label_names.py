@@ -31,6 +31,3 @@ def check_label_names(names) -> None:
     for name in names:
         if fault := fault_of_label_name(str(name)):
             raise ValueError(f"The label name {str(name)[:40]!r} {fault}; give the label a plain name.")
-
-
-__all__ = ["MAX_LABEL_NAME", "check_label_names", "fault_of_label_name"]

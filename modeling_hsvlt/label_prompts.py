@@ -245,13 +245,3 @@ def _mean_states(
             for row, state in zip(batch, states, strict=True):
                 embeddings[row] = state[tokens[row][1]].mean(dim=0)
     return torch.stack(embeddings)
-
-
-__all__ = [
-    "DEFAULT_TEMPLATE",
-    "VOC_LABEL_TEXT",
-    "class_shares",
-    "encode_labels",
-    "load_text_encoder",
-    "transfer_classifier",
-]

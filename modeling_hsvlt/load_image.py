@@ -265,6 +265,3 @@ def undecoded(dataset, column: str):
     if hasattr(feature, "decode") and hasattr(dataset, "cast_column") and not transformed:
         dataset = dataset.cast_column(column, type(feature)(decode=False))  # type: ignore[misc]
     return dataset
-
-
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "is_many", "load_image", "undecoded"]

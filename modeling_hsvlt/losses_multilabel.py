@@ -453,20 +453,3 @@ def multilabel_loss(
 def items_in_step(num_items_in_batch: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`num_items_in_batch` as a divisor: at least 1, on the device of `like`, without dimensions."""
     return torch.as_tensor(num_items_in_batch, device=like.device).reshape(-1)[0].clamp(min=1)
-
-
-__all__ = [
-    "MULTILABEL_LOSSES",
-    "NOT_EVALUATED",
-    "UNKNOWN_LABEL",
-    "asymmetric_loss",
-    "binary_cross_entropy_loss",
-    "distribution_balanced_loss",
-    "focal_loss",
-    "multilabel_loss",
-    "partial_binary_cross_entropy_loss",
-    "two_way_loss",
-    "validate_labels",
-    "weak_assume_negative_loss",
-    "zlpr_loss",
-]

@@ -129,6 +129,3 @@ class EfficientNetLiteForImageClassification(EfficientNetLitePreTrainedModel):
         return ImageClassifierOutput(
             logits=self.classifier(self.backbone(pixel_values).feature_maps[-1].mean((-2, -1)))
         )
-
-
-__all__ = ["EfficientNetLiteBackbone", "EfficientNetLiteForImageClassification", "EfficientNetLitePreTrainedModel"]

@@ -4,7 +4,8 @@ Hierarchical Prompt tuning and Dual-View Alignment Learning (IEEE TIP 2025, arXi
 tower with the hand-written prompts in two views, the class token and the patches; phase 2 freezes it and learns one
 context for each view. Inference needs the image tower and two cached text embeddings a label.
 
-The paper's equations are followed; where the released code differs, the configuration offers its variant.
+The paper's equations are followed, by their numbers there; where the released code differs, the configuration offers
+its variant: https://github.com/jiexuanyan/hp_dval/tree/7ace2c545ab9b442378885dffe72ba28816d6b9a
 
 Shapes: B images, P patches, N labels, M context tokens, L tokens of a prompt, E width of the shared space.
 """
@@ -49,9 +50,7 @@ from .losses_multilabel import UNKNOWN_LABEL, items_in_step
 from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     load_peft,
-    output_flags,
     require_images,
-    warn_of_unknown_arguments,
 )
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
@@ -351,9 +350,8 @@ class HPDVALModel(HPDVALPreTrainedModel):
             kwargs: what the student's attention takes; other names are left out, with a warning.
         """
         pixel_values = require_images(pixel_values)
-        warn_of_unknown_arguments(self, kwargs)
+        states, attentions = self._asked(kwargs, output_hidden_states, output_attentions)
         kwargs = {name: value for name, value in kwargs.items() if name in TransformersKwargs.__annotations__}
-        states, attentions = output_flags(self.config, output_hidden_states, output_attentions)
         image_embeds, patch_embeds, hidden_states, attentions = self.student(
             pixel_values,
             patches=self.config.alpha < 1,
@@ -629,8 +627,11 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
     def scores(
         self, image_embeds: torch.Tensor, patch_embeds: torch.Tensor | None, text_embeds: torch.Tensor
     ) -> torch.Tensor:
-        """Fused scores (HP-DVAL eq. 4, 5, 8 and 9): `alpha * global + (1 - alpha) * mean of the top-k patches`, scaled
-        and shifted as the configuration says.
+        """Fused scores (eq. 4, 5, 8 and 9), scaled and shifted as the configuration says: of label `i`
+        `s_i = alpha <G_i, f_cls> + (1 - alpha) mean of the k largest <L_i, f_j> over patches j`, `<.,.>` the cosine.
+
+        The code has `alpha` at the local score, and in place of cosines dot products whose vector over the labels is
+        divided by its norm (`score_normalization="class_l2"`).
 
         Args:
             image_embeds (`torch.Tensor` of shape `(B, E)`), patch_embeds (`(B, P, E)`; unused with `alpha=1`),
@@ -707,12 +708,12 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             if self.training and config.phase != "phase2" and config.distillation_weight:
                 with torch.no_grad():
                     teacher = self.hp_dval.teacher(pixel_values, interpolate_pos_encoding=True, return_dict=True)
-                # HP-DVAL eq. 2, of the class token in the shared space; a mean over its entries, as in the code.
+                # Eq. 2: |teacher(x) - f_cls| in the shared space; a mean over its entries, as in the code.
                 distance = (output.image_embeds.float() - teacher.image_embeds.to(logits.device).float()).abs()
                 distillation_loss = share @ distance.mean(-1)
                 loss = loss + config.distillation_weight * distillation_loss
             if self.training and config.phase != "phase1" and config.semantic_consistency_weight:
-                # HP-DVAL eq. 10: of the global prompts alone, which the code has as the local ones.
+                # Eq. 10: |H - G| of hand-written and global prompts; the code has the local ones in their place.
                 handwritten = self.hp_dval.handwritten_embeds().to(logits.device)
                 distance = F.l1_loss(output.text_embeds[0].float(), handwritten.float())
                 semantic_consistency_loss = share.sum() * distance
@@ -727,6 +728,3 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-
-
-__all__ = ["HPDVALForImageClassification", "HPDVALModel", "HPDVALPreTrainedModel"]

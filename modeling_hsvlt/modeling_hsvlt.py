@@ -1,7 +1,10 @@
 """PyTorch HSVLT: label tokens query the pixels of a four-stage visual backbone in every block.
 
 HSVLT: Hierarchical Scale-Aware Vision-Language Transformer for Multi-Label Image Classification (ACM MM 2023,
-arXiv 2407.16244). Where the paper's text and the released code part ways, the code is followed: no pixel sees a label.
+arXiv 2407.16244). Equations are those of the released code, whose class is named where each is coded:
+https://github.com/NaturalKnight/HSVLT/blob/cd7c5cab16cf94ab7e2f311dd413072f6d53e2e7/models/hsvlt.py
+Where paper and code disagree we follow the code: the abstract has image, label and multi-modal features updated
+jointly; in the code (`InteractionBlock`) image features never attend to labels.
 
 Shapes: B images, N labels, D width of a label embedding, C channels, H x W pixels of a stage, P = H * W,
 h attention heads, d = C / h.
@@ -39,7 +42,6 @@ from .modeling_multilabel import (
     chosen_states,
     is_plain,
     no_fp16_autocast,
-    output_flags,
     require_images,
     wants_states,
     warn_of_unknown_arguments,
@@ -118,8 +120,8 @@ def eager_attention_forward(
 
 
 class HSVLTAttention(nn.Module):
-    """Attention of label tokens to pixels (HSVLT, IVLA): `softmax(L Wq (X Wk)^T / sqrt(d)) X Wv Wo + bo`, no bias
-    elsewhere, no position encoding.
+    """Attention of label tokens to pixels (IVLA; code: `CrossAttention`), without position encoding:
+    `softmax(L Wq (X Wk)^T / sqrt(d)) X Wv Wo + bo`, no bias elsewhere.
 
     Keys and values are one linear map of the pixels each, so the maps can be moved to the label side, which has far
     fewer tokens: `(L Wq Wk^T) X^T` and `(A X) Wv Wo`. Exact for every head; with several heads it pays only while
@@ -210,7 +212,7 @@ def _times_head_weights(states: torch.Tensor, weights: torch.Tensor) -> torch.Te
 
 
 class HSVLTLabelGate(nn.Module):
-    """Gated update of a label token (HSVLT, linguistic update): `L + tanh(U2 ReLU(U1 L)) * L`, no bias."""
+    """Gated update of a label token (code: `InteractionBlock.res_gate`): `L + tanh(U2 ReLU(U1 L)) * L`, no bias."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -223,7 +225,7 @@ class HSVLTLabelGate(nn.Module):
 
 
 class HSVLTInteractionLayer(GradientCheckpointingLayer):
-    """One interactive visual-linguistic attention and the update of the label tokens (HSVLT, IVLA block).
+    """One interactive visual-linguistic attention and the update of the label tokens (code: `InteractionBlock`).
 
     `M = GELU((GELU(L Wg + bg) * Attention(L, X)) Wm + bm)`, `L1 = L + M`, `L' = L1 + tanh(U2 ReLU(U1 L1)) * L1`.
     """
@@ -271,7 +273,7 @@ class HSVLTInteractionLayer(GradientCheckpointingLayer):
 
 
 class HSVLTLabelStage(nn.Module):
-    """Channel unification of the label tokens (`L <- Linear_i(L)`) and the interactions of one stage."""
+    """Channel unification of the label tokens, `L <- Linear_i(L)` (code: `langs`), and one stage's interactions."""
 
     def __init__(self, config: HSVLTConfig, in_channels: int, channels: int, depth: int, is_last: bool):
         super().__init__()
@@ -337,7 +339,8 @@ class HSVLTLabelStream(nn.Module):
 
 
 class HSVLTConcatAggregation(nn.Module):
-    """Cross-scale aggregation of the published run: the four multi-modal states of a label side by side."""
+    """Cross-scale aggregation of the published run: the last multi-modal states of the stages side by side,
+    `Z = [M_1, M_2, M_3, M_4]`."""
 
     def __init__(self, channels: list[int]):
         super().__init__()
@@ -348,7 +351,7 @@ class HSVLTConcatAggregation(nn.Module):
 
 
 class HSVLTPerLabelClassifier(nn.Module):
-    """A weight vector and a bias for each label: `logit[b, c] = sum_k Z[b, c, k] W[c, k] + beta[c]`."""
+    """A weight vector and a bias a label (code: `TextHead`): `logit[b, c] = sum_k Z[b, c, k] W[c, k] + beta[c]`."""
 
     def __init__(self, num_labels: int, hidden_size: int):
         super().__init__()
@@ -494,8 +497,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
             feature_maps (*optional*): the backbone's maps, in place of `pixel_values`, so that several label sets can
                 share one visual pass: `list(model.backbone(pixel_values))`.
         """
-        warn_of_unknown_arguments(self, kwargs)
-        output_hidden_states, output_attentions = output_flags(self.config, output_hidden_states, output_attentions)
+        output_hidden_states, output_attentions = self._asked(kwargs, output_hidden_states, output_attentions)
         if feature_maps is None:
             feature_maps = self.backbone(require_images(pixel_values))
         if text_embeddings is None:
@@ -735,6 +737,3 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
                 logits = self.classifier(as_dtype_of(self.classifier, features)).squeeze(-1)
         states = {name: value for name, value in output.items() if name != "last_hidden_state"}
         return HSVLTImageClassifierOutput(logits=logits, **states)
-
-
-__all__ = ["HSVLTForImageClassification", "HSVLTModel", "HSVLTPreTrainedModel"]

@@ -2,7 +2,8 @@
 
 MlTr: Multi-label Classification with Transformer (ICME 2022, arXiv 2106.06195). MlTr, reconstructed; layout inferred
 from the published parameter counts: no code was released. The two attentions are those of CAT (arXiv 2106.05786), to
-which the author points; the blocks and their number are this reconstruction's.
+which the author points; the blocks and their number are this reconstruction's. CAT's code, where CAT is named below:
+https://github.com/linhezheng19/CAT/blob/be2fa1ced642c61d7b6de10b3ab4ebe5164bd803/src/cat.py
 
 Shapes: B images, H x W pixels of a stage's map, C channels, windows of M x M pixels, P = M * M, n windows an image,
 h heads, d = C / h. The residual stream of a stage is kept in windows, (B, n, P, C): no window is shifted, so one
@@ -30,7 +31,6 @@ from .modeling_multilabel import (
     as_dtype_of,
     chosen_states,
     is_plain,
-    output_flags,
     require_images,
     warn_of_unknown_arguments,
 )
@@ -578,8 +578,7 @@ class MlTrModel(MlTrPreTrainedModel):
                 not fill whole patches and windows are padded with zeros at the right and the bottom.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`MlTrModelOutput`].
         """
-        warn_of_unknown_arguments(self, kwargs)
-        output_hidden_states, output_attentions = output_flags(self.config, output_hidden_states, output_attentions)
+        output_hidden_states, output_attentions = self._asked(kwargs, output_hidden_states, output_attentions)
         embeddings = self.embeddings(require_images(pixel_values))
         states, maps, attentions, cross_attentions = self.encoder(embeddings, output_attentions)
         last_hidden_state = self.layernorm(states[-1])
@@ -693,8 +692,7 @@ class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):
             `hidden_states`, the embeddings and the output of each stage as maps, not normalised; `attentions` of the
             pixel attention as in [`MlTrModelOutput`].
         """
-        warn_of_unknown_arguments(self, kwargs)
-        output_hidden_states, output_attentions = output_flags(self.config, output_hidden_states, output_attentions)
+        output_hidden_states, output_attentions = self._asked(kwargs, output_hidden_states, output_attentions)
         embeddings = self.embeddings(require_images(pixel_values))
         _, maps, attentions, _ = self.encoder(embeddings, output_attentions)
         feature_maps = tuple(
@@ -707,6 +705,3 @@ class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):
             hidden_states=chosen_states([each.permute(0, 3, 1, 2) for each in maps], output_hidden_states),
             attentions=attentions if output_attentions else None,
         )
-
-
-__all__ = ["MlTrBackbone", "MlTrForImageClassification", "MlTrModel", "MlTrPreTrainedModel"]

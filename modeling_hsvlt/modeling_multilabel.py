@@ -54,15 +54,6 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def output_flags(config, output_hidden_states, output_attentions) -> tuple[bool | list[int], bool]:
-    """What a forward pass was asked for, by argument or else by the configuration."""
-    if output_hidden_states is None:
-        output_hidden_states = config.output_hidden_states
-    if output_attentions is None:
-        output_attentions = config.output_attentions
-    return output_hidden_states if wants_states(output_hidden_states) else False, output_attentions
-
-
 def wants_states(output_hidden_states: bool | int | Sequence[int] | None) -> bool:
     """Whether any states were asked for; a number or a list of numbers chooses among them."""
     return output_hidden_states is not None and output_hidden_states is not False
@@ -159,6 +150,16 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
             model._weight_conversions = None  # saving would give the older names back
         return loaded
 
+    def _asked(self, arguments: Mapping, output_hidden_states, output_attentions) -> tuple[bool | list[int], bool]:
+        """The states and attentions that a forward pass was asked for, by argument or else by the configuration; of
+        `arguments`, the rest of what it was given, those that no model knows are told."""
+        warn_of_unknown_arguments(self, arguments)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        return output_hidden_states if wants_states(output_hidden_states) else False, output_attentions
+
     def _check_labels(self, labels: torch.Tensor | None, num_labels: int) -> torch.Tensor | None:
         """`labels` as [`validate_labels`] gives them; in a graph, which cannot look at values, as they are."""
         if labels is None or torch.compiler.is_compiling():
@@ -194,19 +195,3 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
             return tensor.to(device=result.device) if stays else result
 
         return super()._apply(apply, recurse)
-
-
-__all__ = [
-    "MultiLabelPreTrainedModel",
-    "as_dtype_of",
-    "autocasts_to_fp16",
-    "chosen_states",
-    "is_plain",
-    "load_peft",
-    "no_fp16_autocast",
-    "output_flags",
-    "require_images",
-    "wants_states",
-    "warn_of_unknown_arguments",
-    "widened",
-]

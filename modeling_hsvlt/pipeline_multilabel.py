@@ -323,6 +323,3 @@ def _stream(inputs, column: str):
         return inputs
     rows = undecoded(inputs, column)
     return KeyDataset(rows, column) if hasattr(rows, "__len__") else (row[column] for row in rows)
-
-
-__all__ = ["MultiLabelImageClassificationPipeline"]

@@ -351,5 +351,3 @@ def resolve_top_k(top_k: int | None) -> int | None:
 # Registered here and not by the package, so that a class that only a checkpoint's code reached saves its code as well.
 MultiLabelImageProcessor.register_for_auto_class("AutoImageProcessor")
 MultiLabelProcessor.register_for_auto_class("AutoProcessor")
-
-__all__ = ["MultiLabelImageProcessor", "MultiLabelProcessor"]
