@@ -112,15 +112,6 @@ class HPDVALConfig(MultiLabelConfig):
             Whether the checkpoint holds the teacher and the text tower; inference needs neither.
 
         Further fields are those of [`MultiLabelConfig`].
-
-    Example:
-
-    ```python
-    >>> from modeling_hsvlt import HPDVALConfig, HPDVALForImageClassification
-
-    >>> config = HPDVALConfig.preset("nano", num_labels=10)
-    >>> model = HPDVALForImageClassification(config)
-    ```
     """
 
     model_type = "hp_dval"

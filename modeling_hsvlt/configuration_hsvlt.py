@@ -123,15 +123,6 @@ class HSVLTConfig(MultiLabelConfig):
             Text that each name was put into, for example `"a photo of a {}"`.
 
         Further fields are those of [`MultiLabelConfig`].
-
-    Example:
-
-    ```python
-    >>> from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
-
-    >>> config = HSVLTConfig.preset("nano", num_labels=10)
-    >>> model = HSVLTForImageClassification(config)
-    ```
     """
 
     model_type = "hsvlt"

@@ -120,15 +120,6 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
             The same as indices.
 
         Further fields are those of [`MultiLabelConfig`].
-
-    Example:
-
-    ```python
-    >>> from modeling_hsvlt import MlTrConfig, MlTrForImageClassification
-
-    >>> config = MlTrConfig.preset("nano", num_labels=10)
-    >>> model = MlTrForImageClassification(config)
-    ```
     """
 
     model_type = "mltr"

@@ -343,12 +343,8 @@ class HPDVALModel(HPDVALPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HPDVALModelOutput:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images; H and W multiples of the patch size.
-            output_hidden_states, output_attentions (`bool`, *optional*): see [`HPDVALModelOutput`].
-            kwargs: what the student's attention takes; other names are left out, with a warning.
-        """
+        """See [`MultiLabelPreTrainedModel`]; H and W are multiples of the patch size, and `kwargs` what the student's
+        attention takes."""
         pixel_values = require_images(pixel_values)
         states, attentions = self._asked(kwargs, output_hidden_states, output_attentions)
         kwargs = {name: value for name, value in kwargs.items() if name in TransformersKwargs.__annotations__}
@@ -676,19 +672,11 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HPDVALImageClassifierOutput:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images; H and W multiples of the patch size.
-            labels (`torch.Tensor` of shape `(B, N)`, *optional*): multi-hot; 1 present, 0 absent, in between soft,
-                -100 unknown (no loss, no gradient).
-            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*): known labels of a whole optimizer step, as Trainer
-                counts them; each loss is then this batch's part of the step's, and the parts add up.
-            kwargs: see [`HPDVALModel`].
+        """See [`HPDVALModel`]. Of several batches that make a step, by `num_items_in_batch`, each loss is this batch's
+        part of the step's, and the parts add up.
 
         Raises:
-            ValueError: labels outside the contract (values are checked only outside `torch.compile`), or, in training,
-                parameters that the phase keeps frozen and that require gradients.
+            ValueError: in training, parameters that the phase keeps frozen and that require gradients.
         """
         config = self.config
         if self.training and labels is not None and not torch.compiler.is_compiling():

@@ -489,11 +489,9 @@ class HSVLTModel(HSVLTPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> HSVLTModelOutput:
         """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images.
+        Args, beside those of [`MultiLabelPreTrainedModel`]:
             text_embeddings (`torch.Tensor` of shape `(N, D)` or `(B, N, D)`, *optional*): label embeddings in place
                 of the checkpoint's.
-            output_hidden_states, output_attentions (`bool`, *optional*): see [`HSVLTModelOutput`].
             feature_maps (*optional*): the backbone's maps, in place of `pixel_values`, so that several label sets can
                 share one visual pass: `list(model.backbone(pixel_values))`.
         """
@@ -662,21 +660,15 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> HSVLTImageClassifierOutput:
         """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images.
-            labels (`torch.Tensor` of shape `(B, N)`, *optional*): multi-hot; 1 present, 0 absent, in between soft,
-                -100 unknown (no loss, no gradient).
+        Args, beside those of [`MultiLabelPreTrainedModel`]:
             text_embeddings (`torch.Tensor` of shape `(N, D)`, *optional*): embeddings in place of the checkpoint's;
                 with the shared classifier of any number of labels.
-            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
             class_ids (`torch.LongTensor` of shape `(N,)`, *optional*): score only these labels, in this order; `logits`
                 and `labels` then have their columns. A label's logit is the same whichever others are asked for.
             feature_maps (*optional*): the backbone's maps, `list(model.hsvlt.backbone(pixels))`, for `pixel_values`.
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*): see `losses_multilabel.multilabel_loss`.
 
         Raises:
-            ValueError: labels outside the contract (values are checked only outside `torch.compile`), or embeddings
-                of another number of labels than a per-label classifier has.
+            ValueError: embeddings of another number of labels than a per-label classifier has.
         """
         warn_of_unknown_arguments(self, kwargs)
         text_embeddings = self._text_embeddings(text_embeddings)

@@ -572,12 +572,8 @@ class MlTrModel(MlTrPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MlTrModelOutput:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): images of any size; those that do
-                not fill whole patches and windows are padded with zeros at the right and the bottom.
-            output_hidden_states, output_attentions (`bool`, *optional*): see [`MlTrModelOutput`].
-        """
+        """See [`MultiLabelPreTrainedModel`]; images may have any size: those that do not fill whole patches and windows
+        are padded with zeros at the right and the bottom."""
         output_hidden_states, output_attentions = self._asked(kwargs, output_hidden_states, output_attentions)
         embeddings = self.embeddings(require_images(pixel_values))
         states, maps, attentions, cross_attentions = self.encoder(embeddings, output_attentions)
@@ -625,17 +621,7 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MlTrImageClassifierOutput:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): images of any size.
-            labels (`torch.Tensor` of shape `(B, num_labels)`, *optional*): multi-hot; 1 present, 0 absent, in between
-                soft, -100 unknown (no loss, no gradient).
-            output_hidden_states, output_attentions (`bool`, *optional*): see [`MlTrModelOutput`].
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*): see `losses_multilabel.multilabel_loss`.
-
-        Raises:
-            ValueError: labels outside the contract (values are checked only outside `torch.compile`).
-        """
+        """See [`MultiLabelPreTrainedModel`]; images may have any size."""
         warn_of_unknown_arguments(self, kwargs)
         labels = self._check_labels(labels, self.num_labels)
         output = self.mltr(
@@ -682,10 +668,7 @@ class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): images of any size.
-            output_hidden_states, output_attentions (`bool`, *optional*): see below.
+        """See [`MultiLabelPreTrainedModel`]; images may have any size.
 
         Returns:
             `BackboneOutput`: `feature_maps`, a tuple of `(B, C_i, H_i, W_i)` for each of `out_features`;

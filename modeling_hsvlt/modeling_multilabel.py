@@ -129,7 +129,16 @@ def load_peft():
 
 
 class MultiLabelPreTrainedModel(PreTrainedModel):
-    """Base of the three models' own bases."""
+    """Base of the three models' own bases.
+
+    Arguments of every `forward`:
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images.
+        labels (`torch.Tensor` of shape `(B, N)`, *optional*): of a classifier; multi-hot: 1 present, 0 absent, in
+            between soft, -100 unknown (no loss, no gradient). Others raise a ValueError, outside `torch.compile`.
+        output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers; see
+            the model's output.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): of a classifier; see [`multilabel_loss`].
+    """
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
