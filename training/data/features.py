@@ -211,8 +211,9 @@ def compute_features(
         name: What the bar calls the images.
     """
     known = store.keys()
-    lacking = [row for row, key in enumerate(keys) if not known.issuperset(view_key(key, v) for v in range(views))]
-    lacking = lacking[rank::processes]
+    # By row, for the store of a process that comes later holds more already.
+    mine = range(rank, len(keys), processes)
+    lacking = [row for row in mine if not known.issuperset(view_key(keys[row], view) for view in range(views))]
     loader = DataLoader(
         Subset(dataset, lacking),
         batch_size=batch_size,
