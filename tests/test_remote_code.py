@@ -101,9 +101,16 @@ def run(script, folder, *arguments, package=False, **environment):
 
 
 def checkpoint(family):
+    return noisy(*FAMILIES[family])
+
+
+def hsvlt_on(backbone):
+    return noisy(*FAMILIES["hsvlt"], backbone_config=backbone)
+
+
+def noisy(config_class, model_class, **fields):
     torch.manual_seed(0)
-    config_class, model_class = FAMILIES[family]
-    config = config_class.preset("nano", num_labels=7, id2label=NAMES, thresholds=THRESHOLDS)
+    config = config_class.preset("nano", num_labels=7, id2label=NAMES, thresholds=THRESHOLDS, **fields)
     model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # Fresh heads give scores that hardly differ.
@@ -189,6 +196,19 @@ print(json.dumps(results))
         assert_same_weights(*(load_file(tmp_path / folder / "model.safetensors") for folder in (name, family)))
     again = json.loads((tmp_path / "hsvlt_again/processor_config.json").read_text())
     assert again == json.loads((tmp_path / "hsvlt/processor_config.json").read_text())
+
+
+def test_a_backbone_of_this_package_travels(tmp_path, image):
+    lite = {"model_type": "efficientnet_lite", "group_channels": [8, 8, 8, 8, 8, 16, 16], "head_channels": 32}
+    mltr = {"model_type": "mltr", "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "image_size": 64}
+    models = {"lite": hsvlt_on(lite), "mltr": hsvlt_on(mltr)}
+    for name, (model, processor) in models.items():
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    results = run("print(json.dumps({name: use(name) for name in sys.argv[1:]}))", tmp_path, *models)
+    for name, (model, processor) in models.items():
+        check(results[name], model, processor, image)
+    assert (tmp_path / "lite" / "modeling_efficientnet_lite.py").is_file()
 
 
 def test_code_is_not_run_unless_it_is_trusted(tmp_path, image):

@@ -55,6 +55,28 @@ def test_groups_are_exact():
     }
 
 
+def test_a_part_has_its_own_rate_and_decay():
+    parts = {"head": {"learning_rate": 0.5, "weight_decay": 3}, "backbone": {"weight_decay": 0.7}}
+    groups = named_groups(Classifier(), backbone_lr_multiplier=0.1, parts=parts)
+    assert groups["head/decay"] == ({"head.weight"}, 0.5, 3)
+    assert groups["head/no_decay"] == ({"head.bias"}, 0.5, 0.0)
+    assert groups["backbone/decay"] == ({"model.backbone.stem.weight"}, pytest.approx(1e-3), 0.7)
+    assert groups["rest/decay"] == ({"model.weight"}, 1e-2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"heads": {"learning_rate": 1.0}}, "no module of that name"),
+        ({"head": {"rate": 1.0}}, "parts.head has rate"),
+        ({"head": None}, "parts.head has nothing"),
+    ],
+)
+def test_a_part_that_cannot_be_is_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        named_groups(Classifier(), parts=parts)
+
+
 def test_every_parameter_decays_as_published_when_asked():
     groups = named_groups(Classifier(), decay_all=True)
     assert set(groups) == {"backbone/decay", "rest/decay"}

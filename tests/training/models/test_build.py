@@ -139,6 +139,40 @@ def test_a_text_classifier_comes_from_the_backbone(encoder, tmp_path):
     assert expected.abs().sum() > 0 and not model.residual_attention.weight.any()
 
 
+def test_it_is_said_which_classes_each_label_started_from(encoder, tmp_path):
+    save_classifier(tmp_path, ["dog, hound", "tv", "monitor, screen", "dog, toy"])
+    options = {"backbone": str(tmp_path), "label_encoder": str(encoder[0])}
+    said = []
+    config = TrainingConfig(image_size=32, preset="nano", model={"residual_attention": True}, **options)
+    model = build_model(config, NAMES, said.append)
+    assert model.residual_attention.text_weight.abs().sum() > 0, "null: on, as there is a classifier"
+    lines = {line.partition(":")[0].strip(): line.partition(":")[2] for line in said[1:]}
+    assert list(lines) == NAMES and lines["dog"].split()[0] == "dog" and "%" in lines["cat"]
+
+    ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1])).save_pretrained(tmp_path / "bare")
+    config.backbone, said[:] = str(tmp_path / "bare"), []
+    model = build_model(config, NAMES, said.append)
+    assert not model.residual_attention.text_weight.any() and "has no linear classifier" in said[0]
+    config.model, said[:] = {}, []  # without residual attention there is nothing to start
+    build_model(config, NAMES, said.append)
+    assert said == []
+
+
+def test_labels_start_absent_where_told():
+    options = {"model": {"backbone_config": BACKBONE, "residual_attention": True, "candidate_labels": 2}}
+    model = build(initial_bias=-4.0, **options)
+    for bias in (model.classifier.bias, model.residual_attention.bias, model.candidate_scorer.linear.bias):
+        assert (bias == -4).all()
+    assert (build(model_type="mltr", model={}, initial_bias=-4.0).classifier.bias == -4).all()
+
+
+def test_a_short_name_is_a_backbone(tmp_path, monkeypatch):
+    save_classifier(tmp_path / "written", ["dog", "cat"])
+    monkeypatch.setattr("training.models.build.local_source", lambda name, known: str(tmp_path / "written"))
+    model = build(backbone="efficientnet_lite0", model={})
+    assert model.config.backbone_config.hidden_sizes == [8, 8, 16, 24]
+
+
 def test_a_text_classifier_that_cannot_be_is_refused(encoder, tmp_path):
     save_classifier(tmp_path / "nameless", None)
     with pytest.raises(ValueError, match="does not name its classes"):
@@ -157,7 +191,7 @@ def test_a_text_classifier_that_cannot_be_is_refused(encoder, tmp_path):
     [
         ({"model_type": "vit"}, "choose one of .*hsvlt"),
         ({"model": {"num_head": 2}}, "no field 'num_head'"),
-        ({"backbone": "facebook/convnext-small-224"}, "needs --backbone_revision"),
+        ({"backbone": "facebook/convnext-small-224"}, "not efficientnet_lite0 or .* needs --backbone_revision"),
         ({"label_encoder": "google-bert/bert-base-uncased"}, "needs --label_encoder_revision"),
         ({"init_from": "me/model"}, "needs --init_from_revision"),
         ({"loss_type": "bse"}, "bse"),
