@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,21 +36,9 @@ class CalibrateOptions(ScoringOptions):
 
 def run(args: CalibrateOptions) -> Calibration:
     """Predicts, fits, folds, writes and prints; returns what the checkpoint then holds."""
-    from accelerate import Accelerator
+    from .checkpoint.lock import rewrite
 
-    from .checkpoint.lock import locked, run_folder
-
-    folder = Path(args.checkpoint)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not the folder of a checkpoint; its weights are to be written, so download a checkpoint of "
-            "the Hub first."
-        )
-    accelerator = Accelerator()
-    with locked(run_folder(folder), accelerator):
-        new = _calibrate(args, folder, accelerator)
-    accelerator.end_training()
-    return new
+    return rewrite(args.checkpoint, "its weights are to be written", partial(_calibrate, args))
 
 
 def _calibrate(args: CalibrateOptions, folder: Path, accelerator: Accelerator) -> Calibration:

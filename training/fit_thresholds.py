@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,21 +37,9 @@ class FitOptions(ScoringOptions):
 
 def run(args: FitOptions) -> np.ndarray:
     """Predicts, fits, stores and prints; returns the thresholds."""
-    from accelerate import Accelerator
+    from .checkpoint.lock import rewrite
 
-    from .checkpoint.lock import locked, run_folder
-
-    folder = Path(args.checkpoint)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not the folder of a checkpoint; thresholds are written into its config.json, so download a "
-            "checkpoint of the Hub first."
-        )
-    accelerator = Accelerator()
-    with locked(run_folder(folder), accelerator):
-        thresholds = _fit(args, folder, accelerator)
-    accelerator.end_training()
-    return thresholds
+    return rewrite(args.checkpoint, "thresholds are written into its config.json", partial(_fit, args))
 
 
 def _fit(args: FitOptions, folder: Path, accelerator: Accelerator) -> np.ndarray:

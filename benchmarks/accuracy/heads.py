@@ -12,7 +12,6 @@ is measured, each half is decided by thresholds of the other half.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from benchmarks.accuracy.features import FeatureCache, ImageCache, default_cache
 from benchmarks.accuracy.frozen import Recipe, build_head, freeze_backbone, score_head, train_head
 from benchmarks.accuracy.hsvlt_parts import ABLATIONS, Ablation
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.peers.efficientnet_lite import IMAGE_SIZE, image_processor, load_backbone, load_classifier
 from benchmarks.timing import device_name, multiply_adds
 from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder, transfer_classifier
@@ -160,6 +160,8 @@ def print_table(results: dict[str, dict], details: dict[str, dict]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """Trains and measures; returns what the JSON file holds."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     cache_folder = args.cache or default_cache()
     loaded = load(args.dataset, splits=["train", "validation"])
     splits, label_names = loaded.splits, loaded.label_names
@@ -232,12 +234,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.heads",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("accuracy.heads", __doc__)
     parser.add_argument("--dataset", required=True, help="imagefolder with the splits train and validation")
     parser.add_argument("--test", help="imagefolder split that is measured in place of validation")
     parser.add_argument("--budget", choices=["frozen", "finetune"], default="frozen")
@@ -251,22 +248,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ...")
     parser.add_argument("--epochs", type=int, help="in place of the recipes' own")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write a checkpoint of each head's first seed")
     parser.add_argument("--cache", type=Path, metavar="DIR", help=f"of feature maps; default: {default_cache()}")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    args = parser.parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    try:
-        results = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return run_benchmark(run, parser, argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ finished run with the same options is not repeated.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 import yaml
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.timing import device_name, multiply_adds
 from training import train
 from training.config import TrainingConfig, parse_config
@@ -173,32 +173,18 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused, 1 when a training broke off."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.mltr_parts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("accuracy.mltr_parts", __doc__)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ...")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's")
     parser.add_argument("--num_scenes", type=int, help="training scenes an epoch, in place of the recipe's")
     parser.add_argument("--test_scenes", type=int, default=4000)
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder of the runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
-    args = parser.parse_args(argv)
     try:
-        results = run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return run_benchmark(run, parser, argv)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

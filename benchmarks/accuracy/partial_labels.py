@@ -8,7 +8,6 @@ mAP on the whole validation split, of which nothing is hidden; mean and standard
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.accuracy.features import FeatureCache, default_cache
 from benchmarks.accuracy.heads import OUT_FEATURES  # the same maps, if they are there already
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.peers.efficientnet_lite import image_processor, load_backbone
 from modeling_hsvlt import multilabel_loss
 from training.data.dataset import MultiLabelDataset
@@ -106,27 +106,13 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.partial_labels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("accuracy.partial_labels", __doc__)
     parser.add_argument("--dataset", required=True, help="imagefolder with the splits train and validation")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ...; default: 3")
     parser.add_argument("--epochs", type=int, default=20, help="default: 20")
     parser.add_argument("--cache", type=Path, metavar="DIR", default=default_cache(), help="of feature maps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    try:
-        results = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return run_benchmark(run, parser, argv)
 
 
 if __name__ == "__main__":

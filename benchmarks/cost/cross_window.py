@@ -13,15 +13,14 @@ through the fused kernel, with the channels in the slot of the heads. "no transp
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.timing import device_name
 from modeling_hsvlt import MlTrConfig
 from modeling_hsvlt.modeling_mltr import MlTrCrossWindowAttention
@@ -112,6 +111,8 @@ def time_ways(attention: MlTrCrossWindowAttention, x: torch.Tensor, training: bo
 
 def run(args: argparse.Namespace) -> list[dict]:
     """Times all stages; returns what the JSON file holds."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     config = MlTrConfig.preset(args.preset)
     config._attn_implementation = "sdpa"
     device, dtype, rows = torch.device(args.device), getattr(torch, args.dtype), []
@@ -138,31 +139,14 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cost.cross_window",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("cost.cross_window", __doc__)
     parser.add_argument("--preset", default="s", help="size of MlTr whose four stages are timed")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
-    args = parser.parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    try:
-        rows = run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return run_benchmark(run, parser, argv)
 
 
 if __name__ == "__main__":

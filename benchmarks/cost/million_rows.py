@@ -8,13 +8,11 @@ image is decoded: the check's index is given fingerprints, a hundredth of them c
 """
 
 import argparse
-import json
 import os
 import resource
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +20,7 @@ from datasets import Dataset, Features, Image, List, Value
 from scipy.sparse import csr_array
 from tqdm.auto import tqdm
 
+from benchmarks.command import benchmark_parser, run_benchmark
 from training.check.duplicates import Fingerprints, group_duplicates
 from training.check.findings import check_labels
 from training.check.imbalance import long_tail_groups
@@ -163,24 +162,14 @@ def run(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cost.million_rows",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("cost.million_rows", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="default: 1,000,000")
     parser.add_argument("--labels", type=int, default=10_000, help="default: 10,000")
     parser.add_argument("--per_row", type=float, default=4, help="labels of a row, on average; default: 4")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="blocks scored at once; default: all cores")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    figures = run(args)
-    if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return 0
+    return run_benchmark(run, parser, argv)
 
 
 if __name__ == "__main__":

@@ -79,15 +79,7 @@ class SwinTester(HSVLTTester):
 
 
 class MlTrBackboneTester(HSVLTTester):
-    backbone_config = {
-        "model_type": "mltr",
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 8,
-        "depths": [1, 1, 1, 1],
-        "num_heads": [1, 2, 2, 4],
-        "window_size": 4,
-    }
+    backbone_config = {**SwinTester.backbone_config, "model_type": "mltr", "window_size": 4}
 
 
 class HSVLTTest(ModelTest):

@@ -13,16 +13,9 @@ from modeling_hsvlt import HSVLTForImageClassification
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 from training.train import main
 
-from .tiny_run import write_recipe
-
 ROOT = Path(__file__).parents[2]
 PARTLY_KNOWN = ["--fresh_scenes", "false", "--partial_labels", "{known_fraction: 0.2}", "--warmup_epochs", "0"]
 PLAIN = [*PARTLY_KNOWN, "--augmentation", "null"]
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 def divided(batch_size, accumulated):

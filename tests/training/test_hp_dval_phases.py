@@ -18,23 +18,11 @@ from training.scoring.measured_with import fingerprints
 from training.train import main
 
 from ..tiny_clip import tiny_clip, tiny_clip_tokenizer
-from .tiny_run import SCENES
+from .tiny_run import ONE_EPOCH
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 TABLE = "hp_dval.text.text_model.embeddings.token_embedding.weight"
-# What makes the recipes small.
-TINY = {
-    "dataset": "scenes",
-    "scenes": {**SCENES, "imbalance": 50.0},
-    "image_size": 32,
-    "augmentation": None,
-    "batch_size": 8,
-    "epochs": 1,
-    "warmup_epochs": 0,
-    "num_workers": 0,
-    "log_every_steps": 1,
-    "learning_rate": 1e-3,
-}
+TINY = {**ONE_EPOCH, "learning_rate": 1e-3}
 
 
 @pytest.fixture

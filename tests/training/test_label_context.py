@@ -17,7 +17,7 @@ from training.data.scenes import SCENE_LABELS
 from training.models.build import build_model
 from training.train import main
 
-from .tiny_run import SCENES
+from .tiny_run import ONE_EPOCH
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "hsvlt_label_context.yaml"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", *SCENE_LABELS]
@@ -49,15 +49,7 @@ def test_the_recipe_learns_contexts_alone_and_leaves_a_plain_checkpoint(tmp_path
     model.save_pretrained(tmp_path / "base")
     options = {
         "output_dir": str(tmp_path / "run"),
-        "dataset": "scenes",
-        "scenes": {**SCENES, "imbalance": 50.0},
-        "image_size": 32,
-        "augmentation": None,
-        "batch_size": 8,
-        "epochs": 1,
-        "warmup_epochs": 0,
-        "num_workers": 0,
-        "log_every_steps": 1,
+        **ONE_EPOCH,
         "init_from": str(tmp_path / "base"),
         "label_encoder": encoder,
         "label_context.train": "nothing",

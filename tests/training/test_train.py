@@ -37,21 +37,9 @@ from training.scoring.measured_with import fingerprints
 from training.train import main
 
 from ..tolerance import METRIC, assert_close_metrics
-from .tiny_run import NANO, SCENES, free_port, write_recipe
+from .tiny_run import NANO, SCENES, free_port
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert main([recipe, "--output_dir", str(folder), "--evaluate_test"]) == 0
-    return folder
 
 
 def log_of(folder, *, timeless=True):

@@ -23,6 +23,18 @@ TINY = {
     "warmup_epochs": 0.5,
     "log_every_steps": 1,
 }
+# What makes any recipe small, as options of a command line.
+ONE_EPOCH = {
+    "dataset": "scenes",
+    "scenes": {**SCENES, "imbalance": 50.0},
+    "image_size": 32,
+    "augmentation": None,
+    "batch_size": 8,
+    "epochs": 1,
+    "warmup_epochs": 0,
+    "num_workers": 0,
+    "log_every_steps": 1,
+}
 
 
 def write_recipe(folder: Path) -> str:

@@ -2,9 +2,10 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -51,6 +52,28 @@ def run_folder(folder: Path) -> Path:
     """The folder whose lock guards `folder`: that of the run, where it is a run's checkpoint."""
     folder = folder.resolve()
     return folder.parent if (folder.parent / "config.yaml").exists() else folder
+
+
+def rewrite(checkpoint: str, what: str, work: Callable[[Path, Accelerator], Any]) -> Any:
+    """What `work` returns for the folder of a checkpoint, in which it alone writes; every process calls this.
+
+    Args:
+        what: Is to be written there, in words.
+
+    Raises:
+        FileNotFoundError: no folder of a checkpoint.
+        ValueError: another process trains there, or changes it.
+    """
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a checkpoint; {what}, so download a checkpoint of the Hub first."
+        )
+    accelerator = Accelerator()
+    with locked(run_folder(folder), accelerator):
+        done = work(folder, accelerator)
+    accelerator.end_training()
+    return done
 
 
 @contextmanager

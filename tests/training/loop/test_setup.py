@@ -10,20 +10,6 @@ from training.checkpoint.series import newest_good
 from training.data.scenes import SCENE_LABELS
 from training.train import main
 
-from ..tiny_run import write_recipe
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert main([recipe, "--output_dir", str(folder)]) == 0
-    return folder
-
 
 @pytest.mark.parametrize(
     ("options", "message"),

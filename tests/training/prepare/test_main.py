@@ -100,62 +100,69 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
-def edit_json(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+def edited(name, old, new):
+    return lambda source: edit(source / name, old, new)
+
+
+def edited_json(change):
+    def apply(source):
+        content = json.loads((source / COCO).read_text())
+        change(content)
+        write(source / COCO, json.dumps(content))
+
+    return apply
 
 
 COCO, VOC_SET = "annotations/instances_train2014.json", "ImageSets/Main/trainval.txt"
 NUS_LABELS = "Groundtruth/TrainTestLabels/Labels_dog_Test.txt"
 # format, what is done to it, and what is said: the file, the line or entry, and what is wrong
 MALFORMED = [
-    ("coco", lambda s: edit(s / COCO, "{", "{,"), r"instances_train2014.json is not valid JSON \(.*line 1 column 2"),
+    ("coco", edited(COCO, "{", "{,"), r"instances_train2014.json is not valid JSON \(.*line 1 column 2"),
     ("coco", lambda s: write(s / COCO, "[]"), r"instances_train2014.json must hold an object with images"),
-    ("coco", lambda s: edit_json(s / COCO, lambda c: c.pop("categories")), r"2014.json has no list 'categories'"),
+    ("coco", edited_json(lambda c: c.pop("categories")), r"2014.json has no list 'categories'"),
     (
         "coco",
-        lambda s: edit_json(s / COCO, lambda c: c["images"][1].update(file_name=7)),
+        edited_json(lambda c: c["images"][1].update(file_name=7)),
         r"instances_train2014.json, images\[1\]: file_name is 7, but must be of type str",
     ),
     (
         "coco",
-        lambda s: edit_json(s / COCO, lambda c: c["images"][1].update(file_name="../../x.jpg")),
+        edited_json(lambda c: c["images"][1].update(file_name="../../x.jpg")),
         r"images\[1\]: file_name '../../x.jpg' leads out of the folder",
     ),
     (
         "coco",
-        lambda s: edit_json(s / COCO, lambda c: c["images"].append(c["images"][0])),
+        edited_json(lambda c: c["images"].append(c["images"][0])),
         r"2014.json, images\[3\]: the id 500 is that of .*images\[0\] as well",
     ),
     (
         "coco",
-        lambda s: edit_json(s / COCO, lambda c: c["images"].append({**c["images"][0], "id": 9})),
+        edited_json(lambda c: c["images"].append({**c["images"][0], "id": 9})),
         r"2014.json, images\[3\]: '.*COCO_train2014_000000000000.jpg' has a row already on .*images\[0\]",
     ),
     (
         "coco",
-        lambda s: edit_json(s / COCO, lambda c: c["annotations"][2].update(category_id=5)),
+        edited_json(lambda c: c["annotations"][2].update(category_id=5)),
         r"2014.json, annotations\[2\]: category_id 5 is no category",
     ),
     (
         "coco",
-        lambda s: edit_json(s / COCO, lambda c: c["annotations"][2].update(image_id=5)),
+        edited_json(lambda c: c["annotations"][2].update(image_id=5)),
         r"2014.json, annotations\[2\]: image_id 5 is not among the images",
     ),
     (
         "coco",
-        lambda s: edit_json(s / COCO, lambda c: c["annotations"].append(c["annotations"][0])),
+        edited_json(lambda c: c["annotations"].append(c["annotations"][0])),
         r"annotations\[5\]: the id \d is that of another annotation",
     ),
     (
         "coco",
-        lambda s: edit_json(s / COCO, lambda c: c["categories"].append({"id": 3, "name": "dog"})),
+        edited_json(lambda c: c["categories"].append({"id": 3, "name": "dog"})),
         r"categories\[3\]: the category 3 'dog' is listed twice",
     ),
     (
         "coco",
-        lambda s: edit_json(s / COCO, lambda c: c["categories"][0].update(name="tv")),
+        edited_json(lambda c: c["categories"][0].update(name="tv")),
         r"instances_val2014.json has other categories than .*train2014.json",
     ),
     (
@@ -164,26 +171,26 @@ MALFORMED = [
         r"1 image \(.*train2014.json, images\[1\]: .*000000000001.jpg\) that are not there",
     ),
     ("coco", lambda s: (s / "annotations").rename(s / "gone"), r"source has neither annotations/instances"),
-    ("voc_lists", lambda s: edit(s / VOC_SET, "005001", "005001 1"), r"trainval.txt, line 2 is '005001 1', but must"),
-    ("voc_lists", lambda s: edit(s / VOC_SET, "005001", "005000"), r"trainval.txt, line 2: 005000 is listed before on"),
+    ("voc_lists", edited(VOC_SET, "005001", "005001 1"), r"trainval.txt, line 2 is '005001 1', but must"),
+    ("voc_lists", edited(VOC_SET, "005001", "005000"), r"trainval.txt, line 2: 005000 is listed before on"),
     (
         "voc_lists",
-        lambda s: edit(s / "ImageSets/Main/dog_trainval.txt", "005001  0", "005001  2"),
+        edited("ImageSets/Main/dog_trainval.txt", "005001  0", "005001  2"),
         r"dog_trainval.txt, line 2 is '005001  2', but must be an image's id and 1, 0 or -1",
     ),
     (
         "voc_lists",
-        lambda s: edit(s / "ImageSets/Main/dog_trainval.txt", "005001", "005009"),
+        edited("ImageSets/Main/dog_trainval.txt", "005001", "005009"),
         r"dog_trainval.txt, line 2: 005009 is not listed in trainval.txt",
     ),
     (
         "voc_lists",
-        lambda s: edit(s / "ImageSets/Main/dog_trainval.txt", "005001", "005000"),
+        edited("ImageSets/Main/dog_trainval.txt", "005001", "005000"),
         r"dog_trainval.txt, line 2: 005000 is listed before",
     ),
     (
         "voc_lists",
-        lambda s: edit(s / "ImageSets/Main/dog_trainval.txt", "005001  0\n", ""),
+        edited("ImageSets/Main/dog_trainval.txt", "005001  0\n", ""),
         r"dog_trainval.txt has no line for 005001",
     ),
     (
@@ -193,22 +200,22 @@ MALFORMED = [
     ),
     (
         "voc_xml",
-        lambda s: edit(s / "VOC2007/Annotations/004000.xml", "<name>cat", "<name>cow"),
+        edited("VOC2007/Annotations/004000.xml", "<name>cat", "<name>cow"),
         r"004000.xml, line 9: label 'cow' is not among the 3 label names",
     ),
     (
         "voc_xml",
-        lambda s: edit(s / "VOC2007/Annotations/004000.xml", "</annotation>", "</annotations>"),
+        edited("VOC2007/Annotations/004000.xml", "</annotation>", "</annotations>"),
         r"004000.xml, line 16 is not well-formed XML",
     ),
     (
         "voc_xml",
-        lambda s: edit(s / "VOC2007/Annotations/004000.xml", "<name>cat</name>", ""),
+        edited("VOC2007/Annotations/004000.xml", "<name>cat</name>", ""),
         r"004000.xml, line 9: the object has no name",
     ),
     (
         "voc_xml",
-        lambda s: edit(s / "VOC2007/Annotations/004000.xml", "<difficult>0", "<difficult>yes"),
+        edited("VOC2007/Annotations/004000.xml", "<difficult>0", "<difficult>yes"),
         r"004000.xml, line 2: difficult is 'yes', but must be 0 or 1",
     ),
     (
@@ -221,22 +228,22 @@ MALFORMED = [
         r"004000.xml, line 1 has a document type, which is refused",
     ),
     ("voc_xml", lambda s: (s / "VOC2007/Annotations/004000.xml").unlink(), r"004000.xml does not exist; add it"),
-    ("nuswide", lambda s: edit(s / NUS_LABELS, "1", "x"), r"Labels_dog_Test.txt, line 2 is 'x', but must be 0 or 1"),
-    ("nuswide", lambda s: edit(s / NUS_LABELS, "1", "1\n0"), r"Labels_dog_Test.txt has 3 lines for the 2 images of"),
+    ("nuswide", edited(NUS_LABELS, "1", "x"), r"Labels_dog_Test.txt, line 2 is 'x', but must be 0 or 1"),
+    ("nuswide", edited(NUS_LABELS, "1", "1\n0"), r"Labels_dog_Test.txt has 3 lines for the 2 images of"),
     ("nuswide", lambda s: (s / NUS_LABELS).unlink(), r"Labels_dog_Test.txt does not exist"),
     (
         "nuswide",
-        lambda s: edit(s / "ImageList/TestImagelist.txt", "0001_41", "0001_40"),
+        edited("ImageList/TestImagelist.txt", "0001_41", "0001_40"),
         r"TestImagelist.txt, line 2: actor/0001_40.jpg is listed before on line 1",
     ),
     (
         "nuswide",
-        lambda s: edit(s / "ImageList/TestImagelist.txt", "0001_41.jpg", "..\\..\\x.jpg"),
+        edited("ImageList/TestImagelist.txt", "0001_41.jpg", "..\\..\\x.jpg"),
         r"TestImagelist.txt, line 2 is .* but must be an image's file name",
     ),
     (
         "nuswide",
-        lambda s: edit(s / "ConceptsList/Concepts81.txt", "dog", "cat"),
+        edited("ConceptsList/Concepts81.txt", "dog", "cat"),
         r"Concepts81.txt, line 2: 'cat' is listed before on line 1",
     ),
     (
@@ -246,57 +253,45 @@ MALFORMED = [
     ),
     (
         "nuswide_all_labels",
-        lambda s: edit(s / "ImageList/TestImagelist.txt", "0001_41", "0001_49"),
+        edited("ImageList/TestImagelist.txt", "0001_41", "0001_49"),
         r"TestImagelist.txt, line 2: actor/0001_49.jpg is not in Imagelist.txt",
     ),
-    ("csv_text", lambda s: edit(s / "test.csv", '"tvm', '"t"vm'), r"test.csv, line 2 is not valid CSV"),
+    ("csv_text", edited("test.csv", '"tvm', '"t"vm'), r"test.csv, line 2 is not valid CSV"),
+    ("csv_text", edited("test.csv", '"tvmonitor , cat"', "a,b"), r"test.csv, line 2 has 3 cells for 2 columns"),
+    ("csv_text", edited("test.csv", " , cat", " ,, cat"), r"test.csv, line 2 \(test/0.jpg\): .* an empty label"),
     (
         "csv_text",
-        lambda s: edit(s / "test.csv", '"tvmonitor , cat"', "a,b"),
-        r"test.csv, line 2 has 3 cells for 2 columns",
-    ),
-    (
-        "csv_text",
-        lambda s: edit(s / "test.csv", " , cat", " ,, cat"),
-        r"test.csv, line 2 \(test/0.jpg\): .* an empty label",
-    ),
-    (
-        "csv_text",
-        lambda s: edit(s / "test.csv", "cat", "catt"),
+        edited("test.csv", "cat", "catt"),
         r"test.csv, line 2 \(test/0.jpg\): label 'catt' is in no row of train.*did you mean 'cat'",
     ),
-    (
-        "csv_text",
-        lambda s: edit(s / "test.csv", "test/1", "test/0"),
-        r"test.csv, line 3: 'test/0.jpg' has a row already on",
-    ),
-    ("csv_text", lambda s: edit(s / "test.csv", "file_name", "file"), r"test.csv, line 1 has no column"),
+    ("csv_text", edited("test.csv", "test/1", "test/0"), r"test.csv, line 3: 'test/0.jpg' has a row already on"),
+    ("csv_text", edited("test.csv", "file_name", "file"), r"test.csv, line 1 has no column"),
     ("csv_text", lambda s: (s / "test/1.jpg").unlink(), r"test.csv names 1 image \(line 3: test/1.jpg\)"),
     ("csv_text", lambda s: write(s / "test/9.jpg", b""), r"source holds 1 image \(test/9.jpg\) without a row"),
     (
         "csv_columns",
-        lambda s: edit(s / "test.csv", "0.jpg,1", "0.jpg,yes"),
+        edited("test.csv", "0.jpg,1", "0.jpg,yes"),
         r"test.csv, line 2 \(test/0.jpg\): column 'cat' holds 'yes', but must hold 1",
     ),
     (
         "csv_columns",
-        lambda s: edit(s / "test.csv", "0.jpg,1", "0.jpg,-1"),
+        edited("test.csv", "0.jpg,1", "0.jpg,-1"),
         r"test.csv, line 2 \(test/0.jpg\): label 'cat' is -1, which is neither",
     ),
-    ("csv_columns", lambda s: edit(s / "test.csv", "dog", "cat"), r"test.csv, line 1: the header has 'cat' twice"),
-    ("csv_split_column", lambda s: edit(s / "all.csv", "train,", ","), r"all.csv, line 2 .*names no split"),
-    ("csv_split_column", lambda s: edit(s / "all.csv", "train/0.jpg", ""), r"all.csv, line 2 names no image"),
+    ("csv_columns", edited("test.csv", "dog", "cat"), r"test.csv, line 1: the header has 'cat' twice"),
+    ("csv_split_column", edited("all.csv", "train,", ","), r"all.csv, line 2 .*names no split"),
+    ("csv_split_column", edited("all.csv", "train/0.jpg", ""), r"all.csv, line 2 names no image"),
     (
         "imagefolder",
-        lambda s: edit(s / "train/metadata.jsonl", '["cat"]', '["cow"]'),
+        edited("train/metadata.jsonl", '["cat"]', '["cow"]'),
         r"metadata.jsonl, line 1 \(0.jpg\): label 'cow' is not among",
     ),
     (
         "imagefolder",
-        lambda s: edit(s / "train/metadata.jsonl", '"1.jpg"', '"0.jpg"'),
+        edited("train/metadata.jsonl", '"1.jpg"', '"0.jpg"'),
         r"metadata.jsonl, line 2: '0.jpg' has a row already on line 1",
     ),
-    ("imagefolder", lambda s: edit(s / "train/metadata.jsonl", "]}", "]"), r"metadata.jsonl, line 1 is not valid JSON"),
+    ("imagefolder", edited("train/metadata.jsonl", "]}", "]"), r"metadata.jsonl, line 1 is not valid JSON"),
     ("imagefolder", lambda s: (s / "train/1.jpg").unlink(), r"metadata.jsonl names 1 image \(1.jpg\)"),
     (
         "parquet_multi_hot",
@@ -317,30 +312,26 @@ MALFORMED = [
 
 
 MALFORMED += [
-    ("voc_xml", lambda s: edit(s / "VOC2007" / VOC_SET, "005001", "005000"), r"trainval.txt, line 2: 005000 is listed"),
+    ("voc_xml", edited(f"VOC2007/{VOC_SET}", "005001", "005000"), r"trainval.txt, line 2: 005000 is listed"),
     (
         "voc_xml",
         lambda s: (s / "VOC2007/JPEGImages/005001.jpg").unlink(),
         r"1 image \(.*trainval.txt, line 2: .*JPEGImages/005001.jpg\) that are not there",
     ),
-    (
-        "voc_lists",
-        lambda s: (s / "ImageSets/Main/dog_test.txt").unlink(),
-        r"dog_test.txt does not exist",
-    ),
+    ("voc_lists", lambda s: (s / "ImageSets/Main/dog_test.txt").unlink(), r"dog_test.txt does not exist"),
     (
         "nuswide_all_labels",
-        lambda s: edit(s / "Groundtruth/AllLabels/Labels_dog.txt", "1", "x"),
+        edited("Groundtruth/AllLabels/Labels_dog.txt", "1", "x"),
         r"Labels_dog.txt, line \d is 'x', but must be 0 or 1",
     ),
-    ("csv_columns", lambda s: edit(s / "test.csv", "test/1", "test/0"), r"test.csv, line 3: 'test/0.jpg' has a row"),
+    ("csv_columns", edited("test.csv", "test/1", "test/0"), r"test.csv, line 3: 'test/0.jpg' has a row"),
     ("csv_columns", lambda s: (s / "test/1.jpg").unlink(), r"test.csv names 1 image \(line 3: test/1.jpg\)"),
     (
         "csv_columns",
         lambda s: write(s / "labels.txt", "cat\ncow\ntvmonitor\n"),
         r"'cow' is not among both the label columns and the label names",
     ),
-    ("csv_split_column", lambda s: edit(s / "all.csv", "train/1", "train/0"), r"all.csv, line 3: 'train/0.jpg' has a"),
+    ("csv_split_column", edited("all.csv", "train/1", "train/0"), r"all.csv, line 3: 'train/0.jpg' has a"),
     ("csv_split_column", lambda s: (s / "train/1.jpg").unlink(), r"all.csv names 1 image \(line 3: train/1.jpg\)"),
     (
         "parquet_names",
