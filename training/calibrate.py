@@ -1,6 +1,6 @@
 """Calibrated scores: fit a scale and a bias of each label's logit on a validation split, fold them into the classifier.
 
-    python -m training.calibrate CHECKPOINT DATASET --split validation [--method platt] [--shared]
+    hsvlt calibrate CHECKPOINT DATASET --split validation [--method platt] [--shared]
 
 Of the images to which a calibrated label gives 0.8, eight in ten show it. The last layer is linear, so that
 `scale * logit + bias` is exactly another classifier: afterwards every way of using the checkpoint (pipelines,

@@ -1,9 +1,9 @@
 """Look a data set over before training: images, labels, duplicates.
 
-    python -m training.check_data DATASET --output DIR
+    hsvlt check DATASET --output DIR
 
 Nothing is changed and nothing is left out here. DIR gets report.json (every finding in full), imbalance.png, and
-exclude.txt, a list of images that `training.train CONFIG.yaml --exclude DIR/exclude.txt` leaves out: those that
+exclude.txt, a list of images that `hsvlt train CONFIG.yaml --exclude DIR/exclude.txt` leaves out: those that
 cannot be read, and copies, of which the one in the most held-out split stays. Ends with 0 when training can start, with
 1 when something would break it, and with 2 when there is nothing to check.
 """

@@ -1,16 +1,16 @@
 """Weights of other code bases into ours and back.
 
     # a checkpoint of the released HSVLT, to a folder that AutoModel loads
-    python -m training.convert best_model.pth checkpoints/hsvlt-coco --labels coco.txt --label_embeddings bert.npy
-    python -m training.convert best_model.pth checkpoints/hsvlt-coco --labels coco.txt --text_encoder bert-base-uncased/
+    hsvlt convert best_model.pth checkpoints/hsvlt-coco --labels coco.txt --label_embeddings bert.npy
+    hsvlt convert best_model.pth checkpoints/hsvlt-coco --labels coco.txt --text_encoder bert-base-uncased/
     # back, to what the released code loads
-    python -m training.convert checkpoints/hsvlt-coco best_model.pth --to official
-    # ImageNet weights from timm or from the original ConvNeXt release, to a folder for `training.train --backbone`
-    python -m training.convert convnext_small_22k_1k_384.pth checkpoints/convnext-small --to convnext
+    hsvlt convert checkpoints/hsvlt-coco best_model.pth --to official
+    # ImageNet weights from timm or from the original ConvNeXt release, to a folder for `hsvlt train --backbone`
+    hsvlt convert convnext_small_22k_1k_384.pth checkpoints/convnext-small --to convnext
     # a checkpoint of CAT (arXiv 2106.05786; ImageNet-1K), to a folder that AutoModel loads
-    python -m training.convert cat_small.pth checkpoints/cat-small --to mltr
+    hsvlt convert cat_small.pth checkpoints/cat-small --to mltr
     # any MlTr folder from 224 px and windows of 7 to 384 px and windows of 12, to go on training there
-    python -m training.convert checkpoints/cat-small checkpoints/cat-small-384 --to mltr --image_size 384 \
+    hsvlt convert checkpoints/cat-small checkpoints/cat-small-384 --to mltr --image_size 384 \
         --window_size 12
 
 Files are read without running code that they may hold (safetensors, or pickles with `weights_only=True`).

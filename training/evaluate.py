@@ -1,6 +1,6 @@
 """Score a checkpoint on a split.
 
-    python -m training.evaluate CHECKPOINT DATASET --split validation [--threshold 0.5 | auto] [--output FOLDER]
+    hsvlt evaluate CHECKPOINT DATASET --split validation [--threshold 0.5 | auto] [--output FOLDER]
 
 CHECKPOINT and DATASET are folders or Hub ids. Prints mAP, CP/CR/CF1 and OP/OR/OF1 at the threshold and among the top 3;
 with --output writes results.json (all metrics), per_label.csv and report.html, a page with plots and the most confident

@@ -1,8 +1,8 @@
 """Write a checkpoint as ONNX, for tools without PyTorch; the labels are folded in.
 
-    python -m training.export CHECKPOINT TARGET
-    python -m training.export CHECKPOINT TARGET --layout wd_tagger
-    python -m training.export CHECKPOINT TARGET --quantize int8 --dataset DATASET --split validation
+    hsvlt export CHECKPOINT TARGET
+    hsvlt export CHECKPOINT TARGET --layout wd_tagger
+    hsvlt export CHECKPOINT TARGET --quantize int8 --dataset DATASET --split validation
 
 TARGET gets `model.onnx` and `selected_tags.csv`. The model is checked in onnxruntime against PyTorch before it is put
 there. What a program needs to use it stands in its metadata: `labels` and `thresholds` (JSON lists in the order of the

@@ -1,10 +1,10 @@
 """Fit each label's decision threshold on a validation split and store it in the checkpoint.
 
-    python -m training.fit_thresholds CHECKPOINT DATASET --split validation [--objective f1]
-    python -m training.fit_thresholds CHECKPOINT DATASET --objective precision --target 0.9
-    python -m training.fit_thresholds CHECKPOINT DATASET --objective cost --target 5  # a false alarm costs 5 misses
+    hsvlt thresholds CHECKPOINT DATASET --split validation [--objective f1]
+    hsvlt thresholds CHECKPOINT DATASET --objective precision --target 0.9
+    hsvlt thresholds CHECKPOINT DATASET --objective cost --target 5  # a false alarm costs 5 misses
 
-Afterwards `pipeline(..., threshold="auto")` and `python -m training.evaluate ... --threshold auto` use them. Fit on
+Afterwards `pipeline(..., threshold="auto")` and `hsvlt evaluate ... --threshold auto` use them. Fit on
 images that the model was not trained on. On the images they were fitted to thresholds look better than they are;
 what to expect elsewhere is printed as "held out": fitted on one half of the images, applied to the other, and back.
 """

@@ -69,7 +69,7 @@ class DatasetOptions(ImageOptions):
     scenes: dict = option(dict, "knobs of training.data.scenes.build_scenes, for the dataset scenes: {seed: 1}")
     missing_images: Literal["error", "skip"] = option("error", "rows whose file does not exist; skip says how many")
     unlisted_images: Literal["error", "skip"] = option("error", "files that no row names; skip says how many")
-    exclude: str | None = option(None, "list of rows to leave out: exclude.txt of training.check_data", path=True)
+    exclude: str | None = option(None, "list of rows to leave out: exclude.txt of hsvlt check", path=True)
 
     def __post_init__(self):
         if not self.label_separator:

@@ -1,7 +1,7 @@
 """Publish a finished run on the Hub: one commit with a tag, checked before it leaves and again when it has arrived.
 
-    python -m training.push RUN_FOLDER org/name [--tag v1] [--public] [--license apache-2.0] [--dry_run]
-    python -m training.push RUN_FOLDER org/prompts --adapter_of org/base   # of an HP-DVAL: its learned contexts alone
+    hsvlt push RUN_FOLDER org/name [--tag v1] [--public] [--license apache-2.0] [--dry_run]
+    hsvlt push RUN_FOLDER org/prompts --adapter_of org/base   # of an HP-DVAL: its learned contexts alone
 
 What is pushed: weights, configuration with thresholds, processor, the code they need, results.json, per_label.csv where
 the run was evaluated, selected_tags.csv, the run's options, and a card filled from all that. Before, the folder is

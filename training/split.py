@@ -1,6 +1,6 @@
 """Divide labelled images into splits in which every label keeps its share.
 
-    python -m training.split DATASET TARGET --fractions 0.8 0.1 0.1
+    hsvlt split DATASET TARGET --fractions 0.8 0.1 0.1
 
 Iterative stratification (Sechidis, Tsoumakas and Vlahavas, "On the Stratification of Multi-Label Data", ECML PKDD 2011)
 on sparse labels, with one addition: a label with a positive for every split has one in every split.
@@ -33,7 +33,7 @@ class SplitOptions(DatasetOptions):
     divide: list[str] = field(
         default_factory=lambda: ["train"], metadata={"help": "the splits to pool and divide; others are kept"}
     )
-    duplicates: Path | None = option(None, "report.json of training.check_data: copies stay together", metavar="REPORT")
+    duplicates: Path | None = option(None, "report.json of hsvlt check: copies stay together", metavar="REPORT")
     seed: int = option(0, "the same seed gives the same splits")
 
 
@@ -109,9 +109,7 @@ def _duplicate_groups(report: Path, splits: dict[str, Split]) -> np.ndarray:
             if name not in splits:
                 continue
             if not same_image(splits[name].images, row, file):
-                raise ValueError(
-                    f"{report}: row {row} of {name} is not {file!r} (any more); run training.check_data again."
-                )
+                raise ValueError(f"{report}: row {row} of {name} is not {file!r} (any more); run hsvlt check again.")
             rows.append(starts[name] + row)
         groups[rows] = min(rows, default=0)
     return groups

@@ -1,6 +1,6 @@
 """How many of the labels that are there a candidate scorer lets through, by the number of candidates.
 
-    accelerate launch --num_cpu_threads_per_process 2 -m training.train training/configs/quickstart.yaml \
+    hsvlt train quickstart \
         --model '{"candidate_labels": 5}' --output_dir runs/candidates
     python -m benchmarks.accuracy.candidate_recall runs/candidates/best scenes --split test --candidates 1 2 3 5 7 \
         --scenes '{"clutter": 0, "contrast": [0.5, 0.9]}'

@@ -66,7 +66,7 @@ def test_the_command_writes_what_scikit_learn_finds(checkpoint, images, tmp_path
 
 def test_thresholds_of_the_checkpoint(checkpoint, images, tmp_path, capsys):
     assert main([str(checkpoint), str(images), "--threshold", "auto"]) == 2
-    assert "holds no thresholds; fit them with python -m training.fit_thresholds" in capsys.readouterr().err
+    assert "holds no thresholds; fit them with hsvlt thresholds" in capsys.readouterr().err
     own = tmp_path / "own"
     save_checkpoint(own)
     store_thresholds(own, [0.25, 0.5, 0.75], {})

@@ -165,7 +165,7 @@ def check_labels(
             f"{label_names[label]}: {positives[label]}" for label in tail[np.argsort(positives[tail], kind="stable")]
         ]
     return [
-        Finding("missing_splits", True, "Training needs both; python -m training.split makes them.", wanted),
+        Finding("missing_splits", True, "Training needs both; hsvlt split makes them.", wanted),
         Finding("splits_without_a_positive", True, "There is nothing to learn or to measure.", nothing),
         Finding("soft_labels_to_measure", True, "Only train may hold labels between 0 and 1.", soft),
         Finding("labels_absent_from_a_split", False, "They are not learned, or not measured.", absent),

@@ -41,9 +41,7 @@ def read_exclusions(path: str | Path, splits: Mapping[str, Split]) -> dict[str, 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; python -m training.check_data DATASET --output DIR writes one."
-        )
+        raise FileNotFoundError(f"{path} does not exist; hsvlt check DATASET --output DIR writes one.")
     rows: dict[str, dict[int, str]] = {name: {} for name in splits}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
@@ -56,7 +54,7 @@ def read_exclusions(path: str | Path, splits: Mapping[str, Split]) -> dict[str, 
             continue
         if not same_image(splits[name].images, row, file):
             raise ValueError(
-                f"{path}, line {number}: row {row} of {name} is not {file!r} (any more); run training.check_data again."
+                f"{path}, line {number}: row {row} of {name} is not {file!r} (any more); run hsvlt check again."
             )
         rows[name][row] = " ".join(parts[3:])
     for name, out in rows.items():

@@ -53,7 +53,7 @@ def read_evaluation(run: Path, config: dict) -> tuple[dict, list[dict], list[str
 
 
 def evaluation_file(run: Path, name: str) -> Path:
-    """A file that `training.evaluate --output RUN/evaluation` wrote, or else the end of training, into RUN/report."""
+    """A file that `hsvlt evaluate --output RUN/evaluation` wrote, or else the end of training, into RUN/report."""
     path = Path(run) / "evaluation" / name
     return path if path.is_file() else Path(run) / "report" / name
 

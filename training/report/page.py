@@ -1,4 +1,4 @@
-"""The folder that `training.evaluate --output` writes: results.json, per_label.csv and report.html.
+"""The folder that `hsvlt evaluate --output` writes: results.json, per_label.csv and report.html.
 
 The page needs no server, no network and no file beside it: plots and images are data URIs. Whatever text it shows is
 escaped, for names of labels and files may hold markup.

@@ -136,7 +136,7 @@ def check_foldable(model: PreTrainedModel, per_label: bool) -> None:
     if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{name} does not end in a linear classifier with a bias, which a calibration could be folded into; fit "
-            "thresholds in its place with python -m training.fit_thresholds."
+            "thresholds in its place with hsvlt thresholds."
         )
     if len(bias) != num_labels and (len(bias) != 1 or per_label):
         raise ValueError(
@@ -146,7 +146,7 @@ def check_foldable(model: PreTrainedModel, per_label: bool) -> None:
     if getattr(model.config, "residual_attention", False):
         raise ValueError(
             f"This {name} has residual attention beside its classifier, and the softmax over pixel scores does not "
-            "keep a scale; fit thresholds in place of a calibration, with python -m training.fit_thresholds."
+            "keep a scale; fit thresholds in place of a calibration, with hsvlt thresholds."
         )
     if getattr(model.config, "candidate_labels", None) is not None:
         raise ValueError(
