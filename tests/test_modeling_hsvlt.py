@@ -1,12 +1,9 @@
 import copy
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoModel,
-    AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextModel,
     ConvNextV2Config,
@@ -17,7 +14,7 @@ from transformers import (
 )
 
 from benchmarks.timing import CountMultiplyAdds
-from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, HSVLTModel
+from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from modeling_hsvlt.losses_multilabel import NOT_EVALUATED
 
 from .tolerance import assert_close_outputs
@@ -514,14 +511,6 @@ def test_topdown_aggregation_by_hand():
     assert x.shape == (2, N, 10)  # half the width of the last stage
 
 
-def test_a_image_does_not_depend_on_its_batch():
-    model = make_model()
-    with torch.no_grad():
-        together = model(random_images(4)).logits
-        alone = torch.cat([model(image[None]).logits for image in random_images(4)])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("heads", [1, 2])
 def test_eager_equals_sdpa(heads):
     # Absorbed, the CPU has one implementation; projected, it has both.
@@ -537,97 +526,7 @@ def test_eager_equals_sdpa(heads):
         assert sdpa.config._attn_implementation == "sdpa"
 
 
-# ---- loss and label contract
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool, torch.float64])
-def test_loss_is_that_of_the_returned_logits(dtype):
-    output = make_model()(random_images(), labels=targets().to(dtype))
-    assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, targets()))
-
-
-def test_loss_type_comes_from_the_config():
-    from modeling_hsvlt import asymmetric_loss
-
-    kwargs = {"gamma_neg": 2.0, "clip": 0.1, "reduction": "sum"}
-    output = make_model(loss_type="asl", loss_kwargs=kwargs)(random_images(), labels=targets())
-    torch.testing.assert_close(output.loss, asymmetric_loss(output.logits, targets(), **kwargs))
-
-
-def test_unknown_labels_have_exactly_no_gradient():
-    model = make_model()
-    labels = targets()
-    labels[:, 1] = -100
-    labels[0, 2] = -100
-    output = model(random_images(), labels=labels)
-    output.logits.retain_grad()
-    output.loss.backward()
-    assert torch.equal(output.logits.grad == 0, labels == -100)
-    assert not model.classifier.weight.grad[1].any()
-    all_unknown = model(random_images(), labels=torch.full((2, N), -100))
-    assert all_unknown.loss.item() == 0
-    all_unknown.loss.backward()
-
-
-@pytest.mark.parametrize(
-    ("row", "column", "value"), [(1, 3, 2.0), (0, 0, -1.0), (1, 4, float("nan")), (0, 2, float("inf"))]
-)
-def test_a_value_outside_the_contract_is_named(row, column, value):
-    labels = targets()
-    labels[row, column] = value
-    with pytest.raises(ValueError, match=rf"labels\[{row}, {column}\].*neither in \[0, 1\] nor -100"):
-        make_model()(random_images(), labels=labels)
-
-
-def test_labels_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(batch, 5\)"):
-        make_model()(random_images(), labels=torch.ones(2, 4))
-    with pytest.raises(ValueError, match="multi-hot"):
-        make_model()(random_images(), labels=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="pixel_values is missing"):
-        make_model()(labels=targets())
-
-
 # ---- the common tests of transformers' models
-
-
-def test_save_load_save_is_identical(tmp_path):
-    model = make_model(thresholds=[0.1, 0.2, 0.3, 0.4, 0.5])
-    model.save_pretrained(tmp_path / "a")
-    again = AutoModel.from_pretrained(tmp_path / "a")
-    assert type(again) is HSVLTForImageClassification  # AutoModel gives the classifier
-    assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "a")) is HSVLTForImageClassification
-    again.save_pretrained(tmp_path / "b")
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
-    assert "modeling_hsvlt.py" in names and "losses_multilabel.py" in names
-    for name in names:
-        first, second = (tmp_path / folder / name for folder in "ab")
-        if name == "config.json":
-            configs = [json.loads(path.read_text()) for path in (first, second)]
-            for config in configs:
-                config["backbone_config"].pop("dtype")  # null before the first load
-            assert configs[0] == configs[1]
-        else:
-            assert first.read_bytes() == second.read_bytes(), name
-    with torch.no_grad():
-        assert_close_outputs(again(random_images()).logits, model(random_images()).logits)
-    assert again.config.thresholds == [0.1, 0.2, 0.3, 0.4, 0.5]
-
-
-def test_the_base_model_loads_from_the_classifier_and_back(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path / "classifier")
-    base = HSVLTModel.from_pretrained(tmp_path / "classifier")
-    with torch.no_grad():
-        expected = model.hsvlt(random_images()).last_hidden_state
-        torch.testing.assert_close(base(random_images()).last_hidden_state, expected)
-    base.save_pretrained(tmp_path / "base")
-    again, info = HSVLTForImageClassification.from_pretrained(tmp_path / "base", output_loading_info=True)
-    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
-    with torch.no_grad():
-        torch.testing.assert_close(again.hsvlt(random_images()).last_hidden_state, expected)
 
 
 def test_missing_weights_are_initialised_not_garbage(tmp_path):
@@ -698,29 +597,6 @@ def test_what_a_checkpoint_holds_is_kept_beside_what_it_lacks(tmp_path):
     assert {key for key, value in again.items() if not (value == 7).all()} == set(lost)
 
 
-def test_meta_device_then_load(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    with torch.device("meta"):
-        empty = HSVLTForImageClassification(make_config())
-    assert all(p.is_meta for p in empty.parameters())
-    pytest.importorskip("accelerate")
-    again = HSVLTForImageClassification.from_pretrained(tmp_path, device_map="cpu")
-    with torch.no_grad():
-        assert_close_outputs(again(random_images()).logits, model(random_images()).logits)
-
-
-def test_another_number_of_labels(tmp_path):
-    make_model(thresholds=[0.5] * N).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
-        HSVLTForImageClassification.from_pretrained(tmp_path, num_labels=9)
-    model = HSVLTForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
-    assert model.hsvlt.label_embeddings.weight.shape == (9, 12) and model.config.thresholds is None
-    with torch.no_grad():
-        logits = model(random_images()).logits
-    assert logits.shape == (2, 9) and torch.isfinite(logits).all()
-
-
 def test_training_lowers_the_loss_and_is_deterministic():
     losses = []
     for _ in range(2):
@@ -738,21 +614,6 @@ def test_training_lowers_the_loss_and_is_deterministic():
     assert losses[0][-1] < 0.5 * losses[0][0]
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
-    plain, checkpointed = make_model().train(), make_model().train()
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    calls = []
-    layer = checkpointed.hsvlt.label_stream.stages[2].layers[0]
-    original = layer.attention.forward
-    layer.attention.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
-    for model in (plain, checkpointed):
-        model(random_images(), labels=targets()).loss.backward()
-    assert len(calls) == 2  # once forward, once more in backward
-    for (name, p), (_, q) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-5, msg=name)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_a_graph_break(training):
     model = make_model().train(training)
@@ -763,23 +624,6 @@ def test_compiles_without_a_graph_break(training):
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss, expected.loss)
     torch.testing.assert_close(compiled(random_images(5)).logits, model(random_images(5)).logits, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_stays_finite_and_close(dtype, tmp_path):
-    model = make_model()
-    with torch.no_grad():
-        expected = model(random_images()).logits
-        model.save_pretrained(tmp_path)
-        half = HSVLTForImageClassification.from_pretrained(tmp_path, dtype=dtype)
-        assert half.hsvlt.backbone.embeddings.patch_embeddings.weight.dtype == dtype
-        torch.testing.assert_close(half(random_images().to(dtype)).logits.float(), expected, atol=0.03, rtol=0.03)
-        with torch.autocast("cpu", dtype=dtype):
-            torch.testing.assert_close(model(random_images()).logits.float(), expected, atol=0.03, rtol=0.03)
-    loss = half(random_images().to(dtype), labels=targets()).loss
-    assert loss.dtype == torch.float32
-    loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in half.parameters())
 
 
 @pytest.mark.parametrize("way", ["from_pretrained", "autocast", "half"])

@@ -1,12 +1,11 @@
 import copy
-import json
 import math
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoModel
 
 import modeling_hsvlt.modeling_mltr as modeling_mltr
 from modeling_hsvlt import (
@@ -15,7 +14,6 @@ from modeling_hsvlt import (
     MlTrBackbone,
     MlTrConfig,
     MlTrForImageClassification,
-    MlTrModel,
 )
 from modeling_hsvlt.modeling_mltr import (
     MlTrCrossWindowAttention,
@@ -543,14 +541,6 @@ def test_attention_weights_are_those_of_the_equations():
         torch.testing.assert_close(output.cross_attentions[0], scores.softmax(-1), atol=1e-5, rtol=1e-5)
 
 
-def test_a_image_does_not_depend_on_its_batch():
-    model = make_model()
-    with torch.no_grad():
-        together = model(random_images(4)).logits
-        alone = torch.cat([model(image[None]).logits for image in random_images(4)])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-
-
 # ---- backbone
 
 
@@ -632,90 +622,13 @@ print(json.dumps([type(model.hsvlt.backbone.model).__module__, model(pixels).log
     torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=1e-5)
 
 
-# ---- loss and label contract
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool, torch.float64])
-def test_loss_is_that_of_the_returned_logits(dtype):
-    output = make_model()(random_images(), labels=targets().to(dtype))
-    assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, targets()))
-
-
-def test_loss_type_comes_from_the_config():
-    from modeling_hsvlt import asymmetric_loss
-
-    kwargs = {"gamma_neg": 2.0, "clip": 0.1, "reduction": "sum"}
-    output = make_model(loss_type="asl", loss_kwargs=kwargs)(random_images(), labels=targets())
-    torch.testing.assert_close(output.loss, asymmetric_loss(output.logits, targets(), **kwargs))
-
-
-def test_unknown_labels_have_exactly_no_gradient():
+def test_images_of_another_number_of_channels_are_refused():
     model = make_model()
-    labels = targets()
-    labels[:, 1] = -100
-    labels[0, 2] = -100
-    output = model(random_images(), labels=labels)
-    output.logits.retain_grad()
-    output.loss.backward()
-    assert torch.equal(output.logits.grad == 0, labels == -100)
-    assert not model.classifier.weight.grad[1].any()
-    all_unknown = model(random_images(), labels=torch.full((2, N), -100))
-    assert all_unknown.loss.item() == 0
-    all_unknown.loss.backward()
-
-
-def test_wrong_inputs_are_named():
-    model = make_model()
-    labels = targets()
-    labels[1, 3] = 2
-    with pytest.raises(ValueError, match=r"labels\[1, 3\].*neither in \[0, 1\] nor -100"):
-        model(random_images(), labels=labels)
-    with pytest.raises(ValueError, match=r"shape \(batch, 5\)"):
-        model(random_images(), labels=torch.ones(2, 4))
-    with pytest.raises(ValueError, match="pixel_values is missing"):
-        model(labels=targets())
     with pytest.raises(ValueError, match=r"\(batch, 3, height, width\), but their shape is \(2, 1, 32, 32\)"):
         model(torch.randn(2, 1, 32, 32))
 
 
 # ---- the common tests of transformers' models
-
-
-def test_save_load_save_is_identical(tmp_path):
-    model = make_model(thresholds=[0.1, 0.2, 0.3, 0.4, 0.5], block_pattern=CAT_BLOCK, use_absolute_embeddings=True)
-    model.save_pretrained(tmp_path / "a")
-    again = AutoModel.from_pretrained(tmp_path / "a")
-    assert type(again) is MlTrForImageClassification  # AutoModel gives the classifier
-    assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "a")) is MlTrForImageClassification
-    again.save_pretrained(tmp_path / "b")
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
-    assert {"modeling_mltr.py", "configuration_mltr.py", "pipeline_multilabel.py", "processing_multilabel.py"} <= set(
-        names
-    )
-    for name in names:
-        first, second = ((tmp_path / folder / name).read_bytes() for folder in "ab")
-        if name == "config.json":
-            first, second = ({**json.loads(text), "dtype": None} for text in (first, second))  # null before a load
-        assert first == second, name
-    with torch.no_grad():
-        assert_close_outputs(again(random_images()).logits, model(random_images()).logits)
-    assert again.config.thresholds == [0.1, 0.2, 0.3, 0.4, 0.5]
-
-
-def test_the_base_model_loads_from_the_classifier_and_back(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path / "classifier")
-    base = MlTrModel.from_pretrained(tmp_path / "classifier")
-    with torch.no_grad():
-        expected = model.mltr(random_images()).last_hidden_state
-        torch.testing.assert_close(base(random_images()).last_hidden_state, expected)
-    base.save_pretrained(tmp_path / "base")
-    again, info = MlTrForImageClassification.from_pretrained(tmp_path / "base", output_loading_info=True)
-    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
-    with torch.no_grad():
-        torch.testing.assert_close(again.mltr(random_images()).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("initializer_range", [0.02, None])
@@ -743,29 +656,6 @@ def test_missing_weights_are_initialised_not_garbage(initializer_range, tmp_path
             assert 0.01 < parameter.std() < 0.03 and parameter.abs().max() < 0.12, name
     for name, buffer in again.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name)), name
-
-
-def test_meta_device_then_load(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    with torch.device("meta"):
-        empty = MlTrForImageClassification(make_config())
-    assert all(p.is_meta for p in empty.parameters())
-    pytest.importorskip("accelerate")
-    again = MlTrForImageClassification.from_pretrained(tmp_path, device_map="cpu")
-    with torch.no_grad():
-        assert_close_outputs(again(random_images()).logits, model(random_images()).logits)
-
-
-def test_another_number_of_labels(tmp_path):
-    make_model(thresholds=[0.5] * N).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
-        MlTrForImageClassification.from_pretrained(tmp_path, num_labels=9)
-    model = MlTrForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
-    assert model.config.thresholds is None
-    with torch.no_grad():
-        logits = model(random_images()).logits
-    assert logits.shape == (2, 9) and torch.isfinite(logits).all()
 
 
 def test_eight_images_are_learnt_by_heart_and_training_is_deterministic():
@@ -797,20 +687,6 @@ def test_a_gradient_is_there_for_every_parameter(window_size):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     dead = {name for name, p in model.named_parameters() if not p.grad.any()}
     assert dead == set()
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
-    plain, checkpointed = make_model().train(), make_model().train()
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    calls = []
-    first = checkpointed.mltr.encoder.stages[2].layers[1].sublayers[0].norm
-    first.register_forward_hook(lambda *args: calls.append(1))
-    for model in (plain, checkpointed):
-        model(random_images(), labels=targets()).loss.backward()
-    assert len(calls) == 2  # once forward, once more in backward
-    for (name, p), (_, q) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_stochastic_depth():
@@ -863,25 +739,6 @@ def test_compiles_without_a_graph_break():
     output, expected = (each(random_images(), labels=targets()) for each in (compiled, model))
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss, expected.loss)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_stays_finite_and_close(dtype, tmp_path):
-    model = make_model(use_absolute_embeddings=True)
-    with torch.no_grad():
-        expected = model(random_images()).logits
-        model.save_pretrained(tmp_path)
-        half = MlTrForImageClassification.from_pretrained(tmp_path, dtype=dtype)
-        assert all(p.dtype == dtype for p in half.parameters())
-        tolerance = {"atol": 0.1, "rtol": 0.1} if dtype == torch.bfloat16 else {"atol": 0.02, "rtol": 0.02}
-        torch.testing.assert_close(half(random_images()).logits.float(), expected, **tolerance)  # images stay fp32
-        assert half(random_images(1, 50, 41)).logits.isfinite().all()
-        with torch.autocast("cpu", dtype=dtype):
-            torch.testing.assert_close(model(random_images()).logits.float(), expected, **tolerance)
-    loss = half(random_images().to(dtype), labels=targets()).loss
-    assert loss.dtype == torch.float32
-    loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in half.parameters())
 
 
 def test_single_window_cross_can_be_left_out():

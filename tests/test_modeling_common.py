@@ -1,18 +1,25 @@
 """What transformers' tools and users expect of any model, of all of ours at once."""
 
+import json
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModel, AutoModelForImageClassification
 from transformers.initialization import no_init_weights
 
-from modeling_hsvlt import MlTrBackbone, MlTrConfig, MlTrForImageClassification
+from modeling_hsvlt import MlTrBackbone, MlTrConfig, MlTrForImageClassification, asymmetric_loss
 from modeling_hsvlt.losses_multilabel import MULTILABEL_LOSSES
 
 from .test_handlings import MLTR, MODELS, hsvlt, images, make
 from .test_modeling_hp_dval import make_model as make_hp_dval
+from .test_modeling_hp_dval import random_images
+from .test_modeling_hsvlt import make_model as make_hsvlt
+from .test_modeling_mltr import CAT_BLOCK
+from .test_modeling_mltr import make_model as make_mltr
 from .tolerance import assert_close_outputs, close_outputs
 
 ASKED = {"output_hidden_states": True, "output_attentions": True}
@@ -216,12 +223,8 @@ LOSSES = sorted(MULTILABEL_LOSSES.keys() - {"two_way"})  # which compares the im
 LOSS_KWARGS = {"distribution_balanced": {"class_counts": [5, 1, 9, 3, 0], "num_samples": 20}}
 TRAINED = {
     "hsvlt": lambda **fields: hsvlt(residual_attention=True, candidate_labels=2, **fields).train(),
-    "mltr": lambda **fields: make_mltr(**fields).train(),
+    "mltr": lambda **fields: MlTrForImageClassification(MlTrConfig(**MLTR, num_labels=5, drop_path_rate=0.0, **fields)),
 }
-
-
-def make_mltr(**fields):
-    return MlTrForImageClassification(MlTrConfig(**MLTR, num_labels=5, drop_path_rate=0.0, **fields))
 
 
 def trained(name, loss_type):
@@ -314,3 +317,194 @@ def test_what_candidates_give_can_be_told_apart():
     known = partly_known(4).gather(1, ids)
     chosen = every.logits.gather(1, ids)[known != -100]
     assert_close_outputs(found.loss, F.binary_cross_entropy_with_logits(chosen, known[known != -100]))
+
+
+# ---- labels and loss
+
+FAMILIES = {"hsvlt": make_hsvlt, "mltr": make_mltr, "hp_dval": make_hp_dval}
+of_every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def targets(model, batch=2):
+    return (torch.rand(batch, model.num_labels, generator=torch.Generator().manual_seed(2)) > 0.5).float()
+
+
+@of_every_family
+def test_loss_is_that_of_the_returned_logits(family):
+    model = FAMILIES[family]()
+    labels = targets(model)
+    for dtype in (torch.int64, torch.float32, torch.bool, torch.float64):
+        output = model(random_images(), labels=labels.to(dtype))
+        assert output.loss.dtype == torch.float32
+        torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, labels))
+
+
+@of_every_family
+def test_loss_type_comes_from_the_config(family):
+    kwargs = {"gamma_neg": 2.0, "clip": 0.1, "reduction": "sum"}
+    model = FAMILIES[family](loss_type="asl", loss_kwargs=kwargs)
+    output = model(random_images(), labels=targets(model))
+    torch.testing.assert_close(output.loss, asymmetric_loss(output.logits, targets(model), **kwargs))
+
+
+@of_every_family
+def test_unknown_labels_have_exactly_no_gradient(family):
+    model = FAMILIES[family]()
+    labels = targets(model)
+    labels[:, 1] = labels[0, 2] = -100
+    output = model(random_images(), labels=labels)
+    output.logits.retain_grad()
+    output.loss.backward()
+    assert torch.equal(output.logits.grad == 0, labels == -100)
+    assert family == "hp_dval" or not model.classifier.weight.grad[1].any()
+    all_unknown = model(random_images(), labels=torch.full_like(labels, -100))
+    assert all_unknown.loss.item() == 0
+    all_unknown.loss.backward()
+
+
+@of_every_family
+def test_labels_outside_the_contract_are_named(family):
+    model = FAMILIES[family]()
+    for row, column, value in ((1, 2, 2.0), (0, 0, -1.0), (1, 0, float("nan")), (0, 2, float("inf"))):
+        labels = targets(model)
+        labels[row, column] = value
+        with pytest.raises(ValueError, match=rf"labels\[{row}, {column}\].*neither in \[0, 1\] nor -100"):
+            model(random_images(), labels=labels)
+    with pytest.raises(ValueError, match=rf"shape \(batch, {model.num_labels}\)"):
+        model(random_images(), labels=torch.ones(2, model.num_labels - 1))
+    with pytest.raises(ValueError, match="multi-hot"):
+        model(random_images(), labels=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="pixel_values is missing"):
+        model(labels=targets(model))
+
+
+@of_every_family
+@torch.no_grad()
+def test_an_image_does_not_depend_on_its_batch(family):
+    model = FAMILIES[family]()
+    alone = torch.cat([model(image[None]).logits for image in random_images(4)])
+    torch.testing.assert_close(model(random_images(4)).logits, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", ["hsvlt", "mltr"])
+def test_gradient_checkpointing_changes_no_gradient(family, use_reentrant):
+    plain, checkpointed = (FAMILIES[family]().train() for _ in range(2))
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    part = {
+        "hsvlt": "hsvlt.label_stream.stages.2.layers.0.gate",
+        "mltr": "mltr.encoder.stages.2.layers.1.sublayers.0.norm",
+    }[family]
+    calls = []
+    checkpointed.get_submodule(part).register_forward_hook(lambda *args: calls.append(1))
+    for model in (plain, checkpointed):
+        model(random_images(), labels=targets(model)).loss.backward()
+    assert len(calls) == 2  # once forward, once more in backward
+    for (name, p), (_, q) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-5, msg=name)
+
+
+# ---- checkpoints
+
+
+def without_dtypes(fields):
+    """A config.json without what is null before the first load."""
+    fields = {key: value for key, value in fields.items() if key != "dtype"}
+    return {key: without_dtypes(value) if isinstance(value, dict) else value for key, value in fields.items()}
+
+
+@of_every_family
+@torch.no_grad()
+def test_save_load_save_is_identical(family, tmp_path):
+    fields = {"block_pattern": CAT_BLOCK, "use_absolute_embeddings": True} if family == "mltr" else {}
+    model = FAMILIES[family](**fields)
+    model.config.thresholds = [0.1 * (label + 1) for label in range(model.num_labels)]
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModel.from_pretrained(tmp_path / "a")
+    assert type(again) is type(model)  # AutoModel gives the classifier
+    assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "a")) is type(model)
+    again.save_pretrained(tmp_path / "b")
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {path.name for path in (tmp_path / "b").iterdir()}
+    code = [f"modeling_{family}.py", f"configuration_{family}.py", "pipeline_multilabel.py", "processing_multilabel.py"]
+    assert names >= {*code, "losses_multilabel.py"}
+    for name in names:
+        first, second = (tmp_path / folder / name for folder in "ab")
+        if name == "config.json":
+            first, second = (without_dtypes(json.loads(path.read_text())) for path in (first, second))
+            assert first == second
+        elif name == "model.safetensors" and family == "hp_dval":  # text embeddings are computed as it is saved
+            assert_close_outputs(load_file(first), load_file(second))
+        else:
+            assert first.read_bytes() == second.read_bytes(), name
+    assert_close_outputs(again(random_images()).logits, model(random_images()).logits)
+    assert again.config.thresholds == model.config.thresholds
+
+
+@of_every_family
+@torch.no_grad()
+def test_the_base_model_loads_from_the_classifier_and_back(family, tmp_path):
+    model = FAMILIES[family]()
+    expected = model.base_model(random_images())[0]
+    model.save_pretrained(tmp_path / "classifier")
+    base = type(model.base_model).from_pretrained(tmp_path / "classifier")
+    torch.testing.assert_close(base(random_images())[0], expected)
+    base.save_pretrained(tmp_path / "base")
+    again, info = type(model).from_pretrained(tmp_path / "base", output_loading_info=True)
+    own = {key for key in model.state_dict() if not key.startswith(f"{model.base_model_prefix}.")}
+    assert set(info["missing_keys"]) == own
+    torch.testing.assert_close(again.base_model(random_images())[0], expected)
+
+
+@of_every_family
+@torch.no_grad()
+def test_meta_device_then_load(family, tmp_path):
+    model = FAMILIES[family]()
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    assert all(p.is_meta for p in empty.parameters())
+    pytest.importorskip("accelerate")
+    again = type(model).from_pretrained(tmp_path, device_map="cpu")
+    assert_close_outputs(again(random_images()).logits, model(random_images()).logits)
+
+
+@of_every_family
+@torch.no_grad()
+def test_another_number_of_labels(family, tmp_path):
+    model = FAMILIES[family]()
+    model.config.thresholds = [0.5] * model.num_labels
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path, num_labels=9)
+    other = type(model).from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    assert other.config.thresholds is None and other.num_labels == 9
+    assert family != "hsvlt" or other.hsvlt.label_embeddings.weight.shape == (9, 12)
+    logits = other(random_images()).logits
+    assert logits.shape == (2, 9) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["hsvlt", "mltr"])
+def test_sixteen_bit_stays_finite_and_close(family, dtype, tmp_path):
+    model = FAMILIES[family](**({"use_absolute_embeddings": True} if family == "mltr" else {}))
+    tolerance = 0.03 if family == "hsvlt" else {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    close = {"atol": tolerance, "rtol": tolerance}
+    with torch.no_grad():
+        expected = model(random_images()).logits
+        model.save_pretrained(tmp_path)
+        half = type(model).from_pretrained(tmp_path, dtype=dtype)
+        images = random_images().to(dtype)
+        if family == "hsvlt":
+            assert half.hsvlt.backbone.embeddings.patch_embeddings.weight.dtype == dtype
+        else:
+            assert {p.dtype for p in half.parameters()} == {dtype}
+            torch.testing.assert_close(half(random_images()).logits.float(), expected, **close)  # images stay fp32
+            assert half(torch.randn(1, 3, 50, 41)).logits.isfinite().all()
+        torch.testing.assert_close(half(images).logits.float(), expected, **close)
+        with torch.autocast("cpu", dtype=dtype):
+            torch.testing.assert_close(model(random_images()).logits.float(), expected, **close)
+    loss = half(images, labels=targets(half)).loss
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in half.parameters())
