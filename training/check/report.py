@@ -13,9 +13,10 @@ from modeling_hsvlt.label_prompts import encode_labels, load_text_encoder
 from modeling_hsvlt.load_image import MAX_PIXELS
 
 from ..checkpoint.atomic import write_file
+from ..data.image_files import ImageFiles
 from ..data.leave_out import write_exclusions
 from ..data.load import load
-from ..data.rows import ImageFiles, Split
+from ..data.rows import Split
 from ..options import DatasetOptions, dataset_options
 from ..say import counted
 from .findings import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import posixpath
 from collections.abc import Sequence
@@ -10,11 +11,23 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .rows import SPLIT_ALIASES, ImageFiles, ListedOnce, Table, check_policies, line_namer, refuse_or_skip
+from .image_files import ImageFiles
+from .rows import (
+    SPLIT_ALIASES,
+    SPLIT_NAMES,
+    ListedOnce,
+    Table,
+    check_policies,
+    line_namer,
+    refuse_or_skip,
+    splits_by_folder,
+)
+from .text import decode
 
 # What the column of file names is called where it is not what the caller said; the first is imagefolder's.
 _FILE_COLUMNS = ("file_name", "filename", "image", "path")
 _SPLIT_COLUMN = "split"
+_INDEX = ("", "unnamed: 0", "index")  # what the column of row numbers is called
 
 
 def find_csv_tables(source: Path) -> dict[str, Path]:
@@ -29,9 +42,11 @@ def find_csv_tables(source: Path) -> dict[str, Path]:
     if not source.is_dir() or any(any(source.glob(pattern)) for pattern in others):
         return {}
     tables = {path.parent.name: path for path in sorted(source.glob("*/metadata.csv"))}
-    for path in sorted(source.glob("*.csv")):
-        if path.name != "selected_tags.csv":
-            tables["" if path.stem == "metadata" else path.stem] = path
+    paths = [path for path in sorted(source.glob("*.csv")) if path.name != "selected_tags.csv"]
+    alone = len(paths) == 1 and not tables
+    for path in paths:
+        of_all = path.stem == "metadata" or (alone and path.stem.lower() not in SPLIT_NAMES)
+        tables["" if of_all else path.stem] = path
     return tables
 
 
@@ -48,7 +63,8 @@ def read_csv_tables(
     """Reads CSV files (UTF-8, comma; `.tsv`: tab) with a header, one row an image.
 
     Args:
-        tables: By split; a table of the split "" may name the split of each row in a column `split`, else it is train.
+        tables: By split; a table of the split "" may name the split of each row in a column `split`, else by its first
+            folder where that is called so (`train/1.jpg`), else it is train.
         image_column: The column of file names; where it is missing `file_name`, `filename`, `image` or `path`.
         label_column: The column of texts, labels divided by a separator.
         label_columns: One column a label; where neither they nor `label_column` exist, all columns but file and split.
@@ -74,7 +90,7 @@ def read_csv_tables(
             raise ValueError(f"{tables[table]} is not the only table for its split; keep one table a split.")
     for table, path in tables.items():
         root = Path(image_folder) if image_folder is not None else path.parent
-        header, rows = _read_rows(path)
+        header, rows = read_table(path)
         if kept is None:
             first_header = header
             file_column = next((name for name in (image_column, *_FILE_COLUMNS) if name in header), None)
@@ -96,13 +112,25 @@ def read_csv_tables(
         of_split = header.index(_SPLIT_COLUMN) if not table and _SPLIT_COLUMN in header else None
         if root not in files:
             files[root] = ImageFiles(root)
-        once, missing = ListedOnce(), []
+        once, missing, file_names = ListedOnce(), [], []
         for line, row in rows:
             file_name = posixpath.normpath(row[of_file].strip().replace("\\", "/")) if row[of_file].strip() else ""
             if not file_name:
                 raise ValueError(f"{path}, line {line} names no image in {file_column!r}; add it or delete the line.")
+            file_names.append(files[root].with_suffix(file_name))
+        by_folder = None
+        if of_split is None:
+            by_folder = splits_by_folder(file_names, lambda row, lines=rows, path=path: f"{path}, line {lines[row][0]}")
+        if by_folder and table and len(set(by_folder)) > 1:
+            odd = next(row for row, split in enumerate(by_folder) if split != by_folder[0])
+            raise ValueError(
+                f"{path}, line {rows[odd][0]} names {file_names[odd]!r}, though rows before are of {by_folder[0]!r}; "
+                "keep one table a split, or put all rows into metadata.csv."
+            )
+        for number, (line, row) in enumerate(rows):
+            file_name = file_names[number]
             once.add(file_name, f"{path}, line {line}", f"line {line}")
-            split = table or "train"
+            split = table or (by_folder[number] if by_folder else "train")
             if of_split is not None and not (split := row[of_split].strip()):
                 raise ValueError(f"{path}, line {line} ({file_name}) names no split; write train, validation or test.")
             split = SPLIT_ALIASES.get(split, split)
@@ -145,29 +173,41 @@ def read_csv_tables(
     )
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header and the rows with their lines; blank lines are none."""
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header and the rows of a CSV (`.tsv`: with tabs) with their lines; blank lines are none.
+
+    What programs add is taken away: a column of row numbers without a name (or `Unnamed: 0`, `index`), and empty
+    columns and cells at the end.
+
+    Raises:
+        ValueError: not CSV or not UTF-8, a header that is not one name a column, a row of another length; with line.
+    """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     rows = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            for row in reader:
-                if any(cell.strip() for cell in row):
-                    rows.append((reader.line_num, row))
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num} is not valid CSV ({error}); correct it.") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+    reader = csv.reader(io.StringIO(decode(path.read_bytes(), path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is not valid CSV ({error}); correct it.") from error
     if not rows:
         raise ValueError(f"{path} is empty; write a header and one line an image.")
-    header = [name.strip() for name in rows[0][1]]
-    for name in header:
-        if not name or header.count(name) > 1:
-            raise ValueError(f"{path}, line 1: the header has {name!r} twice or empty; name each column once.")
-    for line, row in rows[1:]:
+    header, rows = [name.strip() for name in rows[0][1]], rows[1:]
+    while len(header) > 1 and not header[-1] and not any(len(row) >= len(header) and row[-1] for _, row in rows):
+        header.pop()
+    for line, row in rows:
+        while len(row) > len(header) and not row[-1].strip():
+            row.pop()
         if len(row) != len(header):
             raise ValueError(
                 f"{path}, line {line} has {len(row)} cells for {len(header)} columns; quote cells that hold a comma."
             )
-    return header, rows[1:]
+    if header[0].lower() in _INDEX and rows and len(header) > 1:
+        first = [row[0].strip() for _, row in rows]
+        if any(first == [str(number) for number in range(begin, begin + len(rows))] for begin in (0, 1)):
+            header, rows = header[1:], [(line, row[1:]) for line, row in rows]
+    for name in header:
+        if not name or header.count(name) > 1:
+            raise ValueError(f"{path}, line 1: the header has {name!r} twice or empty; name each column once.")
+    return header, rows

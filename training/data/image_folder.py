@@ -14,7 +14,17 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset, Features, Image
 
-from .rows import SPLIT_ALIASES, ImageFiles, ListedOnce, Table, check_policies, line_namer, refuse_or_skip
+from .image_files import ImageFiles
+from .rows import (
+    SPLIT_ALIASES,
+    ListedOnce,
+    Table,
+    check_policies,
+    line_namer,
+    refuse_or_skip,
+    splits_by_folder,
+)
+from .text import decode_line
 
 MAX_ROW = 2**24  # letters of a row of metadata.jsonl: an image with a million labels
 
@@ -26,7 +36,8 @@ def read_image_folders(
     unlisted_images: str = "error",
     missing_images: str = "error",
 ) -> Table:
-    """Reads every `<split>/metadata.jsonl`, or a `metadata.jsonl` of the folder itself, which is then the train split.
+    """Reads every `<split>/metadata.jsonl`, or a `metadata.jsonl` of the folder itself, which is then the train split,
+    or divided by the first folder of its names where those are called like splits (`train/1.jpg`, `test/2.jpg`).
 
     Args:
         unlisted_images: "error", or "skip" to leave out images that no row names.
@@ -60,11 +71,12 @@ def _read_split(
     folder = metadata.parent
     # Splits may share a folder of images beside them, but a row must not reach out of the data set.
     files, once = ImageFiles(folder, within=root), ListedOnce()
-    present, numbers, labels, missing, kind_of_all = [], [], [], [], None
-    with metadata.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_ROW), ""), 1):
-            if len(line) == MAX_ROW:
+    rows, missing, kind_of_all = [], [], None
+    with metadata.open("rb") as lines:
+        for number, data in enumerate(iter(lambda: lines.readline(MAX_ROW), b""), 1):
+            if len(data) == MAX_ROW:
                 raise ValueError(f"{metadata}, line {number} is longer than {MAX_ROW:,} letters; it is no row.")
+            line = decode_line(data, metadata, number)
             if not line.strip():
                 continue
             name, value, kind = _parse_row(line, label_column, f"{metadata}, line {number}")
@@ -75,12 +87,17 @@ def _read_split(
                 )
             kind_of_all = kind_of_all or kind
             once.add(name, f"{metadata}, line {number}", f"line {number}")
-            if files.holds(name):
-                present.append(name)
-                numbers.append(number)
-                labels.append(value)
-            else:
-                missing.append((split, name))
+            rows.append((number, name, value))
+    of_row = [split] * len(rows)
+    if folder == root:
+        names = [name for _, name, _ in rows]
+        of_row = splits_by_folder(names, lambda row: f"{metadata}, line {rows[row][0]}") or of_row
+    there: dict[str, list] = {}
+    for row, name in zip(rows, of_row, strict=True):
+        if files.holds(row[1]):
+            there.setdefault(name, []).append(row)
+        else:
+            missing.append((name, row[1]))
     table.left_out += refuse_or_skip(
         "missing_image",
         missing,
@@ -98,11 +115,14 @@ def _read_split(
         "without a row in metadata.jsonl; add rows (labels may be []), take the images out, or pass "
         "unlisted_images='skip'.",
     )
-    images = Dataset.from_dict(
-        {"image": [str(folder / name) for name in present]}, features=Features({"image": Image(decode=False)})
-    )
-    table.splits[split] = images.add_column("labels", pa.array(labels))
-    table.row_names[split] = line_namer(metadata, numbers, present)
+    for part, kept in (there or {split: []}).items():
+        if part in table.splits:
+            raise ValueError(f"{metadata} names images of {part!r}, which has a metadata.jsonl of its own; keep one.")
+        images = Dataset.from_dict(
+            {"image": [str(folder / name) for _, name, _ in kept]}, features=Features({"image": Image(decode=False)})
+        )
+        table.splits[part] = images.add_column("labels", pa.array([value for *_, value in kept]))
+        table.row_names[part] = line_namer(metadata, [line for line, *_ in kept], [name for _, name, _ in kept])
 
 
 def _parse_row(line: str, label_column: str, where: str) -> tuple[str, list | None, str | None]:

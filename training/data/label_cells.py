@@ -167,15 +167,18 @@ def split_text(
         ValueError: a cell that is no list of labels, no number where numbers are asked for, or numbers in one row and
             names in another; with the row.
     """
+    texts = column.to_pylist()
+    if label_format in ("auto", "names"):
+        _check_separator(texts, separator, where, known)
     rows, kinds = [], {}
-    for row, text in enumerate(column.to_pylist()):
+    for row, text in enumerate(texts):
         try:
             items = None if text is None else read_cell(text, separator, known, label_format in ("ids", "multi_hot"))
         except ValueError as error:
             raise ValueError(f"{where(row)}: {text[:200]!r} {error}.") from error
         if items and label_format in ("ids", "multi_hot"):
             try:
-                parse = int if label_format == "ids" else _number
+                parse = int if label_format == "ids" else read_number
                 items = [parse(item) if isinstance(item, str) else item for item in items]
             except ValueError as error:
                 raise ValueError(
@@ -200,7 +203,27 @@ _UNKNOWN_CELLS = NULL_WORDS | {"", "na", "?"}
 _WORDS = {"true": 1.0, "false": 0.0}
 
 
-def _number(cell: str) -> float:
+def _check_separator(
+    texts: Sequence[str | None], separator: str, where: Callable[[int], str], known: Collection[str]
+) -> None:
+    """
+    Raises:
+        ValueError: no cell holds the separator, and one holds what others use for it.
+    """
+    if any(text is not None and separator in text for text in texts):
+        return
+    for row, text in enumerate(texts):
+        if text and text not in known and text[0] not in _BRACKETS:
+            for other in {"|", ";"} - {separator}:
+                if other in text:
+                    raise ValueError(
+                        f"{where(row)}: {text[:200]!r} holds {other!r} and no cell holds {separator!r}; say "
+                        f"--label_separator '{other}', or give the names of the labels with label_names."
+                    )
+
+
+def read_number(cell: str) -> float:
+    """A number, `true` or `false`; NaN for the spellings of unknown."""
     cell = cell.strip().lower()
     return np.nan if cell in _UNKNOWN_CELLS else _WORDS[cell] if cell in _WORDS else float(cell)
 
@@ -219,7 +242,7 @@ def stack_columns(split: Dataset, columns: Sequence[str], where: Callable[[int],
         if is_text(column.type):
             cells = pc.dictionary_encode(column.combine_chunks().cast(pa.large_string()))
             try:
-                values = np.array([*map(_number, cells.dictionary.to_pylist()), np.nan], dtype=np.float32)
+                values = np.array([*map(read_number, cells.dictionary.to_pylist()), np.nan], dtype=np.float32)
             except ValueError:
                 cells = column.to_pylist()
                 row = next(row for row, cell in enumerate(cells) if cell is not None and not _is_number(cell))
@@ -241,7 +264,7 @@ def stack_columns(split: Dataset, columns: Sequence[str], where: Callable[[int],
 
 def _is_number(cell: str) -> bool:
     try:
-        _number(cell)
+        read_number(cell)
     except ValueError:
         return False
     return True

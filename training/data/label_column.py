@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import pyarrow as pa
+from datasets import Dataset
 
 from ..options import DatasetOptions
 from .label_cells import clean_names, is_text, split_text, stack_columns
 from .rows import Table
 from .sparse_labels import arrow_column, class_names, names_of_ids
+
+logger = logging.getLogger(__name__)
 
 
 class LabelColumn:
@@ -77,6 +81,28 @@ class LabelColumn:
         if _lists_text(column.type):
             column = clean_names(column, where, known=self._known, no_label=self.no_label)
         return column
+
+
+# Where data sets of objects keep the labels that others keep in `labels`.
+_FIELDS = ("objects.category", "objects.label", "objects.labels", "objects.categories", "annotations.category")
+
+
+def label_field(splits: Mapping[str, Dataset]) -> str | None:
+    """`objects.category` and its like, where there is no column `labels` and just one such field; says so."""
+    columns = next(iter(splits.values())).features if splits else {}
+    if "labels" in columns:
+        return None
+    found = []
+    for field in _FIELDS:
+        root, name = field.split(".")
+        inner = columns.get(root)
+        inner = getattr(inner, "feature", inner)
+        if isinstance(inner, dict) and name in inner:
+            found.append(field)
+    if len(found) != 1:
+        return None
+    logger.warning("There is no column 'labels'; the labels are those of %s.", found[0])
+    return found[0]
 
 
 def _lists_text(kind: pa.DataType) -> bool:

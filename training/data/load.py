@@ -20,8 +20,9 @@ from modeling_hsvlt.label_names import check_label_names
 from ..options import DatasetOptions
 from .built_in import BUILT_IN
 from .csv_table import find_csv_tables, read_csv_tables
+from .formats import command_for
 from .image_folder import read_image_folders
-from .label_column import LabelColumn
+from .label_column import LabelColumn, label_field
 from .label_names import given_names, read_label_names
 from .leave_out import read_exclusions
 from .rows import SPLIT_ALIASES, Loaded, Split, Table, no_such_split, only_images, row_namer, without_missing
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def load(
-    source: str | Path | Dataset | DatasetDict,
+    source: str | Path | Dataset | DatasetDict | Table,
     *,
     splits: Sequence[str] | None = None,
     cache_dir: str | None = None,
@@ -51,7 +52,7 @@ def load(
             - a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote;
             - a folder of parquet (or another format that `datasets.load_dataset` reads);
             - "scenes", the built-in scenes, with the settings `scenes`, see `scenes.read_scenes`;
-            - a `Dataset` (taken as "train") or `DatasetDict`.
+            - a `Dataset` (taken as "train") or `DatasetDict`, or the `Table` of a reader.
         splits: The splits to return, all of which must exist and have rows; None: all there are. Usual other names
             (`val`, `dev`, `testing`, ...) are known.
         fresh_scenes: Whether the train split of the scenes is drawn anew every epoch.
@@ -80,7 +81,9 @@ def load(
         read = BUILT_IN[str(source_words)].read
         table = read(splits, options.scenes, label_names=label_names, fresh=fresh_scenes)
     else:
-        table = _read(source, options, cache_dir)
+        table = source if isinstance(source, Table) else _read(source, options, cache_dir)
+    if options.label_column == "labels" and not table.label_columns:
+        table.label_column = label_field(table.splits) or table.label_column
     splits = list(splits or table.splits)
     to_read = [name for name in splits if name not in table.ready]
     _check_splits(table, to_read, source_words)
@@ -160,10 +163,14 @@ def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, c
     if path is None:
         loaded = source
     elif tables := find_csv_tables(path):
+        if sentence := command_for(path):
+            raise ValueError(f"{sentence}.")
         names_file = (path if path.is_dir() else path.parent) / "labels.txt"
         loaded = read_csv_tables(tables, **columns, image_folder=options.image_folder, **policies)
     elif path.is_dir():
         names_file = path / "labels.txt"
+        if sentence := command_for(path):
+            raise ValueError(f"{sentence}.")
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = load_from_disk(str(path))
         elif any(path.glob("metadata.jsonl")) or any(path.glob("*/metadata.jsonl")):

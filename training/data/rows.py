@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Image
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .sparse_labels import SparseLabels, arrow_column
 
@@ -29,7 +27,7 @@ SPLIT_ALIASES = {
     "eval": "test",
     "evaluation": "test",
 }
-_IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
+SPLIT_NAMES = frozenset(SPLIT_ALIASES) | frozenset(SPLIT_ALIASES.values()) | {"train"}
 
 
 class LeftOut(NamedTuple):
@@ -126,43 +124,6 @@ class Table:
     drawn: bool = False
 
 
-def images_below(folder: Path) -> set[str]:
-    """Relative names of all image files in a folder and its folders; hidden ones are none."""
-    return {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith((".", "__"))
-    }
-
-
-class ImageFiles:
-    """The images below a folder: is one there, and which does no row name?
-
-    Args:
-        folder: Where names start.
-        within: The folder that a name must not lead out of, by default `folder`.
-    """
-
-    def __init__(self, folder: Path, within: Path | None = None):
-        self._folder, self._within = folder, os.path.normpath(within or folder)
-        self._unlisted = images_below(folder)
-
-    def holds(self, name: str) -> bool:
-        """Whether an image that a row names is there; from then on it is listed."""
-        if name in self._unlisted:
-            self._unlisted.discard(name)
-            return True
-        path = Path(os.path.normpath(self._folder / name))
-        if not (path.is_relative_to(self._within) and path.is_file()):
-            return False
-        self._unlisted.discard(Path(os.path.relpath(path, self._folder)).as_posix())
-        return True
-
-    def unlisted(self) -> list[str]:
-        """Names of the images that no row has named so far."""
-        return sorted(self._unlisted)
-
-
 class ListedOnce:
     """Refuses the second row of an image."""
 
@@ -181,6 +142,31 @@ class ListedOnce:
         if image in self._first:
             raise ValueError(f"{where}: {image!r} has a row already on {self._first[image]}; keep one of them.")
         self._first[image] = line
+
+
+def splits_by_folder(names: Sequence[str], where: Callable[[int], str]) -> list[str] | None:
+    """The split of each name such as `train/1.jpg` or `images/test/2.jpg`; None where no folder is called like one.
+
+    Args:
+        where: Words for the place of a name.
+
+    Raises:
+        ValueError: some names have a folder of a split and some have none at that depth.
+    """
+    folders = [name.lower().split("/")[:-1] for name in names]
+    depths = {next((depth for depth, part in enumerate(parts) if part in SPLIT_NAMES), None) for parts in folders}
+    if depths == {None} or not names:
+        return None
+    if len(depths) > 1:
+        depth = next(depth for depth in depths if depth is not None)
+        inside = [len(parts) > depth and parts[depth] in SPLIT_NAMES for parts in folders]
+        one, other = inside.index(True), inside.index(False)
+        raise ValueError(
+            f"{where(other)} names {names[other]!r}, which is in no split, but {names[one]!r} is in one by its folder; "
+            "say the split of every row in a column 'split', or put all images into folders of splits."
+        )
+    (depth,) = depths
+    return [SPLIT_ALIASES.get(parts[depth], parts[depth]) for parts in folders]
 
 
 def no_such_split(name: str, there: Iterable[str], source: str | Path) -> ValueError:
@@ -244,6 +230,11 @@ def row_namer(images: Dataset, prefix: str = "") -> Callable[[int], str]:
     return partial(_name_by_number, images, prefix)
 
 
+def place_namer(places: Sequence[str]) -> Callable[[int], str]:
+    """Names a row by the words for its place."""
+    return partial(_name_by_place, places)
+
+
 def line_namer(table: Path, lines: Sequence[int], names: Sequence[str]) -> Callable[[int], str]:
     """Names a row by its line in a table, and its image."""
     return partial(_name_by_line, table, lines, names)
@@ -252,6 +243,10 @@ def line_namer(table: Path, lines: Sequence[int], names: Sequence[str]) -> Calla
 def _name_by_number(images: Dataset, prefix: str, row: int) -> str:
     path = (images[row]["image"] or {}).get("path")
     return f"{prefix}row {row}" + (f" ({path})" if path else "")
+
+
+def _name_by_place(places: Sequence[str], row: int) -> str:
+    return places[row]
 
 
 def _name_by_line(table: Path, lines: Sequence[int], names: Sequence[str], row: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from pathlib import Path
 
+_DECLARATION = re.compile(rb"^\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)[\"'][^>]*\?>")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -27,3 +30,35 @@ def decode(data: bytes, path: Path | str) -> str:
     if 3 * text[:200].count("\0") > len(text[:200]):
         raise ValueError(f"{path}, line 1 is not UTF-8 text (zero bytes, as in UTF-16); save the file as UTF-8.")
     return text
+
+
+def decode_line(data: bytes, path: Path, number: int) -> str:
+    """One line of a UTF-8 file. Raises a ValueError as `read_text` does."""
+    try:
+        return data.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError:
+        return decode(b"\n" * (number - 1) + data if data[:2] not in _UTF16 else data, path)
+
+
+def decode_xml(data: bytes, path: Path | str) -> str:
+    """The text of an XML file in the encoding that it declares, without what says so.
+
+    Raises:
+        ValueError: an encoding that does not exist, or bytes that are not in it, with the line.
+    """
+    if data[:2] in _UTF16:
+        text = data.decode("utf-16", errors="replace")
+        return re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.S)
+    declared = _DECLARATION.match(data.removeprefix(codecs.BOM_UTF8))
+    name = declared[1].decode("ascii") if declared else "utf-8"
+    try:
+        if not codecs.lookup(name)._is_text_encoding:
+            raise LookupError
+        # Line numbers stay, so that what is wrong further down is found.
+        text = data.removeprefix(codecs.BOM_UTF8).decode(name) if name.lower() != "utf-8" else decode(data, path)
+    except LookupError:
+        raise ValueError(f"{path}, line 1 declares the encoding {name!r}, which does not exist; correct it.") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line} is not {name} text, as line 1 says; save the file anew.") from None
+    return re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.S)

@@ -1,4 +1,6 @@
-"""`hsvlt prepare KIND SOURCE TARGET`: a data set in its own format becomes a Hugging Face dataset.
+"""`hsvlt prepare auto SOURCE TARGET`: a data set in its own format becomes a Hugging Face dataset.
+
+`auto` says what SOURCE is, by its structure; each format has a name of its own as well, with its options.
 
 TARGET is a folder of parquet shards with the images in them, which `datasets.load_dataset` and the commands of this
 folder read, and which can be uploaded as it is. Counts are printed beside the published ones.
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 
 # The module that reads a kind, and what it is; imported when it is asked for.
 KINDS = {
-    "coco": ("coco", "COCO json, instances"),
-    "voc": ("voc", "PASCAL VOC, xml or lists of ImageSets/Main"),
+    "auto": ("auto", "says what SOURCE is, by its structure, and reads it"),
+    "coco": ("coco", "COCO json: instances, LVIS, and the exports of Roboflow, CVAT, Label Studio, FiftyOne"),
+    "voc": ("voc", "PASCAL VOC, xml or lists of ImageSets/Main, and xml beside images"),
     "nuswide": ("nuswide", "NUS-WIDE's own lists"),
     "csv": (
         "tables",
@@ -32,15 +35,36 @@ KINDS = {
     ),
     "imagefolder": ("tables", "images beside a SPLIT/metadata.jsonl"),
     "dataset": ("tables", "parquet, save_to_disk, or a data set of the Hub"),
+    "label_studio": ("label_studio", "Label Studio's JSON, JSON_MIN and CSV"),
+    "yolo": ("yolo", "YOLO: labels/*.txt with data.yaml or classes.txt"),
+    "objects": ("objects", "tables with a row an object: OpenImages, _annotations.csv"),
+    "tag_files": ("tag_files", "images with .txt or .caption files of tags: our sidecars, kohya, boorus"),
+    "label_folders": ("label_folders", "a folder for each label; the same image may be in several"),
+    "webdataset": ("webdataset", "tar shards of images with .json, .txt or .cls"),
+    "chestxray14": ("image_tables", "ChestX-ray14: Data_Entry_2017.csv"),
+    "chexpert": ("image_tables", "CheXpert: train.csv, valid.csv"),
+    "planet": ("image_tables", "Planet: image_name, tags"),
+    "isic": ("image_tables", "ISIC: image and one column a label"),
+    "roboflow_csv": ("image_tables", "Roboflow's multi-label _classes.csv"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(chosen)
+    args, _ = parser.parse_known_args(argv)
     from .write import write_dataset
 
     try:
+        if args.kind == "auto":
+            from .auto import find
+
+            kind, words = find(args.source)
+            print(f"{args.source} is {words}: {kind}.", flush=True)
+            argv[argv.index("auto")] = kind
+            parser = build_parser(kind)
+        args = parser.parse_args(argv)
         if args.target.exists():
             raise FileExistsError(f"{args.target} exists: delete it, or choose another TARGET.")
         reading = select_splits(_reader(args.kind).read(args), args.split)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Image
 
+from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+
+from ..data.image_files import ImageFinder
+from ..data.label_cells import clean_names
 from ..data.load import load
-from ..data.rows import ListedOnce, Split, refuse_or_skip
+from ..data.rows import SPLIT_ALIASES, ListedOnce, Split, Table, place_namer, refuse_or_skip
+from ..data.sparse_labels import SparseLabels
+from ..data.text import read_text
 from ..options import option
 
 
@@ -21,6 +30,7 @@ class SourceOptions:
 
     source: Path = option(reason="where it was unpacked to, see above", positional=True, metavar="SOURCE")
     missing_images: Literal["error", "skip"] = option("error", "listed but not there; skip leaves out, and says so")
+    unlisted_images: Literal["error", "skip"] = option("skip", "there but not listed; skip leaves out, and says so")
 
 
 @dataclass(kw_only=True)
@@ -40,6 +50,7 @@ class Reading:
     usual_names: dict[str, str]
     title: str = ""
     published: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    held: Any = None  # what the images are in until they are written
 
 
 class Rows:
@@ -87,6 +98,152 @@ class Rows:
         return images.add_column("labels", pa.array(self.labels, pa.list_(kind)))
 
 
+class NamedRows:
+    """The rows of all splits with the names of their labels: what the reader of a format fills.
+
+    Args:
+        finder: Knows the images below the source.
+        missing_images, unlisted_images: See `SourceOptions`; "ignore" says nothing of images that no row names.
+    """
+
+    def __init__(self, finder: ImageFinder | None, missing_images: str = "error", unlisted_images: str = "skip"):
+        self.finder, self.missing_images, self.unlisted_images = finder, missing_images, unlisted_images
+        self._images: dict[str, list[dict]] = {}
+        self._labels: dict[str, list[list[str]]] = {}
+        self._unknown: dict[str, list[Collection[str]]] = {}
+        self._places: dict[str, list[str]] = {}
+        self._missing: list[tuple[str, str]] = []
+        self._once = ListedOnce()
+
+    def add(
+        self,
+        split: str,
+        image: Path | bytes | str | None,
+        labels: Iterable[str],
+        where: str,
+        *,
+        unknown: Collection[str] = (),
+        name: str = "",
+        below: str = "",
+    ) -> None:
+        """One image.
+
+        Args:
+            split: As the source calls it, see `usual_name`.
+            image: Its file, its bytes (then `name` is its name), or its name for `finder`; None: not there.
+            labels: Those that it shows.
+            where: Words for its file and line.
+            unknown: Labels of which it is not known whether it shows them.
+            below: As in `ImageFinder.find`.
+
+        Raises:
+            ValueError: the image has a row already, or its name may mean several.
+        """
+        if isinstance(image, str):
+            name = image
+            try:
+                image = self.finder.find(image, below)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}.") from error
+        if image is None:
+            self._missing.append((split, f"{where}: {name}"))
+            return
+        self._once.add(name if isinstance(image, bytes) else str(image), where, where)
+        stored = {"bytes": image, "path": name} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
+        for columns, value in (
+            (self._images, stored),
+            (self._labels, list(dict.fromkeys(labels))),
+            (self._unknown, unknown),
+            (self._places, f"{where} ({name or image})"),
+        ):
+            columns.setdefault(split, []).append(value)
+
+    def reading(self, label_names: list[str] | None = None, also: Iterable[str] = (), **options) -> Reading:
+        """The splits, held against the label contract as any other; says which images no row names.
+
+        Args:
+            label_names: The vocabulary; by default the names of all splits, and `also` these.
+            options: Of `load`.
+
+        Raises:
+            ValueError: images that are not there or in no row, as the policies say; none at all; bad labels.
+        """
+        left = "that are not there; add them, or pass --missing_images skip."
+        refuse_or_skip("missing_image", self._missing, self.missing_images, "The source", "names", left)
+        if self.finder is not None and self.unlisted_images != "ignore":
+            unlisted = [("", name) for name in self.finder.unlisted()]
+            left = "that nothing labels; label them, take them out, or pass --unlisted_images skip."
+            refuse_or_skip("unlisted_image", unlisted, self.unlisted_images, str(self.finder.folder), "holds", left)
+        if not self._images:
+            raise ValueError("The source names no image that is there; check its folder.")
+        table = Table({}, {name: place_namer(places) for name, places in self._places.items()})
+        partly = any(map(any, self._unknown.values()))
+        for split in sorted(self._images, key=lambda split: usual_name(split) != "train"):
+            images = self._images[split]
+            labels = pa.array(self._labels[split], pa.large_list(pa.large_string()))
+            labels = clean_names(labels, table.row_names[split], known=label_names or ())
+            data = Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
+            table.splits[split] = data.add_column("labels", labels)
+        loaded = load(table, label_names=label_names, **options)
+        unknown = {name for rows in self._unknown.values() for names in rows for name in names}
+        if label_names is None and (more := unknown.union(also).difference(loaded.label_names)):
+            loaded = load(table, label_names=sorted(more.union(loaded.label_names)), **options)
+        if partly:
+            index = {name: label for label, name in enumerate(loaded.label_names)}
+            for split, rows in loaded.splits.items():
+                rows.labels = _with_unknown(rows.labels, self._unknown[split], index)
+        return Reading(
+            splits=loaded.splits,
+            label_names=loaded.label_names,
+            usual_names={name: usual_name(name) for name in loaded.splits},
+        )
+
+
+def usual_name(split: str) -> str:
+    """What a split of a source is called here: `val2014` is validation; nothing, `default` and `all` are train."""
+    bare = re.sub(r"[\d_-]+$", "", split)
+    bare = {"": "train", "default": "train", "all": "train"}.get(bare.lower(), bare)
+    return SPLIT_ALIASES.get(bare.lower(), bare)
+
+
+def read_json(path: Path, drop: str = "") -> Any:
+    """What a JSON file holds, without the entries `drop` of its objects.
+
+    Raises:
+        ValueError: no JSON, or not UTF-8, with the line.
+    """
+
+    def without(entry: dict) -> dict:
+        entry.pop(drop, None)
+        return entry
+
+    try:
+        return json.loads(read_text(path), object_hook=without if drop else None)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch or write it again.") from error
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep to be a data set; fetch or write it again.") from None
+
+
+def _with_unknown(labels: SparseLabels, unknown: Sequence[Collection[str]], index: dict[str, int]) -> SparseLabels:
+    """The labels, where those that are unknown are."""
+    rows, ids, values = [], [], []
+    for row, names in enumerate(unknown):
+        entries = dict.fromkeys((index[name] for name in names if name in index), UNKNOWN_LABEL)
+        entries |= dict(zip(*(array.tolist() for array in labels.entries(row)), strict=True))
+        rows += [row] * len(entries)
+        ids += sorted(entries)
+        values += [entries[label] for label in sorted(entries)]
+    starts = np.searchsorted(rows, np.arange(len(labels) + 1))
+    return replace(
+        labels,
+        starts=starts.astype(np.int64),
+        ids=np.array(ids, dtype=np.int64),
+        values=np.array(values, dtype=np.float32),
+        label_format="multi_hot",
+    )
+
+
 def checked(splits: dict[str, Dataset], label_names: list[str], label_format: str) -> dict[str, Split]:
     """The splits as `load` gives them, held against the label contract."""
     # Under names of their own: `load` would rename "val".
@@ -103,10 +260,7 @@ def text_lines(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the folder that the data set was unpacked to.")
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); unpack it again.") from error
+    return [line.strip() for line in read_text(path).rstrip().split("\n")]
 
 
 def first_folder(*folders: Path) -> Path:

@@ -1,7 +1,8 @@
 """Splits in which every label keeps its share.
 
 Iterative stratification (Sechidis, Tsoumakas and Vlahavas, "On the Stratification of Multi-Label Data", ECML PKDD 2011)
-on sparse labels, with one addition: a label with a positive for every split has one in every split."""
+on sparse labels, with two additions (`exact_splits.py`): a label with a positive for every split has one in every
+split, and the sizes are those that were asked for."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from ..data.sparse_labels import SparseLabels
+from .exact_splits import exact_sizes, mend
 
 
 def stratified_split(
@@ -31,7 +33,8 @@ def stratified_split(
     Returns:
         (rows,) int64, the index of each row's split in `fractions`. A label whose positives lie in at least as many
         groups (rows, where there are none) as there are splits has one in each, unless labels or groups that are tied
-        together leave no way to do that.
+        together leave no way to do that; and the splits have the sizes that are nearest to the fractions, or with
+        groups as near as they come. See `exact_splits.mend` for how exactly.
 
     Raises:
         ValueError: fractions that are no shares of one whole, or another number of groups than rows.
@@ -56,7 +59,10 @@ def stratified_split(
         (np.ones(len(units), dtype=np.int64), (units, labels.ids[positive])), shape=(len(sizes), labels.num_labels)
     )
     counts.sum_duplicates()
-    return _assign(counts, sizes[order], fractions, random.Random(seed))[place[unit_of_row]]
+    split_of = _assign(counts, sizes[order], fractions, random.Random(seed))
+    wanted = _wanted(np.asarray(counts.sum(0)).ravel(), np.diff(counts.tocsc().indptr), fractions)
+    target = exact_sizes(len(labels), fractions)
+    return mend(split_of, counts, sizes[order], wanted, target)[place[unit_of_row]]
 
 
 def _assign(counts: csr_array, sizes: np.ndarray, fractions: np.ndarray, choice: random.Random) -> np.ndarray:
@@ -99,19 +105,6 @@ def _assign(counts: csr_array, sizes: np.ndarray, fractions: np.ndarray, choice:
     for unit in np.flatnonzero(np.diff(counts.indptr) == 0).tolist():
         move(unit, choice.choice(best_of(room, everywhere)))
 
-    # What other labels took away from a rare one: move a unit that leaves nothing behind without a positive.
-    for label in np.argsort(units_with, kind="stable").tolist():
-        if units_with[label] < num_splits or all(placed[label]):
-            continue
-        units = by_label.indices[by_label.indptr[label] : by_label.indptr[label + 1]].tolist()
-        for split in [split for split in everywhere if not placed[label][split]]:
-            for unit in units:
-                entries = slice(counts.indptr[unit], counts.indptr[unit + 1])
-                pairs = zip(counts.indices[entries].tolist(), counts.data[entries].tolist(), strict=True)
-                if all(placed[other][split_of[unit]] > count for other, count in pairs):
-                    move(unit, split_of[unit], -1)
-                    move(unit, split)
-                    break
     return np.array(split_of, dtype=np.int64)
 
 

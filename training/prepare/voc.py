@@ -1,7 +1,8 @@
 """PASCAL VOC and what is annotated like it: JPEGImages/, ImageSets/Main/SET.txt, and labels from Annotations/*.xml or
-from ImageSets/Main/CLASS_SET.txt. A label of which an image shows difficult objects only is unknown (as VOC scores
-it) or negative (as it is usually trained). By default trainval becomes train and test test. SOURCE: VOCdevkit/VOC2007,
-or VOCdevkit where it holds one year."""
+from ImageSets/Main/CLASS_SET.txt; without ImageSets, every xml with its image beside it or in a folder of images, as
+Roboflow, Label Studio and labelImg write them. A label of which an image shows difficult objects only is unknown (as
+VOC scores it) or negative (as it is usually trained). By default trainval becomes train and test test. SOURCE:
+VOCdevkit/VOC2007, or VOCdevkit where it holds one year; else the folder of the export."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ import pyarrow as pa
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
+from ..data.image_files import ImageFinder
 from ..data.label_names import given_names
-from ..data.rows import SPLIT_ALIASES
+from ..data.rows import SPLIT_ALIASES, SPLIT_NAMES
+from ..data.text import decode_xml
 from ..options import LABEL_NAMES, option
-from .reading import Reading, Rows, SourceOptions, checked, text_lines
+from .reading import NamedRows, Reading, Rows, SourceOptions, checked, first_folder, text_lines
 
 PUBLISHED = {"VOC2007": {"trainval": (5_011, None), "test": (4_952, None)}}
 
@@ -41,15 +44,18 @@ def read(args: argparse.Namespace) -> Reading:
     root = args.source
     if not (root / "ImageSets" / "Main").is_dir():
         years = sorted(path.parent.parent for path in root.glob("*/ImageSets/Main"))
+        if not years and any(root.rglob("*.xml")):
+            return _read_beside(args)
         if len(years) != 1:
             raise FileNotFoundError(
                 f"{root} has no ImageSets/Main" + (f"; give one of {', '.join(map(str, years))}." if years else ".")
             )
         root = years[0]
     main = root / "ImageSets" / "Main"
-    sets = {path.stem for path in main.glob("*.txt")} & {"train", "val", "trainval", "test"}
+    sets = {path.stem for path in main.glob("*.txt")}
+    sets = sets & {"train", "val", "trainval", "test"} or sets & {"default"}
     usual = {"trainval": "train", "test": "test"} if "trainval" in sets else {"train": "train", "val": "validation"}
-    usual["test"] = "test"
+    usual |= {"test": "test", "default": "train"}
     wanted = dict(args.split).keys() if args.split else [name for name in usual if name in sets]
     if not wanted:
         raise FileNotFoundError(f"{main} has no trainval.txt, train.txt, val.txt or test.txt.")
@@ -71,14 +77,14 @@ def read(args: argparse.Namespace) -> Reading:
         if not label_names:
             label_names = sorted({label for ids in objects.values() for found in ids.values() for label, *_ in found})
         labels = {name: _labels_of_objects(ids, label_names) for name, ids in objects.items()}
-    splits = {}
+    splits, finder = {}, ImageFinder(first_folder(root / "JPEGImages", root / "images", root))
     for name, ids in lists.items():
         rows = Rows(args.missing_images)
         for image, line in ids.items():
             values = labels[name][image]
             where = f"{main / name}.txt, line {line}"
             values = np.where(values == 0, difficult, values > 0).astype(np.float32)
-            rows.add(root / "JPEGImages" / f"{image}.jpg", values, where)
+            rows.add(finder.find(image) or finder.folder / f"{image}.jpg", values, where)
         splits[name] = rows.dataset(pa.float32())
     return Reading(
         splits=checked(splits, label_names, "multi_hot"),
@@ -87,6 +93,26 @@ def read(args: argparse.Namespace) -> Reading:
         title=root.name,
         published={name: counts for name, counts in PUBLISHED.get(root.name, {}).items() if name in splits},
     )
+
+
+def _read_beside(args: argparse.Namespace) -> Reading:
+    """Every xml below the source, each with its image; the first folder is the split where it is called so."""
+    rows = NamedRows(ImageFinder(args.source), args.missing_images, args.unlisted_images)
+    for path in sorted(args.source.rglob("*.xml")):
+        inside = path.relative_to(args.source).parts[:-1]
+        split = inside[0] if inside and inside[0].lower() in SPLIT_NAMES else ""
+        objects, file_name = _parse_annotation(path)
+        present = {label for label, difficult, _ in objects if not difficult}
+        difficult = {label for label, *_ in objects} - present
+        name, where = path.stem, str(path)
+        below = "/".join(inside)
+        try:
+            image = rows.finder.find(name, below, split) or rows.finder.find(file_name, below, split)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}.") from error
+        unknown = difficult if args.difficult == "unknown" else ()
+        rows.add(split, image, sorted(present), where, unknown=unknown, name=file_name or name)
+    return rows.reading(given_names(args.label_names))
 
 
 def _read_set(path: Path) -> dict[str, int]:
@@ -141,7 +167,11 @@ def _labels_of_objects(objects: dict[str, list], label_names: list[str]) -> dict
 
 
 def _read_annotation(path: Path) -> list[tuple[str, bool, str]]:
-    """Label, whether difficult, and the words for file and line, of each object.
+    return _parse_annotation(path)[0]
+
+
+def _parse_annotation(path: Path) -> tuple[list[tuple[str, bool, str]], str]:
+    """Label, whether difficult, and the words for file and line, of each object; and the name of the image.
 
     Raises:
         ValueError: no well-formed XML, a document type (it could define entities that grow without bound or read other
@@ -161,18 +191,19 @@ def _read_annotation(path: Path) -> list[tuple[str, bool, str]]:
     parser.StartElementHandler, parser.EndElementHandler = start, builder.end
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, refuse
     try:
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(decode_xml(path.read_bytes(), path), True)
     except expat.ExpatError as error:
         raise ValueError(f"{path}, line {error.lineno} is not well-formed XML ({error}); correct it.") from error
     root = builder.close()
     if root.tag != "annotation":
         raise ValueError(f"{path}, line {lines[root]}: the root is {root.tag!r}, but must be 'annotation'.")
-    return [_read_object(element, f"{path}, line {lines[element]}") for element in root.findall("object")]
+    objects = [_read_object(element, f"{path}, line {lines[element]}") for element in root.findall("object")]
+    return objects, (root.findtext("filename") or "").strip()
 
 
 def _read_object(element: ElementTree.Element, where: str) -> tuple[str, bool, str]:
     name = (element.findtext("name") or "").strip()
-    difficult = element.findtext("difficult", "0").strip()
+    difficult = (element.findtext("difficult") or "").strip() or "0"
     if not name:
         raise ValueError(f"{where}: the object has no name; add it.")
     if difficult not in ("0", "1"):

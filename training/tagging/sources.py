@@ -7,8 +7,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from ..data.image_files import find_images
 from ..data.load import load_images
-from ..data.rows import images_below
 
 # What makes a folder a data set and not a tree of images.
 DATASET_FILES = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
@@ -58,7 +58,7 @@ def open_source(source: str, *, split: str | None = None, **options) -> FileSour
             raise ValueError(f"{path} names no image; write one path a line.")
         return FileSource(path.parent, names)
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in DATASET_FILES):
-        names = sorted(images_below(path))
+        names = find_images(path).names
         if not names:
             raise ValueError(f"{path} holds no images; give another folder, a list, or a data set.")
         return FileSource(path, names)

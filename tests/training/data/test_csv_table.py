@@ -90,5 +90,5 @@ def test_two_tables_for_one_split_and_tables_of_other_columns_are_refused(tmp_pa
     with pytest.raises(ValueError, match=r"test.csv names 1 image \(line 2: ../../etc/x.png\) that"):
         read_csv_tables({"test": paths["test"]})
     paths["test"].write_bytes(b"file_name,cat\n\xff.png,1\n")
-    with pytest.raises(ValueError, match=r"test.csv is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"test.csv, line 2 is not UTF-8 text"):
         read_csv_tables({"test": paths["test"]})

@@ -175,7 +175,7 @@ def test_one_rule_for_names_in_files_data_and_checkpoints(tmp_path):
 def test_prepare_refuses_what_does_not_read_back(tmp_path, monkeypatch, capsys):
     folder = write_csv(tmp_path / "a", {"train": ["cat", "dog"]})
     monkeypatch.setattr("training.prepare.write._write_shard", broken_shard)
-    assert prepare(["csv", str(folder), str(tmp_path / "made")]) == 1
+    assert prepare(["csv", str(folder), str(tmp_path / "made")]) == 2
     assert "do not read back" in capsys.readouterr().err and not (tmp_path / "made").exists()
 
 

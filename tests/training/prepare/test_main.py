@@ -157,8 +157,8 @@ MALFORMED = [
     ),
     (
         "coco",
-        edited_json(lambda c: c["categories"].append({"id": 3, "name": "dog"})),
-        r"categories\[3\]: the category 3 'dog' is listed twice",
+        edited_json(lambda c: c["categories"].append({"id": 1, "name": "dog"})),
+        r"categories\[3\]: the category 1 is 'cat' as well",
     ),
     (
         "coco",

@@ -1,9 +1,12 @@
 """Splits are disjoint and keep every label's share better than chance."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from training.data.sparse_labels import SparseLabels
+from training.prepare.exact_splits import exact_sizes
 from training.prepare.stratify import positives_by_split, stratified_split
 
 FRACTIONS = [0.8, 0.1, 0.1]
@@ -120,3 +123,45 @@ def test_soft_and_unknown_labels_are_no_positives_below_a_half():
 def test_impossible_requests_are_refused(fractions, groups, words):
     with pytest.raises(ValueError, match=words):
         stratified_split(sparse([[0], [1], [0, 1], []]), fractions, groups=groups)
+
+
+def best_by_brute_force(rows, target, num_labels):
+    """Over all ways: the fewest (label, split) pairs without a positive, and of those how near sizes come."""
+    num_splits = len(target)
+    bits = [sum(1 << label for label in row) for row in rows]
+    enough = sum(1 << label for label in range(num_labels) if sum(label in row for row in rows) >= num_splits)
+    best = (np.inf, np.inf)
+    for splits in itertools.product(range(num_splits), repeat=len(rows)):
+        there, sizes = [0] * num_splits, [0] * num_splits
+        for row, split in zip(bits, splits, strict=True):
+            there[split] |= row
+            sizes[split] += 1
+        missing = sum((enough & ~labels).bit_count() for labels in there)
+        best = min(best, (missing, sum(abs(size - want) for size, want in zip(sizes, target, strict=True))))
+    return best
+
+
+@pytest.mark.parametrize("fractions", [[0.5, 0.25, 0.25], [0.7, 0.3]])
+def test_small_sets_are_split_as_well_as_any_way_could(fractions):
+    random = np.random.default_rng(5)
+    for seed in range(40):
+        size, num_labels = int(random.integers(5, 8)), int(random.integers(2, 6))
+        rows = [sorted(np.flatnonzero(random.random(num_labels) < 0.45).tolist()) for _ in range(size)]
+        if not any(rows):
+            continue
+        labels = sparse(rows)
+        split_of_row = stratified_split(labels, fractions, seed=seed)
+        target = exact_sizes(size, np.array(fractions))
+        off = np.abs(np.bincount(split_of_row, minlength=len(fractions)) - target).sum()
+        counts = positives_by_split(labels, split_of_row, len(fractions))
+        missing = (counts[:, labels.positives() >= len(fractions)] == 0).sum()
+        assert (missing, off) == best_by_brute_force(rows, target, labels.num_labels)
+
+
+def test_sizes_are_those_that_were_asked_for():
+    for seed, (rows, fractions) in enumerate([(1000, FRACTIONS), (997, [0.9, 0.05, 0.05]), (333, [0.2] * 5)]):
+        labels = long_tail(rows, 60, seed)
+        sizes = np.bincount(stratified_split(labels, fractions, seed=seed))
+        assert np.abs(sizes - np.array(fractions) * rows).max() < 1
+        counts = positives_by_split(labels, stratified_split(labels, fractions, seed=seed), len(fractions))
+        assert (counts[:, labels.positives() >= len(fractions)] > 0).all()

@@ -1,0 +1,33 @@
+"""What SOURCE is, by its structure: the registry of `data/formats.py` is walked, and the reader of what was found reads
+it with its own options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.formats import RECOGNISERS, recognise
+from .reading import SourceOptions
+
+
+@dataclass(kw_only=True)
+class Options(SourceOptions):
+    pass
+
+
+def find(source: Path) -> tuple[str, str]:
+    """The kind of a source, and what it is in words.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, nothing that is known, or what may be several.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; give the folder or file of the data set.")
+    found = recognise(source)
+    if not found:
+        kinds = ", ".join(RECOGNISERS)
+        raise ValueError(f"{source} is in no format that is known here ({kinds}); see training/prepare/README.md.")
+    if len(found) > 1:
+        words = " and ".join(f"{words} ({kind})" for kind, words in found.items())
+        raise ValueError(f"{source} may be {words}; say which: python -m training.prepare {next(iter(found))} ...")
+    return next(iter(found.items()))

@@ -1,0 +1,138 @@
+"""YOLO's labels/*.txt with data.yaml (ultralytics, Roboflow), or with classes.txt (Label Studio). An image has the
+labels of its boxes or outlines; one whose file of labels is empty or missing shows none. SOURCE: the folder with
+data.yaml, or the yaml file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from ..data.formats import Files, yolo_yaml
+from ..data.image_files import ImageFinder, find_images
+from ..data.label_names import read_label_names
+from ..data.rows import SPLIT_NAMES
+from ..data.text import read_text
+from .reading import NamedRows, Reading, SourceOptions, first_folder, text_lines, usual_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Options(SourceOptions):
+    pass
+
+
+def read(args: argparse.Namespace) -> Reading:
+    """Raises ValueError or FileNotFoundError, in one sentence with file and line."""
+    files = Files(args.source)
+    yamls = [args.source.name] if args.source.is_file() else yolo_yaml(files)
+    if len(yamls) > 1:
+        raise ValueError(f"{args.source} holds {yamls[0]} and {yamls[1]}; give one of them.")
+    if yamls:
+        names, parts = _read_yaml(files.root / yamls[0])
+    else:
+        names, parts = _without_yaml(files.root)
+    rows = NamedRows(ImageFinder(files.root), args.missing_images, args.unlisted_images)
+    without = 0
+    for split, images in parts.items():
+        for image in images:
+            path = _labels_of(image)
+            without += not path.is_file()
+            labels = _read_labels(path, names) if path.is_file() else ()
+            name = image.relative_to(files.root).as_posix() if image.is_relative_to(files.root) else ""
+            found = rows.finder.find(name) if name else None
+            rows.add(split, found or (image if image.is_file() else None), labels, str(path), name=str(image))
+    if without == sum(map(len, parts.values())):
+        raise ValueError(f"{args.source}: no image has a file of labels; put them into labels/ beside images/.")
+    if without:
+        logger.warning("%d images have no file of labels and are taken to show none.", without)
+    return rows.reading(names)
+
+
+def _read_yaml(path: Path) -> tuple[list[str], dict[str, list[Path]]]:
+    """The names of the classes, and the images of each part."""
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML ({' '.join(str(error).split())}); correct it.") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict):
+        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+            raise ValueError(f"{path}: the keys of names are {list(names)!r:.80}, but must count from 0.")
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{path} has no list of names; add the names of the classes.")
+    if content.get("nc", len(names)) != len(names):
+        raise ValueError(f"{path} says nc: {content['nc']}, but names {len(names)} classes; correct one of them.")
+    parts = {}
+    for split in ("train", "val", "valid", "validation", "test"):
+        places = content.get(split)
+        if places:
+            images = []
+            for place in places if isinstance(places, list) else [places]:
+                images += _images_of(path, str(content.get("path") or ""), str(place), split)
+            parts[split] = images
+    if not parts:
+        raise ValueError(f"{path} names no train, val or test; add the folders of images.")
+    return [str(name) for name in names], parts
+
+
+def _images_of(path: Path, root: str, place: str, split: str) -> list[Path]:
+    """The images of a part: of a folder, or of a text file that lists them; places start where some program was run."""
+    parts = [part for part in Path(place.replace("\\", "/")).parts if part not in ("..", "/")]
+    for base in (path.parent / root, path.parent):
+        for start in range(len(parts)):
+            there = base.joinpath(*parts[start:])
+            if start and not {split, usual_name(split), "images"} & {part.lower() for part in parts[start:]}:
+                break  # what is left names no part any more
+            if there.is_dir():
+                return [there / name for name in find_images(there).names]
+            if there.is_file():
+                lines = [line for line in text_lines(there) if line]
+                finder = ImageFinder(path.parent)
+                return [finder.find(line) or there.parent / line for line in lines]
+    raise FileNotFoundError(f"{path}: {split}: {place} is not there; correct the path.")
+
+
+def _without_yaml(root: Path) -> tuple[list[str], dict[str, list[Path]]]:
+    names = next((path for path in (root / "classes.txt", root / "labels" / "classes.txt") if path.is_file()), None)
+    if names is None:
+        raise FileNotFoundError(f"{root} has labels, but neither data.yaml nor classes.txt with their names; add one.")
+    folder = first_folder(root / "images", root)
+    parts: dict[str, list[Path]] = {}
+    for name in find_images(folder).names:
+        first = next((part for part in name.split("/")[:-1] if part.lower() in SPLIT_NAMES), "")
+        parts.setdefault(first, []).append(folder / name)
+    return read_label_names(names), parts
+
+
+def _labels_of(image: Path) -> Path:
+    """The file of labels of an image: `labels/` in place of the last `images/`."""
+    parts = list(image.parts)
+    for place in range(len(parts) - 2, -1, -1):
+        if parts[place] == "images":
+            parts[place] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def _read_labels(path: Path, names: list[str]) -> list[str]:
+    found = set()
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        cells = line.split()
+        if not cells:
+            continue
+        try:
+            label, _ = int(cells[0]), [float(cell) for cell in cells[1:]]
+        except ValueError:
+            raise ValueError(f"{path}, line {number} is {line!r:.80}, but must be a class and numbers.") from None
+        if len(cells) < 5:
+            raise ValueError(f"{path}, line {number} is {line!r}, but must be a class and a box of four numbers.")
+        if not 0 <= label < len(names):
+            raise ValueError(f"{path}, line {number}: class {label} is out of range; there are {len(names)} names.")
+        found.add(names[label])
+    return sorted(found)
