@@ -222,7 +222,8 @@ def test_labels_that_cannot_be_loaded_are_a_finding_and_no_data_an_error(ill, tm
     argv = [str(ill), "--label_names", "cat", "dog", "--output", str(tmp_path / "out")]
     assert main(argv) == 1
     assert "label 'dogs' is not among the 2 label names" in capsys.readouterr().out
-    assert list(found(tmp_path / "out")) == ["data_that_cannot_be_loaded"]
+    findings = found(tmp_path / "out")
+    assert len(findings["labels_outside_the_vocabulary"]["examples"]) == 2 and "images_without_a_label" in findings
     assert main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "out2")]) == 2
     assert "nowhere" in capsys.readouterr().err
 

@@ -301,7 +301,7 @@ def _label_ids(
         )
         flat = pc.take(pa.array(own_names, pa.large_string()), flat)
     ids = pc.index_in(flat.cast(pa.large_string()), value_set=pa.array(label_names, pa.large_string()))
-    refuse(_nulls(ids), lambda entry: _unknown_label(flat[entry].as_py(), label_names))
+    refuse(_nulls(ids), lambda entry: unknown_label(flat[entry].as_py(), label_names))
     return ids.to_numpy().astype(np.int64)
 
 
@@ -344,7 +344,7 @@ def _looks_multi_hot(flat: pa.Array, lengths: np.ndarray) -> bool:
     return pc.all(pc.is_in(flat, value_set=pa.array([0, 1, UNKNOWN_LABEL]).cast(flat.type, safe=False))).as_py()
 
 
-def _unknown_label(name: str, label_names: Sequence[str]) -> str:
+def unknown_label(name: str, label_names: Sequence[str]) -> str:
     close = get_close_matches(name, label_names, n=1)
     hint = f"correct it (did you mean {close[0]!r}?)" if close else "take it out of the row"
     return f"label {name!r} is not among the {len(label_names)} label names; {hint}, or add it to the names"

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .similar_names import similar_names
-from .sparse_labels import SparseLabels
+from .sparse_labels import SparseLabels, unknown_label
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def names_outside(
             if name not in known:
                 known.add(name)
                 where = row_names[split](row_of_name(column, name))
-                notes.append(LabelNote("not_in_vocabulary", name, f"{where}: label {name!r} is not among the names"))
+                notes.append(LabelNote("not_in_vocabulary", name, f"{where}: {unknown_label(name, label_names)}"))
     return notes
 
 

@@ -40,10 +40,10 @@ def write_dataset(
     """
     if target.exists():
         raise FileExistsError(f"{target} exists: delete it, or choose another TARGET.")
-    check_label_names(label_names)
     for name in label_names:
-        if name != name.strip():
-            raise ValueError(f"The label name {name!r} has blanks around it; rename it.")
+        if not name or name != name.strip() or "\n" in name or "\r" in name:
+            raise ValueError(f"The label name {name!r} is empty, or has blanks around it or a line break; rename it.")
+    check_label_names(label_names)
     for name, split in splits.items():
         if len(split) == 0:
             raise ValueError(f"The split {name!r} has no images left; take it out with --split, or add some.")
@@ -55,14 +55,15 @@ def write_dataset(
             # One form for all splits, which `datasets` asks for.
             as_ids = all(split.labels.are_ids() for split in splits.values())
             labels = List(ClassLabel(names=label_names) if as_ids else Value("float32"))
-            features = Features({"image": Image(), "labels": labels})
+            features, written = Features({"image": Image(), "labels": labels}), []
             for name, split in splits.items():
                 count = min(len(split), -(-_image_bytes(split.images) // max_shard_bytes) or 1)
                 for number, rows in enumerate(np.array_split(np.arange(len(split)), count)):
                     path = folder / "data" / f"{name}-{number:05}-of-{count:05}.parquet"
-                    shard = split.select(rows)
-                    _write_shard(shard, path, features, as_ids, progress)
-                    _check_shard(shard, path, label_names, as_ids)
+                    written.append((split.select(rows), path))
+                    _write_shard(*written[-1], features, as_ids, progress)
+            for shard, path in written:
+                _check_shard(shard, path, label_names, as_ids)
             if read_label_names(folder / "labels.txt") != list(label_names):
                 raise ValueError("labels.txt does not read back as it was written; give the labels plainer names.")
     except BaseException:
