@@ -309,4 +309,5 @@ def command_for(source: Path) -> str | None:
     if not found or any(kind in LOADABLE for kind in found):
         return None
     kind, words = next(iter(found.items()))
-    return f"{source} is {words}; make a data set of it first: python -m training.prepare {kind} {source} TARGET"
+    command = f"prepare {kind} {source} TARGET"
+    return f"{source} is {words}; make a data set of it first: hsvlt {command}, or python -m training.{command}"

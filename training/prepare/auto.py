@@ -29,5 +29,5 @@ def find(source: Path) -> tuple[str, str]:
         raise ValueError(f"{source} is in no format that is known here ({kinds}); see training/prepare/README.md.")
     if len(found) > 1:
         words = " and ".join(f"{words} ({kind})" for kind, words in found.items())
-        raise ValueError(f"{source} may be {words}; say which: python -m training.prepare {next(iter(found))} ...")
+        raise ValueError(f"{source} may be {words}; say which: hsvlt prepare {next(iter(found))} ...")
     return next(iter(found.items()))
