@@ -14,11 +14,8 @@ from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from training.check.findings import check_labels, exclusions, inspect_images
-from training.check.imbalance import long_tail_groups, plot_imbalance
 from training.check_data import main
 from training.config import TrainingConfig
-from training.data.sparse_labels import SparseLabels
 from training.loop.setup import load_splits
 
 from .check.test_duplicates import photo
@@ -97,21 +94,6 @@ def test_unreadable_images_are_told_apart(report, ill):
     assert findings["images_without_a_row"]["examples"] == [f"{ill}/train/stray.png"]
     for kind in ("corrupt_images", "oversized_images", "rows_without_a_image", "images_without_a_row"):
         assert findings[kind]["breaks_training"]
-
-
-def test_what_a_decoder_warns_of_is_told_of_its_image():
-    rows = []
-    for row in range(8):
-        file = io.BytesIO()  # EXIF data that promise a hundred entries and hold none
-        photo(row).save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0d\0" if row in (2, 5) else b"")
-        rows.append({"bytes": file.getvalue(), "path": f"{row}.jpg"})
-    split = Dataset.from_dict({"image": rows}, features=Features({"image": Image(decode=False)}))
-    _, prints, findings = inspect_images({"train": split}, num_workers=2)
-    assert len(prints) == 8, "they decode"
-    (finding,) = (each for each in findings if each.examples)
-    assert finding.kind == "images_that_decode_with_a_warning" and not finding.breaks_training
-    assert files(vars(finding)) == [("train", 2, "2.jpg"), ("train", 5, "5.jpg")]
-    assert all("EXIF" in example["reason"] for example in finding.examples)
 
 
 def test_what_is_odd_about_labels_is_told(report):
@@ -226,36 +208,6 @@ def test_labels_that_cannot_be_loaded_are_a_finding_and_no_data_an_error(ill, tm
     assert len(findings["labels_outside_the_vocabulary"]["examples"]) == 2 and "images_without_a_label" in findings
     assert main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "out2")]) == 2
     assert "nowhere" in capsys.readouterr().err
-
-
-def test_a_split_without_any_positive_is_told():
-    none = SparseLabels(np.zeros(3, int), np.zeros(0, int), np.zeros(0, np.float32), np.zeros(2, np.float32), 2, "ids")
-    one = SparseLabels(np.array([0, 1]), np.array([1]), np.ones(1, np.float32), np.zeros(1, np.float32), 2, "ids")
-    findings = {each.kind: each for each in check_labels({"train": one, "validation": none}, ["a", "b"])}
-    assert findings["splits_without_a_positive"].examples == ["validation: no image shows any label"]
-    assert findings["splits_without_a_positive"].breaks_training
-
-
-def test_copies_in_test_stay_and_so_do_copies_of_copies_that_differ_from_the_first():
-    def member(split, row, matches=True):
-        return {"split": split, "row": row, "file": f"{split}/{row}.png", "matches": matches}
-
-    members = [member("test", 0), member("test", 1), member("validation", 2), member("train", 3, matches=False)]
-    excluded = exclusions([], [{"members": members, "conflicts": []}])
-    assert excluded == [("validation", 2, "validation/2.png", "copy of test 0 test/0.png")]
-
-
-def test_head_medium_and_tail_are_divided_as_in_the_literature(tmp_path):
-    groups = long_tail_groups(np.array([0, 19, 20, 99, 100, 5000]))
-    assert {name: labels.tolist() for name, labels in groups.items()} == {
-        "head": [4, 5],
-        "medium": [2, 3],
-        "tail": [0, 1],
-    }
-    for counts in ({"train": np.array([300, 0]), "test": np.array([3, 1])}, {"test": np.zeros(500, int)}):
-        plot_imbalance(counts, [str(i) for i in range(len(counts["test"]))], tmp_path / "plot.png")
-        with PILImage.open(tmp_path / "plot.png") as plot:
-            assert np.asarray(plot.convert("L")).std() > 5
 
 
 def correlation(*files):

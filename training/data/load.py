@@ -180,8 +180,9 @@ def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, c
             _check_parquet(path)
             loaded = load_dataset(str(path), name=options.dataset_config, cache_dir=cache_dir)
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        what = "is no folder" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{source} {what}; give a folder, the id of a dataset on the Hub, or 'scenes'.")
+        raise FileNotFoundError(
+            f"{source} does not exist or is no folder; give a folder, the id of a dataset on the Hub, or 'scenes'."
+        )
     else:
         on_hub = True
         try:

@@ -1,17 +1,19 @@
 """Lists of rows to leave out are obeyed exactly, said aloud, and refused when they are about other data."""
 
 import logging
+import os
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from training.config import TrainingConfig
-from training.data.leave_out import read_exclusions, write_exclusions
+from training.data.leave_out import find_unreadable, leave_out_unreadable, read_exclusions, write_exclusions
 from training.data.load import load
 from training.loop.setup import load_splits
 
-from .test_dataset import image_folder  # noqa: F401  a fixture
+from .test_dataset import MULTI_HOT, dense, encoded
 
 
 def split_of(paths):
@@ -63,10 +65,46 @@ def test_lists_about_other_data_are_refused_with_their_line(tmp_path, line, word
         read_exclusions(tmp_path / "none.txt", splits)
 
 
-def test_training_obeys_the_list(image_folder, tmp_path):  # noqa: F811
+def test_training_obeys_the_list(image_folder, tmp_path):
     path = tmp_path / "exclude.txt"
     write_exclusions(path, [("train", 0, "train/0.png", "copy"), ("train", 4, "train/4.png", "copy")])
     config = TrainingConfig(dataset=str(image_folder), exclude=str(path))
     loaded = load_splits(config, Accelerator()).splits
     assert [image["path"][-5:] for image in loaded["train"].images["image"]] == ["1.png", "2.png", "3.png"]
     assert len(loaded["validation"]) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_unreadable_images_are_found_before_the_first_step(damaged, num_workers):
+    loaded = damaged
+    found = find_unreadable(loaded.splits["train"].images, num_workers)
+    assert [(row, os.path.basename(name)) for row, name, _ in found] == [(1, "1.png"), (2, "2.png"), (4, "4.png")]
+    assert all(reason for *_, reason in found)
+    with pytest.raises(ValueError, match=r"3 of 5 images cannot be read \(.*1.png.*2.png.*4.png") as refusal:
+        leave_out_unreadable(loaded, "train", found)
+    assert "on_unreadable='skip'" in str(refusal.value)
+
+
+def test_unreadable_rows_are_numbered_in_the_whole_split():
+    images = [encoded(0)] * 300
+    images[270], images[290] = {"bytes": b"not an image", "path": None}, None
+    split = Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
+    found = find_unreadable(split, num_workers=2)
+    assert [(row, name) for row, name, _ in found] == [(270, "row 270"), (290, "row 290")]
+    assert all(reason for *_, reason in found)
+
+
+def test_unreadable_images_can_be_skipped_and_are_told(damaged, caplog):
+    found = find_unreadable(damaged.splits["train"].images)
+    with caplog.at_level(logging.WARNING):
+        leave_out_unreadable(damaged, "train", found, on_unreadable="skip")
+    assert all(name in caplog.text for name in ("1.png", "2.png", "4.png"))
+    kept = damaged.splits["train"]
+    assert np.array_equal(dense(kept), MULTI_HOT[[0, 3]]) and find_unreadable(kept.images) == []
+    assert kept.row_name(1).endswith("metadata.jsonl, line 4 (3.png)"), "rows keep their names"
+    assert [each[:2] for each in damaged.left_out] == [("unreadable", "train")] * 3
+    assert "line 3 (2.png)" in damaged.left_out[1].row and damaged.left_out[1].message == found[1][2]
+    leave_out_unreadable(damaged, "train", [])
+    assert damaged.splits["train"] is kept
+    with pytest.raises(ValueError, match="on_unreadable='ignore'"):
+        leave_out_unreadable(damaged, "train", [], on_unreadable="ignore")

@@ -13,7 +13,7 @@ from modeling_hsvlt import HSVLTForImageClassification
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 from training.train import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PARTLY_KNOWN = ["--fresh_scenes", "false", "--partial_labels", "{known_fraction: 0.2}", "--warmup_epochs", "0"]
 PLAIN = [*PARTLY_KNOWN, "--augmentation", "null"]
 
