@@ -22,7 +22,10 @@ def test_what_a_decoder_warns_of_is_told_of_its_image():
     assert len(prints) == 8, "they decode"
     (finding,) = (each for each in findings if each.examples)
     assert finding.kind == "images_that_decode_with_a_warning" and not finding.breaks_training
-    assert [(each["split"], each["row"], each["file"]) for each in finding.examples] == [("train", 2, "2.jpg"), ("train", 5, "5.jpg")]
+    assert [(each["split"], each["row"], each["file"]) for each in finding.examples] == [
+        ("train", 2, "2.jpg"),
+        ("train", 5, "5.jpg"),
+    ]
     assert all("EXIF" in example["reason"] for example in finding.examples)
 
 

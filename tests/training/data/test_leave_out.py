@@ -61,7 +61,7 @@ def test_lists_about_other_data_are_refused_with_their_line(tmp_path, line, word
     splits = load(data(), label_names=["a", "b", "c"], label_format="ids").splits
     with pytest.raises(ValueError, match=words):
         read_exclusions(path, splits)
-    with pytest.raises(FileNotFoundError, match="check_data"):
+    with pytest.raises(FileNotFoundError, match="hsvlt check"):
         read_exclusions(tmp_path / "none.txt", splits)
 
 
