@@ -211,11 +211,7 @@ class HPDVALConfig(MultiLabelConfig):
         return [f"<{view}_{label}{i}>" for view in ("global", "local") for label in labels for i in indices]
 
     def validate_architecture(self):
-        """Cross-field checks; called by transformers after construction and before saving.
-
-        Raises:
-            ValueError: naming the field and what it may be.
-        """
+        """As transformers calls it, when made and before saving; a ValueError names the field and what it may be."""
         self._check_choices(
             embedding_head=("clip", "mlp"),
             score_normalization=("cosine", "class_l2"),

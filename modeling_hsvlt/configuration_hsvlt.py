@@ -216,11 +216,7 @@ class HSVLTConfig(MultiLabelConfig):
             backbone.set_output_features_output_indices(out_features=stage_names[-4:], out_indices=None)
 
     def validate_architecture(self):
-        """Cross-field checks; called by transformers after construction and before saving.
-
-        Raises:
-            ValueError: naming the field and what it may be.
-        """
+        """As transformers calls it, when made and before saving; a ValueError names the field and what it may be."""
         self._check_choices(
             label_update=("gate", "none"),
             aggregation=("concat", "topdown"),

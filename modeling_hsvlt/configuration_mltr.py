@@ -12,7 +12,7 @@ CAT_BLOCK = ("pixel", "mlp", "cross", "mlp", "pixel", "mlp")
 
 # s, m, l: the simplest layout whose parameter counts at 80 labels are the published 33M, 62M and 108M. xl: a guess,
 # nothing but its resolution was published. cat_*: CAT (arXiv 2106.05786), the same group's code, exact. nano: this
-# package's own, for tests and small data, with the same 64 / 16 / 4 / 1 windows a stage as the published sizes, a step
+# package's own, for tests and small data, with the 64 / 16 / 4 / 1 windows a stage of the reconstructed sizes, a step
 # that takes as long as HSVLT's nano, and what narrow layers need to learn from random weights: torch's default init,
 # overlapping patches and convolutions for positions.
 _AT_384 = {"image_size": 384, "window_size": 12, "depths": (2, 2, 24, 2)}
@@ -101,10 +101,11 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
         > Not published
 
         stem_kernel_size (`int`, *optional*):
-            Side of the stem's convolution, where patches overlap; default: `patch_size`, as in all published sizes.
+            Side of the stem's convolution, where patches overlap; default: `patch_size`, as in the reconstruction and
+            in CAT.
         position_kernel_size (`int`, defaults to 0):
             Side of a depthwise convolution whose output is added to the map each stage starts from (conditional
-            position encoding, arXiv 2102.10882); 0: none, as in all published sizes. Without one and from random
+            position encoding, arXiv 2102.10882); 0: none, as in the reconstruction and CAT. Without one and from random
             weights, a model stays at the labels' base rates for thousands of steps.
         last_stage_block_pattern (`list[str]`, *optional*):
             Sublayers of the last stage's blocks, where they differ.
@@ -214,11 +215,7 @@ class MlTrConfig(BackboneConfigMixin, MultiLabelConfig):
         return patterns
 
     def validate_architecture(self):
-        """Cross-field checks; called by transformers after construction and before saving.
-
-        Raises:
-            ValueError: naming the field and what it may be.
-        """
+        """As transformers calls it, when made and before saving; a ValueError names the field and what it may be."""
         for field in ("image_size", "patch_size", "num_channels", "embed_dim", "window_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be a positive number, but it is {getattr(self, field)}.")
