@@ -95,6 +95,8 @@ def run(script, folder, *arguments, package=False, **environment):
     command = [sys.executable, "-c", script, *map(str, arguments)]
     settings = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
     settings = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings
+    if package:
+        settings["PYTHONPATH"] = str(PACKAGE.parent)  # this tree's, whatever is installed
     result = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
