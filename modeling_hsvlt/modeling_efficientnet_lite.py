@@ -34,7 +34,7 @@ class EfficientNetLiteConvolution(nn.Module):
         self.kernel_size, self.stride = kernel_size, stride
         self.convolution = nn.Conv2d(in_channels, channels, kernel_size, stride, groups=groups, bias=False)
         self.normalization = nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
-        self.activation = nn.ReLU6() if act else nn.Identity()
+        self.activation = nn.ReLU6(inplace=True) if act else nn.Identity()
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         pads = []

@@ -121,7 +121,8 @@ class TrainingConfig(DatasetOptions):
     max_grad_norm: float | None = 1.0  # one odd batch must not undo an epoch; null: no clipping
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is NaN or infinite: skip leaves that step
     # out and goes on, up to 10 times in a row; neither ever saves it
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: what `accelerate launch` was told
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None  # null: what `accelerate launch` was told;
+    # auto: bf16 where the machine has instructions for it, else fp16 on a GPU and none on a CPU
     ema_decay: float | None = 0.9997  # the field's usual value; its ramp makes it harmless in short runs; null: off
 
     # --- validation and the end

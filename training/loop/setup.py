@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -56,6 +57,8 @@ def setup(config: TrainingConfig) -> Run:
     transformers.utils.logging.disable_progress_bar()  # one bar, ours
     folder = Path(config.output_dir)
     log = JsonLinesTracker(folder / "log.jsonl")
+    if config.mixed_precision == "auto":
+        config.mixed_precision = native_precision()  # config.yaml says what was used
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         # As a plugin: launched for DeepSpeed, accelerate takes the launcher's number over a plain one.
@@ -78,6 +81,14 @@ def setup(config: TrainingConfig) -> Run:
     except BaseException:
         held.close()
         raise
+
+
+def native_precision() -> str:
+    """What `mixed_precision: auto` is on this machine: 16 bits that are emulated take longer than 32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if cpu and not torch.backends.mps.is_available() else "no"
 
 
 def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTracker, held: ExitStack) -> Run:

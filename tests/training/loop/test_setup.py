@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from training.checkpoint.series import newest_good
 from training.data.scenes import SCENE_LABELS
+from training.loop.setup import native_precision
 from training.train import main
 
 
@@ -113,3 +115,21 @@ def test_a_used_folder_is_refused_unless_told(finished, recipe, tmp_path, capsys
     assert "--resume" in error and "--overwrite" in error and (folder / "notes.txt").exists()
     assert main([*short, "--overwrite"]) == 0
     assert not (folder / "notes.txt").exists() and (folder / "best").exists()
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "cuda", "expected"),
+    [
+        (False, False, None, "no"),
+        (True, False, None, "bf16"),
+        (False, True, None, "bf16"),
+        (True, True, False, "fp16"),
+        (False, False, True, "bf16"),
+    ],
+)
+def test_precision_is_what_the_machine_has_instructions_for(monkeypatch, avx512, amx, cuda, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda)
+    assert native_precision() == expected
