@@ -72,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted before the first step: the same command starts again.", file=sys.stderr)
+        return 130
     from .checkpoint.folder import CheckpointError
     from .loop.finish import finish
     from .loop.fit import fit

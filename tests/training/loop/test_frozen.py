@@ -97,6 +97,15 @@ def test_the_next_run_finds_the_maps(place, cached, capfd):
     assert (store / "maps.bin").stat().st_size == written and losses(again) != losses(cached)
 
 
+def test_an_interruption_while_maps_are_computed_is_no_error(place, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.loop.frozen.compute_features", interrupted)
+    assert main([str(place / "recipe.yaml"), "--output_dir", str(tmp_path / "run"), "--cache_features"]) == 130
+    assert "the same command starts again" in capsys.readouterr().err
+
+
 def test_the_last_epochs_train_the_backbone_and_resume(place):
     run = train(place, "unfrozen", "--cache_features", "--unfreeze_epochs", "1")
     source = {name.removeprefix("backbone."): value for name, value in weights(place / "backbone").items()}
