@@ -90,8 +90,6 @@ class MultiLabelConfig(PreTrainedConfig):
     def __setattr__(self, key, value):
         if key == "custom_pipelines" and isinstance(value, dict):
             value = self.custom_pipelines_class(value)
-        if key == "id2label" and value is not None:
-            check_label_names(value.values())
         if key == "id2label" and "id2label" in self.__dict__:
             before, after = _names(self.__dict__["id2label"]), _names(value)
             super().__setattr__(key, value)
@@ -112,9 +110,10 @@ class MultiLabelConfig(PreTrainedConfig):
         """Sets `id2label` and `label2id` to these names, in order; what belongs to other names is dropped.
 
         Raises:
-            ValueError: no names, or one twice.
+            ValueError: no names, one twice, or what cannot be one, see `label_names.fault_of_label_name`.
         """
         names = [str(name) for name in names]
+        check_label_names(names)
         twice = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
         if not names or twice:
             raise ValueError(f"label names must differ, but {twice[0]!r} comes twice." if twice else "names is empty.")

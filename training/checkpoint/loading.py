@@ -14,6 +14,7 @@ from transformers import (
 from transformers.utils import logging
 
 import modeling_hsvlt  # noqa: F401  (registers the model types, so that the code of this checkout is used)
+from modeling_hsvlt.label_names import check_label_names
 
 from ..options import CheckpointOptions
 from .folder import verify
@@ -44,7 +45,7 @@ def load_checkpoint(args: CheckpointOptions) -> tuple[PreTrainedModel, BaseImage
     """The model and image processor of `args.checkpoint`, with the code of this checkout and never with a pickle.
 
     Raises:
-        ValueError, OSError: there is none, or not of a known type.
+        ValueError, OSError: there is none, not of a known type, or with a label name that no reader takes.
     """
     if not Path(args.checkpoint).is_dir() and (args.checkpoint[:1] in "./~" or args.checkpoint.count("/") > 1):
         raise FileNotFoundError(f"{args.checkpoint} is no folder; give the folder of a checkpoint or a Hub id.")
@@ -52,6 +53,7 @@ def load_checkpoint(args: CheckpointOptions) -> tuple[PreTrainedModel, BaseImage
     revision = args.revision or "main"
     logging.disable_progress_bar()  # of a second; what is downloaded has its own
     model = AutoModelForImageClassification.from_pretrained(args.checkpoint, revision=revision, use_safetensors=True)
+    check_label_names(model.config.id2label.values())
     return model, AutoImageProcessor.from_pretrained(args.checkpoint, revision=revision)
 
 

@@ -411,7 +411,7 @@ def test_counts_stand_beside_the_published_ones(tmp_path, capsys, monkeypatch):
     assert "7 images, 6 with a label: NOT the same" in printed and "\nvalidation  " in printed
     assert prepare("coco", source, tmp_path / "dropped", "--without_labels", "drop", "--split", "train2014=train") == 0
     printed = capsys.readouterr().out
-    assert "Left out of train: 1 images that show no label." in printed and "2 with a label: the same" in printed
+    assert "Left out of train: 1 image without a label." in printed and "2 with a label: the same" in printed
     splits = load(tmp_path / "dropped").splits
     assert set(splits) == {"train"} and np.array_equal(dense(splits["train"]), MULTI_HOT["train"][[0, 2]])
 
