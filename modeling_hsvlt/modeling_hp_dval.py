@@ -159,10 +159,8 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
         r"^(logit_scale|logit_bias)$": r"scale.\1",
     }
     _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]
-    _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -40,6 +40,7 @@ from .modeling_multilabel import (
     as_dtype_of,
     autocasts_to_fp16,
     chosen_states,
+    init_linear,
     is_plain,
     no_fp16_autocast,
     require_images,
@@ -355,6 +356,7 @@ class HSVLTPerLabelClassifier(nn.Module):
 
     def __init__(self, num_labels: int, hidden_size: int):
         super().__init__()
+        self.starts_as_in_torch = True
         self.weight = nn.Parameter(torch.empty(num_labels, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_labels))
 
@@ -400,32 +402,14 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
         r"^(hsvlt\.)?trunk\.": r"hsvlt.backbone.",
     }
     _no_split_modules = ["HSVLTInteractionLayer"]
-    _supports_sdpa = True
-    _supports_attention_backend = True
     # The label stream overflows fp16, see HSVLTLabelStream.
-    _keep_in_fp32_modules = [
-        "label_stream",
-        "multimodal_norms",
-        "aggregation",
-        "classifier",
-        "residual_attention",
-    ]
+    _keep_in_fp32_modules = ["label_stream", "multimodal_norms", "aggregation", "classifier", "residual_attention"]
 
     @torch.no_grad()
     def _init_weights(self, module):
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, HSVLTPerLabelClassifier)):
             # Of what holds the layer, transformers asks nothing here: it has no weights of its own.
-            if std is None or getattr(module, "starts_as_in_torch", False):
-                _init_linear_as_torch(module)
-            else:
-                init.trunc_normal_(module.weight, std=std)
-                if module.bias is not None:
-                    init.zeros_(module.bias)
-        elif isinstance(module, HSVLTPerLabelClassifier):
-            bound = module.weight.shape[1] ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            init_linear(module, None if getattr(module, "starts_as_in_torch", False) else self.config.initializer_range)
         elif isinstance(module, HSVLTResidualAttention):
             for tensor in (module.weight, module.bias, module.text_weight):
                 init.zeros_(tensor)
@@ -440,13 +424,6 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
         if attn_implementation == "sdpa" and not backbone.body._supports_sdpa:
             attn_implementation = {"": "sdpa", "backbone_config": "eager"}
         super().set_attn_implementation(attn_implementation, **kwargs)
-
-
-def _init_linear_as_torch(linear: nn.Linear) -> None:
-    bound = linear.in_features**-0.5
-    init.uniform_(linear.weight, -bound, bound)
-    if linear.bias is not None:
-        init.uniform_(linear.bias, -bound, bound)
 
 
 class HSVLTModel(HSVLTPreTrainedModel):

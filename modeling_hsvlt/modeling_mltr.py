@@ -30,6 +30,7 @@ from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     as_dtype_of,
     chosen_states,
+    init_linear,
     is_plain,
     require_images,
     warn_of_unknown_arguments,
@@ -496,22 +497,13 @@ class MlTrPreTrainedModel(MultiLabelPreTrainedModel):
     base_model_prefix = "mltr"
     _no_split_modules = ["MlTrLayer"]
     _input_embed_layer = "patch_embeddings"
-    _supports_sdpa = True
-    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module):
         std = self.config.initializer_range
-        if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and std is None):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             # The patch projection keeps torch's default, as in CAT.
-            bound = module.weight[0].numel() ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+            init_linear(module, std if isinstance(module, nn.Linear) else None)
         elif isinstance(module, MlTrEmbeddings):
             if module.position_embeddings is not None:
                 init.trunc_normal_(module.position_embeddings, std=std or 0.02)

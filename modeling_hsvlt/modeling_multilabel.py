@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs
@@ -120,6 +121,20 @@ def warn_of_unknown_arguments(model: nn.Module, arguments: Mapping) -> None:
         logger.warning_once(f"{type(model).__name__} makes no use of {', '.join(unknown)}.")
 
 
+def init_linear(layer: nn.Module, std: float | None) -> None:
+    """Starts a layer by a truncated normal, its bias at 0; or where `std` is None as torch does, uniform up to
+    1 / sqrt(fan in)."""
+    bound = layer.weight[0].numel() ** -0.5
+    if std is None:
+        init.uniform_(layer.weight, -bound, bound)
+    else:
+        init.trunc_normal_(layer.weight, std=std)
+    if layer.bias is not None and std is None:
+        init.uniform_(layer.bias, -bound, bound)
+    elif layer.bias is not None:
+        init.zeros_(layer.bias)
+
+
 def load_peft():
     """peft, which only training needs: if a file imported it, transformers would demand it for loading."""
     try:
@@ -143,6 +158,8 @@ class MultiLabelPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
     # Trainer gives `num_items_in_batch`, the known labels of a whole optimizer step, and the loss is divided by that.
     accepts_loss_kwargs = True
 
