@@ -45,9 +45,10 @@ class Wheel:
     file: Path
     site: Path
 
-    def run(self, command: list, folder: Path, *, status: int = 0) -> subprocess.CompletedProcess:
+    def run(self, command: list, folder: Path, *, status: int = 0, **environment) -> subprocess.CompletedProcess:
         """Runs `command` in `folder`, away from the checkout, with the installed package."""
-        environment = {**os.environ, "PYTHONPATH": str(self.site), "HF_HUB_OFFLINE": "1"}
+        added = {name: str(value) for name, value in environment.items()}
+        environment = {**os.environ, "PYTHONPATH": str(self.site), "HF_HUB_OFFLINE": "1", **added}
         command = [*map(str, command)]
         ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
         assert ran.returncode == status, ran.stdout + ran.stderr

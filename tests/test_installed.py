@@ -10,6 +10,7 @@ import yaml
 
 from .training.tiny_run import TINY
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
@@ -76,3 +77,32 @@ def test_a_demo_without_gradio_says_what_to_install(wheel, folder):
     error = wheel.hsvlt("demo", folder=folder, status=2).stderr
     assert error.count("\n") == 1 and "MODELS=runs/tiny/best" in error
     assert "gradio" in Path(re.search(r"-r (\S+)", error)[1]).read_text()
+
+
+def test_the_notebook_runs_from_top_to_bottom(wheel, tmp_path):
+    """Its cells, as a notebook runs them, with the value of each one's last line."""
+    notebook = json.loads((ROOT / "examples" / "finetune.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell.get("outputs") for cell in notebook["cells"]), "outputs are not kept"
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    (tmp_path / "run.py").write_text(
+        """
+import ast, json
+space, values = {}, []
+for cell in json.load(open("cells.json")):
+    tree, last = ast.parse(cell), None
+    if isinstance(tree.body[-1], ast.Expr):
+        last = ast.Expression(tree.body.pop().value)
+    exec(compile(tree, "cell", "exec"), space)
+    values.append(None if last is None else eval(compile(last, "cell", "eval"), space))
+sheets = [value for value in values if hasattr(value, "_repr_png_")]
+for number, sheet in enumerate(sheets):
+    sheet.save(f"sheet-{number}.png")
+assert len(sheets) == 2 and min(sheet.width for sheet in sheets) > 600, values
+assert set(values[-1][0]) >= {"label", "score"} if values[-1] else values[-1] == []
+print("mAP", space["results"]["validation"]["mAP"])
+"""
+    )
+    ran = wheel.run([sys.executable, "run.py"], tmp_path, XDG_CACHE_HOME=tmp_path / "cache")
+    assert float(ran.stdout.rpartition("mAP ")[2]) > 0.25  # of ten digits each image shows one to four
+    assert (tmp_path / "runs" / "notebook" / "best" / "model.safetensors").is_file()

@@ -222,15 +222,7 @@ def parse_config(argv: list[str]) -> TrainingConfig:
     if words:
         arguments = arguments[len(words) :]
         path, words = _find_recipe(words)
-        try:
-            values = OmegaConf.to_container(OmegaConf.load(path))
-        except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-            raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold `key: value` lines.")
-        if not values:
-            raise ValueError(f"{path} is empty: give the file of a run or of a recipe, not its defaults by accident.")
-        _check_keys(values, str(path))
+        values = _read_recipe(path)
     if words:
         values["dataset"] = words.pop(0)
     if words:
@@ -260,6 +252,36 @@ def parse_config(argv: list[str]) -> TrainingConfig:
             value = OmegaConf.to_container(OmegaConf.merge(values.get(key) or {}, value))
         values[key] = value
     return TrainingConfig(**values)
+
+
+def recipe(name: str | Path, dataset: str | Path | None = None, **options) -> TrainingConfig:
+    """The options of a run, from Python: `recipe("photos", "my photos", epochs=5)`.
+
+    Args:
+        name: A YAML file, the short name of one of ours, or the folder of a run.
+        dataset: Folder or Hub id; None: the recipe's own.
+        options: Others than the recipe's.
+
+    Raises:
+        ValueError, OSError: in one sentence, what was wrong and what to do.
+    """
+    words = [str(name)] if dataset is None else [str(name), str(dataset)]
+    path, words = _find_recipe(words)
+    _check_keys(options, "the arguments")
+    return TrainingConfig(**_read_recipe(path) | ({"dataset": words[0]} if words else {}) | options)
+
+
+def _read_recipe(path: Path) -> dict:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines.")
+    if not values:
+        raise ValueError(f"{path} is empty: give the file of a run or of a recipe, not its defaults by accident.")
+    _check_keys(values, str(path))
+    return values
 
 
 def _find_recipe(words: list[str]) -> tuple[Path, list[str]]:

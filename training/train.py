@@ -40,10 +40,15 @@ def train(config: TrainingConfig) -> dict:
         ValueError, OSError, FloatingPointError, CheckpointError: in one sentence, what was wrong and what to do.
         Stopped: by SIGINT or SIGTERM; everything is saved.
     """
+    from accelerate.state import AcceleratorState, GradientState
+
     from .loop.finish import finish
     from .loop.fit import fit
     from .loop.setup import setup
 
+    # A notebook is one process for many runs, and accelerate would keep the settings of the first.
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=False)
     run = setup(config)
     with _closing(run), run.stop:
         fit(run)

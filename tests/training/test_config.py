@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from training.config import TrainingConfig, parse_config
+from training.config import recipe as python_recipe
 
 RECIPES = Path(__file__).parents[2] / "training" / "configs"
 
@@ -147,3 +148,13 @@ def test_words_that_mean_nothing(words, message, tmp_path, monkeypatch):
     with pytest.raises((ValueError, OSError)) as error:
         parse_config(words)
     assert message in str(error.value)
+
+
+def test_a_recipe_from_python_is_the_one_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert python_recipe("photos", "photos", epochs=3) == parse_config(["photos", "photos", "--epochs", "3"])
+    assert python_recipe("photos") == parse_config(["photos"])
+    assert python_recipe("quickstart", model={"classifier": "shared"}).model == {"classifier": "shared"}
+    with pytest.raises(ValueError, match="Unknown option 'epoch' in the arguments: did you mean 'epochs'"):
+        python_recipe("photos", epoch=3)

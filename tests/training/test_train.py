@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import training.loop.saving
 import training.loop.setup
 import training.loop.validation
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+from training import evaluate
 from training.checkpoint.folder import verify
 from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
@@ -34,7 +36,7 @@ from training.data.scenes import SCENE_LABELS
 from training.loop.setup import build_processor
 from training.metrics.functional import multilabel_report
 from training.scoring.measured_with import fingerprints
-from training.train import main
+from training.train import main, train
 
 from ..tolerance import METRIC, assert_close_metrics
 from .tiny_run import NANO, SCENES, free_port
@@ -486,3 +488,27 @@ def test_two_processes_train_like_one(recipe, tmp_path):
     assert scores.shape == (23, 10)
     report = training.loop.validation.multilabel_report(scores, labels)
     assert_close_metrics(report, {name: best[f"validation/{name}"] for name in report})
+
+
+def test_training_from_python_gives_the_results_and_can_be_called_again(recipe, tmp_path, capsys):
+    """As a notebook does: several runs in one process, with other settings of accelerate."""
+    for number, options in enumerate(([], ["--gradient_accumulation_steps", "2", "--mixed_precision", "bf16"])):
+        folder = tmp_path / f"run{number}"
+        config = parse_config([recipe, "--output_dir", str(folder), "--max_steps", "2", *options])
+        results = train(config)
+        assert results["validation"] == json.loads((folder / "results.json").read_text())["validation"]
+        assert config.gradient_accumulation_steps == 1 + number
+    with pytest.raises(ValueError, match="bse"):
+        train(parse_config([recipe, "--output_dir", str(tmp_path / "other"), "--loss_type", "bse"]))
+
+
+def test_a_run_ends_with_the_commands_to_go_on_with(finished, recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([recipe, "--output_dir", "runs/mine", "--max_steps", "2"]) == 0
+    captured = capsys.readouterr()
+    first, second = [line for line in captured.out.splitlines() if line.startswith("Next: ")]
+    assert second == "Next: hsvlt tag runs/mine photo.jpg"
+    words = shlex.split(first.removeprefix("Next: hsvlt evaluate "))
+    assert evaluate.main(words) == 0  # of the same scenes, as the command says
+    assert (tmp_path / "runs" / "mine" / "evaluation" / "report.html").is_file()
+    assert "warning: 24 images to validate" in captured.err

@@ -59,40 +59,43 @@ def read_labels(folder: Path) -> dict[str, list[str]]:
     return {row["file_name"]: row["labels"] for row in rows}
 
 
-def draw(files: list[Path], predictions: list[list[dict]], truth: dict[str, list[str]], output: Path) -> None:
-    """Writes a grid of the images with their labels: found in green, wrong in red, missed in grey."""
-    import matplotlib
+def draw(images: list, predictions: list[list[dict]], truth: list[list[str] | None], output) -> None:
+    """Writes a grid of images with their labels: found in green, wrong in red, missed in grey.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from PIL import Image
+    Arguments:
+        images: As PIL has them.
+        predictions: Of each image, `label` and `score`, a score of None is not written; `truth`: None is unknown.
+        output: PNG file, or a buffer.
+    """
+    from matplotlib.figure import Figure
 
-    columns = min(4, len(files))
-    rows = -(-len(files) // columns)
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
 
     def colour(label: str, actual: list[str] | None) -> str:
         return "#1a7f37" if actual is None or label in actual else "#cf222e"
 
     captions = []
-    for file, labels in zip(files, predictions, strict=True):
-        actual = truth.get(file.name)
-        lines = [(f"{label['label']} {label['score']:.2f}", colour(label["label"], actual)) for label in labels]
+    for labels, actual in zip(predictions, truth, strict=True):
+        lines = []
+        for label in labels:
+            score = "" if label["score"] is None else f" {label['score']:.2f}"
+            lines.append((label["label"] + score, colour(label["label"], actual)))
         found = {label["label"] for label in labels}
         lines += [(f"{name} missed", "#6e7781") for name in actual or [] if name not in found]
         captions.append(lines or [("no label", "#6e7781")])
     depth = -(-max(map(len, captions)) // 2)  # lines of text under an image, two labels each
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, (2.6 + 0.3 * depth) * rows), squeeze=False)
+    figure = Figure(figsize=(2.6 * columns, (2.6 + 0.3 * depth) * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.99, wspace=0.06, hspace=0.06 + 0.115 * depth)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, file, lines in zip(axes.flat, files, captions, strict=False):
-        axis.imshow(Image.open(file).convert("RGB"), interpolation="bilinear")
+    for axis, image, lines in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image.convert("RGB"), interpolation="bilinear")
         for i, (text, shade) in enumerate(lines):
             x, y = 0.02 + 0.5 * (i % 2), -0.07 - 0.11 * (i // 2)
             axis.text(x, y, text, color=shade, fontsize=9, transform=axis.transAxes, va="center")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=100, bbox_inches="tight")
-    plt.close(figure)
+    figure.savefig(output, format="png", dpi=100, bbox_inches="tight")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,7 +117,10 @@ def main(argv: list[str] | None = None) -> int:
         actual = f"   (true: {', '.join(truth[file.name]) or 'none'})" if file.name in truth else ""
         print(f"{file.name}: {found}{actual}")
     if args.output is not None:
-        draw(files, predictions, truth, args.output)
+        from PIL import Image
+
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        draw([Image.open(file) for file in files], predictions, [truth.get(file.name) for file in files], args.output)
         print(f"image: {args.output}")
     return 0
 
