@@ -107,9 +107,8 @@ def launch(module: str, arguments: list[str], *, mixed_precision: bool) -> int |
     else:
         os.environ["ACCELERATE_MIXED_PRECISION"] = precision
         return None
-    return run_launcher(
-        [*options, "--num_cpu_threads_per_process", str(max(1, cores() // max(1, count)))], module, arguments
-    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, count))))  # accelerate's own default is 1
+    return run_launcher(options, module, arguments)
 
 
 def run_launcher(options: list[str], module: str, arguments: list[str]) -> int:
