@@ -13,7 +13,7 @@ from ..say import counted
 # Positives in train, as COCO-LT and VOC-LT are divided (Wu et al., "Distribution-Balanced Loss", ECCV 2020).
 HEAD, MEDIUM = 100, 20
 GROUP_WORDS = {"head": f"{HEAD} or more", "medium": f"{MEDIUM} to {HEAD - 1}", "tail": f"fewer than {MEDIUM}"}
-GROUP_COLORS = {"head": "#3b6ea5", "medium": "#e0a030", "tail": "#c0504d"}
+GROUP_COLORS = {"head": "#3b6ea5", "medium": "#b8741a", "tail": "#c0504d"}
 _MAX_NAMED = 120  # labels whose names can still be read under a bar
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib
-
-matplotlib.use("Agg")  # no window, wherever this runs
-import matplotlib.pyplot as plt
 import numpy as np
 from datasets import Dataset
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from modeling_hsvlt.load_image import load_image
 from modeling_hsvlt.pipeline_multilabel import MultiLabelImageClassificationPipeline
 
+from .plots import shorten
+
 NUM_IMAGES, LABELS_PER_IMAGE = 6, 3
-SIDE = 224  # pixels of an image's longer side in the drawing
+SIDE = 224  # pixels of an image's longer side
+WARM = "inferno"
+SCALE_WORDS = "from least to most, within one map"
+CELL, GAP, TITLE = 1.6, 0.12, 0.24  # inches: an image's width, the space between two, and a line of text
+TALLEST = 1.5  # times its width; what is taller is drawn narrower
 
 
 class Explained(NamedTuple):
@@ -45,39 +51,51 @@ def overlay(image: Image.Image, heat_map: np.ndarray, strength: float = 0.75) ->
             f"The heat map is {heat_map.shape[1]} x {heat_map.shape[0]}, the image {image.width} x "
             f"{image.height}; give the map of this image."
         )
-    warm = matplotlib.colormaps["inferno"](heat_map)[..., :3] * 255
+    warm = matplotlib.colormaps[WARM](heat_map)[..., :3] * 255
     blended = (1 - strength) * np.asarray(image.convert("RGB"), dtype=np.float64) + strength * warm
     return Image.fromarray(blended.round().astype(np.uint8))
 
 
-@plt.rc_context({"text.parse_math": False})  # a label may be called "$5 bill"
+@matplotlib.rc_context({"text.parse_math": False})  # a label may be called "$5 bill"
 def draw_explained(rows: Sequence[Explained]) -> bytes:
-    """A PNG: one row an image, which stands first, and then a column a label."""
+    """A PNG: one row an image, which stands first, and then a column a label; with the same gap between all."""
     columns = 1 + max(len(row.labels) for row in rows)
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(2.2 * columns, 2.3 * len(rows)), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, (image, labels) in zip(axes, rows, strict=True):
-        row[0].imshow(image)
-        for axis, label in zip(row[1:], labels, strict=False):
-            axis.imshow(overlay(image, label["heat_map"]))
-            axis.set_title(f"{label['label']} {label['score']:.2f}", fontsize=9)
+    heights = [CELL * min(row.image.height / row.image.width, TALLEST) for row in rows]
+    width, height = columns * (CELL + GAP) + GAP, sum(heights) + len(rows) * (GAP + TITLE) + 4 * GAP
+    figure = Figure(figsize=(width, height))
+
+    def place(left: float, top: float, wide: float, high: float) -> Axes:
+        axes = figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+        axes.axis("off")
+        return axes
+
+    top = 0.0
+    for (image, labels), high in zip(rows, heights, strict=True):
+        top += TITLE
+        place(GAP, top, CELL, high).imshow(image)
+        for column, label in enumerate(labels, start=1):
+            axes = place(GAP + column * (CELL + GAP), top, CELL, high)
+            axes.imshow(overlay(image, label["heat_map"]))
+            figure.text(
+                (GAP + column * (CELL + GAP)) / width, 1 - (top - 0.05) / height,
+                f"{shorten(label['label'], 20)} {label['score']:.2f}", fontsize=7.5,
+            )  # fmt: skip
+        top += high + GAP
+    place(GAP, top + GAP, CELL, GAP).imshow([[*range(256)]], cmap=WARM, aspect="auto")
+    figure.text((CELL + 2 * GAP) / width, 1 - (top + 1.5 * GAP) / height, SCALE_WORDS, fontsize=7.5, va="center")
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=100, metadata={"Software": None})
-    plt.close(figure)
+    figure.savefig(drawn, format="png", dpi=144, metadata={"Software": None})
     return drawn.getvalue()
 
 
-def draw_found_labels(
+def explain_found_labels(
     model: PreTrainedModel,
     image_processor: BaseImageProcessor,
     rows: Dataset,
     scores: np.ndarray,
     labels: np.ndarray,
     thresholds: np.ndarray,
-) -> bytes | None:
+) -> list[Explained]:
     """What spoke for labels that were found rightly, in the images with most of them.
 
     Args:
@@ -87,7 +105,7 @@ def draw_found_labels(
         thresholds: (num_labels,) from which on a label counts as found.
 
     Returns:
-        A PNG as of `draw_explained`; None where nothing was found, or the model has no heat maps.
+        Images of at most `SIDE` pixels; none where nothing was found, or the model has no heat maps.
     """
     found = (scores >= thresholds) & (labels == 1)
     count = np.minimum(found.sum(1), LABELS_PER_IMAGE)
@@ -102,5 +120,23 @@ def draw_found_labels(
         try:
             explained.append(Explained(image, tagger(image, labels=names, explain=True)))
         except ValueError:  # it has none
-            return None
-    return draw_explained(explained) if explained else None
+            return []
+    return explained
+
+
+def heat_map_page(rows: Sequence[Explained]) -> list[dict]:
+    """The images and their maps as the page shows them."""
+    return [
+        {
+            "image": image_uri(image),
+            "maps": [{**label, "heat_map": image_uri(overlay(image, label["heat_map"]))} for label in labels],
+        }
+        for image, labels in rows
+    ]
+
+
+def image_uri(image: Image.Image) -> str:
+    """An image as a JPEG in a data URI."""
+    encoded = io.BytesIO()
+    image.convert("RGB").save(encoded, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")

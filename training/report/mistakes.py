@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +12,8 @@ from scipy import sparse
 from modeling_hsvlt.load_image import load_image
 
 from ..data.leave_out import image_name
-from .plots import plot_confusion
+from .heat_maps import image_uri
+from .plots import plot_confusion, svg_uri
 
 NUM_MISTAKES = 12  # of each kind
 MISTAKES_PER_LABEL = 2  # or one label's would fill the page
@@ -84,8 +83,13 @@ def confusion_page(confusion: dict[str, np.ndarray], label_names: Sequence[str])
     excess = wrong - images * usual
     pairs = [divmod(int(place), len(predicted)) for place in np.argsort(-excess, axis=None, kind="stable")[:15]]
     return {
-        "plot": plot_confusion(
-            rates[shown], wrong[shown], [label_names[row] for row in shown], [label_names[label] for label in predicted]
+        "plot": svg_uri(
+            plot_confusion(
+                rates[shown],
+                wrong[shown],
+                [label_names[row] for row in shown],
+                [label_names[label] for label in predicted],
+            )
         ),
         "pairs": [
             {
@@ -104,9 +108,7 @@ def confusion_page(confusion: dict[str, np.ndarray], label_names: Sequence[str])
 def _thumbnail(image: dict) -> str:
     image = load_image(image)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    encoded = io.BytesIO()
-    image.convert("RGB").save(encoded, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
+    return image_uri(image)
 
 
 def mistake_page(

@@ -6,7 +6,6 @@ escaped, for names of labels and files may hold markup.
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import math
@@ -22,15 +21,16 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..checkpoint.atomic import write_file
 from ..metrics.functional import decision_report
-from ..metrics.glossary import AP_DEFINITION, FIGURES
+from ..metrics.glossary import AP_DEFINITION, FIGURES, HEAT_MAPS
+from ..say import counted
 from ..scoring.calibration import stored_calibration
 from ..scoring.held_out import held_out_decisions
 from ..scoring.measured_with import fingerprints, weights_of
 from ..scoring.reliability import NUM_BINS, Reliability, reliability
 from ..scoring.thresholds import fit_record
-from .heat_maps import draw_found_labels
+from .heat_maps import SCALE_WORDS, draw_explained, explain_found_labels, heat_map_page
 from .mistakes import co_occurrence_confusion, confident_mistakes, confusion_page, mistake_page
-from .plots import MIN_COUNT, plot_long_tail, plot_precision_recall, plot_reliability
+from .plots import MIN_COUNT, plot_long_tail, plot_precision_recall, plot_reliability, svg_uri
 
 HEADLINES = ("mAP", "mAP_voc07", "mAP_voc10", "mAP_micro", "mAP_weighted", "LRAP", "ranking_loss", "coverage_error")
 DECISIONS = ("f1_macro", "f1_micro", "CP", "CR", "CF1", "OP", "OR")
@@ -119,11 +119,11 @@ def write_report(
     if counts is not None:
         columns = {f"positives in {counted_in}": positives.tolist(), **columns}
     columns["ECE"] = list(stages.values())[-1].ece_per_label().tolist()
-    heat_maps = None
-    if explained_by is not None:
-        heat_maps = draw_found_labels(*explained_by, rows, scores, labels, thresholds)
+    explained = [] if explained_by is None else explain_found_labels(*explained_by, rows, scores, labels, thresholds)
     page = {
-        "heat_maps": heat_maps and "data:image/png;base64," + base64.b64encode(heat_maps).decode("ascii"),
+        "heat_maps": heat_map_page(explained),
+        "heat_map_meaning": HEAT_MAPS.get(config.model_type),
+        "scale_words": SCALE_WORDS,
         "results": results,
         "metrics": results["metrics"],
         "headlines": {name: FIGURES[name] for name in HEADLINES},
@@ -134,9 +134,9 @@ def write_report(
         "columns": list(columns),
         "table": list(zip(label_names, *columns.values(), strict=True)),
         "plots": {
-            "long_tail": plot_long_tail(average_precision, positives, label_names, counted_in),
-            "precision_recall": plot_precision_recall(scores, labels, average_precision, label_names),
-            "reliability": plot_reliability(stages),
+            "long_tail": svg_uri(plot_long_tail(average_precision, positives, label_names, counted_in)),
+            "precision_recall": svg_uri(plot_precision_recall(scores, labels, average_precision, label_names)),
+            "reliability": svg_uri(plot_reliability(stages)),
         },
         "false_positives": mistake_page(
             confident_mistakes(scores, labels, thresholds, "false positives"), labels, rows, label_names
@@ -153,11 +153,12 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["counted"] = counted
     html = environment.get_template("template.html").render(page)
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(folder, results, label_names, columns)
-    if heat_maps:
-        write_file(folder / "heat_maps.png", heat_maps)
+    if explained:
+        write_file(folder / "heat_maps.png", draw_explained(explained))
     write_file(folder / "report.html", html)
 
 

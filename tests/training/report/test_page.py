@@ -114,6 +114,30 @@ def test_the_page_opens_alone(page):
     assert all(b"</svg>" in base64.b64decode(link.partition(",")[2]) for link in plots)
 
 
+def test_the_page_holds_on_a_phone_and_in_the_dark(page):
+    """No width of its own is beyond 390 px but in what scrolls; dark colours; every image says what it shows."""
+    html = page[1]
+    style = html.partition("<style>")[2].partition("</style>")[0]
+    assert '<meta name="viewport" content="width=device-width' in html
+    assert "@media (prefers-color-scheme: dark)" in style and "color-scheme: light dark" in style
+    for table in re.finditer("<table", html):
+        assert re.search(r'<div class="scroll( tall)?" tabindex="0">$', html[: table.start()]), (
+            "a table that cannot scroll"
+        )
+    phone = re.sub(r"@media \(max-width: \d+px\)", "", style)
+    for what, size, unit in re.findall(r"(?<![-\w])((?:min-)?width): (\d+(?:\.\d+)?)(px|em|in|pt)", phone):
+        assert float(size) * {"px": 1, "em": 15, "in": 96, "pt": 96 / 72}[unit] <= 200, what
+    # Letters are never stacked: what may break anywhere has a least width.
+    anywhere = re.findall(r"([^{}]*)\{([^{}]*overflow-wrap: anywhere[^{}]*)\}", style)
+    for selectors, rules in anywhere:
+        assert "min-width" in rules or not re.search(r"\b(td|th)\b", selectors), selectors
+    images = re.findall(r"<img [^>]*>", html)
+    assert images and all(re.search(r'alt="[^"]+"', image) for image in images)
+    for uri in re.findall(r'class="plot" src="data:image/svg\+xml;base64,([^"]+)"', html)[:3]:
+        width = re.search(rb'width="([\d.]+)pt"', base64.b64decode(uri))
+        assert float(width[1]) < 390, "drawn for a wide screen: its letters shrink on a phone"
+
+
 def test_names_with_markup_are_shown_as_they_are(page):
     parsed = Page(page[1])
     assert parsed.tags.count("script") == 1  # the page's own
@@ -127,7 +151,7 @@ def test_the_page_holds_what_the_files_hold(page):
     results = json.loads((folder / "results.json").read_text())
     text = Page(html).text
     assert f"{results['metrics']['mAP']:.4f}" in text and "non-interpolated" in text
-    assert "mAP_medium" not in text and "mAP_tail" in text  # 12 positives of each at most
+    assert "mAP, medium" not in text and "mAP, tail" in text  # 12 positives of each at most
     compared = results["thresholds_compared"]
     assert list(compared)[:2] == ["0.5 for every label", "0.3 for every label"]
     for values in compared.values():
