@@ -43,10 +43,10 @@ FIGURES = {
 
 # What a model's heat maps are, by model type; modeling_hsvlt/heat_maps_multilabel.py has the details.
 HEAT_MAPS = {
-    "hsvlt": "where the label looked: its attention over the image, which a label that is absent has as well; it proves "
-    "no cause",
+    "hsvlt": "where the label looked: its attention over the image, which an absent label has as well; it proves no "
+    "cause",
     "mltr": "each place's share of the label's score (a class activation map), on the coarse grid of the last stage",
-    "hp_dval": "how near each patch is to the label's text: what the local view averages, not the whole of the decision",
+    "hp_dval": "how near each patch is to the label's text: what the local view averages, not the whole decision",
 }
 
 

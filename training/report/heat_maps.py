@@ -67,6 +67,7 @@ def draw_explained(rows: Sequence[Explained]) -> bytes:
     def place(left: float, top: float, wide: float, high: float) -> Axes:
         axes = figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
         axes.axis("off")
+        axes.set_anchor("W")
         return axes
 
     top = 0.0

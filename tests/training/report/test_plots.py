@@ -1,4 +1,4 @@
-"""Figures that can be read: no text lies on another one, nor on what a name belongs to, however many labels there are."""
+"""Figures that can be read: no text lies on another one or on a point, however many labels there are."""
 
 import base64
 
