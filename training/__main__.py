@@ -13,7 +13,7 @@ import signal
 import sys
 from importlib import metadata
 
-from .options import nearest
+from .options import nearest, refuse
 from .places import cores
 
 # name: its module, and what it does
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
                 return status
         return command.main(arguments[1:])
     except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 2
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

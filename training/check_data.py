@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .options import DatasetOptions, option, read_options, refuse_to_replace
+from .options import DatasetOptions, option, read_options, refuse, refuse_to_replace
 from .say import counted, say_next
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return 0 if run(read_options(CheckOptions, "check", __doc__, argv)) else 1
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 2
 
 

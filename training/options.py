@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -266,6 +268,17 @@ def read_options(kind: type, command: str, description: str | None, argv: Sequen
     return CommandParser(kind, prog=f"hsvlt {command}", description=description).read(argv)
 
 
+def refuse(error: Exception) -> None:
+    """Prints, in one line, what was refused.
+
+    Of several processes the first speaks at once. When it has ended the launcher ends the others, which mostly would say
+    the same; they speak where it has not.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(30)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 def run_command(
     run: Callable[[Any], Any],
     kind: type,
@@ -278,6 +291,6 @@ def run_command(
     try:
         run(read_options(kind, command, description, argv))
     except refused as error:
-        print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 2
     return 0

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .options import option, read_options
+from .options import option, read_options, refuse
 from .say import say_next
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args["adapter_of"] is None:
             say_next("tag", repo_id, "photo.jpg")
     except (ValueError, OSError, HfHubHTTPError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 2
     return 0
 

@@ -28,7 +28,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from .options import CheckpointOptions, ImageOptions, number_or_auto, option, read_options
+from .options import CheckpointOptions, ImageOptions, number_or_auto, option, read_options, refuse
 from .places import free_cores, last_run
 
 WRITERS = ("txt", "xmp")
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
         tag_source(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 2
     except KeyboardInterrupt:
         print("Stopped; what is tagged is kept, and the same command goes on from there.", file=sys.stderr)

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .config import TrainingConfig, describe_options, parse_config
+from .options import refuse
 from .places import recipes
 from .say import say_next
 
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
         run = setup(config)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted before the first step: the same command starts again.", file=sys.stderr)
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped:
             _say_what_is_kept(run, f"Stopped by {run.stop.signal or 'a signal to another process'}")
         except (FloatingPointError, CheckpointError, ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            refuse(error)
             traceback.clear_frames(error.__traceback__)  # the writer may keep the error, and its frames the loaders
             return 1
         except KeyboardInterrupt:

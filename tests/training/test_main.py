@@ -141,4 +141,5 @@ def test_a_launch_that_ends_badly_is_one_line(processes, tmp_path):
     script = f"from training.__main__ import run_launcher; raise SystemExit({call})"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 2, ran.stderr
-    assert "is not empty" in ran.stderr and "Traceback" not in ran.stderr and "ChildFailed" not in ran.stderr
+    assert ran.stderr.count("is not empty") == ran.stderr.count("error: ") == 1
+    assert "Traceback" not in ran.stderr and "ChildFailed" not in ran.stderr

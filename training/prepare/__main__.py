@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..options import CommandParser
+from ..options import CommandParser, refuse
 from ..say import counted, say_next
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         print(count_table(reading), flush=True)
         write_dataset(reading.splits, reading.label_names, args.target, max_shard_bytes=args.max_shard_mb * 1_000_000)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 2
     print(f"Written to {args.target}; load_dataset({str(args.target)!r}) and --dataset {args.target} read it.")
     say_next("check", args.target)

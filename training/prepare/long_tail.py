@@ -14,7 +14,6 @@ model nor the optimizer of one episode reaches the next.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..check.imbalance import long_tail_groups
 from ..data.load import load
 from ..data.rows import Split
 from ..data.sparse_labels import SparseLabels
-from ..options import CommandParser, DatasetOptions, dataset_options
+from ..options import CommandParser, DatasetOptions, dataset_options, refuse
 from .reading import Rows, checked, text_lines
 from .write import write_dataset
 
@@ -207,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             raise FileExistsError(f"{args.target} exists: delete it, or choose another TARGET.")
         {"lists": _write_lists, "draw": _write_draw, "episodes": _write_episodes}[args.kind](args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 1
     return 0
 
