@@ -11,9 +11,9 @@ import importlib
 import os
 import signal
 import sys
+from difflib import get_close_matches
 from importlib import metadata
 
-from .options import nearest, refuse
 from .places import cores
 
 # name: its module, and what it does
@@ -52,10 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hsvlt {metadata.version('hsvlt')}")
         return 0
     if name not in COMMANDS:
-        near = nearest(name, COMMANDS)
-        print(f"error: there is no command {name!r}: {f'did you mean {near}?' if near else 'see hsvlt --help.'}",
-              file=sys.stderr)  # fmt: skip
-        return 2
+        near = get_close_matches(name, COMMANDS, n=1)
+        return _refuse(f"there is no command {name!r}: {f'did you mean {near[0]}?' if near else 'see hsvlt --help.'}")
     module = f"{__package__}.{COMMANDS[name][0]}"
     try:
         command = importlib.import_module(module)
@@ -66,20 +64,20 @@ def main(argv: list[str] | None = None) -> int:
                 return status
         return command.main(arguments[1:])
     except FileNotFoundError as error:
-        refuse(error)
-        return 2
+        return _refuse(str(error))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", __package__, "modeling_hsvlt"):
             raise
         extra = "train,onnx" if missing in ONNX else "train"
-        print(
-            f'error: hsvlt {name} needs the package {missing!r}: in the checkout, pip install ".[{extra}]".',
-            file=sys.stderr,
-        )
-        return 2
+        return _refuse(f'hsvlt {name} needs the package {missing!r}: in the checkout, pip install ".[{extra}]".')
     except KeyboardInterrupt:
         return 130
+
+
+def _refuse(words: str) -> int:
+    print(f"error: {words}", file=sys.stderr)
+    return 2
 
 
 def launch(module: str, arguments: list[str], *, mixed_precision: bool) -> int | None:

@@ -271,8 +271,8 @@ def read_options(kind: type, command: str, description: str | None, argv: Sequen
 def refuse(error: Exception) -> None:
     """Prints, in one line, what was refused.
 
-    Of several processes the first speaks at once. When it has ended the launcher ends the others, which mostly would say
-    the same; they speak where it has not.
+    Of several processes the first speaks at once, and its end makes the launcher end the others, which mostly would say
+    the same; they speak where it has not ended.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(30)

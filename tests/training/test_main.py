@@ -57,6 +57,20 @@ def test_a_missing_package_is_named_with_its_extra(package, extra, monkeypatch, 
     assert f"'{package}'" in error and extra in error and error.count("\n") == 1
 
 
+def test_without_the_extra_the_overview_is_there_and_a_command_names_the_extra():
+    script = """
+import sys
+sys.modules |= dict.fromkeys(("omegaconf", "yaml", "accelerate", "datasets"))
+from training.__main__ import main
+assert main(["--help"]) == 0
+sys.exit(main(["evaluate", "--help"]))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 2 and "evaluate" in ran.stdout
+    assert "hsvlt evaluate needs the package" in ran.stderr and '".[train]"' in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
 def test_an_import_of_ours_that_fails_is_no_missing_extra(monkeypatch):
     def broken(arguments):
         raise ModuleNotFoundError("No module named 'training.gone'", name="training.gone")
