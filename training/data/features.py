@@ -114,7 +114,7 @@ class FeatureStore:
         self._rows = {key: row for row, key in enumerate(keys)}
         # Copy on write, as torch wants memory that could be written to.
         shape = (len(keys), self.numel)
-        self._records = np.memmap(self._maps, np.float16, "c", shape=shape) if keys else np.empty(shape, np.float16)
+        self._records = np.memmap(self._maps, np.int16, "c", shape=shape) if keys else np.empty(shape, np.int16)
 
     def append(self, keys: Sequence[bytes], maps: Sequence[torch.Tensor]) -> None:
         """Adds the maps (B, C_i, H_i, W_i) of B images; `refresh` lets them be read.
@@ -134,14 +134,15 @@ class FeatureStore:
         self._rows |= dict.fromkeys(keys, -1)  # known, and readable once refreshed
 
     def record(self, key: bytes) -> torch.Tensor:
-        """All maps of an image, (numel,) fp16, not copied; see `unpack`."""
+        """All maps of an image, (numel,) int16, not copied; see `unpack`. They are the bits of fp16, tensors of which
+        autocast on a CPU refuses to put together."""
         return torch.from_numpy(self._records[self._rows[key]])
 
     def unpack(self, records: torch.Tensor) -> list[torch.Tensor]:
         """Records (B, numel) to maps (B, C_i, H_i, W_i), fp32, channels last in memory."""
         parts = records.split([math.prod(shape) for shape in self.shapes], dim=1)
         maps = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
-        return [each.float().permute(0, 3, 1, 2) for each in maps]
+        return [each.view(torch.float16).float().permute(0, 3, 1, 2) for each in maps]
 
     @staticmethod
     def _size(file) -> int:
@@ -235,7 +236,7 @@ def compute_features(
 
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """The images of a `MultiLabelDataset` as records of a store: `features` (views, numel) fp16, `labels`, `index`."""
+    """The images of a `MultiLabelDataset` as records of a store: `features` (views, numel) int16, `labels`, `index`."""
 
     def __init__(self, dataset: MultiLabelDataset, store: FeatureStore, keys: Sequence[bytes], views: int):
         self.label_names, self.sparse_labels = dataset.label_names, dataset.sparse_labels

@@ -89,6 +89,11 @@ def test_cached_maps_train_as_images_do(place, cached):
     assert results[0] == pytest.approx(results[1], abs=0.01)
 
 
+def test_cached_maps_train_in_16_bits(place, cached):
+    run = train(place, "bf16", "--cache_features", "--mixed_precision", "bf16", "--epochs", "1")
+    assert losses(run) == pytest.approx(losses(cached)[:3], rel=0.1)
+
+
 def test_the_next_run_finds_the_maps(place, cached, capfd):
     (store,) = (place / "cache").iterdir()
     written = (store / "maps.bin").stat().st_size
