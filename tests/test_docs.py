@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from training.__main__ import COMMANDS as HSVLT
 from training.config import parse_config
 from training.options import CommandParser
 from training.places import recipes
@@ -59,3 +60,22 @@ def import_command(name):
 def test_map_is_a_fraction(page):
     text = (ROOT / page).read_text()
     assert not re.findall(r"mAP (?:of |is )?\d{2}\.\d|\d{2}\.\d+ mAP", text)
+
+
+def test_every_command_has_a_line_in_the_readme():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    named = [line.removeprefix("| `").partition("`")[0].partition(" ")[0] for line in rows]
+    for command in HSVLT:
+        assert named.count(command) == 1, command
+
+
+def test_the_tables_of_files_are_whole():
+    for top, page in (("training", "training"), ("benchmarks", "benchmarks"), ("training/prepare", "training/prepare")):
+        text = (ROOT / page / "README.md").read_text()
+        for file in sorted((ROOT / top).rglob("*.py")):
+            elsewhere = page == "training" and file.parent.name == "prepare"
+            is_command, is_module = file.parent == ROOT / "training", file.stem == file.parent.name
+            if not (elsewhere or is_command or is_module or file.name.startswith("__")):
+                assert f"{file.name}`" in text, f"{file.relative_to(ROOT)} is not in {page}/README.md"
+    text = (ROOT / "training" / "configs" / "README.md").read_text()
+    assert [name for name in recipes() if f"`{name}.yaml`" not in text] == []

@@ -20,6 +20,7 @@ from accelerate.utils import (
     set_seed,
 )
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.utils.data import DataLoader
 from transformers.image_utils import PILImageResampling
 
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
@@ -110,44 +111,11 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
     if config.backbone_statistics:
         read_backbone_statistics(config)
     processor = build_processor(config, label_names)
-    crops = config.augmentation is not None and config.augmentation.get("crop_scale", True)
-    data = {}
-    for name, split in loaded.splits.items():
-        margin = config.crop_margin if name == "train" and crops else 0.0
-        cache = "memory" if config.cache_images and split.labels is not None else None
-        data[name] = MultiLabelDataset(
-            split,
-            label_names,
-            processor,
-            margin=margin,
-            cache_images=cache,
-            num_workers=config.workers,
-            partial_labels=config.partial_labels if name == "train" else None,
-        )
-        if name != "train":
-            _check_measurable(name, data[name].sparse_labels.values)
-    loaders = {
-        name: build_dataloader(
-            dataset,
-            batch_size=config.batch_size if name == "train" else config.eval_batch_size or config.batch_size,
-            shuffle=name == "train",
-            seed=config.seed,
-            num_workers=0 if config.cache_images else config.workers,
-            processor=None if name == "train" else processor,
-            sparse_labels=True,
-        )
-        for name, dataset in data.items()
-    }
+    data = _build_datasets(config, loaded, processor)
+    loaders = _build_loaders(config, data, processor)
 
     positives = None if data["train"].sparse_labels is None else data["train"].sparse_labels.positives()
-    if config.loss_type == "distribution_balanced" and "class_counts" not in (config.loss_kwargs or {}):
-        if positives is None:
-            raise ValueError(
-                "The loss weights labels by how often they occur, and scenes that are drawn afresh have no counts: set "
-                "fresh_scenes to false, or give class_counts and num_samples in loss_kwargs."
-            )
-        counts = {"class_counts": positives.tolist(), "num_samples": len(data["train"])}
-        config.loss_kwargs = {**(config.loss_kwargs or {}), **counts}
+    _count_for_loss(config, len(data["train"]), positives)
 
     set_seed(config.seed)
     plain_model = build_model(config, label_names, accelerator.print).to(accelerator.device)
@@ -218,16 +186,78 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         stop=StopRequest(config.stop_timeout),
         held=held,
     )
+    _begin(run, source, positives)
+    if accelerator.is_main_process:
+        for words in advice(data, label_names, pretrained=bool(config.backbone or config.init_from)):
+            print(f"warning: {words}", file=sys.stderr)
+    return run
+
+
+def _build_datasets(
+    config: TrainingConfig, loaded: Loaded, processor: MultiLabelProcessor
+) -> dict[str, MultiLabelDataset]:
+    crops = config.augmentation is not None and config.augmentation.get("crop_scale", True)
+    data = {}
+    for name, split in loaded.splits.items():
+        margin = config.crop_margin if name == "train" and crops else 0.0
+        cache = "memory" if config.cache_images and split.labels is not None else None
+        data[name] = MultiLabelDataset(
+            split,
+            loaded.label_names,
+            processor,
+            margin=margin,
+            cache_images=cache,
+            num_workers=config.workers,
+            partial_labels=config.partial_labels if name == "train" else None,
+        )
+        if name != "train":
+            _check_measurable(name, data[name].sparse_labels.values)
+    return data
+
+
+def _build_loaders(
+    config: TrainingConfig, data: dict[str, MultiLabelDataset], processor: MultiLabelProcessor
+) -> dict[str, DataLoader]:
+    return {
+        name: build_dataloader(
+            dataset,
+            batch_size=config.batch_size if name == "train" else config.eval_batch_size or config.batch_size,
+            shuffle=name == "train",
+            seed=config.seed,
+            num_workers=0 if config.cache_images else config.workers,
+            processor=None if name == "train" else processor,
+            sparse_labels=True,
+        )
+        for name, dataset in data.items()
+    }
+
+
+def _count_for_loss(config: TrainingConfig, num_samples: int, positives: np.ndarray | None) -> None:
+    """Give a loss that weights labels by their frequency the counts that it was not given."""
+    if config.loss_type == "distribution_balanced" and "class_counts" not in (config.loss_kwargs or {}):
+        if positives is None:
+            raise ValueError(
+                "The loss weights labels by how often they occur, and scenes that are drawn afresh have no counts: set "
+                "fresh_scenes to false, or give class_counts and num_samples in loss_kwargs."
+            )
+        counts = {"class_counts": positives.tolist(), "num_samples": num_samples}
+        config.loss_kwargs = {**(config.loss_kwargs or {}), **counts}
+
+
+def _begin(run: Run, source: Path | None, positives: np.ndarray | None) -> None:
+    """Continue from `source`, or begin in an empty folder; in both, say what is about to happen."""
+    config, accelerator, folder, names = run.config, run.accelerator, run.folder, run.train_data.label_names
+    validated = len(run.loaders["validation"].dataset)
     if source is not None:
         restore(run, source)
-        log.cut(run.progress.log_bytes)
+        run.log.cut(run.progress.log_bytes)
     elif accelerator.is_main_process:
         if config.overwrite:
             set_aside(folder)
         elif holds_files(folder):  # since it was looked at
             raise FileExistsError(f"Something was written to {folder} meanwhile: choose another --output_dir.")
         if positives is not None:
-            log.log({"positives_in_train": dict(zip(label_names, positives.tolist(), strict=True))}, step=0)
+            run.log.log({"positives_in_train": dict(zip(names, positives.tolist(), strict=True))}, step=0)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         kept = replace(
@@ -236,16 +266,12 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         write_file(folder / "config.yaml", kept.to_yaml())
     accelerator.init_trackers(config.project_name, config={key: str(value) for key, value in vars(config).items()})
     accelerator.print(
-        f"{counted(len(data['train']), 'image')} to train on, {len(data['validation']):,} to validate, "
-        f"{counted(len(label_names), 'label')}; {plain_model.num_parameters():,} parameters; "
-        f"{counted(total_steps, 'step')} of "
+        f"{counted(len(run.train_data), 'image')} to train on, {validated:,} to validate, "
+        f"{counted(len(names), 'label')}; {run.plain_model.num_parameters():,} parameters; "
+        f"{counted(run.total_steps, 'step')} of "
         f"{counted(config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes, 'image')} on "
         f"{accelerator.num_processes} x {accelerator.device.type}."
     )
-    if accelerator.is_main_process:
-        for words in advice(data, label_names, pretrained=bool(config.backbone or config.init_from)):
-            print(f"warning: {words}", file=sys.stderr)
-    return run
 
 
 def _check_measurable(split: str, values: np.ndarray) -> None:
