@@ -68,14 +68,9 @@ class CandidatesTester(EveryOptionTester):
 
 class SwinTester(HSVLTTester):
     backbone_config = {
-        "model_type": "swin",
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 8,
-        "depths": [1, 1, 1, 1],
-        "num_heads": [1, 2, 2, 4],
-        "window_size": 2,
-    }
+        "model_type": "swin", "image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 2, 4], "window_size": 2,
+    }  # fmt: skip
 
 
 class MlTrBackboneTester(HSVLTTester):

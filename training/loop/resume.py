@@ -12,6 +12,7 @@ from ..checkpoint.loading import still_loads
 from ..checkpoint.series import newest_good, recover_run
 from ..checkpoint.state import load_training_state, read_progress
 from .run import Progress, Run
+from .saving import state_of
 
 
 def find_source(folder: Path, accelerator: Accelerator) -> Path:
@@ -50,14 +51,7 @@ def restore(run: Run, source: Path) -> None:
                 f"in its config.yaml, allow the change with --resume_despite '[{key}]', or start a new run from its "
                 "weights with --init_from."
             )
-    saved = load_training_state(
-        source,
-        model=run.plain_model,
-        optimizer=run.stateful_optimizer,
-        scheduler=run.scheduler,
-        ema=run.ema,
-        scaler=run.accelerator.scaler,
-    )
+    saved = load_training_state(source, **state_of(run))
     run.progress = Progress(**saved | same)
     if saved["batches"] != new.batches:  # the same images of the epoch are done, but for a part of a step
         images = saved["batch"] * saved["batches"][0] * saved["batches"][1]

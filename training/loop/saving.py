@@ -11,6 +11,17 @@ from ..checkpoint.state import copy_training_state
 from .run import Run
 
 
+def state_of(run: Run) -> dict:
+    """What a checkpoint holds beside the progress, and a resumed run gets back."""
+    return {
+        "model": run.plain_model,
+        "optimizer": run.stateful_optimizer,
+        "scheduler": run.scheduler,
+        "ema": run.ema,
+        "scaler": run.accelerator.scaler,
+    }
+
+
 def save(run: Run, *, best: bool = False) -> None:
     """Copy the state of now, and have it written beside the training: a checkpoint and, where told, best/.
 
@@ -23,15 +34,8 @@ def save(run: Run, *, best: bool = False) -> None:
     config, model, processor = run.config, run.plain_model, run.processor
     if run.accelerator.is_main_process:
         run.progress.log_bytes = run.log.size()
-    state = copy_training_state(
-        model=model,
-        optimizer=run.stateful_optimizer,
-        scheduler=run.scheduler,
-        ema=run.ema,
-        scaler=run.accelerator.scaler,
-        progress=asdict(run.progress),
-        keep=run.accelerator.is_main_process,
-    )
+    keep = run.accelerator.is_main_process
+    state = copy_training_state(**state_of(run), progress=asdict(run.progress), keep=keep)
     folders = [run.folder / f"checkpoint-{run.progress.step}"]
     if best:  # before the checkpoint that says so
         folders.insert(0, run.folder / "best")

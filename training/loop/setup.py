@@ -158,34 +158,21 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         plateau_factor=config.plateau_factor,
         plateau_patience=config.plateau_patience,
     )
+    augmentation = config.augmentation
+    if augmentation is not None:
+        augmentation = build_augmentation(config.image_size, **augmentation)
     run = Run(
-        config=config,
-        accelerator=accelerator,
-        folder=folder,
-        processor=processor,
-        train_data=data["train"],
-        groups=None if positives is None else long_tail_groups(positives),
-        loaders=loaders,
-        augmentation=None
-        if config.augmentation is None
-        else build_augmentation(config.image_size, **config.augmentation),
-        plain_model=plain_model,
-        model=model,
-        ema=ema,
-        optimizer=optimizer,
-        stateful_optimizer=stateful,
-        scheduler=scheduler,
-        total_steps=total_steps,
+        config=config, accelerator=accelerator, folder=folder, processor=processor, train_data=data["train"],
+        groups=None if positives is None else long_tail_groups(positives), loaders=loaders, augmentation=augmentation,
+        plain_model=plain_model, model=model, ema=ema, optimizer=optimizer, stateful_optimizer=stateful,
+        scheduler=scheduler, total_steps=total_steps, log=log, stop=StopRequest(config.stop_timeout), held=held,
         progress=Progress(
             label_names=label_names,
             dataset=f"{config.dataset} ({_fingerprint(config, data)})",
             total_steps=total_steps,
             batches=[accelerator.num_processes, config.batch_size, config.gradient_accumulation_steps, config.seed],
         ),
-        log=log,
-        stop=StopRequest(config.stop_timeout),
-        held=held,
-    )
+    )  # fmt: skip
     _begin(run, source, positives)
     if accelerator.is_main_process:
         for words in advice(data, label_names, pretrained=bool(config.backbone or config.init_from)):

@@ -107,18 +107,10 @@ def render_card(
     )
     environment.filters |= {"escape": escape, "figure": figure}
     text = environment.get_template(template).render(
-        facts,
-        card_data=data.to_yaml(),
-        repo_id=repo_id,
-        tag=tag,
-        licence=licence,
-        own=own,
-        adapter_revision=adapter_revision,
-        figures=figures,
-        headlines={name: FIGURES[name] for name in HEADLINES},
-        decisions={name: FIGURES[name] for name in DECISIONS},
-        group_words=GROUP_WORDS,
-    )
+        facts, card_data=data.to_yaml(), repo_id=repo_id, tag=tag, licence=licence, own=own, figures=figures,
+        adapter_revision=adapter_revision, headlines={name: FIGURES[name] for name in HEADLINES},
+        decisions={name: FIGURES[name] for name in DECISIONS}, group_words=GROUP_WORDS,
+    )  # fmt: skip
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text), ignore_metadata_errors=False)
 
 
