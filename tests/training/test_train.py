@@ -20,9 +20,9 @@ from sklearn.metrics import average_precision_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
 import training.loop.finish
-import training.loop.fit
 import training.loop.saving
 import training.loop.setup
+import training.loop.step
 import training.loop.validation
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from training import evaluate
@@ -138,14 +138,14 @@ def test_the_test_split_is_scored_once_at_the_end(finished):
 def interrupt(monkeypatch, at_batch, how):
     """`how` is called in the middle of batch `at_batch` (counted over the whole run)."""
     batches = iter(range(10_000))
-    plain = training.loop.fit.normalize_pixels
+    plain = training.loop.step.normalize_pixels
 
     def normalize_pixels(*arguments):
         if next(batches) == at_batch:
             how()
         return plain(*arguments)
 
-    monkeypatch.setattr(training.loop.fit, "normalize_pixels", normalize_pixels)
+    monkeypatch.setattr(training.loop.step, "normalize_pixels", normalize_pixels)
 
 
 def at_once():
@@ -262,9 +262,9 @@ def test_a_save_that_fails_ends_the_run_and_leaves_what_there_was(finished, reci
 
 
 def divide_by_zero(monkeypatch, at_batch):
-    batches, plain = iter(range(100)), training.loop.fit.normalize_pixels
+    batches, plain = iter(range(100)), training.loop.step.normalize_pixels
     monkeypatch.setattr(
-        training.loop.fit,
+        training.loop.step,
         "normalize_pixels",
         lambda *inputs: plain(*inputs) / (0.0 if next(batches) in at_batch else 1.0),
     )
