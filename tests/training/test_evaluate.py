@@ -80,7 +80,7 @@ def test_a_label_without_positives_is_named_and_empty_in_the_table(checkpoint, t
     labels = [[name for name in row if name != "dog"] for row in IMAGE_LABELS]
     save_images(tmp_path / "photos", labels)
     assert main([str(checkpoint), str(tmp_path / "photos"), "--output", str(tmp_path / "results")]) == 0
-    assert "having no positive here: 1 labels (dog)" in capsys.readouterr().out
+    assert "having no positive here: 1 label (dog)" in capsys.readouterr().out
     row = read_csv(tmp_path / "results" / "per_label.csv")["dog"]
     assert (row["AP"], row["recall"], row["positives"]) == ("", "", "0")
     assert "NaN" not in (tmp_path / "results" / "results.json").read_text()
