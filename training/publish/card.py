@@ -24,6 +24,7 @@ from ..check.imbalance import GROUP_WORDS
 from ..data.built_in import BUILT_IN
 from ..metrics.glossary import FIGURES
 from ..places import shipped
+from ..say import counted
 from ..scoring.measured_with import AT_THRESHOLDS, names_of
 from .measured import (
     checkpoint_of,
@@ -105,7 +106,7 @@ def render_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"escape": escape, "figure": figure}
+    environment.filters |= {"escape": escape, "figure": figure, "counted": counted}
     text = environment.get_template(template).render(
         facts, card_data=data.to_yaml(), repo_id=repo_id, tag=tag, licence=licence, own=own, figures=figures,
         adapter_revision=adapter_revision, headlines={name: FIGURES[name] for name in HEADLINES},
