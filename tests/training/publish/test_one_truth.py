@@ -71,6 +71,7 @@ def run(secret):
         "dataset": str(secret / "table"),
         "image_folder": str(secret / "photos"),
         "exclude": str(secret / "exclude.txt"),
+        "feature_cache": str(secret / "features"),
         "label_encoder": str(secret / "bert"),
         "label_context": {"adapter": str(secret / "adapter")},
         "init_from": str(secret / "start"),
@@ -114,6 +115,7 @@ def test_no_path_leaves_the_machine(run, secret, tmp_path):
     assert {name: options[name] for name in PATH_OPTIONS} == {
         "output_dir": "run", "dataset": "table", "image_folder": "photos", "exclude": "exclude.txt",
         "backbone": None, "label_encoder": "bert", "label_context": {"adapter": "adapter"}, "init_from": "start",
+        "feature_cache": "features",
     }  # fmt: skip
     assert json.loads((tmp_path / "built" / "config.json").read_text())["label_text_encoder"] == "bert"
 
@@ -155,7 +157,7 @@ def test_options_that_others_may_see(tmp_path, monkeypatch):
 
 def test_every_option_that_names_a_folder_or_file_is_marked():
     named = {"output_dir", "dataset", "exclude", "image_folder", "init_from", "backbone", "label_encoder"}
-    assert set(PATH_OPTIONS) == named | {"label_context"}
+    assert set(PATH_OPTIONS) == named | {"label_context", "feature_cache"}
     path_like = [name for name in vars(TrainingConfig()) if name.endswith(("_dir", "_folder", "_path", "_file"))]
     assert set(path_like) <= set(PATH_OPTIONS)
 
