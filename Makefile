@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast test-cpus crash-test fuzz hub-test peer-test lint format clean
+.PHONY: quickstart test test-fast test-cpus crash-test attacks fuzz hub-test peer-test lint format clean
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
@@ -37,6 +37,10 @@ peer-test: .venv/installed
 # Kills training and fills its disk; about ten minutes on two free cores. Images as no program writes them; a minute.
 crash-test: .venv/installed
 	$(BIN)/python -m tests.crash
+
+# Every kind of attack that once succeeded, on the code before the fixes and on the code as it is.
+attacks: .venv/installed
+	$(BIN)/python -m tests.attacks
 
 fuzz: .venv/installed
 	$(BIN)/python -m tests.fuzz

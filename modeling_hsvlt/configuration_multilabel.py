@@ -3,6 +3,7 @@ config.json must not ask for.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -84,6 +85,8 @@ class MultiLabelConfig(PreTrainedConfig):
         kwargs.setdefault("custom_pipelines", dict(CUSTOM_PIPELINES))
         super().__post_init__(**kwargs)
         self._refuse_kernel_repositories()
+        if self.thresholds is not None and not all(map(math.isfinite, self.thresholds)):
+            raise ValueError(f"thresholds {list(self.thresholds)[:10]} hold one that is not finite; fit them again.")
         if self.thresholds is not None and len(self.thresholds) != self.num_labels:
             self.forget_labels(f"there are {len(self.thresholds)} thresholds for {self.num_labels} labels")
 

@@ -12,6 +12,7 @@ from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2Embeddi
 
 from .configuration_hsvlt import BLOCK_BACKBONES, HSVLTConfig
 from .convnext_in_rows import convnext_layer_in_rows, runs_in_rows
+from .load_pretrained import load_pretrained
 from .modeling_efficientnet_lite import EfficientNetLiteBackbone
 from .modeling_mltr import MlTrBackbone
 from .modeling_multilabel import is_plain
@@ -54,7 +55,7 @@ class HSVLTBlockBackbone(nn.Module):
 
     def load_pretrained(self, source: str, **load) -> None:
         """Takes the weights of the model at `source`; see [`HSVLTForImageClassification.from_backbone`]."""
-        state_dict = AutoModel.from_pretrained(source, **load).state_dict()
+        state_dict = load_pretrained(AutoModel, source, **load).state_dict()
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith("layernorm.")}
         result = self.load_state_dict(state_dict, strict=False)
         if result.missing_keys or result.unexpected_keys:
@@ -138,7 +139,7 @@ class HSVLTStageBackbone(nn.Module):
         """As of [`HSVLTBlockBackbone`]. A checkpoint of the bare model has no norms in front of the feature maps; those
         start fresh."""
         # Not AutoBackbone: it asks the Hub whether a local folder exists.
-        model = type(self.model).from_pretrained(source, out_features=self.model.out_features, **load)
+        model = load_pretrained(type(self.model), source, may_lack="norm", out_features=self.model.out_features, **load)
         unused = [f"{model.base_model_prefix}.layernorm.{name}" for name in ("weight", "bias")]
         self.model.load_state_dict({key: value for key, value in model.state_dict().items() if key not in unused})
 

@@ -20,6 +20,16 @@ from urllib.parse import urljoin, urlsplit
 
 MAX_REDIRECTS = 5
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
+# IANA's special-purpose registries as of 2026, which Python's own list lags behind: what is not reachable from
+# everywhere, or leads to a device nearby (192.0.0.0/24, 2001::/23 and 192.88.99.0/24 as a whole).
+SPECIAL_IPV4 = [
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+    *("192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+    *("224.0.0.0/4", "240.0.0.0/4"),
+]
+UNICAST_IPV6 = ipaddress.ip_network("2000::/3")  # all that was ever given out
+SPECIAL_IPV6 = ["2001::/23", "2001:db8::/32", "3fff::/20"]
+_SPECIAL = [ipaddress.ip_network(network) for network in (*SPECIAL_IPV4, *SPECIAL_IPV6)]
 
 
 def fetch_image(url: str, *, timeout: float | None, max_bytes: int | None, allow_private: bool = False) -> bytes:
@@ -54,8 +64,7 @@ def fetch_image(url: str, *, timeout: float | None, max_bytes: int | None, allow
 def _get(parts, deadline, timeout, max_bytes, allow_private) -> tuple[int, str | None, bytes]:
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
-    left = None if deadline is None else max(deadline - time.monotonic(), 0.001)
-    opened: list[Any] = [_connect(parts.hostname, port, left, allow_private)]
+    opened: list[Any] = [_connect(parts.hostname, port, deadline, allow_private)]
     late = threading.Event()
 
     def give_up() -> None:  # a server that sends a byte a second never runs into the timeout of a read
@@ -93,9 +102,11 @@ def _get(parts, deadline, timeout, max_bytes, allow_private) -> tuple[int, str |
         opened[-1].close()
 
 
-def _connect(host: str, port: int, timeout: float | None, allow_private: bool) -> socket.socket:
+def _connect(host: str, port: int, deadline: float | None, allow_private: bool) -> socket.socket:
+    """Connects to the first address that answers; each has an equal share of the time that is left."""
     problem: OSError = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for number, (family, kind, protocol, _, address) in enumerate(found):
         if not (allow_private or is_public(str(address[0]))):
             problem = PermissionError(
                 f"{host} is {address[0]}, which is not on the public internet; if that is meant, pass "
@@ -104,8 +115,10 @@ def _connect(host: str, port: int, timeout: float | None, allow_private: bool) -
             continue
         try:
             connection = socket.socket(family, kind, protocol)
-            connection.settimeout(timeout)
+            if deadline is not None:
+                connection.settimeout(max((deadline - time.monotonic()) / (len(found) - number), 0.001))
             connection.connect(address)
+            connection.settimeout(None if deadline is None else max(deadline - time.monotonic(), 0.001))
             return connection
         except OSError as error:
             connection.close()
@@ -120,4 +133,6 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None)
         if inner is not None:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
+        if ip not in UNICAST_IPV6:
+            return False
+    return not any(ip in network for network in _SPECIAL)

@@ -1,6 +1,7 @@
 """What a label may be called: one rule for every file of names, every data set and every checkpoint."""
 
 import unicodedata
+from collections.abc import Mapping
 
 # Far above what people write and far below what fills a memory: names come from strangers as well.
 MAX_LABEL_NAME = 1000  # letters
@@ -31,3 +32,24 @@ def check_label_names(names) -> None:
     for name in names:
         if fault := fault_of_label_name(str(name)):
             raise ValueError(f"The label name {str(name)[:40]!r} {fault}; give the label a plain name.")
+
+
+def names_of(id2label: Mapping) -> list[str]:
+    """The names of `id2label` in the order of their numbers, which JSON turns into text.
+
+    Raises:
+        ValueError: it does not map 0, 1, ... without a gap to texts that `check_label_names` lets through, each once.
+    """
+    try:
+        names = {int(key): name for key, name in id2label.items()}
+        ordered = [names[index] for index in range(len(id2label))]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError("id2label must give a label name to each of 0, 1, 2 and so on, without a gap.") from None
+    odd = next((name for name in ordered if not isinstance(name, str)), None)
+    if odd is not None or None in ordered:
+        raise ValueError(f"id2label holds {odd!r} where a label name should be; write a text.")
+    check_label_names(ordered)
+    if len(set(ordered)) < len(ordered):
+        twice = next(name for name in ordered if ordered.count(name) > 1)
+        raise ValueError(f"label names must differ, but {twice!r} comes twice in id2label.")
+    return ordered

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .load_pretrained import load_pretrained
+
 DEFAULT_TEMPLATE = "a photo of a {}"
 
 # The three names of PASCAL VOC that are two words written as one, as the released HSVLT writes them for its text
@@ -150,19 +152,9 @@ def load_text_encoder(
             f"'{source}' is not a folder, and as a Hub id it must be pinned, so that the embeddings can be made again: "
             'give revision=\'<commit hash>\', which the repository\'s page shows under "Files and versions", "History".'
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    model, loading = AutoModel.from_pretrained(
-        source,
-        revision=revision,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
     # Only token states are read: a pooler that a checkpoint lacks (masked-language models) changes nothing.
-    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise ValueError(f"'{source}' lacks {len(missing)} weights of its encoder, the first is {missing[0]}.")
+    model = load_pretrained(AutoModel, source, revision=revision, may_lack="pooler", dtype=torch.float32)
+    tokenizer = load_pretrained(AutoTokenizer, source, revision=revision)
     return getattr(model, "text_model", model).eval(), tokenizer
 
 

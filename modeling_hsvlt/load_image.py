@@ -3,8 +3,9 @@
 import base64
 import binascii
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from io import BytesIO
 
 import numpy as np
@@ -18,6 +19,12 @@ from .image_urls import fetch_image
 # as much, which a 20 KB file can reach in every worker of a data loader at once.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 2**28  # of an encoded image: as many as the largest one that is decoded has in RGB
+# What photographs come in. Pillow reads forty more, of which some decode before any limit can be looked at (ICO, ICNS),
+# unpack without end (FITS) or are programs (EPS). HEIF where pillow_heif is registered.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")
+MAX_METADATA = 2**24  # bytes in front of the pixels: a camera writes some hundred thousand
+MAX_SECONDS = 10.0  # of processor time for one image: the largest that is decoded takes some 3
+MAX_SCANS = 20  # of a progressive JPEG of MAX_PIXELS, in proportion more of a smaller one; programs write about 10
 
 
 def load_image(
@@ -63,11 +70,16 @@ def load_image(
         return image_of_array(source, name)
     if isinstance(source, Image.Image):
         return _to_rgb(source, name, max_pixels, size_hint)
-    stream = _open_source(source, name, max_bytes, timeout, allow_private_addresses)
-    with _naming_failures(name):
-        image = Image.open(stream)
-    with image:
-        return _to_rgb(image, name, max_pixels, size_hint)
+    with _open_source(source, name, max_bytes, timeout, allow_private_addresses) as stream:
+        with _naming_failures(name):
+            Image.init()  # `formats` may hold one of a plugin that is not installed
+            guarded = _Guarded(stream)
+            image = Image.open(guarded, formats=[known for known in FORMATS if known in Image.OPEN])
+            guarded.metadata_left = None
+        with image:
+            if image.info.get("progressive") and max_pixels is not None:
+                _check_scans(stream, image, name, max_pixels)
+            return _to_rgb(image, name, max_pixels, size_hint)
 
 
 def describe(source) -> str:
@@ -86,7 +98,7 @@ def describe(source) -> str:
 
 
 def _open_source(source, name: str, max_bytes: int | None, timeout: float | None, allow_private: bool):
-    """A path or binary stream that Pillow can open."""
+    """A binary stream that Pillow can open, as a context that closes what it opened itself."""
 
     def within_limit(size: int) -> None:
         if max_bytes is not None and size > max_bytes:
@@ -96,13 +108,13 @@ def _open_source(source, name: str, max_bytes: int | None, timeout: float | None
         source = source.get("bytes") or source.get("path") or source
     if isinstance(source, (bytes, bytearray)):
         within_limit(len(source))
-        return BytesIO(source)
+        return nullcontext(BytesIO(source))
     if hasattr(source, "read"):
         if hasattr(source, "seek"):
             start = source.tell()
             within_limit(source.seek(0, os.SEEK_END) - start)
             source.seek(start)
-        return source
+        return nullcontext(source)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(
             f"{name} ({type(source).__name__}) is no image; give a path, URL, bytes, file, image, array or tensor."
@@ -116,18 +128,50 @@ def _open_source(source, name: str, max_bytes: int | None, timeout: float | None
         except Exception as error:  # http.client and ssl have their own, and an odd name gives a UnicodeError
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(f"{name} cannot be downloaded: {reason}. Check the address.") from error
-        return BytesIO(data)
+        return nullcontext(BytesIO(data))
     if os.path.isfile(text):
         within_limit(os.path.getsize(text))
-        return text
+        with _naming_failures(name):
+            return open(text, "rb")
     if os.path.exists(text):
         raise ValueError(f"{name} is a folder; give the image files in it.")
     within_limit(len(text) * 3 // 4)
     try:
         encoded = text.split(",", 1)[1] if text.startswith("data:image/") else text
-        return BytesIO(base64.b64decode(encoded, validate=True))
+        return nullcontext(BytesIO(base64.b64decode(encoded, validate=True)))
     except (binascii.Error, IndexError, ValueError) as error:
         raise ValueError(f"{name} does not exist; check the path.") from error
+
+
+class _Guarded:
+    """A file that ends what takes too long: Pillow reads through it, a block at a time, whatever the format."""
+
+    def __init__(self, file):
+        self._file, self._began = file, time.thread_time()
+        self.metadata_left = MAX_METADATA  # None: what is read from now on are pixels
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        if time.thread_time() - self._began > MAX_SECONDS:
+            raise ValueError(f"it takes more than {MAX_SECONDS:g} seconds")
+        data = self._file.read(size)
+        if self.metadata_left is not None:
+            self.metadata_left -= len(data)
+            if self.metadata_left < 0:
+                raise ValueError(f"it has more than {MAX_METADATA} bytes in front of its pixels")
+        return data
+
+
+def _check_scans(stream, image: Image.Image, name: str, max_pixels: int) -> None:
+    """Each scan of a progressive JPEG goes over all pixels, and a scan of a few bytes is enough for that."""
+    place = stream.tell()
+    stream.seek(0)
+    scans = stream.read().count(b"\xff\xda")
+    stream.seek(place)
+    if scans * image.width * image.height > MAX_SCANS * max_pixels:
+        raise ValueError(f"{name} is a progressive JPEG of {scans} scans, too many for its size; save it again.")
 
 
 @contextmanager
@@ -136,7 +180,7 @@ def _naming_failures(name: str):
     try:
         yield
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is in no image format that Pillow reads; convert it or leave it out.") from error
+        raise ValueError(f"{name} is in no image format that is read here; convert it or leave it out.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels.") from error
     except Exception as error:
@@ -151,8 +195,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int | None, size_hint: in
         raise ValueError(
             f"{name} has {width} x {height} pixels, more than the limit of {max_pixels}; shrink it or raise max_pixels."
         )
-    if image.format == "EPS":
-        # Pillow would hand the file, which is a program, to Ghostscript.
+    if image.format == "EPS":  # opened elsewhere; Pillow would hand the file, which is a program, to Ghostscript
         raise ValueError(f"{name} is an EPS drawing; convert it to PNG or leave it out.")
     with _naming_failures(name):
         if size_hint is not None:

@@ -35,6 +35,7 @@ from .hsvlt_additions import (
     spread_candidates,
 )
 from .hsvlt_backbones import build_backbone
+from .load_pretrained import load_pretrained
 from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     as_dtype_of,
@@ -548,13 +549,13 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         Raises:
             ValueError: where the backbone's weights do not fit those of the source.
         """
-        backbone_config = AutoConfig.from_pretrained(source, revision=revision)
+        backbone_config = load_pretrained(AutoConfig, source, revision=revision)
         if config is None:
             config = HSVLTConfig(backbone_config=backbone_config, **config_kwargs)
         else:
             config = HSVLTConfig.from_dict({**config.to_dict(), "backbone_config": backbone_config.to_dict()})
         model = cls(config)
-        model.hsvlt.backbone.load_pretrained(source, revision=revision, use_safetensors=True)
+        model.hsvlt.backbone.load_pretrained(source, revision=revision)
         return model
 
     def set_label_embeddings(

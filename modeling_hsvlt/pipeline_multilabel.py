@@ -15,6 +15,7 @@ from .heat_maps_multilabel import image_box, resize_to_image, scored_heat_maps
 from .label_context import LabelContext, count_context_tokens
 from .label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder
 from .load_image import is_many, load_image, undecoded
+from .load_pretrained import load_pretrained
 from .processing_multilabel import (
     MultiLabelProcessor,
     post_process_multi_label_classification,
@@ -222,7 +223,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             else:
                 if revision is None and not os.path.isdir(text_encoder):
                     raise ValueError(f"{text_encoder!r} is no folder, and as a Hub id it needs revision, a commit.")
-                tokenizer = AutoTokenizer.from_pretrained(text_encoder, revision=revision)
+                tokenizer = load_pretrained(AutoTokenizer, text_encoder, revision=revision)
             model.set_labels(names, tokenizer, label_text=label_text)
         else:
             self._set_label_embeddings(names, text_encoder, revision, label_text, label_context)

@@ -26,6 +26,31 @@ from .load_image import channels_last, describe, flat_images, float_planes, imag
 from .losses_multilabel import NOT_EVALUATED
 
 RESIZE_MODES = ("squash", "pad")
+MAX_SIDE = 8192  # px that a processor may be set to; an image of that is 805 MB as the model reads it
+IMAGE_SETTINGS = ("image_mean", "image_std", "rescale_factor", "size", "crop_size")
+
+
+def check_image_settings(settings: Mapping, source: str = "The image processor") -> None:
+    """
+    Args:
+        settings: Of an image processor; what is None or not there is not looked at.
+        source: Where they come from, for the message.
+
+    Raises:
+        ValueError: pixels would become numbers that are not finite, or more of them than any model reads.
+    """
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        value, above = settings.get(name), "" if name == "image_mean" else " above 0"
+        if value is None:
+            continue
+        numbers = np.asarray(value, dtype=np.float64)
+        if not np.isfinite(numbers).all() or (above and (numbers <= 0).any()):
+            raise ValueError(f"{source} has {name} {value}: give finite numbers{above}.")
+    for name in ("size", "crop_size"):
+        size = dict(settings.get(name) or {})
+        sides = [side for side in size.values() if side is not None]
+        if any(type(side) is not int or not 0 < side <= MAX_SIDE for side in sides):
+            raise ValueError(f"{source} has {name} {size}: sides are whole numbers from 1 to {MAX_SIDE:,} px.")
 
 
 class MultiLabelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -106,6 +131,8 @@ class MultiLabelImageProcessor(PilBackend):
         if not size.shortest_edge:
             raise ValueError(f"size must have height and width, or shortest_edge, but it is {dict(size)}.")
         shape = get_size_with_aspect_ratio((image.height, image.width), size.shortest_edge, size.longest_edge)
+        if shape[0] * shape[1] > MAX_SIDE**2:
+            raise ValueError(f"An image of {image.width} x {image.height} px is too long for this size: leave it out.")
         return image.resize(shape[::-1], resample)
 
     def _standardize_kwargs(self, resize_mode: str | None = None, **kwargs) -> dict:
@@ -118,6 +145,7 @@ class MultiLabelImageProcessor(PilBackend):
             raise ValueError('do_pad is not supported; resize_mode="pad" pads to size.')
         if kwargs.get("do_convert_rgb") is False:
             raise ValueError("do_convert_rgb=False is not supported: every image becomes RGB, which the models read.")
+        check_image_settings(kwargs)
         return kwargs | {"resize_mode": resize_mode}
 
     def _preprocess(
@@ -208,6 +236,8 @@ class MultiLabelProcessor(ProcessorMixin):
     ):
         self.id2label = None if id2label is None else {int(index): str(name) for index, name in id2label.items()}
         self.thresholds = None if thresholds is None else [float(threshold) for threshold in thresholds]
+        if self.thresholds is not None and not np.isfinite(self.thresholds).all():
+            raise ValueError(f"thresholds {self.thresholds[:10]} hold one that is not finite; fit them again.")
         super().__init__(image_processor)
 
     @classmethod

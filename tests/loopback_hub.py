@@ -308,6 +308,10 @@ class _Handler(BaseHTTPRequestHandler):
         repository.tags[wish["tag"]] = self._commit_id(repository, revision)
         self._send(200, {})
 
+    def delete_tag(self, body, kind, owner, name, tag):
+        del self._repository(kind, owner, name).tags[unquote(tag)]
+        self._send(200, {})
+
     def branch(self, body, kind, owner, name, revision):
         repository, wish = self._repository(kind, owner, name), json.loads(body or b"{}")
         if revision in repository.branches:
@@ -465,6 +469,7 @@ ROUTES = [
     (("POST",), rf"{API}/preupload/(?P<revision>.+)", _Handler.preupload),
     (("POST",), rf"{API}/commit/(?P<revision>.+)", _Handler.commit),
     (("POST",), rf"{API}/tag/(?P<revision>.+)", _Handler.tag),
+    (("DELETE",), rf"{API}/tag/(?P<tag>.+)", _Handler.delete_tag),
     (("POST",), rf"{API}/branch/(?P<revision>.+)", _Handler.branch),
     (("POST",), rf"{API}/paths-info/(?P<revision>.+)", _Handler.paths_info),
     (("GET",), rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),

@@ -249,7 +249,7 @@ def test_load_text_encoder_refuses_what_is_not_pinned_safe_or_whole(bert, tmp_pa
     config = json.loads((tmp_path / "config.json").read_text())
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match=r"lacks 16 weights of its encoder, the first is encoder\.layer\.2\."):
+    with pytest.raises(ValueError, match=r"lacks 16 tensors, the first is encoder\.layer\.2\."):
         load_text_encoder(tmp_path)
 
 

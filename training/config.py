@@ -18,6 +18,15 @@ from .places import checkpoint_folder, free_cores, recipes
 
 PATH = {"path": True}  # of an option that may hold a path of this machine: no push publishes that
 
+# What a resumed run may do otherwise: the same is learned, and numbers of steps and batches are compared apart.
+MAY_DIFFER = {
+    *("overwrite", "resume", "resume_despite", "compare_bytes", "save_every_steps", "keep_checkpoints", "stop_timeout"),
+    *("log_every_steps", "trackers", "project_name", "fresh_scenes", "check_images", "on_unreadable", "cache_images"),
+    *("num_workers", "gradient_checkpointing", "compile", "epochs", "max_steps", "batch_size", "eval_batch_size"),
+    *("gradient_accumulation_steps", "seed", "mixed_precision", "early_stopping_patience", "threshold_objective"),
+    *("threshold_target", "evaluate_test", "report", "push_to_hub", "hub_private"),
+}
+
 
 def path(default: str | None = None):
     return field(default=default, metadata=PATH)
@@ -31,9 +40,10 @@ class TrainingConfig(DatasetOptions):
         False  # replace what output_dir holds (it goes when this run has saved); off, because it may be days of work
     )
     resume: bool = False  # continue from the newest good checkpoint in output_dir, exactly
-    resume_despite: list[Literal["label_names", "dataset", "total_steps", "batches"]] = field(
+    resume_despite: list[Literal["label_names", "dataset", "total_steps", "batches", "options"]] = field(
         default_factory=list
     )  # what may differ from the run that is resumed; nothing, because it would not be the same run
+    compare_bytes: bool = False  # hold a resumed run to every byte of its images; false: to their sizes and times
     seed: int = 0  # of weights, order and augmentation; every batch has its own generator state derived from it
     save_every_steps: int | None = None  # also save inside an epoch; null: at the end of each epoch
     keep_checkpoints: int = 2  # newest checkpoint-STEP folders that stay: where one is damaged, the other is used
@@ -198,6 +208,14 @@ class TrainingConfig(DatasetOptions):
     def workers(self) -> int:
         """`num_workers`, fitted to this machine where it is None."""
         return free_cores() if self.num_workers is None else self.num_workers
+
+    def shaping(self) -> dict:
+        """The options that decide what is learned, which a resumed run has to share; where the data come from, its
+        fingerprint tells."""
+        inherited = {entry.name for entry in dataclasses.fields(DatasetOptions)}
+        paths = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("path")}
+        free = inherited | paths | {f"{name}_revision" for name in paths} | MAY_DIFFER
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

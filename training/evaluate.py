@@ -64,6 +64,7 @@ def run(args: EvaluateOptions) -> dict:
 
     from .check.imbalance import long_tail_groups
     from .checkpoint.loading import load_checkpoint
+    from .checkpoint.lock import check_launch
     from .metrics.functional import multilabel_report, per_label_report
     from .report.page import result_record, write_report
     from .scoring.predict import score_split
@@ -80,6 +81,7 @@ def run(args: EvaluateOptions) -> dict:
                 "--threshold."
             )
     accelerator = Accelerator()
+    check_launch(accelerator)
     label_names, scores, labels, images, counts = score_split(
         model, processor, args, accelerator, count_split=args.count_split
     )

@@ -34,7 +34,7 @@ class PushOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused or did not arrive."""
+    """The command line: 0 when all is done, 2 when something was refused or did not arrive, 130 after Ctrl-C."""
     args = vars(read_options(PushOptions, "push", __doc__, argv))
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, HfHubHTTPError) as error:
         refuse(error)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped; the repository is as it was.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -12,6 +12,9 @@ folder that `datasets` wrote, a folder of parquet files, or a Hub id). OUTPUT ge
 cannot be read; those are listed in `unreadable.txt` as well. Read them all with
 `datasets.load_dataset("parquet", data_files="OUTPUT/part-*.parquet")`.
 
+An image that is not there any more, or whose disk fails, is none that cannot be read: nothing is written about it, the
+exit status is 1, and the same command tries it again.
+
 The same command again goes on where the last one was killed, with any number of processes, and tags images that came
 since. Each image has one record, whatever happened. At the end it prints where the time went.
 
@@ -82,7 +85,8 @@ def is_image(word: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused, 130 after Ctrl-C."""
+    """The command line: 0 when all is done, 1 when images could not be got at, 2 when something was refused, 130 after
+    Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         images = few_images(argv)
@@ -95,14 +99,13 @@ def main(argv: list[str] | None = None) -> int:
         args = read_options(TagOptions, "tag", __doc__, argv)
         from .tagging.run import tag_source  # after the options: --help waits for no library
 
-        tag_source(args)
+        return 1 if tag_source(args) else 0
     except (ValueError, OSError) as error:
         refuse(error)
         return 2
     except KeyboardInterrupt:
         print("Stopped; what is tagged is kept, and the same command goes on from there.", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

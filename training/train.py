@@ -82,13 +82,14 @@ def main(argv: list[str] | None = None) -> int:
         print("\nInterrupted before the first step: the same command starts again.", file=sys.stderr)
         return 130
     from .checkpoint.folder import CheckpointError
+    from .data.batches import naming_dead_workers
     from .loop.finish import finish
     from .loop.fit import fit
     from .loop.interruption import Stopped
 
     with _closing(run):
         try:
-            with run.stop:
+            with run.stop, naming_dead_workers():
                 fit(run)
                 finish(run)
             _say_next(run)

@@ -1,5 +1,6 @@
 """What the attacks start from. They use commands and files alone, so that they can be tried on an older commit."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -8,13 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from ..training.tiny_checkpoint import save_checkpoint, save_images
-from ..training.tiny_run import reset_accelerate, write_recipe
-
-
-@pytest.fixture(autouse=True)
-def own_process():
-    yield
-    reset_accelerate()
+from ..training.tiny_run import write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +18,6 @@ def finished_once(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("attacked")
     assert main([write_recipe(folder), "--output_dir", str(folder / "run")]) == 0
-    reset_accelerate()
     return folder / "run"
 
 
@@ -51,6 +45,17 @@ def photos(tmp_path):
 @pytest.fixture
 def recipe(tmp_path):
     return write_recipe(tmp_path)
+
+
+def killed_at(monkeypatch, name):
+    """Training is interrupted where it would begin to `fit` or `finish`."""
+
+    def killed(run):
+        raise KeyboardInterrupt
+
+    for module in (importlib.import_module(f"training.loop.{name}"), importlib.import_module("training.train")):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, killed)
 
 
 @contextmanager

@@ -3,15 +3,16 @@
 import json
 import os
 import shutil
+import signal
 
 import pytest
 
 import training.loop.setup
 from modeling_hsvlt.modeling_hsvlt import HSVLTForImageClassification
-from training import calibrate, fit_thresholds, train
+from training import calibrate, evaluate, fit_thresholds, tag, train
 from training.checkpoint.folder import verify
 
-from .conftest import files, held_by_another
+from .conftest import files, held_by_another, killed_at
 
 WEIGHTS = "model.safetensors"
 
@@ -57,10 +58,7 @@ def test_what_appears_in_the_folder_while_a_run_starts_is_not_deleted(recipe, tm
 def test_overwriting_deletes_nothing_before_the_new_run_has_saved(finished, monkeypatch):
     weights = (finished / "best" / WEIGHTS).read_bytes()
 
-    def killed(run):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "fit", killed)
+    killed_at(monkeypatch, "fit")
     assert train.main([str(finished / "config.yaml"), "--overwrite"]) == 130
     assert weights in [path.read_bytes() for path in finished.rglob(WEIGHTS)]
     monkeypatch.undo()
@@ -182,3 +180,87 @@ def test_a_checkpoint_that_is_a_link_is_changed_where_it_is(checkpoint, photos, 
     assert calibrate.main([str(link), str(photos)]) == 0
     assert link.is_symlink() and "calibration_info" in json.loads((checkpoint / "config.json").read_text())
     shutil.rmtree(checkpoint)
+
+
+REPO = "me/tagger"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    from huggingface_hub import HfApi, constants
+
+    import training.publish.hub
+
+    from ..loopback_hub import TOKEN, LoopbackHub
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with LoopbackHub(lfs_bytes=1000) as hub:
+        monkeypatch.setattr(training.publish.hub, "HfApi", lambda: HfApi(endpoint=hub.endpoint, token=TOKEN))
+        yield hub
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("after", ["create_repo", "create_commit", "create_tag"])
+def test_a_push_that_is_interrupted_leaves_the_hub_as_it_was(hub, tmp_path, monkeypatch, after, number, exists):
+    from huggingface_hub import HfApi
+
+    from training.publish import hub as publishing
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / WEIGHTS).write_bytes(b"weights")
+    if exists:
+        publishing.push_folder(folder, REPO, private=True, tag="v1", api=publishing.HfApi())
+        (folder / WEIGHTS).write_bytes(b"other weights")
+    before, plain = hub.state(REPO), getattr(HfApi, after)
+
+    def interrupted(self, *arguments, **options):
+        if options.get("commit_message", "").startswith("Take back"):
+            return plain(self, *arguments, **options)
+        done = plain(self, *arguments, **options)
+        os.kill(os.getpid(), number)
+        return done
+
+    if after == "create_repo" and exists:
+        pytest.skip("there is nothing to create")
+    monkeypatch.setattr(HfApi, after, interrupted)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as it is where tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            publishing.push_folder(folder, REPO, private=True, tag="v2", api=publishing.HfApi())
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert hub.state(REPO) == before
+
+
+def test_workers_without_shared_memory_are_refused_before_the_first_step(recipe, tmp_path, monkeypatch, capsys):
+    """A container has 64 MiB of it unless told; workers that need more hang for ever."""
+    usage = shutil.disk_usage
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000) if "shm" in str(path) else usage(path)
+    )
+    command = [recipe, "--output_dir", str(tmp_path / "run"), "--epochs", "1", "--num_workers", "1"]
+    assert train.main(command) == 2
+    assert "--shm-size" in capsys.readouterr().err
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    recipe, tmp_path, checkpoint, photos, monkeypatch, capsys
+):
+    """`accelerate launch` of two on a CPU, without ACCELERATE_USE_CPU: each takes itself for the only one."""
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        for command in (
+            lambda: train.main([recipe, "--output_dir", str(tmp_path / "run")]),
+            lambda: fit_thresholds.main([str(checkpoint), str(photos)]),
+            lambda: calibrate.main([str(checkpoint), str(photos)]),
+            lambda: tag.main([str(checkpoint), f"{photos}/validation", str(tmp_path / "tags")]),
+            lambda: evaluate.main([str(checkpoint), str(photos)]),
+        ):
+            assert command() == 2
+            assert "ACCELERATE_USE_CPU=true" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()

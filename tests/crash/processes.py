@@ -1,8 +1,9 @@
-"""Training runs that can be killed often: forks of a server that has imported everything, each a process of its own.
+"""Commands that can be killed often: forks of a server that has imported everything, each a process of its own.
 
 Only the seconds of importing are saved; the processes, their signals, files and connections are real ones.
 """
 
+import importlib
 import multiprocessing
 import os
 import resource
@@ -14,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["training.train", "kornia.augmentation"])
+LATE = ("loop.setup", "loop.fit", "loop.finish", "tagging.run", "publish.hub")  # what commands import as they need it
+SERVER.set_forkserver_preload([*(f"training.{module}" for module in LATE), "kornia.augmentation"])
 
 
-def _train(argv: list[str], environment: dict[str, str], output: str, file_limit: int | None) -> None:
+def _run(main: str, argv: list[str], environment: dict[str, str], output: str, file_limit: int | None) -> None:
     os.setsid()  # so that its data workers die with it
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -26,15 +28,13 @@ def _train(argv: list[str], environment: dict[str, str], output: str, file_limit
     multiprocessing.set_start_method("fork", force=True)  # of data workers, which would import everything again
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    from training.train import main
-
-    sys.exit(main(argv))
+    sys.exit(importlib.import_module(main).main(argv))
 
 
-class Training:
-    """`training.train.main(argv)` on `processes` CPU processes, started as `torchrun` would start them."""
+class Command:
+    """`main(argv)` of a module on `processes` CPU processes, started as `torchrun` would start them."""
 
-    def __init__(self, argv: list[str], processes: int, output: Path, file_limit: int | None = None):
+    def __init__(self, main: str, argv: list[str], output: Path, processes: int = 1, file_limit: int | None = None):
         environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.output = output
         self._ranks = []
@@ -47,7 +47,7 @@ class Training:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                     "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 }  # fmt: skip
-            process = SERVER.Process(target=_train, args=(argv, dict(environment), str(output), file_limit))
+            process = SERVER.Process(target=_run, args=(main, argv, dict(environment), str(output), file_limit))
             process.start()
             self._ranks.append(process)
 

@@ -108,15 +108,17 @@ def test_a_folder_tree(file_format, checkpoint, tmp_path, capsys):
     assert all(record["error"] or len(record["labels"]) == 1 for record in read(output).values())
 
 
-def test_a_list_and_a_data_set(checkpoint, tmp_path):
+def test_a_list_and_a_data_set(checkpoint, tmp_path, capsys):
     images = tmp_path / "images"
     draw(images, 4)
     names = ["images/0/3.png", str(images / "1" / "1.png"), "images/gone.png"]
+    keys = ["images/0/3.png", "images/1/1.png"]
     (tmp_path / "list.txt").write_text("\n".join([*names, "", names[0]]))
     options = ["--num_workers", "0", "--threshold", "0"]
-    assert main([str(checkpoint), str(tmp_path / "list.txt"), str(tmp_path / "listed"), *options]) == 0
+    assert main([str(checkpoint), str(tmp_path / "list.txt"), str(tmp_path / "listed"), *options]) == 1
+    assert "gone.png does not exist" in capsys.readouterr().err
     listed = read(tmp_path / "listed")
-    assert set(listed) == set(names) and "does not exist" in listed["images/gone.png"]["error"]
+    assert set(listed) == set(keys)
     assert len(listed[names[0]]["labels"]) == len(NAMES)
 
     rows = Dataset.from_dict({"photo": [str(images / "0" / "3.png"), None, str(images / "1" / "1.png")]})
@@ -125,7 +127,7 @@ def test_a_list_and_a_data_set(checkpoint, tmp_path):
     assert main(command) == 2  # no column "image"
     assert main([*command, "--image_column", "photo"]) == 0
     by_row = read(tmp_path / "rows")
-    assert_close_outputs([by_row[row]["scores"] for row in (0, 2)], [listed[name]["scores"] for name in names[:2]])
+    assert_close_outputs([by_row[row]["scores"] for row in (0, 2)], [listed[name]["scores"] for name in keys])
     assert by_row[1]["error"] and (tmp_path / "rows" / "unreadable.txt").read_text().startswith("1\t")
     assert main([*command, "--image_column", "photo", "--sidecars", "txt"]) == 2
 

@@ -76,13 +76,28 @@ def rewrite(checkpoint: str, what: str, work: Callable[[Path, Accelerator], Any]
     return done
 
 
+def check_launch(accelerator: Accelerator) -> None:
+    """
+    Raises:
+        ValueError: the launcher started several processes that do not know of each other, and would all write.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"The launcher started {started} processes, and this one is one of {accelerator.num_processes}: on a CPU, "
+            "set ACCELERATE_USE_CPU=true before `accelerate launch`, as training/configs/accelerate/"
+            "cpu_two_processes.yaml says."
+        )
+
+
 @contextmanager
 def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the lock of a folder, from before anything in it is read; every process calls this.
 
     Raises:
-        ValueError: another process trains there, or changes a checkpoint.
+        ValueError: another process trains there, or changes a checkpoint; or of `check_launch`.
     """
+    check_launch(accelerator)
     lock, problem = None, [None]
     if accelerator.is_main_process:
         try:

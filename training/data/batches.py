@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -114,19 +118,69 @@ def build_dataloader(
     Args:
         processor, sparse_labels: See `MultiLabelCollator`.
     """
+    collate = MultiLabelCollator(len(dataset.label_names), processor, sparse_labels)
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle,
         drop_last=drop_last,
         num_workers=num_workers,
-        collate_fn=MultiLabelCollator(len(dataset.label_names), processor, sparse_labels),
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=prefetch_that_fits(
+            batch_size * image_bytes(dataset, collate) if num_workers else 0, num_workers
+        ),
+        timeout=WORKER_TIMEOUT if num_workers else 0,
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+SHARED_MEMORY = "/dev/shm"  # where workers hand their batches over
+WORKER_TIMEOUT = 900  # seconds without a batch: by then no worker is going to give one
+
+
+def image_bytes(dataset: torch.utils.data.Dataset, collate: Callable) -> int:
+    """Bytes that an image takes in a batch."""
+    batch = collate([dataset[0]]) if len(dataset) else {}
+    return sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
+
+
+def prefetch_that_fits(batch_bytes: int, num_workers: int) -> int | None:
+    """Batches that each worker may have ready, at most 4: as many as there is shared memory for. A container gets 64
+    MiB of it unless told, and workers that run out of it hang or die of a bus error.
+
+    Raises:
+        ValueError: there is none for one batch a worker.
+    """
+    if not num_workers:
+        return None
+    if not os.path.isdir(SHARED_MEMORY):
+        return 4
+    free = shutil.disk_usage(SHARED_MEMORY).free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fits = int(free // (max(batch_bytes, 1) * num_workers))
+    if fits < 1:
+        raise ValueError(
+            f"{SHARED_MEMORY} has room for {free / 2**20:.0f} MiB, and {num_workers} workers hand over batches of "
+            f"{batch_bytes / 2**20:.0f} MiB: start the container with --shm-size=8g, or lower num_workers or "
+            "batch_size; num_workers 0 needs none."
+        )
+    return min(fits, 4)
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """What PyTorch says of workers that died or hang, as an OSError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise OSError(
+            f"The processes that decode images died or gave nothing for {WORKER_TIMEOUT} s "
+            f"({str(error).splitlines()[0]}): look at memory and {SHARED_MEMORY}, or set num_workers to 0."
+        ) from error
 
 
 def leave_signals_to_parent(worker_id: int) -> None:

@@ -25,7 +25,17 @@ from .image_folder import read_image_folders
 from .label_column import LabelColumn, label_field
 from .label_names import given_names, read_label_names
 from .leave_out import read_exclusions
-from .rows import SPLIT_ALIASES, Loaded, Split, Table, no_such_split, only_images, row_namer, without_missing
+from .rows import (
+    SPLIT_ALIASES,
+    Loaded,
+    Split,
+    Table,
+    no_such_split,
+    only_images,
+    refuse_paths_elsewhere,
+    row_namer,
+    without_missing,
+)
 from .sparse_labels import SparseLabels
 from .vocabulary import names_of_splits, names_outside, warn_without_positive
 
@@ -95,6 +105,7 @@ def load(
         images[name] = only_images(table.splits[name], table.image_column)
         if name not in table.row_names:
             if name in to_read and isinstance(source, str | Path):
+                refuse_paths_elsewhere(images[name], source)
                 kept, left_out = without_missing(images[name], name, options.missing_images, str(source))
                 table.left_out += left_out
                 if kept is not None:
@@ -151,7 +162,10 @@ def load_images(source: str, split: str | None = None, **options) -> Dataset:
         raise ValueError(f"{source} has the splits {', '.join(table.splits)}; choose one with --split.")
     name = SPLIT_ALIASES.get(split, split) or next(iter(table.splits))
     _check_splits(table, [name], source, labels=False)
-    return only_images(table.splits[name], table.image_column)
+    images = only_images(table.splits[name], table.image_column)
+    if name not in table.row_names:
+        refuse_paths_elsewhere(images, source)
+    return images
 
 
 def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, cache_dir: str | None) -> Table:

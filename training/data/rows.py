@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Image
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from .sparse_labels import SparseLabels, arrow_column
 
@@ -223,6 +227,48 @@ def without_missing(images: Dataset, split: str, policy: str, source: str) -> tu
         "that are not there; add them, take the rows out, or pass missing_images='skip'.",
     )
     return np.delete(np.arange(len(images)), missing) if missing else None, left_out
+
+
+def refuse_paths_elsewhere(images: Dataset, source: str | Path) -> None:
+    """Rows of a table that somebody else wrote hold their images, or name files of the data set itself.
+
+    Raises:
+        ValueError: a row without bytes whose path leads out of `source` and of the caches of `datasets`.
+    """
+    roots = [os.path.realpath(root) for root in (source, HF_DATASETS_CACHE, HF_HUB_CACHE)]
+    for row, (path, length, _) in enumerate(_stored_images(images)):
+        if length is None and path is not None and "://" not in path:
+            real = os.path.realpath(path)
+            if not any(real.startswith(f"{root}{os.sep}") for root in roots):
+                raise ValueError(
+                    f"Row {row} of {source} names the file {path!r}, which is not in it: store the images' bytes."
+                )
+
+
+def fingerprint_images(images: Dataset, *, every_byte: bool = False) -> str:
+    """A short mark of images in their order: of files their name, size and time, of stored images their length and last
+    64 bytes; with `every_byte` all that is in them."""
+    digest = hashlib.sha256()
+    for number, (path, length, end) in enumerate(_stored_images(images)):
+        name, known = os.path.basename(path or ""), (length, end)
+        if every_byte and length is not None:
+            known = hashlib.sha256(images[number]["image"]["bytes"]).digest()
+        elif length is None and path and os.path.isfile(path):
+            facts = os.stat(path)
+            known = (facts.st_size, facts.st_mtime_ns)
+            if every_byte:
+                with open(path, "rb") as file:
+                    known = hashlib.file_digest(file, "sha256").digest()
+        digest.update(repr((name, known)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _stored_images(images: Dataset) -> Iterator[tuple[str | None, int | None, bytes | None]]:
+    """Path, length and last 64 bytes of each image, of which no more is read."""
+    for chunk in arrow_column(images, "image").chunks:
+        data, paths = pc.struct_field(chunk, "bytes"), pc.struct_field(chunk, "path")
+        columns = (paths, pc.binary_length(data), pc.binary_slice(data, -64))
+        yield from zip(*(column.to_pylist() for column in columns), strict=True)
 
 
 def row_namer(images: Dataset, prefix: str = "") -> Callable[[int], str]:

@@ -6,6 +6,8 @@ import shutil
 import numpy as np
 from transformers import AutoModelForImageClassification
 
+from modeling_hsvlt.load_pretrained import load_pretrained
+
 from ..checkpoint.atomic import atomic_folder, write_file
 from ..checkpoint.folder import save_checkpoint, verify_if_sealed, write_marker
 from ..metrics.functional import multilabel_report, per_label_report
@@ -26,7 +28,7 @@ def finish(run: Run) -> dict:
     config, accelerator, folder = run.config, run.accelerator, run.folder / "best"
     accelerator.wait_for_everyone()
     verify_if_sealed(folder, "*.safetensors")
-    model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True).to(accelerator.device)
+    model = load_pretrained(AutoModelForImageClassification, folder).to(accelerator.device)
     scores, labels, validation = evaluate(run, model, "validation")
     how = {"objective": config.threshold_objective, "target": config.threshold_target}
     fitted = fit_thresholds(scores, labels, **how, label_names=run.train_data.label_names)

@@ -1,5 +1,6 @@
 """A run continues from its newest good checkpoint, exactly."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def restore(run: Run, source: Path) -> None:
     """Continue from `source`, exactly: weights, average, optimizer, schedule, place in the epoch, scores.
 
     Raises:
-        ValueError: it was another run (other labels, data, number of steps or batches), and `resume_despite` does not
-            say so.
+        ValueError: it was another run (other labels, data, options, number of steps or batches), and `resume_despite`
+            does not say so.
     """
     saved, new = read_progress(source), run.progress
     same = {name: getattr(new, name) for name in ("label_names", "dataset", "total_steps", "batches")}
@@ -51,6 +52,8 @@ def restore(run: Run, source: Path) -> None:
                 f"in its config.yaml, allow the change with --resume_despite '[{key}]', or start a new run from its "
                 "weights with --init_from."
             )
+    _compare_options(run, saved.get("options") or new.options)
+    same["options"] = new.options
     saved = load_training_state(source, **state_of(run))
     run.progress = Progress(**saved | same)
     if saved["batches"] != new.batches:  # the same images of the epoch are done, but for a part of a step
@@ -65,6 +68,24 @@ def restore(run: Run, source: Path) -> None:
     (lost,) = broadcast_object_list([lost])
     if lost:
         run.progress.best_mAP = run.progress.best_epoch = None
+
+
+def _compare_options(run: Run, before: dict) -> None:
+    """
+    Raises:
+        ValueError: an option that shapes what is learned has changed, and `resume_despite` does not say so.
+    """
+    now = json.loads(json.dumps(run.progress.options))
+    for name in sorted(before | now):
+        if before.get(name) == now.get(name):
+            continue
+        words = f"{run.folder} was trained with {name} {before.get(name)!r}, not {now.get(name)!r}"
+        if "options" not in run.config.resume_despite:
+            raise ValueError(
+                f"{words}: resume with the options in its config.yaml, allow the change with --resume_despite "
+                "'[options]', or start a new run from its weights with --init_from."
+            )
+        run.accelerator.print(f"{words}, from here on.")
 
 
 def _is_lost(best: Path) -> bool:

@@ -30,9 +30,10 @@ class Progress:
 
     # what makes it the same run when it goes on
     label_names: list[str]
-    dataset: str  # with a fingerprint of its labels
+    dataset: str  # with a fingerprint of its images and labels
     total_steps: int
     batches: list[int]  # processes, images a batch, batches a step, seed
+    options: dict  # of `TrainingConfig.shaping`
     # how far it is
     epoch: int = 0  # finished epochs
     batch: int = 0  # batches of the next epoch that are done

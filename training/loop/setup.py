@@ -36,7 +36,7 @@ from ..data.batches import build_dataloader
 from ..data.dataset import MultiLabelDataset
 from ..data.leave_out import find_unreadable, leave_out_unreadable
 from ..data.load import load
-from ..data.rows import Loaded
+from ..data.rows import Loaded, fingerprint_images
 from ..models.build import build_model, read_backbone_statistics
 from ..options import dataset_options
 from ..say import counted
@@ -171,6 +171,7 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
             dataset=f"{config.dataset} ({_fingerprint(config, data)})",
             total_steps=total_steps,
             batches=[accelerator.num_processes, config.batch_size, config.gradient_accumulation_steps, config.seed],
+            options=config.shaping(),
         ),
     )  # fmt: skip
     _begin(run, source, positives)
@@ -301,11 +302,13 @@ def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabe
 
 
 def _fingerprint(config: TrainingConfig, data: dict[str, MultiLabelDataset]) -> str:
-    """What tells a dataset from another under the same name: the labels of all its images, in order."""
+    """What tells a dataset from another under the same name: its images and their labels, in order."""
     digest = hashlib.sha256(json.dumps(config.scenes, sort_keys=True).encode())
     for name in ("train", "validation"):
         labels = data[name].sparse_labels
         digest.update(f"{name} {len(data[name])}".encode())
+        if labels is not None and not data[name].split.drawn:
+            digest.update(fingerprint_images(data[name].split.images, every_byte=config.compare_bytes).encode())
         for array in () if labels is None else (labels.starts, labels.ids, labels.values, labels.default):
             digest.update(np.ascontiguousarray(array).tobytes())
     return f"{len(data['train'])} + {len(data['validation'])} images, {digest.hexdigest()[:16]}"

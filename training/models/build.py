@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 import modeling_hsvlt  # noqa: F401  (registers the model types)
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import class_shares, encode_labels, load_text_encoder, transfer_classifier
+from modeling_hsvlt.load_pretrained import load_pretrained
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
 from ..checkpoint.loading import check_pinned, commit_of
@@ -132,10 +133,10 @@ def backbone_classifier(config: TrainingConfig, channels: int) -> tuple[torch.Te
     Raises:
         ValueError: a backbone without a linear classifier of its last map, or without names for its classes.
     """
-    source, loading = AutoModelForImageClassification.from_pretrained(
+    source, loading = load_pretrained(
+        AutoModelForImageClassification,
         local_source(config.backbone, BACKBONES),
         revision=config.backbone_revision,
-        use_safetensors=True,
         output_loading_info=True,
     )
     shape = (source.config.num_labels, channels)
@@ -240,10 +241,15 @@ def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
     unknown = [name for name in config.model if not hasattr(config_class(), name)]
     if unknown:
         raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}: see its docstring for all fields.")
-    if config.preset is None:
-        model_config = config_class(**overrides)
-    else:
-        model_config = config_class.preset(config.preset, **overrides)
+    try:
+        if config.preset is None:
+            model_config = config_class(**overrides)
+        else:
+            model_config = config_class.preset(config.preset, **overrides)
+    except ValueError:
+        raise
+    except Exception as error:  # transformers looks fields up by one another
+        raise ValueError(f"model {config.model} fits no {config_class.__name__} ({error!r}): correct it.") from error
     model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
     if config.backbone is None:
         return model_class(model_config)
@@ -251,7 +257,7 @@ def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
         raise ValueError(f"model_type {config.model_type!r} stands on no other backbone: leave backbone out.")
     source = local_source(config.backbone, BACKBONES)
     check_pinned("backbone", source, config.backbone_revision, BACKBONES)
-    source_config = AutoConfig.from_pretrained(source, revision=config.backbone_revision)
+    source_config = load_pretrained(AutoConfig, source, revision=config.backbone_revision)
     config.backbone_revision = commit_of(source_config) or config.backbone_revision
     return model_class.from_backbone(source, revision=config.backbone_revision, config=model_config)
 
@@ -260,9 +266,9 @@ def _from_clip(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
     """HP-DVAL on the CLIP that `backbone` names; its size is the CLIP's, whatever the preset."""
     check_pinned("backbone", config.backbone, config.backbone_revision)
     load = {"revision": config.backbone_revision}
-    clip = CLIPModel.from_pretrained(config.backbone, use_safetensors=True, dtype=torch.float32, **load)
+    clip = load_pretrained(CLIPModel, config.backbone, dtype=torch.float32, **load)
     config.backbone_revision = commit_of(clip.config) or config.backbone_revision
-    tokenizer = AutoTokenizer.from_pretrained(config.backbone, **load)
+    tokenizer = load_pretrained(AutoTokenizer, config.backbone, **load)
     fields = {name: value for name, value in overrides.items() if name not in ("id2label", "label2id")}
     model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING["hp_dval"]]
     names = list(overrides["id2label"].values())

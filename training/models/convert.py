@@ -12,6 +12,7 @@ from transformers.image_utils import PILImageResampling
 
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MlTrConfig, MlTrForImageClassification
 from modeling_hsvlt.label_prompts import VOC_LABEL_TEXT, encode_labels, load_text_encoder
+from modeling_hsvlt.load_pretrained import load_pretrained
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
 
 from ..checkpoint.atomic import whole_file
@@ -80,9 +81,9 @@ def write_official(source: Path, target: Path, *, overwrite: bool = False) -> li
     Raises:
         FileExistsError: there are label embeddings, and they are not to be replaced.
     """
-    model = HSVLTForImageClassification.from_pretrained(source, use_safetensors=True)
+    model = load_pretrained(HSVLTForImageClassification, source)
     state_dict = hsvlt_to_official(model.state_dict())
-    processor = AutoImageProcessor.from_pretrained(source)
+    processor = load_pretrained(AutoImageProcessor, source)
     weights = target if target.suffix in (".pth", ".safetensors") else target / "best_model.safetensors"
     embeddings = weights.with_suffix(".npy")
     if embeddings.exists() and not overwrite:
@@ -124,8 +125,8 @@ def mltr_from(
         ValueError: another number of names than labels.
     """
     if source.is_dir():
-        model = MlTrForImageClassification.from_pretrained(source, use_safetensors=True)
-        processor = AutoImageProcessor.from_pretrained(source)
+        model = load_pretrained(MlTrForImageClassification, source)
+        processor = load_pretrained(AutoImageProcessor, source)
     else:
         state_dict, config = cat_to_mltr(read_state_dict(source))
         model = MlTrForImageClassification(MlTrConfig(**_with_names(config, labels, source)))

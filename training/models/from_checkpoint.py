@@ -5,7 +5,9 @@ import logging
 import torch
 from transformers import AutoModelForImageClassification, AutoTokenizer, PreTrainedModel
 
-from ..checkpoint.loading import check_pinned, commit_of, refuse_leads_elsewhere
+from modeling_hsvlt.load_pretrained import load_pretrained
+
+from ..checkpoint.loading import check_pinned, commit_of
 from ..config import TrainingConfig
 from .resolution import resize_model
 
@@ -20,7 +22,7 @@ def _set_prompts(model: PreTrainedModel, config: TrainingConfig, label_names: li
             "the prompts of these."
         )
     check_pinned("label_encoder", config.label_encoder, config.label_encoder_revision)
-    tokenizer = AutoTokenizer.from_pretrained(config.label_encoder, revision=config.label_encoder_revision)
+    tokenizer = load_pretrained(AutoTokenizer, config.label_encoder, revision=config.label_encoder_revision)
     model.set_labels(label_names, tokenizer, label_text=config.label_text)
 
 
@@ -31,10 +33,7 @@ def from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: d
     checkpoint does not know start fresh.
     """
     check_pinned("init_from", config.init_from, config.init_from_revision)
-    refuse_leads_elsewhere(config.init_from)
-    source = AutoModelForImageClassification.from_pretrained(
-        config.init_from, revision=config.init_from_revision, use_safetensors=True
-    )
+    source = load_pretrained(AutoModelForImageClassification, config.init_from, revision=config.init_from_revision)
     config.init_from_revision = commit_of(source.config) or config.init_from_revision
     if not hasattr(type(source.config), "preset"):
         raise ValueError(
@@ -62,7 +61,7 @@ def from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: d
     )
     # A tensor belongs to labels in that dimension which grows with their number.
     with torch.device("meta"):
-        labels = {"id2label": dict(enumerate([*label_names, ""])), "label2id": None}
+        labels = {"id2label": {index: f"LABEL_{index}" for index in range(len(label_names) + 1)}, "label2id": None}
         wider = type(source)(type(model_config).from_dict({**model_config.to_dict(), **labels}))
     wider_shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
     source_tensors = source.state_dict()

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
 import modeling_hsvlt  # noqa: F401  (registers the model types)
+from modeling_hsvlt.load_pretrained import load_pretrained
 from modeling_hsvlt.processing_multilabel import MultiLabelProcessor
 
 from ..checkpoint.public_names import without_paths
@@ -50,8 +51,8 @@ def build_folder(
     if (checkpoint / ADAPTER_FILES[0]).is_file():
         model, processor = _build_adapter(checkpoint, target, adapter_of, adapter_revision)
     elif (checkpoint / "config.json").is_file():
-        model = AutoModelForImageClassification.from_pretrained(checkpoint, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(checkpoint)
+        model = load_pretrained(AutoModelForImageClassification, checkpoint)
+        processor = load_pretrained(AutoProcessor, checkpoint)
         if adapter_of is None:
             model.save_pretrained(target)
         else:
@@ -110,18 +111,18 @@ def _build_adapter(checkpoint: Path, target: Path, adapter_of: str | None, revis
     base = adapter_of or json.loads((target / ADAPTER_FILES[0]).read_text()).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{checkpoint} does not name the model it adapts; give it with adapter_of.")
-    model = AutoModelForImageClassification.from_pretrained(base, revision=revision, use_safetensors=True)
+    model = load_pretrained(AutoModelForImageClassification, base, revision=revision)
     _check_base(base, model, revision)
     model.load_adapter(str(checkpoint))
     source = checkpoint if (checkpoint / "processor_config.json").is_file() else base
     _set_base(target, base)
-    return model, AutoProcessor.from_pretrained(source, **({} if source is checkpoint else {"revision": revision}))
+    return model, load_pretrained(AutoProcessor, source, revision=None if source is checkpoint else revision)
 
 
 def _check_base(base: str, model: PreTrainedModel, revision: str | None) -> None:
     if Path(base).exists():
         raise ValueError(f"The adapter's base is the folder {base}, which nobody else has; give its Hub id.")
-    names = AutoConfig.from_pretrained(base, revision=revision).id2label
+    names = load_pretrained(AutoConfig, base, revision=revision).id2label
     if names != model.config.id2label:
         raise ValueError(f"{base} has other labels than the adapter; push the run as a whole model.")
 

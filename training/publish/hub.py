@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
@@ -103,9 +106,16 @@ def push_folder(folder: Path, repo_id: str, *, private: bool, tag: str, api: HfA
 
     Raises:
         PushError: the Hub did not take it.
+        KeyboardInterrupt: SIGINT or SIGTERM; what had arrived is taken back first.
     """
     api = api or HfApi()
+    with _terminations_raise():
+        return _push(api, folder, repo_id, private, tag)
+
+
+def _push(api: HfApi, folder: Path, repo_id: str, private: bool, tag: str) -> str:
     existed = _retry(lambda: api.repo_exists(repo_id))
+    tags = {ref.name for ref in _retry(lambda: api.list_repo_refs(repo_id)).tags} if existed else set()
     parent = None
     try:
         if not existed:
@@ -117,15 +127,45 @@ def push_folder(folder: Path, repo_id: str, *, private: bool, tag: str, api: HfA
         revision = _retry(lambda: _commit(api, repo_id, folder, sorted(new), shadows, parent))
         _retry(lambda: _tag(api, repo_id, tag, revision))
         return revision
-    except Exception as error:
+    except BaseException as error:
         message = f"{repo_id} was not pushed: {_one_line(error)}"
-        try:
-            _retry(lambda: _undo(api, repo_id, existed, parent, folder))
-        except Exception as second:
-            raise PushError(
-                f"{message} Taking it back failed as well ({_one_line(second)}); look at {repo_id}."
-            ) from error
+        with _undisturbed():
+            try:
+                _retry(lambda: _undo(api, repo_id, existed, parent, folder, None if tag in tags else tag))
+            except Exception as second:
+                raise PushError(
+                    f"{message} Taking it back failed as well ({_one_line(second)}); look at {repo_id}."
+                ) from error
+        if not isinstance(error, Exception):
+            raise
         raise PushError(f"{message} The repository is as it was; try again.") from error
+
+
+@contextmanager
+def _terminations_raise() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt, unless somebody else takes care of it: by itself it would end the process."""
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No signal interrupts the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _commit(api: HfApi, repo_id: str, folder: Path, paths: list[str], shadows: list[str], parent: str) -> str:
@@ -183,14 +223,17 @@ def _free_tag(api: HfApi, repo_id: str, tag: str | None) -> str:
     return tag or next(name for number in range(1, len(taken) + 2) if (name := f"v{number}") not in taken)
 
 
-def _undo(api: HfApi, repo_id: str, existed: bool, parent: str | None, folder: Path) -> None:
-    """Deletes a repository that this push made; else puts the files back, if they had been replaced."""
+def _undo(api: HfApi, repo_id: str, existed: bool, parent: str | None, folder: Path, tag: str | None) -> None:
+    """Deletes a repository that this push made; else puts the files back, if they had been replaced, and deletes the
+    tag that it may have made."""
     if not existed:
         if api.repo_exists(repo_id):
             ours = {path for path, _ in _tree(folder)} | {".gitattributes"}
             if {item.path for item in _files(api, repo_id, "main")} <= ours:
                 api.delete_repo(repo_id)
         return
+    if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
+        api.delete_tag(repo_id, tag=tag)
     head = None if parent is None else api.repo_info(repo_id).sha
     if head == parent:
         return
@@ -225,6 +268,6 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or library in ("httpx", "httpx2", "httpcore", "requests")
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if text.endswith(".") else f"{text}."

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from modeling_hsvlt.processing_multilabel import post_process_multi_label_classification
 
-from ..data.batches import normalize_pixels
+from ..data.batches import WORKER_TIMEOUT, naming_dead_workers, normalize_pixels, prefetch_that_fits
 from ..data.dataset import ImageResizer
 from ..say import counted
 from .results import PartWriter
@@ -27,6 +30,7 @@ class Batch(NamedTuple):
     keys: list
     pixels: torch.Tensor | None  # (readable images, 3, height, width) uint8
     problems: list[str | None]  # of every image; None: readable
+    gone: list[bool]  # whether that is no verdict: the file, or its disk, is not there now
     seconds: float  # of decoding and resizing
 
 
@@ -39,13 +43,26 @@ class Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.keys)
 
+    def bytes_of_one(self) -> int:
+        return self._resize(PILImage.new("RGB", (64, 64))).nbytes
+
     def __getitem__(self, index: int) -> tuple:
-        key, begin, pixels, problem = self.keys[index], time.perf_counter(), None, None
+        key, begin, pixels, problem, gone = self.keys[index], time.perf_counter(), None, None, False
+        image = self.source.image(key)
         try:
-            pixels = self._resize.stored(self.source.image(key))
+            pixels = self._resize.stored(image)
         except ValueError as error:
-            problem = str(error)
-        return key, pixels, problem, time.perf_counter() - begin
+            problem, gone = str(error), _is_gone(image, error)
+        return key, pixels, problem, gone, time.perf_counter() - begin
+
+
+def _is_gone(image: Path | dict | None, error: Exception) -> bool:
+    """Whether the operating system did not give the file, so that nothing is known about the image."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return True
+    path = image if not isinstance(image, dict) else None if image.get("bytes") else image.get("path")
+    return path is not None and not os.path.exists(path)
 
 
 def collate(samples: list[tuple]) -> Batch:
@@ -53,11 +70,11 @@ def collate(samples: list[tuple]) -> Batch:
     Raises:
         ValueError: images of different sizes.
     """
-    keys, pixels, problems, seconds = zip(*samples, strict=True)
+    keys, pixels, problems, gone, seconds = zip(*samples, strict=True)
     readable = [image for image in pixels if image is not None]
     if len({image.shape for image in readable}) > 1:
         raise ValueError("The processor gives images of different sizes; give its size a height and width.")
-    return Batch(list(keys), torch.stack(readable) if readable else None, list(problems), sum(seconds))
+    return Batch(list(keys), torch.stack(readable) if readable else None, list(problems), list(gone), sum(seconds))
 
 
 class Clock:
@@ -81,7 +98,7 @@ def tag(
     top_k: int | None,
     clock: Clock,
 ) -> Iterator[list[dict]]:
-    """Yields the records of each batch, in order, without their keys' name: `key`, `labels`, `scores` and `error`.
+    """Yields the records of each batch, in order, without their keys' name: `key`, `labels`, `scores`, `error`, `gone`.
 
     While a GPU computes one batch the next is fetched and sent. Every batch has the same size, padded if need be, so
     that an image's scores do not depend on who else was left to be tagged.
@@ -101,8 +118,8 @@ def tag(
             else post_process_multi_label_classification(logits, config.id2label, thresholds, threshold, top_k)
         )
         rows = []
-        for key, problem in zip(batch.keys, batch.problems, strict=True):
-            row = {"key": key, "labels": None, "scores": None, "error": problem}
+        for key, problem, gone in zip(batch.keys, batch.problems, batch.gone, strict=True):
+            row = {"key": key, "labels": None, "scores": None, "error": problem, "gone": gone}
             if problem is None:
                 labels = next(found)
                 row["labels"] = [label["label"] for label in labels]
@@ -153,26 +170,34 @@ def report(clock: Clock, count: int, workers: int, accelerator: Accelerator) -> 
         accelerator.print("Decoding is the bottleneck: raise --num_workers, or store smaller images.")
 
 
-def tag_share(args, model, processor, source, results, share, run_number, accelerator: Accelerator) -> Clock:
-    """Tags one process's images."""
+def tag_share(
+    args, model, processor, source, results, share, run_number, accelerator: Accelerator
+) -> tuple[Clock, list[str]]:
+    """Tags one process's images; beside the time, why there is no record of those that could not be got at."""
+    images = Images(source, share, processor)
     loader = torch.utils.data.DataLoader(
-        Images(source, share, processor),
+        images,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if args.num_workers else None,
+        prefetch_factor=prefetch_that_fits(args.batch_size * images.bytes_of_one(), args.num_workers),
+        timeout=WORKER_TIMEOUT if args.num_workers else 0,
     )
     writer = PartWriter(results, run_number, accelerator.process_index, args.part_size)
-    clock = Clock()
+    clock, gone = Clock(), []
     words = "Tagging" if accelerator.num_processes == 1 else f"Tagging, process 1 of {accelerator.num_processes}"
     bar = tqdm(total=len(share), desc=words, unit="img", disable=not accelerator.is_main_process or not share)
     try:
-        for records in tag(model, processor, loader, accelerator, args.threshold, args.top_k, clock):
-            for record in records:
-                writer.add({source.key_name: record.pop("key"), **record})
-            bar.update(len(records))
+        with naming_dead_workers():
+            for records in tag(model, processor, loader, accelerator, args.threshold, args.top_k, clock):
+                for record in records:
+                    if record.pop("gone"):
+                        gone.append(record["error"])
+                    else:
+                        writer.add({source.key_name: record.pop("key"), **record})
+                bar.update(len(records))
     finally:
         bar.close()
         writer.flush()  # after Ctrl-C as well
-    return clock
+    return clock, gone

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from ..checkpoint.atomic import write_file
 
@@ -66,8 +67,12 @@ class Results:
             data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         write_file(self.folder / f"part-{name}.{self.format}", data)
 
-    def begin(self, settings: dict, *, overwrite: bool) -> None:
+    def begin(self, settings: dict, data: Callable[[int], str | None], count: int, *, overwrite: bool) -> None:
         """Makes sure that what is in the folder was made with the same settings, or clears it away.
+
+        Args:
+            data: The mark of the first so many images, where their order is what they are known by.
+            count: How many there are now.
 
         Raises:
             ValueError: it was not; names the setting.
@@ -82,15 +87,24 @@ class Results:
         if not path.is_file():
             if parts := self._all_parts():
                 raise ValueError(f"{parts[0]} is of no known run; choose another OUTPUT, or pass --overwrite.")
-            write_file(path, json.dumps(settings, indent=1).encode() + b"\n")
+            self._write_settings(settings | {"images": count, "data": data(count)})
             return
         before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"{path} is damaged; choose another OUTPUT, or pass --overwrite to begin again.")
+        settings |= {"data": data(before.get("images", count))}  # more may have come since
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
                     f"{self.folder} was begun with {name} {before.get(name)!r}, not {value!r}; go on with that, choose "
                     "another OUTPUT, or pass --overwrite to begin again."
                 )
+
+        if count > before.get("images", count):
+            self._write_settings(settings | {"images": count, "data": data(count)})
+
+    def _write_settings(self, settings: dict) -> None:
+        write_file(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
 
     def _all_parts(self) -> list[Path]:
         return sorted(part for file_format in FORMATS for part in self.folder.glob(f"part-*.{file_format}"))
@@ -121,12 +135,25 @@ def summarise(results: Results, name: Callable[[object], str]) -> tuple[int, int
         for record in results.read(part, [results.key_name, "error"]):
             total += 1
             if record["error"] is not None:
-                reason = " ".join(record["error"].split())
-                lines.append(f"{name(record[results.key_name])}\t{reason}\n")
+                lines.append(f"{_plain(name(record[results.key_name]))}\t{_plain(' '.join(record['error'].split()))}\n")
     write_file(results.folder / UNREADABLE_FILE, "".join(sorted(lines)).encode())
     return total, len(lines)
+
+
+def _plain(text: str) -> str:
+    """On one line and in one column, whatever a file is called."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def fingerprint(text: str) -> str:
     """A short mark of a text, by which two are told apart."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """A short mark of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

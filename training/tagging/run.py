@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
 from modeling_hsvlt.processing_multilabel import resolve_threshold
 
 from ..checkpoint.loading import load_checkpoint
-from ..checkpoint.lock import FolderLock
+from ..checkpoint.lock import FolderLock, check_launch
 from ..options import ImageOptions
 from ..say import counted, say_next
 from .loop import report, tag_share
-from .results import UNREADABLE_FILE, Results, fingerprint, summarise
+from .results import UNREADABLE_FILE, Results, fingerprint, fingerprint_weights, summarise
 from .sidecars import check_sidecars, write_sidecars
 from .sources import DatasetSource, open_source
 
 
-def tag_source(args) -> None:
+def tag_source(args) -> int:
     """Tags what has no record yet, prints, and writes sidecars and the list of unreadable images.
 
     Args:
         args: The options of `training.tag`.
+
+    Returns:
+        How many images this run could not get at, which the next one tries again.
 
     Raises:
         ValueError, OSError: in one sentence, what was wrong and what to do.
     """
     # Processes wait for the slowest, which may have the largest images.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    check_launch(accelerator)
     model, processor = load_checkpoint(args)
     model = model.to(accelerator.device).eval()
     thresholds = getattr(model.config, "thresholds", None)
@@ -48,13 +53,15 @@ def tag_source(args) -> None:
         )
     if args.sidecars:
         check_sidecars(source, args.sidecars)
+    if args.output.resolve().is_relative_to(Path(args.source).resolve()):
+        raise ValueError(f"OUTPUT {args.output} is in SOURCE, which the next run would read as well; choose another.")
     args.output.mkdir(parents=True, exist_ok=True)
     results = Results(args.output, source.key_name, args.format)
     lock = FolderLock(args.output)
     plan = [None, None]
     try:
         if accelerator.is_main_process:
-            plan = _plan(args, model, source, results, lock)
+            plan = _plan(args, model, processor, source, results, lock)
         # One list for all, though images may come and go while it is made.
         todo, run_number = broadcast_object_list(plan)
         if isinstance(todo, str):
@@ -62,7 +69,7 @@ def tag_source(args) -> None:
         lock.take(alone=False)
         accelerator.wait_for_everyone()
         share = todo[accelerator.process_index :: accelerator.num_processes]
-        clock = tag_share(args, model, processor, source, results, share, run_number, accelerator)
+        clock, gone = tag_share(args, model, processor, source, results, share, run_number, accelerator)
         accelerator.wait_for_everyone()
         report(clock, len(share), args.num_workers, accelerator)
         if accelerator.is_main_process:
@@ -72,17 +79,27 @@ def tag_source(args) -> None:
             say_next("demo", args.checkpoint)
         if args.sidecars:
             write_sidecars(source, results, args, accelerator)
+        gone = gather_object(gone)
     finally:
         lock.release()
+    if gone and accelerator.is_main_process:
+        print(
+            f"error: {len(gone):,} images could not be got at, the first: {gone[0]} Nothing is written about them; the "
+            "same command tries them again.",
+            file=sys.stderr,
+        )
     accelerator.end_training()
+    return len(gone)
 
 
-def _plan(args, model: PreTrainedModel, source, results: Results, lock: FolderLock) -> list:
+def _plan(args, model: PreTrainedModel, processor, source, results: Results, lock: FolderLock) -> list:
     """The keys that have no record and the number of this run; or, in place of the keys, why there can be none."""
     settings = {
         "checkpoint": args.checkpoint if not Path(args.checkpoint).is_dir() else os.path.abspath(args.checkpoint),
         "revision": args.revision,
         "config": fingerprint(model.config.to_json_string()),
+        "weights": fingerprint_weights(model),
+        "processor": fingerprint(processor.to_json_string()),
         "source": args.source if not Path(args.source).exists() else os.path.abspath(args.source),
         "split": args.split,
         "image_column": args.image_column,
@@ -95,7 +112,7 @@ def _plan(args, model: PreTrainedModel, source, results: Results, lock: FolderLo
     except BlockingIOError:
         return [f"Another run is writing into {args.output}; wait for its end, or choose another OUTPUT.", None]
     try:
-        results.begin(settings, overwrite=args.overwrite)
+        results.begin(settings, source.fingerprint, len(source.keys), overwrite=args.overwrite)
         done = results.done()
     except (ValueError, OSError) as error:
         return [str(error), None]

@@ -55,7 +55,7 @@ def write_xmp(image: Path, labels: Sequence[str], overwrite: bool = False) -> bo
     path = xmp_path(image)
     text = EMPTY_XMP
     if path.exists():
-        if not overwrite:
+        if not (overwrite and path.is_file()):
             return False
         text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:

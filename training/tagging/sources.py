@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from datasets import Dataset
 
 from ..data.image_files import find_images
 from ..data.load import load_images
+from ..data.rows import fingerprint_images
 
 # What makes a folder a data set and not a tree of images.
 DATASET_FILES = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
@@ -20,10 +22,20 @@ class FileSource:
     key_name = "file_name"
 
     def __init__(self, root: Path, names: Sequence[str]):
+        """
+        Raises:
+            ValueError: a name that is no UTF-8, which no file of results could hold.
+        """
+        odd = next((name for name in names if name != name.encode(errors="ignore").decode()), None)
+        if odd is not None:
+            raise ValueError(f"{str(root)!r} holds the file {odd!r}, whose name is no UTF-8; rename it.")
         self.root, self.keys = root, names
 
     def image(self, key: str) -> Path:
         return self.root / key
+
+    def fingerprint(self, count: int) -> str | None:
+        return None  # each image is known by its name
 
     path = image
 
@@ -39,6 +51,10 @@ class DatasetSource:
     def image(self, key: int) -> dict | None:
         return self.rows[key]["image"]
 
+    def fingerprint(self, count: int) -> str | None:
+        """Of the first rows: what a number stands for."""
+        return fingerprint_images(self.rows.select(range(min(count, len(self.rows)))))
+
 
 def open_source(source: str, *, split: str | None = None, **options) -> FileSource | DatasetSource:
     """The images of a folder (with the folders in it), of a text file that names one a line, or of a data set.
@@ -53,7 +69,8 @@ def open_source(source: str, *, split: str | None = None, **options) -> FileSour
     path = Path(source)
     if path.is_file():
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        names = list(dict.fromkeys(name for line in lines if (name := line.partition("\t")[0].strip())))
+        written = (name for line in lines if (name := line.partition("\t")[0].strip()))
+        names = list(dict.fromkeys(_one_spelling(name, path.parent) for name in written))
         if not names:
             raise ValueError(f"{path} names no image; write one path a line.")
         return FileSource(path.parent, names)
@@ -63,3 +80,8 @@ def open_source(source: str, *, split: str | None = None, **options) -> FileSour
             raise ValueError(f"{path} holds no images; give another folder, a list, or a data set.")
         return FileSource(path, names)
     return DatasetSource(load_images(source, split, **options))
+
+
+def _one_spelling(name: str, root: Path) -> str:
+    """Of all ways to write a path, one: `./a.jpg`, `b/../a.jpg` and `/root/a.jpg` are `a.jpg`."""
+    return os.path.normpath(name).removeprefix(os.path.join(os.path.abspath(root), ""))

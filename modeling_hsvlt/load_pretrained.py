@@ -1,0 +1,188 @@
+"""Loading what others saved, a folder or a repository, with more care than plain `from_pretrained` takes.
+
+Whatever the source says: tensors come from safetensors files alone, no code of the source runs and nobody is asked
+whether it should, no tensor is missing or holds numbers that are not finite, and a configuration asks for no more
+layers and labels than there are tensors for, which is looked at before anything is allocated. A source that is damaged
+gives one sentence.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from .label_names import names_of
+from .processing_multilabel import IMAGE_SETTINGS, check_image_settings
+
+OURS = ("hsvlt", "mltr", "hp_dval")  # whose label names are shown; ImageNet has two cranes
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a configuration keeps as a record; nothing is built from it.
+_RECORDS = ("loss_kwargs", "threshold_info", "calibration_info", "id2label", "label2id", "task_specific_params")
+_MANY = re.compile(r"layers|depths?$|blocks|stages")  # of these there is a tensor each, at least
+_SMALL = 2**16  # below this a number can do no harm
+_LENGTHS = re.compile(r"position|length|token")  # of texts, which rotary embeddings need no tensor for
+_LONG = 2**24
+
+
+def load_pretrained(
+    kind: Any, source: str | os.PathLike, *, revision: str | None = None, may_lack: str = "", **options
+):
+    """`kind.from_pretrained(source)`, as the head of this file says.
+
+    Args:
+        kind: Class of a model, configuration, processor or tokenizer, or an Auto class of transformers.
+        source: Folder or Hub id.
+        revision: Commit or tag of a Hub id.
+        may_lack: Pattern of the names of tensors that may be missing, and then start at random.
+        options: Of `from_pretrained`. With `output_loading_info=True` whoever calls looks for missing tensors.
+
+    Raises:
+        OSError: there is no such source, or no safetensors file in it.
+        ValueError: anything else that is wrong with it, in one sentence.
+    """
+    source = os.fspath(source)
+    is_model = hasattr(kind, "from_config") or issubclass(kind, PreTrainedModel)
+    hub = {} if revision is None else {"revision": revision}
+    try:
+        shapes = _tensor_shapes(_base_of(source, hub), hub) if is_model else {}
+        config = _config_of(source, hub)
+        _check_numbers(config, shapes, source)
+        if config.get("model_type") in OURS and config.get("id2label") is not None:
+            names_of(config["id2label"])
+        options |= hub | {"trust_remote_code": False}
+        if not is_model:
+            loaded = kind.from_pretrained(source, **options)
+            settings = getattr(loaded, "image_processor", loaded)
+            check_image_settings({name: getattr(settings, name, None) for name in IMAGE_SETTINGS}, source)
+            return loaded
+        wants_info = options.pop("output_loading_info", False)
+        model, info = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+        missing = sorted(name for name in info["missing_keys"] if not (may_lack and re.search(may_lack, name)))
+        if missing and not wants_info:
+            raise ValueError(f"{source} lacks {len(missing)} tensors, the first is {missing[0]}: fetch it again.")
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{source} holds numbers that are not finite in {name}: fetch or train it again.")
+        return (model, info) if wants_info else model
+    except OSError as error:
+        raise OSError(_one_line(error)) from error
+    except ValueError as error:
+        raise ValueError(_one_line(error)) from error
+    except Exception as error:  # what damaged files make transformers raise is nearly everything
+        raise ValueError(
+            f"{source} cannot be loaded ({type(error).__name__}: {_one_line(error)}): fetch or write it again."
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:1000]
+
+
+def _config_of(source: str, hub: dict) -> dict:
+    try:
+        return PreTrainedConfig.get_config_dict(source, **hub)[0]
+    except OSError:
+        if os.path.isfile(os.path.join(source, "config.json")):
+            raise
+        return {}  # a folder of a tokenizer alone, or of an adapter
+
+
+def _file(source: str, name: str, hub: dict) -> str | None:
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+
+
+def _base_of(source: str, hub: dict) -> str:
+    """Where the weights are: `source`, or the base of the adapter that it is.
+
+    Raises:
+        ValueError: an adapter that is no safetensors file, or whose base is no folder here.
+    """
+    path = _file(source, "adapter_config.json", hub)
+    if path is None:
+        return source
+    base = source
+    if _file(source, "config.json", hub) is None:
+        with open(path, encoding="utf-8") as file:
+            base = json.load(file).get("base_model_name_or_path")
+    if base != source and not os.path.isdir(str(base)):
+        raise ValueError(
+            f"{source} is an adapter of {base!r}, and a downloaded file does not choose what is downloaded next: put "
+            "the folder of its base there, or merge it first."
+        )
+    if _file(source, "adapter_model.safetensors", hub) is None:
+        raise ValueError(f"{source} holds an adapter that is no safetensors file: do not load this.")
+    return base
+
+
+def _tensor_shapes(source: str, hub: dict) -> dict[str, list[int]]:
+    """Every tensor's shape, from the headers of the files that `from_pretrained` would read.
+
+    Raises:
+        ValueError: an index names a file that is no safetensors file of this very folder.
+    """
+    names = [WEIGHTS]
+    index = _file(source, INDEX, hub)
+    if index is not None:
+        with open(index, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+        for shard in shards:
+            if PurePosixPath(shard).name != shard or os.path.basename(shard) != shard:
+                raise ValueError(f"{index} names the file {shard!r}, which is not in its folder: do not load this.")
+            if not shard.endswith(".safetensors"):
+                raise ValueError(f"{index} names {shard!r}, which is no safetensors file: do not load this.")
+        names += shards
+    shapes: dict[str, list[int]] = {}
+    for path in filter(None, (_file(source, name, hub) for name in names)):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dict)
+    return shapes
+
+
+def _check_numbers(config: dict, shapes: dict[str, list[int]], source: str) -> None:
+    """
+    Raises:
+        ValueError: a number in the configuration that the tensors do not bear out, or that names another file.
+    """
+    if "transformers_weights" in config:
+        raise ValueError(f"{source}: its config.json names a file of weights (transformers_weights): do not load this.")
+    largest = max([_SMALL, *(size for shape in shapes.values() for size in shape)])
+    for name, number in _numbers(config):
+        limit = largest if not _LENGTHS.search(name) else max(largest, _LONG)
+        if shapes and _MANY.search(name):
+            limit = len(shapes)
+        if abs(number) <= limit:
+            continue
+        raise ValueError(
+            f"{source}: its config.json has {name} {number:,}, which no tensor of it bears out (at most {limit:,}): "
+            "do not load this."
+        )
+
+
+def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key not in _RECORDS:
+                yield from _numbers(value, str(key))
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers(value, name)
+        if config and _MANY.search(name) and all(type(value) is int for value in config):
+            yield name, sum(config)
+    elif type(config) is int:
+        yield name, config
+
+
+__all__ = ["load_pretrained"]
