@@ -82,7 +82,7 @@ class TrainingConfig(DatasetOptions):
     backbone: str | None = path()  # pretrained backbone: efficientnet_lite0 (lite1, lite2), or a folder or Hub id in
     # transformers' format; null: random weights
     backbone_revision: str | None = None  # required for a Hub id: a commit (config.yaml gets the commit of a branch)
-    backbone_statistics: bool = False  # image_mean and image_std are those that the backbone's own processor has
+    backbone_statistics: bool = False  # image_mean and image_std are those of the processor of backbone or init_from
     freeze_backbone: bool = False  # train only what stands on the backbone: right for few images and no GPU
     cache_features: bool = False  # with freeze_backbone: compute the backbone's maps once, and keep them on disk
     feature_cache: str | None = path()  # the folder for that; null: hsvlt/features in the user's cache
@@ -178,8 +178,8 @@ class TrainingConfig(DatasetOptions):
         return bool(self.backbone and self.label_encoder and self.label_pooling == "mean")
 
     def _check_frozen(self) -> None:
-        if self.backbone_statistics and not self.backbone:
-            raise ValueError("backbone_statistics are those of a pretrained backbone: give backbone, or leave it out.")
+        if self.backbone_statistics and not (self.backbone or self.init_from):
+            raise ValueError("backbone_statistics are those of pretrained weights: give backbone or init_from.")
         for key in ("cache_features", "unfreeze_epochs"):
             if getattr(self, key) and not self.freeze_backbone:
                 raise ValueError(f"{key} belongs to a frozen backbone: set freeze_backbone to true, or leave it out.")

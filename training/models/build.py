@@ -110,17 +110,25 @@ def build_model(config: TrainingConfig, label_names: list[str], say: Callable[[s
 
 
 def read_backbone_statistics(config: TrainingConfig) -> None:
-    """Set `image_mean` and `image_std` to what the backbone's own processor has.
+    """Set `image_mean` and `image_std` to what the processor of `backbone` or `init_from` has.
 
     Raises:
-        ValueError: it has none.
-        OSError: there is no processor beside the backbone.
+        ValueError: there is none, or it has none.
     """
-    source = local_source(config.backbone, BACKBONES)
-    check_pinned("backbone", source, config.backbone_revision, BACKBONES)
-    found, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=config.backbone_revision)
+    option = "backbone" if config.backbone else "init_from"
+    name, revision = getattr(config, option), getattr(config, f"{option}_revision")
+    known = BACKBONES if config.backbone else {}
+    source = local_source(name, known)
+    check_pinned(option, source, revision, known)
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"The processor of {name}, for backbone_statistics, cannot be read ({str(error).splitlines()[0]}): give "
+            "image_mean and image_std, with backbone_statistics false."
+        ) from error
     if not found.get("image_mean") or not found.get("image_std"):
-        raise ValueError(f"The processor of {config.backbone} has no image_mean and image_std: give them yourself.")
+        raise ValueError(f"The processor of {name} has no statistics: give them, with backbone_statistics false.")
     config.image_mean, config.image_std = list(found["image_mean"]), list(found["image_std"])
     config.backbone_statistics = False  # config.yaml says what was used
 

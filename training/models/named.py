@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 
 from modeling_hsvlt import EfficientNetLiteConfig, EfficientNetLiteForImageClassification, MultiLabelImageProcessor
 
@@ -77,9 +78,11 @@ def local_source(source: str, known: dict[str, Named]) -> str:
         )
     version = importlib.metadata.version(named.package)
     target = user_cache() / "sources" / f"{source}-{version}-{WRITTEN}"
-    if not (target / "config.json").is_file():
-        with atomic_folder(target) as folder:
-            named.write(Path(found.origin).parent, folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):  # every process of a run asks
+        if not (target / "config.json").is_file():
+            with atomic_folder(target) as folder:
+                named.write(Path(found.origin).parent, folder)
     return str(target)
 
 

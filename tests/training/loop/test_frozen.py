@@ -11,6 +11,7 @@ from modeling_hsvlt import EfficientNetLiteConfig, EfficientNetLiteForImageClass
 from training.config import TrainingConfig
 from training.data.augment import build_augmentation
 from training.loop.frozen import mirrored
+from training.models.build import read_backbone_statistics
 from training.train import main
 
 from ...test_modeling_efficientnet_lite import TINY
@@ -143,7 +144,7 @@ def test_the_cached_view_is_what_the_augmentation_would_show():
         ({"cache_features": True}, "set freeze_backbone to true"),
         ({"unfreeze_epochs": 1}, "set freeze_backbone to true"),
         ({"freeze_backbone": True, "backbone": None}, "give backbone or init_from"),
-        ({"backbone_statistics": True, "backbone": None}, "give backbone, or leave it out"),
+        ({"backbone_statistics": True, "backbone": None}, "give backbone or init_from"),
         ({"freeze_backbone": True, "unfreeze_epochs": 20}, "must be less than epochs, 20"),
         ({"cached": True, "augmentation": {}}, "cannot have crop_scale: set it to null"),
         ({"cached": True, "augmentation": {"crop_scale": None, "mixup": 0.2}}, "cannot have mixup: set it to 0"),
@@ -158,6 +159,15 @@ def test_what_cannot_be_is_refused_in_a_sentence(options, message):
         options |= {"freeze_backbone": True, "cache_features": True}
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**{"backbone": "somewhere", **options})
+
+
+def test_statistics_are_those_of_what_the_run_starts_from(place, cached, tmp_path):
+    assert yaml.safe_load((cached / "config.yaml").read_text())["image_mean"] == [0.4] * 3
+    config = TrainingConfig(backbone_statistics=True, init_from=str(cached / "best"))
+    read_backbone_statistics(config)
+    assert config.image_mean == [0.4] * 3 and config.image_std == [0.3] * 3
+    with pytest.raises(ValueError, match="give image_mean and image_std"):
+        read_backbone_statistics(TrainingConfig(backbone_statistics=True, backbone=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
