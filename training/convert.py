@@ -52,6 +52,9 @@ class ConvertOptions:
 
 def run(args: ConvertOptions) -> None:
     """Reads, converts and writes."""
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+
     from modeling_hsvlt.processing_multilabel import MultiLabelProcessor
 
     from .checkpoint.atomic import atomic_folder
@@ -63,8 +66,10 @@ def run(args: ConvertOptions) -> None:
         print("\n".join(write_official(args.source, args.target, overwrite=args.overwrite)))
     elif args.to == "convnext":
         model = convnext_from_weights(args.source)
+        statistics = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}  # of all its releases
         with atomic_folder(args.target) as folder:
             model.save_pretrained(folder)
+            ConvNextImageProcessorPil(**statistics).save_pretrained(folder)
     else:
         if args.to == "hsvlt":
             names = ("labels", "label_embeddings", "text_encoder", "text_encoder_revision", "voc_label_text")

@@ -24,7 +24,9 @@ from transformers import (
 
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from modeling_hsvlt.label_prompts import encode_labels
+from training.config import TrainingConfig
 from training.convert import main
+from training.models.build import read_backbone_statistics
 from training.models.convnext import convert_convnext_state_dict
 from training.models.official_hsvlt import hsvlt_to_official, official_to_hsvlt
 
@@ -416,6 +418,9 @@ def test_command_makes_a_backbone_folder(tmp_path, layout, pixels):
     model = convnext()
     torch.save(in_layout(layout, model), tmp_path / "weights.pth")
     assert main([str(tmp_path / "weights.pth"), str(tmp_path / "backbone"), "--to", "convnext"]) == 0
+    config = TrainingConfig(backbone_statistics=True, backbone=str(tmp_path / "backbone"))  # as photos.yaml asks
+    read_backbone_statistics(config)
+    assert config.image_mean == [0.485, 0.456, 0.406] and config.image_std == [0.229, 0.224, 0.225]
     with torch.no_grad():
         expected = model.convnext(pixels).pooler_output
         torch.testing.assert_close(ConvNextModel.from_pretrained(tmp_path / "backbone")(pixels).pooler_output, expected)
