@@ -4,8 +4,11 @@
     hsvlt train RECIPE [DATASET] [--key value ...]
     hsvlt train runs/photos --resume            after an interruption
 
-RECIPE is a name ({recipes}) or a YAML file. All GPUs of the machine
-are used, or what `accelerate config` was told; otherwise start it as
+RECIPE is a YAML file, or one of
+
+{recipes}
+
+All GPUs of the machine are used, or what `accelerate config` was told; otherwise start it as
 `accelerate launch --config_file FILE -m hsvlt_training.train ...` (in a checkout: -m training.train).
 
 The run folder holds config.yaml, log.jsonl, best/ (the checkpoint to use), checkpoint-STEP/ (to resume from) and
@@ -67,7 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     if "-h" in arguments or "--help" in arguments:
-        print(__doc__.format(recipes=", ".join(recipes())))
+        first = {
+            name: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for name, path in recipes().items()
+        }
+        print(__doc__.format(recipes="\n".join(f"    {name:<21} {words}" for name, words in first.items())))
         print(f"Options, their defaults, and why:\n\n{describe_options()}")
         return 0
     try:

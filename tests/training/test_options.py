@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -200,6 +201,7 @@ def test_help_shows_defaults_and_reasons(command, capsys):
 def test_help_of_training_shows_the_shared_options_too(capsys):
     assert train.main(["--help"]) == 0
     shown = capsys.readouterr().out
+    assert re.search(r"^    photos +Your own photographs", shown, re.MULTILINE)
     for words in ("label_separator", "between the labels of a text", "learning_rate: float = 1e-4  # of what starts"):
         assert words in shown
     assert "def " not in shown.partition("Options,")[2] and "class " not in shown.partition("Options,")[2][:200]
