@@ -18,6 +18,7 @@ results.json. SIGINT (Ctrl-C) and SIGTERM end a run after the step in hand, with
 from __future__ import annotations
 
 import gc
+import re
 import shlex
 import sys
 import traceback
@@ -70,10 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     if "-h" in arguments or "--help" in arguments:
-        first = {
-            name: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for name, path in recipes().items()
-        }
-        print(__doc__.format(recipes="\n".join(f"    {name:<21} {words}" for name, words in first.items())))
+        first = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in recipes().items()}
+        lines = (f"    {name:<21} {re.split('[.:] |[.]$', words.lstrip('# '))[0]}" for name, words in first.items())
+        print(__doc__.format(recipes="\n".join(lines)))
         print(f"Options, their defaults, and why:\n\n{describe_options()}")
         return 0
     try:
