@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
 from .image_urls import fetch_image
+from .png_chunks import SIGNATURE, readable_png
 
 # Where Pillow itself begins to warn of a decompression bomb: a quarter of a gibibyte of RGB. Pillow refuses only twice
 # as much, which a 20 KB file can reach in every worker of a data loader at once.
@@ -73,7 +76,7 @@ def load_image(
     with _open_source(source, name, max_bytes, timeout, allow_private_addresses) as stream:
         with _naming_failures(name):
             Image.init()  # `formats` may hold one of a plugin that is not installed
-            guarded = _Guarded(stream)
+            guarded = _Guarded(_prepared(stream, name))
             image = Image.open(guarded, formats=[known for known in FORMATS if known in Image.OPEN])
             guarded.metadata_left = None
         with image:
@@ -174,13 +177,30 @@ def _check_scans(stream, image: Image.Image, name: str, max_pixels: int) -> None
         raise ValueError(f"{name} is a progressive JPEG of {scans} scans, too many for its size; save it again.")
 
 
+def _prepared(stream, name: str):
+    """The stream of a PNG without the extras that Pillow refuses; and what reads HEIC, where that is installed."""
+    if not hasattr(stream, "seek"):
+        return stream
+    start = stream.tell()
+    head = stream.read(12)
+    stream.seek(start)
+    if head.startswith(SIGNATURE):
+        data = stream.read()
+        return BytesIO(readable_png(data, name) or data)
+    if head[4:8] == b"ftyp" and head[8:] != b"avif" and "HEIF" not in Image.OPEN and find_spec("pillow_heif"):
+        import_module("pillow_heif").register_heif_opener()
+    return stream
+
+
 @contextmanager
 def _naming_failures(name: str):
     """Turns whatever Pillow's plugins raise, which is nearly every exception, into a ValueError that names the file."""
     try:
         yield
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is in no image format that is read here; convert it or leave it out.") from error
+        raise ValueError(
+            f"{name} is in no image format that is read here; convert it or leave it out; HEIC needs pillow-heif."
+        ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels.") from error
     except Exception as error:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from modeling_hsvlt.load_image import MAX_PIXELS, load_image
+from modeling_hsvlt.png_chunks import readable_png
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
 
 
@@ -336,3 +337,50 @@ def test_a_size_hint_decodes_less_and_changes_little():
     full, reduced = (processor(load_image(data, size_hint=hint))["pixel_values"][0] for hint in (None, 128))
     assert np.abs(full - reduced).mean() < 1 / 255
     assert load_image(encoded(Image.fromarray(photo[:64, :64])), size_hint=8).size == (64, 64)  # PNGs have no draft.
+
+
+def chunk(kind, content, crc=None):
+    crc = zlib.crc32(kind + content) if crc is None else crc
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+LARGE = zlib.compress(bytes(3 * 2**20))
+EXTRAS = {
+    "zTXt": chunk(b"zTXt", b"comment\0\0" + LARGE),
+    "iTXt": chunk(b"iTXt", b"comment\0\1\0\0\0" + LARGE),
+    "iCCP": chunk(b"iCCP", b"profile\0\0" + LARGE),
+    "tEXt": chunk(b"tEXt", b"comment\0" + b"x" * 2**26) + chunk(b"tEXt", b"more\0x"),
+    "bad crc": chunk(b"tEXt", b"comment\0text", crc=1),
+    "short": chunk(b"pHYs", b"\0\0\0\1"),
+    "unknown": chunk(b"abCd", b"1234", crc=7),
+}
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+@pytest.mark.parametrize("name", EXTRAS)
+def test_extras_of_a_png_do_not_keep_from_its_pixels(name, as_path, tmp_path, recwarn):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    plain = encoded(Image.fromarray(pixels))
+    head, tail = plain[:33], plain[-12:]  # up to IHDR, and IEND
+    for data in (head + EXTRAS[name] + plain[33:], plain[:-12] + EXTRAS[name] + tail):
+        source = data
+        if as_path:
+            (source := tmp_path / "extra.png").write_bytes(data)
+        assert np.array_equal(np.asarray(load_image(source)), pixels)
+    damaged = name in ("bad crc", "short", "unknown")
+    assert any("is damaged and was left out" in str(warning.message) for warning in recwarn) == damaged
+
+
+def test_a_png_without_extras_is_opened_as_it_is_and_a_damaged_one_is_refused():
+    plain = encoded(Image.new("RGB", (4, 4)))
+    assert readable_png(plain, "x.png") is None and readable_png(plain[:40], "x.png") is None
+    with pytest.raises(ValueError, match="no image format"):
+        load_image(plain.replace(b"IDAT", b"IDAX"))
+
+
+def test_heic_is_read_where_pillow_heif_is_installed():
+    pytest.importorskip("pillow_heif", reason="pillow-heif is the extra heic")
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    data = encoded(Image.new("RGB", (64, 48), (200, 30, 30)), "HEIF")
+    Image.OPEN.pop("HEIF"), Image.ID.remove("HEIF")  # as in a process that has not met one yet
+    assert np.abs(pixels(data) - [200, 30, 30]).max() < 12 and pixels(data).shape == (48, 64, 3)

@@ -6,7 +6,7 @@
     hsvlt tag CHECKPOINT photos tags --threshold 0.5 --top_k 20 --format jsonl
     hsvlt tag CHECKPOINT photos tags --sidecars txt xmp
 
-SOURCE is a folder of images (with the folders in it), a text file that names one image a line, or a data set (a
+SOURCE is a folder of images (with the folders in it), one image, a text file that names one a line, or a data set (a
 folder that `datasets` wrote, a folder of parquet files, or a Hub id). OUTPUT gets part files, complete or not there:
 `file_name` (or `row`, for a data set), `labels` and `scores` from the highest score on, and `error` for an image that
 cannot be read; those are listed in `unreadable.txt` as well. Read them all with
@@ -18,8 +18,9 @@ exit status is 1, and the same command tries it again.
 The same command again goes on where the last one was killed, with any number of processes, and tags images that came
 since. Each image has one record, whatever happened. At the end it prints where the time went.
 
---sidecars writes the labels beside each image when all are tagged: `txt`, a line `dog, sofa` in 1.txt, and `xmp`,
-keywords for photo tools in 1.jpg.xmp. Files that exist are left alone, unless --overwrite_sidecars says otherwise.
+--sidecars writes the labels beside each image when all are tagged: `txt`, a line `dog, sofa` in 1.txt (1.jpg.txt where
+1.png is there too), and `xmp`, keywords for photo tools in 1.jpg.xmp. `hsvlt prepare auto` reads the text files, as they
+are or corrected. Files that exist are left alone, unless --overwrite_sidecars says otherwise.
 """
 
 from __future__ import annotations

@@ -33,7 +33,10 @@ def find_images(folder: Path, *, sniff: bool = False) -> ImageTree:
     """
     names, left_out, seen = [], Counter(), set()
     for root, folders, files in os.walk(folder, followlinks=True):
-        at = os.stat(root)
+        try:
+            at = os.stat(root)
+        except OSError:  # gone meanwhile
+            continue
         if (at.st_dev, at.st_ino) in seen:  # a link back
             folders.clear()
             left_out["reached a second time by a link"] += sum(map(_called_like_an_image, files))
@@ -55,6 +58,11 @@ def find_images(folder: Path, *, sniff: bool = False) -> ImageTree:
             else:
                 left_out["no images"] += 1
     return ImageTree(sorted(names), +left_out)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is called like an image or begins like one."""
+    return _called_like_an_image(path.name) or _begins_like_an_image(path)
 
 
 def _called_like_an_image(name: str) -> bool:

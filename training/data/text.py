@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 _DECLARATION = re.compile(rb"^\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)[\"'][^>]*\?>")
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -40,25 +41,28 @@ def decode_line(data: bytes, path: Path, number: int) -> str:
         return decode(b"\n" * (number - 1) + data if data[:2] not in _UTF16 else data, path)
 
 
-def decode_xml(data: bytes, path: Path | str) -> str:
-    """The text of an XML file in the encoding that it declares, without what says so.
+def xml_text(data: bytes, path: Path | str) -> tuple[str, str, bytes]:
+    """The text of an XML file in the encoding that it declares; that encoding; and the mark before it.
 
     Raises:
         ValueError: an encoding that does not exist, or bytes that are not in it, with the line.
     """
-    if data[:2] in _UTF16:
-        text = data.decode("utf-16", errors="replace")
-        return re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.S)
-    declared = _DECLARATION.match(data.removeprefix(codecs.BOM_UTF8))
-    name = declared[1].decode("ascii") if declared else "utf-8"
+    mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
+    declared = _DECLARATION.match(data)
+    name = _MARKS.get(mark) or (declared[1].decode("ascii") if declared else "utf-8")
     try:
         if not codecs.lookup(name)._is_text_encoding:
             raise LookupError
-        # Line numbers stay, so that what is wrong further down is found.
-        text = data.removeprefix(codecs.BOM_UTF8).decode(name) if name.lower() != "utf-8" else decode(data, path)
+        if codecs.lookup(name).name == "utf-8":
+            decode(data, path)  # for its sentence
+        return data[len(mark) :].decode(name), name, mark
     except LookupError:
         raise ValueError(f"{path}, line 1 declares the encoding {name!r}, which does not exist; correct it.") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line} is not {name} text, as line 1 says; save the file anew.") from None
-    return re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.S)
+
+
+def decode_xml(data: bytes, path: Path | str) -> str:
+    """The text of an XML file without the declaration of its encoding. Raises a ValueError as `xml_text` does."""
+    return re.sub(r"^\s*<\?xml.*?\?>", "", xml_text(data, path)[0], count=1, flags=re.S)

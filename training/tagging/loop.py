@@ -56,11 +56,13 @@ class Images(torch.utils.data.Dataset):
         return key, pixels, problem, gone, time.perf_counter() - begin
 
 
-def _is_gone(image: Path | dict | None, error: Exception) -> bool:
+def _is_gone(image: Path | str | dict | None, error: Exception) -> bool:
     """Whether the operating system did not give the file, so that nothing is known about the image."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno is not None:
         return True
+    if isinstance(image, str):  # a URL
+        return "cannot be downloaded" in str(error)
     path = image if not isinstance(image, dict) else None if image.get("bytes") else image.get("path")
     return path is not None and not os.path.exists(path)
 

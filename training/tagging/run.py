@@ -52,7 +52,7 @@ def tag_source(args) -> int:
             **{field.name: getattr(args, field.name) for field in fields(ImageOptions)},
         )
     if args.sidecars:
-        check_sidecars(source, args.sidecars)
+        check_sidecars(source)
     if args.output.resolve().is_relative_to(Path(args.source).resolve()):
         raise ValueError(f"OUTPUT {args.output} is in SOURCE, which the next run would read as well; choose another.")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -73,9 +73,12 @@ def tag_source(args) -> int:
         accelerator.wait_for_everyone()
         report(clock, len(share), args.num_workers, accelerator)
         if accelerator.is_main_process:
-            name = str if isinstance(source, DatasetSource) else lambda key: os.path.abspath(source.path(key))
+            name = str if isinstance(source, DatasetSource) else source.where
             total, unreadable = summarise(results, name)
-            print(f"{args.output}: {counted(total, 'image')}, {unreadable:,} of them unreadable ({UNREADABLE_FILE}).")
+            left_out = ", ".join(f"{count:,} {why}" for why, count in sorted(source.left_out.items()))
+            left_out = f"; left out: {left_out}" if left_out else ""
+            of_them = f"{unreadable:,} of them unreadable ({UNREADABLE_FILE})"
+            print(f"{args.output}: {counted(total, 'image')}, {of_them}{left_out}.")
             say_next("demo", args.checkpoint)
         if args.sidecars:
             write_sidecars(source, results, args, accelerator)

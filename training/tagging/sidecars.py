@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import stat
 import sys
-import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
-from io import StringIO
 from pathlib import Path
 
 import torch
@@ -18,106 +16,99 @@ from accelerate import Accelerator
 from ..checkpoint.atomic import write_file
 from .results import Results
 from .sources import DatasetSource, FileSource
+from .xmp import EMPTY_XMP, with_keywords
 
 logger = logging.getLogger(__name__)
 
-RDF, DC, META = "http://www.w3.org/1999/02/22-rdf-syntax-ns#", "http://purl.org/dc/elements/1.1/", "adobe:ns:meta/"
-EMPTY_XMP = (
-    f'<x:xmpmeta xmlns:x="{META}"><rdf:RDF xmlns:rdf="{RDF}"><rdf:Description rdf:about=""/></rdf:RDF></x:xmpmeta>'
-)
+
+def text_path(image: Path, whole: bool = False) -> Path:
+    """`1.jpg` -> `1.txt`; with the `whole` name `1.jpg.txt`, where `1.png` stands beside it."""
+    return image.with_name(f"{image.name}.txt") if whole else image.with_suffix(".txt")
 
 
-def text_path(image: Path) -> Path:
-    """`1.jpg` -> `1.txt`."""
-    return image.with_suffix(".txt")
-
-
-def xmp_path(image: Path) -> Path:
+def xmp_path(image: Path, whole: bool = True) -> Path:
     """`1.jpg` -> `1.jpg.xmp`, as darktable and digiKam name it."""
     return image.with_name(f"{image.name}.xmp")
 
 
-def write_text(image: Path, labels: Sequence[str], overwrite: bool = False) -> bool:
-    """Writes `dog, sofa` (a comma within a label becomes a blank); False where there is a file already."""
-    path = text_path(image)
+def write_text(image: Path, labels: Sequence[str], overwrite: bool = False, whole: bool = False) -> bool:
+    """Writes `dog, sofa` (a comma within a label becomes a blank), nothing where there is no label; False where there
+    is a file already."""
+    path = text_path(image, whole)
     if path.exists() and not overwrite:
         return False
-    write_file(path, ", ".join(" ".join(label.replace(",", " ").split()) for label in labels).encode() + b"\n")
+    text = ", ".join(" ".join(label.replace(",", " ").split()) for label in labels)
+    _write(path, f"{text}\n".encode() if text else b"")
     return True
 
 
-def write_xmp(image: Path, labels: Sequence[str], overwrite: bool = False) -> bool:
-    """Writes the labels as keywords (`dc:subject`); False where there is a file already.
+def write_xmp(image: Path, labels: Sequence[str], overwrite: bool = False, whole: bool = True) -> bool:
+    """Writes the labels as keywords, see `xmp.KEYWORDS`; False where there is a file already.
 
     Overwriting replaces the keywords of an existing file and keeps all else in it, which may be a day's work. A file
     that is no XMP is left as it is, with a warning.
     """
     path = xmp_path(image)
-    text = EMPTY_XMP
-    if path.exists():
-        if not (overwrite and path.is_file()):
-            return False
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if path.exists() and not (overwrite and path.is_file()):
     try:
-        # So that prefixes stay as they were.
-        for _, (prefix, uri) in ET.iterparse(StringIO(text), events=["start-ns"]):
-            with suppress(ValueError):  # ns0, ns1, ... are given anew anyway
-                ET.register_namespace(prefix, uri)
-        root = ET.fromstring(text)
-    except (ET.ParseError, ValueError) as error:
-        logger.warning("%s is no XMP (%s); it was left as it was.", path, error)
+        data = with_keywords(path.read_bytes() if path.exists() else EMPTY_XMP.encode(), labels, path)
+    except ValueError as error:
+        reason = str(error).removeprefix(str(path)).lstrip(", ").rstrip(".")
+        logger.warning("%s is no XMP (%s); it was left as it was.", path, reason)
         return False
-    descriptions = list(root.iter(f"{{{RDF}}}Description"))
-    if not descriptions:
-        logger.warning("%s holds no rdf:Description; it was left as it was.", path)
-        return False
-    ET.register_namespace("dc", DC)
-    for description in descriptions:
-        for subject in description.findall(f"{{{DC}}}subject"):
-            description.remove(subject)
-    bag = ET.SubElement(ET.SubElement(descriptions[0], f"{{{DC}}}subject"), f"{{{RDF}}}Bag")
-    for label in labels:
-        ET.SubElement(bag, f"{{{RDF}}}li").text = label
-    ET.indent(root)
-    write_file(path, ET.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
+    _write(path, data)
     return True
 
 
+def _write(path: Path, data: bytes) -> None:
+    """As `write_file`, with the mode of the file that was there."""
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    write_file(path, data)
+    if mode is not None:
+        path.chmod(mode)
+
+
 WRITERS = {"txt": write_text, "xmp": write_xmp}
-PATHS = {"txt": text_path, "xmp": xmp_path}
 
 
 def write_sidecars(source: FileSource, results: Results, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Writes this process's share of the sidecars, and says how many there were."""
     counts = Counter()
+    pairs = shared_names(source)
     for part in results.parts()[accelerator.process_index :: accelerator.num_processes]:
         for record in results.read(part):
-            if not record["labels"]:
+            if record["labels"] is None:
                 continue
             image = source.path(record["file_name"])
             for kind in args.sidecars:
+                if kind == "xmp" and not record["labels"]:
+                    continue
                 try:
-                    done = WRITERS[kind](image, record["labels"], args.overwrite_sidecars)
-                except OSError as error:  # a folder that cannot be written to, or was moved away
+                    whole = text_path(image) in pairs
+                    done = WRITERS[kind](image, record["labels"], args.overwrite_sidecars, whole)
+                except OSError as error:  # a folder that cannot be written to, or a name too long for a suffix more
                     print(f"No sidecar of {image}: {error}", file=sys.stderr)
                     done = False
                 counts["written" if done else "kept"] += 1
     totals = torch.tensor([counts["written"], counts["kept"]], device=accelerator.device)
     written, kept = accelerator.reduce(totals, "sum").tolist()
     accelerator.print(f"Sidecars written: {written:,}; left as they were or not to be written: {kept:,}.")
+    if pairs and "txt" in args.sidecars:
+        names = ", ".join(sorted(path.name for path in pairs)[:5])
+        accelerator.print(f"Images that would share {names}: each has a file with its whole name, as 1.jpg.txt.")
 
 
-def check_sidecars(source: FileSource | DatasetSource, kinds: list[str]) -> None:
+def shared_names(source: FileSource) -> set[Path]:
+    """The `1.txt` that several images would share, or that is itself one of the images."""
+    images = [source.path(name) for name in source.keys]
+    owners = Counter(text_path(image) for image in images)
+    return {path for path, count in owners.items() if count > 1} | (owners.keys() & set(images))
+
+
+def check_sidecars(source: FileSource | DatasetSource) -> None:
     """
     Raises:
-        ValueError: the images are no files, or two would share a sidecar.
+        ValueError: the images are no files.
     """
-    if isinstance(source, DatasetSource):
-        raise ValueError("The images of a data set have no folder for sidecars; leave --sidecars out.")
-    for kind in kinds:
-        owners: dict[Path, str] = {}
-        for name in source.keys:
-            path = PATHS[kind](source.path(name))
-            if path in owners:
-                raise ValueError(f"{owners[path]} and {name} would share the sidecar {path.name}; rename one of them.")
-            owners[path] = name
+    if isinstance(source, DatasetSource) or any(source.is_url(name) for name in source.keys):
+        raise ValueError("Images of a data set or of the web have no folder for sidecars; leave --sidecars out.")

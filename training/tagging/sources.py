@@ -3,41 +3,63 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset
 
-from ..data.image_files import find_images
+from ..data.image_files import find_images, is_image
 from ..data.load import load_images
 from ..data.rows import fingerprint_images
+from ..data.text import read_text
 
 # What makes a folder a data set and not a tree of images.
+_URLS = ("http://", "https://", "data:image/")
 DATASET_FILES = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
 
 
 class FileSource:
-    """Image files, known by their names relative to `root` (or absolute ones of a list)."""
+    """Image files, known by their names relative to `root` (or absolute ones, or the URLs, of a list).
+
+    A name that is not UTF-8 is known by itself with `\\xe9` for such a byte: no file of results could hold it.
+
+    Attributes:
+        keys: What the images are known by.
+        left_out: How many files took no part, by the reason.
+    """
 
     key_name = "file_name"
 
-    def __init__(self, root: Path, names: Sequence[str]):
-        """
-        Raises:
-            ValueError: a name that is no UTF-8, which no file of results could hold.
-        """
-        odd = next((name for name in names if name != name.encode(errors="ignore").decode()), None)
-        if odd is not None:
-            raise ValueError(f"{str(root)!r} holds the file {odd!r}, whose name is no UTF-8; rename it.")
-        self.root, self.keys = root, names
+    def __init__(self, root: Path, names: Sequence[str], left_out: Mapping[str, int] | None = None):
+        self.root, self.left_out = root, dict(left_out or {})
+        self._names: dict[str, str] = {}  # of those whose key is another
+        keys: dict[str, None] = {}
+        for name in names:
+            key = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            while key != name and (key in keys or key in self._names):
+                key += "\\"
+            if key != name:
+                self._names[key] = name
+            keys[key] = None
+        self.keys = list(keys)
 
-    def image(self, key: str) -> Path:
-        return self.root / key
+    def path(self, key: str) -> Path:
+        return self.root / self._names.get(key, key)
+
+    def image(self, key: str) -> Path | str:
+        """What `load_image` takes: a file, or a URL."""
+        return key if self.is_url(key) else self.path(key)
+
+    def where(self, key: str) -> str:
+        """How a list calls an image."""
+        return key if self.is_url(key) else os.path.abspath(self.root / key)
 
     def fingerprint(self, count: int) -> str | None:
         return None  # each image is known by its name
 
-    path = image
+    @staticmethod
+    def is_url(key: str) -> bool:
+        return key.startswith(_URLS)
 
 
 class DatasetSource:
@@ -46,7 +68,7 @@ class DatasetSource:
     key_name = "row"
 
     def __init__(self, rows: Dataset):
-        self.rows, self.keys = rows, range(len(rows))
+        self.rows, self.keys, self.left_out = rows, range(len(rows)), {}
 
     def image(self, key: int) -> dict | None:
         return self.rows[key]["image"]
@@ -57,7 +79,8 @@ class DatasetSource:
 
 
 def open_source(source: str, *, split: str | None = None, **options) -> FileSource | DatasetSource:
-    """The images of a folder (with the folders in it), of a text file that names one a line, or of a data set.
+    """The images of a folder (with the folders in it), of a text file that names one a line, or of a data set; or one
+    image. A name may be a URL.
 
     A folder that `datasets` wrote, or of parquet files, is a data set; so is what is no path, an id on the Hub. In a
     list, relative names start where the list is, and what follows a tab is left out, so that the `unreadable.txt` of
@@ -67,21 +90,26 @@ def open_source(source: str, *, split: str | None = None, **options) -> FileSour
         FileNotFoundError, ValueError: in one sentence, what is wrong and what to do.
     """
     path = Path(source)
+    if source.startswith(_URLS):
+        return FileSource(Path(), [source])
+    if path.is_file() and is_image(path):
+        return FileSource(path.parent, [path.name])
     if path.is_file():
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        written = (name for line in lines if (name := line.partition("\t")[0].strip()))
+        written = (name for line in read_text(path).split("\n") if (name := line.partition("\t")[0].strip()))
         names = list(dict.fromkeys(_one_spelling(name, path.parent) for name in written))
         if not names:
             raise ValueError(f"{path} names no image; write one path a line.")
         return FileSource(path.parent, names)
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in DATASET_FILES):
-        names = find_images(path).names
-        if not names:
+        found = find_images(path, sniff=True)
+        if not found.names:
             raise ValueError(f"{path} holds no images; give another folder, a list, or a data set.")
-        return FileSource(path, names)
+        return FileSource(path, found.names, found.left_out)
     return DatasetSource(load_images(source, split, **options))
 
 
 def _one_spelling(name: str, root: Path) -> str:
-    """Of all ways to write a path, one: `./a.jpg`, `b/../a.jpg` and `/root/a.jpg` are `a.jpg`."""
+    """Of all ways to write a path, one: `./a.jpg`, `b/../a.jpg` and `/root/a.jpg` are `a.jpg`; a URL is as it is."""
+    if name.startswith(_URLS):
+        return name
     return os.path.normpath(name).removeprefix(os.path.join(os.path.abspath(root), ""))
