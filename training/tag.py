@@ -19,8 +19,8 @@ The same command again goes on where the last one was killed, with any number of
 since. Each image has one record, whatever happened. At the end it prints where the time went.
 
 --sidecars writes the labels beside each image when all are tagged: `txt`, a line `dog, sofa` in 1.txt (1.jpg.txt where
-1.png is there too), and `xmp`, keywords for photo tools in 1.jpg.xmp. `hsvlt prepare auto` reads the text files, as they
-are or corrected. Files that exist are left alone, unless --overwrite_sidecars says otherwise.
+1.png is there too), and `xmp`, keywords for photo tools in 1.jpg.xmp. `hsvlt prepare auto` reads the text files,
+corrected or not. Files that exist are left alone, unless --overwrite_sidecars says otherwise.
 """
 
 from __future__ import annotations
