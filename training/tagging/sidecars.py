@@ -50,6 +50,7 @@ def write_xmp(image: Path, labels: Sequence[str], overwrite: bool = False, whole
     """
     path = xmp_path(image)
     if path.exists() and not (overwrite and path.is_file()):
+        return False
     try:
         data = with_keywords(path.read_bytes() if path.exists() else EMPTY_XMP.encode(), labels, path)
     except ValueError as error:
