@@ -68,6 +68,6 @@ def test_a_name_that_may_mean_two_images_is_refused(tmp_path):
 
 
 def test_names_that_are_no_utf8_are_found(tmp_path):
-    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb") as file:
+    with open(os.fsencode(tmp_path) + b"/aab\xe9.jpg", "wb") as file:
         file.write(JPEG)
-    assert [os.fsencode(name) for name in find_images(tmp_path).names] == [b"caf\xe9.jpg"]
+    assert [os.fsencode(name) for name in find_images(tmp_path).names] == [b"aab\xe9.jpg"]
