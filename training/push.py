@@ -29,7 +29,7 @@ class PushOptions:
     adapter_of: str | None = option(None, "push the learned contexts alone, as its adapter", metavar="org/base")
     adapter_revision: str | None = option(None, "commit or tag of org/base to check the adapter on")
     images: bool = option(False, "images of the dataset may be shown on the card")
-    dry_run: bool = option(False, "build, check and list; send nothing")
+    dry_run: bool = option(False, "build, check and list; leave the card as a page, card.html in the run; send nothing")
     folder: Path | None = option(None, "leave what was built here; null: nowhere")
 
 

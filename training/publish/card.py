@@ -18,11 +18,17 @@ import tempfile
 from pathlib import Path
 
 import jinja2
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForImageClassification
+
+import modeling_hsvlt  # noqa: F401  (registers the model types)
 
 from ..check.imbalance import GROUP_WORDS
+from ..checkpoint.public_names import public_name
 from ..data.built_in import BUILT_IN
-from ..metrics.glossary import FIGURES
+from ..metrics.glossary import FIGURES, HEAT_MAPS
 from ..places import shipped
 from ..say import counted
 from ..scoring.measured_with import AT_THRESHOLDS, names_of
@@ -128,6 +134,7 @@ def collect(run: Path, folder: Path) -> dict:
     names = names_of(model)
     splits = {name: results[name] for name in SPLITS if name in results}
     at_thresholds = {name: results[name + AT_THRESHOLDS] for name in splits if name + AT_THRESHOLDS in results}
+    measured_on = public_name(evaluation.get("dataset") or "") or options.get("dataset")
     log = [json.loads(line) for line in _lines(run / "log.jsonl")]
     seen = [line["train/images_per_second"] for line in log if "train/images_per_second" in line]
     return {
@@ -150,6 +157,11 @@ def collect(run: Path, folder: Path) -> dict:
         "log": log,
         "training_speed": sorted(seen)[len(seen) // 2] if seen else None,
         "num_parameters": _num_parameters(folder),
+        "heat_map": HEAT_MAPS.get("hp_dval" if adapter else model.get("model_type")),
+        # Of the very split that the run measured: no second opinion, its labels one by one.
+        "by_label": evaluation.get("split") in splits
+        and evaluation["metrics"]["mAP"] == splits[evaluation["split"]]["mAP"],
+        "evaluation_dataset": None if measured_on == options.get("dataset") else measured_on,
     }
 
 
@@ -158,12 +170,15 @@ def _lines(path: Path) -> list[str]:
 
 
 def _num_parameters(folder: Path) -> int:
-    """Numbers in the safetensors files, from their headers."""
+    """Parameters of the model, as training counts them; those that an adapter brings."""
+    if (folder / "config.json").is_file():
+        with torch.device("meta"):
+            model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder))
+        return model.num_parameters()
     count = 0
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        with safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return count
 
 
@@ -230,13 +245,11 @@ def _write_figures(run: Path, folder: Path, facts: dict, images: bool) -> dict[s
 
 
 def _plot_training(log: list[dict], epochs: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     losses = [(line["step"], line["train/loss"]) for line in log if "train/loss" in line]
-    figure_, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    drawn = Figure(figsize=(6.4, 2.8), layout="constrained")
+    left, right = drawn.subplots(1, 2)
     left.plot(*zip(*losses, strict=True), color="#3b6ea5", linewidth=1)
     left.set(xlabel="step", ylabel="training loss", yscale="log")
     right.plot([line["epoch"] for line in epochs], [line["validation/mAP"] for line in epochs], "o-", color="#4f9d69")
@@ -244,8 +257,7 @@ def _plot_training(log: list[dict], epochs: list[dict], path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    figure_.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure_)
+    drawn.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def main(argv: list[str] | None = None) -> int:

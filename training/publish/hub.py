@@ -15,8 +15,11 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from ..checkpoint.atomic import write_file
+from ..places import run_of
 from .build import build_folder, check_no_path
 from .card import render_card
+from .card_page import card_page
 from .reload import check_folder
 
 RETRY_SECONDS = (1, 2, 4, 8)  # waits between attempts at a request
@@ -54,7 +57,7 @@ def push_run(
             learned, as an adapter of that. An adapter folder names its base itself.
         adapter_revision: Commit or tag of the base to check the adapter on.
         images: Whether images of the data set may go on the card. Images of the built-in scenes always do.
-        dry_run: Stop before the first byte leaves, and print what would.
+        dry_run: Stop before the first byte leaves, and print what would; the card is left as card.html in the run.
         folder: Where to leave what was built; None: nowhere.
 
     Returns:
@@ -83,7 +86,9 @@ def push_run(
         for path, size in _tree(target):
             print(f"{size:>13,}  {path}")
         if dry_run:
-            print(f"Dry run: nothing was sent to {repo_id}.")
+            page = run_of(run) / "card.html"
+            write_file(page, card_page(target, repo_id))
+            print(f"The card as a page: {page}\nDry run: nothing was sent to {repo_id}.")
             return None
         revision = push_folder(target, repo_id, private=private, tag=tag, api=api)
     print(f"Pushed: {api.endpoint}/{repo_id} at revision {revision}, tag {tag}.")

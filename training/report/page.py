@@ -147,7 +147,7 @@ def write_report(
         "calibration_info": getattr(config, "calibration_info", None),
     }
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1]]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -1,6 +1,7 @@
 """Every figure on a card is looked up in what the run left."""
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -13,16 +14,30 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.numpy import save_file
 
-from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
+from modeling_hsvlt import (
+    HPDVALConfig,
+    HPDVALForImageClassification,
+    HSVLTConfig,
+    HSVLTForImageClassification,
+    MlTrConfig,
+    MlTrForImageClassification,
+)
 from training.config import TrainingConfig
 from training.metrics.functional import multilabel_report, per_label_report
+from training.metrics.glossary import HEAT_MAPS
 from training.publish.card import escape, main, render_card
+from training.publish.card_page import card_page
 from training.scoring.measured_with import fingerprints
 
 NAMES = ["dog", "a|b", "<b>bold</b> & [link](x)", "snake_case *star* `code`", "$5 bill", "#1\nline", "plain"]
 THRESHOLDS = [float(value) for value in np.linspace(0.1, 0.7, 7)]
 MEASURED_WITH = fingerprints({"id2label": dict(enumerate(NAMES)), "thresholds": THRESHOLDS})
 CONFIGS = {"hsvlt": HSVLTConfig, "mltr": MlTrConfig, "hp_dval": HPDVALConfig, "adapter": HPDVALConfig}
+MODELS = {
+    "hsvlt": HSVLTForImageClassification,
+    "mltr": MlTrForImageClassification,
+    "hp_dval": HPDVALForImageClassification,
+}
 PAPER = {  # what the specifications give as published, and where the rest of the template has figures of its own
     "hsvlt": {"0.9158"},
     "mltr": {"0.819", "0.868", "0.885", "0.888", "0.958", "0.655"},
@@ -178,7 +193,10 @@ def test_every_figure_is_the_run_s(run, kind):
     assert set(re.findall(r"\d+\.\d+", published)) == PAPER[kind]
     assert not PAPER[kind] & set(re.findall(r"\d+\.\d+", text.partition("## What the paper reports")[0]))
 
-    assert "221 numbers in the weights; images of 96 x 64 px, aspect ratio kept" in text
+    count = 221  # an adapter's are those in its file
+    if kind != "adapter":
+        count = MODELS[kind](CONFIGS[kind].from_pretrained(folder)).num_parameters()
+    assert f"7 labels; {count:,} parameters; images of 96 x 64 px, aspect ratio kept" in text
     assert "someone" not in card.content and "photos" in text and "undefined" not in text.lower()
     for path in re.findall(r"!\[[^]]*\]\((\S+)\)", text):
         assert (folder / path).is_file(), path
@@ -231,12 +249,56 @@ def test_scenes_are_this_project_s_own(run):
 
 
 def test_a_checkpoint_alone_has_a_card_too(run, tmp_path, capsys):
-    folder = checkpoint(run, "hsvlt", classifier="shared")
+    folder = checkpoint(run, "hsvlt", classifier="shared", label_text_encoder="org/encoder")
     assert main([str(folder), "org/name"]) == 0
     text = capsys.readouterr().out
     assert "No results came with this checkpoint" in text and "without the options of its run" in text
     assert "set_labels" in text and "model-index" not in text and tables(text)[0][1][1] == "0.1000"
     assert main([str(tmp_path), "org/name"]) == 2
+
+
+EXCLUSIVE = [  # of each, a card may say one
+    ("No results came with", "Measured by the run", "An evaluation: split", "earlier weights"),
+    ("No results came with", "A further evaluation", "By label: split"),
+    ("No thresholds were fitted", 'threshold="auto"'),
+    ("No thresholds were fitted", "| label | threshold |"),
+    ("Scores are not calibrated", "Scores were calibrated"),
+    ("Labels can be exchanged by name", "of no known text encoder", "weights for each label", "labels are fixed"),
+    ("random vectors or of an unknown encoder", "Labels can be exchanged by name"),
+]
+
+
+@pytest.mark.parametrize("has", itertools.product([True, False], repeat=3))
+def test_a_card_does_not_contradict_itself(run, has):
+    has_results, has_evaluation, has_thresholds = has
+    encoder = {"label_text_encoder": "org/encoder", "label_pooling": "mean"} if has_results != has_thresholds else {}
+    folder = checkpoint(run, "hsvlt", classifier="shared", **encoder)
+    if not has_thresholds:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"thresholds": None}))
+    if not has_results:
+        (run / "results.json").unlink()
+    if not has_evaluation:
+        (run / "evaluation" / "results.json").unlink()
+    text = render_card(run, folder, repo_id="org/name").text
+    for statements in EXCLUSIVE:
+        said = [statement for statement in statements if statement in text]
+        assert len(said) <= 1, said
+    assert text.count("A heat map (") == 1 and HEAT_MAPS["hsvlt"] in text
+    assert not re.search(r"\b1 (labels|images|parameters)\b", text)
+
+
+def test_labels_of_the_split_that_the_run_measured_are_no_further_evaluation(run):
+    folder = checkpoint(run, "hsvlt")
+    path = run / "evaluation" / "results.json"
+    record = json.loads(path.read_text())
+    assert "A further evaluation: split validation, mAP" in render_card(run, folder, repo_id="org/name").text
+    path.write_text(json.dumps(record | {"dataset": "/home/someone/other"}))
+    assert "A further evaluation: split validation of other, mAP" in render_card(run, folder, repo_id="org/name").text
+    record["metrics"]["mAP"] = json.loads((run / "results.json").read_text())["validation"]["mAP"]
+    path.write_text(json.dumps(record))
+    text = render_card(run, folder, repo_id="org/name").text
+    assert "By label: split validation" in text and "further evaluation" not in text
 
 
 def test_many_labels_are_cut(run):
@@ -256,3 +318,18 @@ def test_names_show_as_they_are(name):
     assert row == [" ".join(name.split("\n")), "1"]
     html = MarkdownIt("commonmark").render(escape(name))
     assert not re.search(r"<(?!/?p>)", html.strip())
+
+
+def test_the_card_as_a_page(run):
+    """It opens alone, holds what the card holds, scrolls its tables, and markup in a name is text."""
+    card, folder = rendered(run, "hsvlt")
+    html = card_page(folder, "org/name")
+    assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
+    assert html.count("<table") == html.count('<div class="scroll" tabindex="0"><table') == len(tables(card.text)) > 3
+    sources = re.findall(r'<img src="([^"]*)" alt="[^"]+"', html)
+    assert len(sources) == html.count("<img") == 3
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert "<b>bold</b>" not in html and "&lt;b&gt;bold&lt;/b&gt; &amp; [link](x)" in html
+    for row in tables(card.text)[0]:
+        assert all(f">{cell}</t" in html for cell in row[1:3])
+    assert "pipeline_tag: image-classification" in html and "{{" not in html.replace("{{HSVLT}", "")

@@ -173,6 +173,8 @@ def test_a_dry_run_shows_the_tree_and_sends_nothing(run_folder, hub, capsys, mon
     for path in built.rglob("*"):
         assert path.is_dir() or f"{path.stat().st_size:,}  {path.relative_to(built)}\n" in said
     assert "nothing was sent" in said and hub.requests == []
+    page = run_folder / "card.html"
+    assert f"The card as a page: {page}\n" in said and REPO in page.read_text()
     assert main([str(run_folder), REPO, "--dry_run", "--folder", str(built)]) == 2, "a folder that is not empty"
 
 

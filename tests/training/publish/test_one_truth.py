@@ -220,13 +220,13 @@ def test_an_evaluation_of_earlier_weights_is_left_out_and_said(secret, tmp_path)
     split = [str(folder / "best"), str(secret / "table"), "--image_folder", str(secret / "photos")]
     split += ["--unlisted_images", "skip", "--label_names", *NAMES]
     assert training.evaluate.main([*split, "--output", str(folder / "evaluation")]) == 0
-    assert "A further evaluation: split validation" in build(folder, tmp_path / "measured")
+    assert "An evaluation: split validation" in build(folder, tmp_path / "measured")
     # Calibration changes the classifier; the weights below it are those that were measured.
     assert training.calibrate.main(split) == 0
-    assert "A further evaluation: split validation" in build(folder, tmp_path / "calibrated")
+    assert "An evaluation: split validation" in build(folder, tmp_path / "calibrated")
     with torch.no_grad():
         next(model.hsvlt.parameters()).add_(1e-3)
     model.save_pretrained(folder / "best")
     card = build(folder, tmp_path / "trained_on")
-    assert "A further evaluation is of earlier weights than the checkpoint has now" in card
+    assert "An evaluation is of earlier weights than the checkpoint has now" in card
     assert "split validation" not in card and not (tmp_path / "trained_on" / "per_label.csv").exists()
