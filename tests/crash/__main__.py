@@ -46,6 +46,7 @@ from .processes import Command
 
 ROOT = Path(__file__).parents[2]
 LAUNCH_CONFIG = ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml"
+EPOCHS, STEPS = 8, 64  # on one process; on two twice the epochs, of half the steps
 STOP_BOUND = 60.0  # seconds; generous, for machines that do other work as well
 
 
@@ -69,7 +70,7 @@ class Bench:
             "augmentation": {"horizontal_flip": 0.5, "crop_scale": [0.8, 1.0], "rand_augment": True, "mixup": 0.3},
             "batch_size": 3,
             "gradient_accumulation_steps": 2,
-            "epochs": 15 * processes,  # 120 steps
+            "epochs": EPOCHS * processes,
             "save_every_steps": 3,
             "num_workers": 1,
         }
@@ -204,7 +205,7 @@ def ended(bench: Bench, run: Path, processes: int = 1) -> list[str]:
 
 def stop_by_signal(bench: Bench, processes: int) -> list[str]:
     run, problems, longest = bench.folder / f"stopped{processes}", [], 0.0
-    for number, target in ((signal.SIGTERM, 10), (signal.SIGINT, 40), (signal.SIGTERM, 80)):
+    for number, target in ((signal.SIGTERM, 6), (signal.SIGINT, 24), (signal.SIGTERM, 44)):
         training = bench.start(run, processes)
         training.wait_until(lambda target=target: step_of(run) >= target)
         training.signal(number)
@@ -213,7 +214,7 @@ def stop_by_signal(bench: Bench, processes: int) -> list[str]:
         longest = max(longest, time.monotonic() - start)
         if any(status):
             problems.append(f"{number.name} ended with {status}: {training.tail(500)}")
-        elif not target <= int(checkpoints(run)[0].name.partition("-")[2]) < 120:
+        elif not target <= int(checkpoints(run)[0].name.partition("-")[2]) < STEPS:
             problems.append(f"{number.name} at step {target} left {checkpoints(run)[0].name}")
     problems += ended(bench, run, processes)
     return told(f"SIGTERM and SIGINT, {processes} process(es), {longest:.1f} s at most to save and leave", problems)
@@ -365,6 +366,7 @@ def environment_of(pid: int) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=12, help="of training on one, and on two processes; default: 12")
+    parser.add_argument("--only", nargs="+", default=[], help="attacks by the names of their functions")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="where to work, and to leave everything; default: a temporary one")
     args = parser.parse_args(argv)
@@ -373,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["HF_HOME"] = str(folder / "hf")
     chance, start, problems, kills, inside, lost, same = random.Random(args.seed), time.monotonic(), [], 0, 0, [], True
     bench = Bench(folder)
-    for processes in (1, 2):
+    for processes in () if args.only else (1, 2):
         some = kill_often(bench, processes, args.kills, chance)
         kills, inside, lost, same = kills + some[0], inside + some[1], lost + some[2], same and some[3]
         if some[1] < args.kills // 4:
@@ -381,12 +383,14 @@ def main(argv: list[str] | None = None) -> int:
         problems += stop_by_signal(bench, processes)
     counts = Counter({"kills of training": kills})
     for attack in (fill_the_disk, cut_a_file, lose_a_image, kill_one_of_two, two_at_once, interrupt_the_launcher):
-        problems += attack(bench)
-        counts[attack.__name__.replace("_", " ")] += 1
+        if attack.__name__ in (args.only or attack.__name__):
+            problems += attack(bench)
+            counts[attack.__name__.replace("_", " ")] += 1
     for attack in commands.ATTACKS:
-        number, found = attack(bench, chance)
-        problems += told(attack.__name__.replace("_", " "), found)
-        counts[attack.__name__.replace("_", " ")] += number
+        if attack.__name__ in (args.only or attack.__name__):
+            number, found = attack(bench, chance)
+            problems += told(attack.__name__.replace("_", " "), found)
+            counts[attack.__name__.replace("_", " ")] += number
     if args.folder is None and not (problems or lost) and same:
         shutil.rmtree(folder)
     else:

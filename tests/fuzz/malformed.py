@@ -10,7 +10,17 @@ import numpy as np
 from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PPM", "TGA", "JPEG2000")
-KINDS = ("truncated", "bit_flipped", "wrong_header", "bomb", "zero_bytes", "huge_dimensions", "animated")
+KINDS = (
+    "truncated",
+    "bit_flipped",
+    "wrong_header",
+    "bomb",
+    "zero_bytes",
+    "huge_dimensions",
+    "animated",
+    "scans",
+    "nested",
+)
 
 
 def valid(image_format: str, chance: random.Random, side: int = 48) -> bytes:
@@ -120,6 +130,23 @@ def animated(chance: random.Random) -> tuple[str, bytes]:
     for _ in range(chance.choice((0, 5, 50))):
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     return image_format, bytes(data)
+
+
+def scans(chance: random.Random) -> tuple[str, bytes]:
+    """A progressive JPEG in which the last scan comes again and again; each goes over all pixels."""
+    file = BytesIO()
+    Image.new("L", (chance.randrange(500, 3000),) * 2, chance.randrange(256)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    return "JPEG", data[:-2] + data[data.rindex(b"\xff\xda") : -2] * chance.randrange(50, 5000) + b"\xff\xd9"
+
+
+def nested(chance: random.Random) -> tuple[str, bytes]:
+    """A small image by its header, with one beyond every limit in it, that some decoders open at once."""
+    side = chance.randrange(9_500, 12_000)
+    inner = png(side, side, zlib.compress(bytes(2**20), 1))
+    if chance.random() < 0.5:
+        return "ICO", struct.pack("<HHHBBBBHHII", 0, 1, 1, 64, 64, 0, 0, 1, 32, len(inner), 22) + inner
+    return "ICNS", b"icns" + struct.pack(">I", len(inner) + 16) + b"ic09" + struct.pack(">I", len(inner) + 8) + inner
 
 
 def malformed(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
