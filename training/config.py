@@ -113,10 +113,8 @@ class TrainingConfig(DatasetOptions):
     batch_size: int = 16  # images a process and step
     eval_batch_size: int | None = None  # null: batch_size
     gradient_accumulation_steps: int = 1  # effective batch = processes * batch_size * this
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # muon: for matrices and full convolutions, with the same learning rate
-    )
-    # and decay; from random weights it takes a fraction of the epochs. adamw: as published, for fine-tuning
+    optimizer: Literal["adamw", "muon"] = "adamw"  # as published. muon: orthogonalised momentum for matrices and full
+    # convolutions, at the same learning rate and decay; from random weights it needs far fewer epochs
     learning_rate: float = 1e-4  # of what starts from random weights
     backbone_lr_multiplier: float = 1.0  # 0.1 spares a pretrained backbone: that is 1e-5, the published rate
     weight_decay: float = 1e-4  # as published
