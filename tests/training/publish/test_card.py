@@ -80,7 +80,9 @@ def run(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["label", *per_label])
         writer.writerows(zip(NAMES, *per_label.values(), strict=True))
-    options = TrainingConfig(dataset="/home/someone/photos", output_dir=str(run), loss_type="asymmetric")
+    options = TrainingConfig(
+        dataset="/home/someone/photos", output_dir=str(run), loss_type="asymmetric", optimizer="muon"
+    )
     (run / "config.yaml").write_text(options.to_yaml())
     log = [{"step": step, "train/loss": 1 / step, "train/images_per_second": 10.0 * step} for step in range(1, 6)]
     log += [{"step": 3, "epoch": 1, "validation/mAP": 0.5}, {"step": 6, "epoch": 2, "validation/mAP": 0.6}]
@@ -174,6 +176,7 @@ def test_every_figure_is_the_run_s(run, kind):
         assert row[0] == " ".join(name.split()) and row[2] == str(results["positives_in_train"][index])
         assert [row[1], *row[3:]] == [rounded(value) for value in values]
     assert found["model5"][1] == ["hsvlt", "7", "8", "12.35", "1.234 (1.111 to 1.333)"]
+    assert "at most, Muon and AdamW, learning rate 0.0001" in card.text
     assert f"mAP {rounded(record['metrics']['mAP'])}" in card.text
     assert f"at a score of 0.37: CF1 {rounded(record['metrics']['CF1'])}" in card.text
 
