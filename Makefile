@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast test-cpus crash-test attacks fuzz hub-test peer-test lint format clean
+.PHONY: quickstart test test-fast test-cpus crash-test attacks fuzz hub-test peer-test space-test lint format clean
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
@@ -34,14 +34,15 @@ hub-test: .venv/installed
 peer-test: .venv/installed
 	$(BIN)/python -m tests.peer
 
-# Kills training and fills its disk; about ten minutes on two free cores. Images as no program writes them; a minute.
+# Kills training and fills its disk, and the like; minutes.
 crash-test: .venv/installed
 	$(BIN)/python -m tests.crash
 
-# Every kind of attack that once succeeded, on the code before the fixes and on the code as it is.
+# Every kind of attack that once succeeded, on the code before the fixes (from the history) and on the code as it is.
 attacks: .venv/installed
 	$(BIN)/python -m tests.attacks
 
+# Images as no program writes them; a minute.
 fuzz: .venv/installed
 	$(BIN)/python -m tests.fuzz
 

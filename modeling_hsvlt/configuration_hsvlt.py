@@ -102,7 +102,7 @@ class HSVLTConfig(MultiLabelConfig):
             (standard deviation 0.02 to 0.04 was seen). Not published; helps small data.
         candidate_labels (`int`, *optional*):
             At inference, the label stream runs for only this many labels an image, proposed by a linear scorer on the
-            pooled last feature map. The others are NaN in `logits` and False in `evaluated`. None: all labels.
+            pooled last feature map. The others have `NOT_EVALUATED` in `logits`, whose sigmoid is 0. None: all labels.
         candidate_loss_weight (`float`, defaults to 1.0):
             Weight of the scorer's own loss in training, where `candidate_labels` is set.
         residual_attention (`bool`, defaults to `False`):

@@ -1,4 +1,5 @@
-"""Additions to HSVLT; none of this is published HSVLT, and all of it is off by default.
+"""Additions to HSVLT, all off by default. The paper has none of them; the released code holds the top-down aggregation
+in another form. The full list is under "Not published" in `configuration_hsvlt.py`.
 
 Class-specific residual attention helps small data on a pretrained backbone; candidates and chunks bound the cost of
 many labels; a label context is learned in front of their names.

@@ -1,6 +1,6 @@
 """Learned context in front of label names: HSVLT's label embeddings by a frozen text encoder with some trained tokens.
 
-What CoOp does for CLIP, and HP-DVAL's second stage, for HSVLT with any text encoder that `label_prompts` reads:
+What CoOp does for CLIP, and HP-DVAL's second phase, for HSVLT with any text encoder that `label_prompts` reads:
 reserved tokens `<context_0> <context_1> ...` take the place of the template's words, and their rows of the embedding
 table train as an ordinary `TrainableTokens` adapter of peft. Give an HSVLT a `LabelContext` as `model.label_context`;
 training then encodes the labels in every step, and its checkpoints hold the embeddings of the time and the adapter of

@@ -183,6 +183,3 @@ def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, int]]:
             yield name, sum(config)
     elif type(config) is int:
         yield name, config
-
-
-__all__ = ["load_pretrained"]

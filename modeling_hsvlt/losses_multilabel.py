@@ -234,7 +234,7 @@ def distribution_balanced_loss(
         kappa (`float`, defaults to 0.025): scale of the prior, published as 0.05 / L: 0.025 and 0.01.
         positive_weight (`str` or `float`, defaults to `"none"`): `w_i`. `"none"`: 1 (DB). `"class"`: `n_i / max n_j`
             (DB*, HP-DVAL eq. 14); it takes nearly all gradient from the positives of tail labels. A number: that number
-            for all labels (HP-DVAL's stage 1 code: 5 for COCO-LT, 10 for VOC-LT).
+            for all labels (HP-DVAL's code of phase 1: 5 for COCO-LT, 10 for VOC-LT).
         focal_gamma (`float`, defaults to 0.0): above 0, multiplies each element by `focal_alpha (1 - p_t)^focal_gamma`,
             `p_t = exp(-element before r and 1 / L)`. 2 gives DB-focal, what both papers' tables call DB.
         focal_alpha (`float`, defaults to 2.0): see `focal_gamma`.

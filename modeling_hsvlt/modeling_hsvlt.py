@@ -6,8 +6,8 @@ https://github.com/NaturalKnight/HSVLT/blob/cd7c5cab16cf94ab7e2f311dd413072f6d53
 Where paper and code disagree we follow the code: the abstract has image, label and multi-modal features updated
 jointly; in the code (`InteractionBlock`) image features never attend to labels.
 
-Shapes: B images, N labels, D width of a label embedding, C channels, H x W pixels of a stage, P = H * W,
-h attention heads, d = C / h.
+Shapes: B images, N labels, D width of a label embedding, C channels, H x W pixels of a stage's feature
+map ("pixels" below), P = H * W, h attention heads, d = C / h.
 """
 
 from collections.abc import Iterable
@@ -122,14 +122,14 @@ def eager_attention_forward(
 
 
 class HSVLTAttention(nn.Module):
-    """Attention of label tokens to pixels (IVLA; code: `CrossAttention`), without position encoding:
+    """Attention of label tokens to pixels, without position encoding (IVLA, interactive visual-linguistic attention;
+    code: `CrossAttention`):
     `softmax(L Wq (X Wk)^T / sqrt(d)) X Wv Wo + bo`, no bias elsewhere.
 
-    Keys and values are one linear map of the pixels each, so the maps can be moved to the label side, which has far
-    fewer tokens: `(L Wq Wk^T) X^T` and `(A X) Wv Wo`. Exact for every head; with several heads it pays only while
-    `(h - 1) N P + N C < P C`, so it is chosen by the shapes, and taken only where the layers are nothing but their
-    weights. Applied in order, gradients are those of the plain form, while the keys and values of all pixels are
-    neither computed nor kept for backward.
+    L are the label tokens, X the pixels, A the attention. Keys and values are one linear map of the pixels each, so
+    the maps can be moved to the label side, which has far fewer tokens: `(L Wq Wk^T) X^T` and `(A X) Wv Wo`. This is
+    used where it costs less, `(h - 1) N P + N C < P C`, and the layers are plain (`is_plain`). Results and gradients
+    are the same, and the keys and values of the pixels are never stored.
     """
 
     is_causal = False
@@ -409,7 +409,7 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, HSVLTPerLabelClassifier)):
-            # Of what holds the layer, transformers asks nothing here: it has no weights of its own.
+            # transformers calls this only for modules with weights, so the flag sits on the layer, not on its parent.
             init_linear(module, None if getattr(module, "starts_as_in_torch", False) else self.config.initializer_range)
         elif isinstance(module, HSVLTResidualAttention):
             for tensor in (module.weight, module.bias, module.text_weight):
@@ -568,7 +568,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
     ) -> None:
         """Sets the text embedding of each label, and notes in the configuration where it came from.
 
-        With a shared classifier, another label set has other names first: `model.config.set_label_names(names)`.
+        With a shared classifier, call `model.config.set_label_names(names)` first for another label set.
 
         Args:
             label_embeddings (`torch.Tensor` of shape `(num_labels, label_embedding_dim)`): in the order of `id2label`;
@@ -640,7 +640,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         """
         Args, beside those of [`MultiLabelPreTrainedModel`]:
             text_embeddings (`torch.Tensor` of shape `(N, D)`, *optional*): embeddings in place of the checkpoint's;
-                with the shared classifier of any number of labels.
+                any number of labels where `classifier="shared"`.
             class_ids (`torch.LongTensor` of shape `(N,)`, *optional*): score only these labels, in this order; `logits`
                 and `labels` then have their columns. A label's logit is the same whichever others are asked for.
             feature_maps (*optional*): the backbone's maps, `list(model.hsvlt.backbone(pixels))`, for `pixel_values`.

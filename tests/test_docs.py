@@ -32,7 +32,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_a_command_of_a_readme_can_be_read(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("photos", "FOLDER"):
+    for name in ("my_photos", "FOLDER"):
         (tmp_path / name).mkdir()
     (tmp_path / "photo.jpg").touch()
     (tmp_path / "runs" / "photos" / "best").mkdir(parents=True)

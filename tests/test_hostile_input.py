@@ -16,13 +16,14 @@ from PIL import Image, ImageFile
 from transformers import AutoConfig, AutoModelForImageClassification, ConvNextConfig
 
 from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
+from modeling_hsvlt.label_names import MAX_LABEL_NAME
 from modeling_hsvlt.load_image import load_image
 from training.checkpoint.folder import write_marker
 from training.checkpoint.loading import load_checkpoint
 from training.checkpoint.series import checkpoints, newest_good
 from training.config import TrainingConfig
 from training.data.image_folder import read_image_folders
-from training.data.label_names import MAX_LABEL_FILE, MAX_LABEL_NAME, read_label_names
+from training.data.label_name_files import MAX_LABEL_FILE, read_label_names
 from training.models.build import build_model
 
 from .training.tiny_checkpoint import NAMES, save_checkpoint, save_images

@@ -23,7 +23,7 @@ from .csv_table import find_csv_tables, read_csv_tables
 from .formats import command_for
 from .image_folder import read_image_folders
 from .label_column import LabelColumn, label_field
-from .label_names import given_names, read_label_names
+from .label_name_files import given_names, read_label_names
 from .leave_out import read_exclusions
 from .rows import (
     SPLIT_ALIASES,

@@ -18,7 +18,8 @@ from .validation import validate
 
 
 def fit(run: Run) -> None:
-    """Train until the steps are done or validation mAP stops rising; keep checkpoints and best/ up to date.
+    """Train until the steps are done or, with `early_stopping_patience`, validation mAP stops rising. Checkpoints and
+    best/ are kept up to date.
 
     Nothing random is drawn from a generator that lives on from step to step: each batch seeds all generators from
     (seed, epoch, batch, process). A resumed run therefore needs no generator states to continue exactly.
@@ -36,7 +37,7 @@ def fit(run: Run) -> None:
     with bar:
         show(bar, progress)
         try:
-            # An epoch that has batches behind it is validated, even if no step is left.
+            # An interrupted epoch that had begun is still validated, even when no step is left.
             while (progress.batch or progress.step < run.total_steps) and not _stops_early(run):
                 if progress.step < run.total_steps:
                     train_epoch(run, bar)
@@ -96,7 +97,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
 
 
 def batches_of_steps(run: Run) -> Iterator[list[dict]]:
-    """The batches of each step that is left of the epoch: `gradient_accumulation_steps`, fewer in the last."""
+    """Gives for each remaining step of the epoch its list of `gradient_accumulation_steps` batches, or what is left."""
     loader = run.loaders[loader_name(run, "train")]
     if run.progress.batch:
         loader = run.accelerator.skip_first_batches(loader, run.progress.batch)
@@ -107,7 +108,7 @@ def batches_of_steps(run: Run) -> Iterator[list[dict]]:
 
 
 def backward(run: Run, batches: list[dict]) -> list[BatchLoss]:
-    """Add up the gradients of a step: of the mean over all known labels in its batches, on all processes."""
+    """Compute the gradient of the step's loss: the mean over every known label in all its batches on all processes."""
     accelerator = run.accelerator
     known, losses = known_labels(run, batches), []
     for batch in batches:

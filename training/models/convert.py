@@ -16,7 +16,7 @@ from modeling_hsvlt.load_pretrained import load_pretrained
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
 
 from ..checkpoint.atomic import whole_file
-from ..data.label_names import read_label_names
+from ..data.label_name_files import read_label_names
 from .cat import cat_to_mltr
 from .convnext import convert_convnext_state_dict, convnext_config
 from .official_hsvlt import hsvlt_to_official, official_to_hsvlt

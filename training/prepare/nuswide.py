@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from ..data.label_names import read_label_names
+from ..data.label_name_files import read_label_names
 from ..options import option
 from .reading import Reading, Rows, SourceOptions, checked, first_folder, text_lines
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..data.formats import Files, tag_files
 from ..data.image_files import ImageFinder
-from ..data.label_names import given_names
+from ..data.label_name_files import given_names
 from ..data.rows import SPLIT_NAMES
 from ..data.text import read_text
 from ..options import LABEL_NAMES, option

@@ -19,7 +19,7 @@ import pyarrow as pa
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
 from ..data.image_files import ImageFinder
-from ..data.label_names import given_names
+from ..data.label_name_files import given_names
 from ..data.rows import SPLIT_ALIASES, SPLIT_NAMES
 from ..data.text import decode_xml
 from ..options import LABEL_NAMES, option

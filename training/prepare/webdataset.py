@@ -18,7 +18,7 @@ from modeling_hsvlt.load_image import MAX_BYTES
 from ..data.formats import Files
 from ..data.image_files import IMAGE_SUFFIXES
 from ..data.label_cells import read_cell
-from ..data.label_names import read_label_names
+from ..data.label_name_files import read_label_names
 from ..data.rows import SPLIT_NAMES
 from ..data.text import decode
 from ..options import option

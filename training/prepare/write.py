@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from modeling_hsvlt.label_names import check_label_names
 
 from ..checkpoint.atomic import atomic_folder
-from ..data.label_names import read_label_names
+from ..data.label_name_files import read_label_names
 from ..data.rows import Split
 from ..data.sparse_labels import SparseLabels, class_names
 

@@ -13,7 +13,7 @@ import yaml
 
 from ..data.formats import Files, yolo_yaml
 from ..data.image_files import ImageFinder, find_images
-from ..data.label_names import read_label_names
+from ..data.label_name_files import read_label_names
 from ..data.rows import SPLIT_NAMES
 from ..data.text import read_text
 from .reading import NamedRows, Reading, SourceOptions, first_folder, text_lines, usual_name

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from training.data.image_folder import read_image_folders
-from training.data.label_names import read_label_names
+from training.data.label_name_files import read_label_names
 
 ROWS = [
     {"file_name": "a.jpg", "labels": ["cat"], "boxes": [[1, 2, 3, 4]]},

@@ -12,7 +12,7 @@ from modeling_hsvlt import HSVLTConfig
 from training.check_data import main as check_data
 from training.checkpoint.loading import load_checkpoint
 from training.data.label_cells import read_cell
-from training.data.label_names import read_label_names
+from training.data.label_name_files import read_label_names
 from training.data.load import load
 from training.options import CheckpointOptions
 from training.prepare.__main__ import main as prepare

@@ -7,11 +7,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_hsvlt.label_names import MAX_LABEL_NAME, fault_of_label_name
+from modeling_hsvlt.label_names import fault_of_label_name
 
 from .text import read_text
-
-__all__ = ["MAX_LABEL_FILE", "MAX_LABEL_NAME", "given_names", "read_label_names"]
 
 # Far above what people write and far below what fills a memory: these files come from strangers as well.
 MAX_LABEL_FILE = 2**26  # bytes: a million names of 64 letters
