@@ -103,6 +103,17 @@ def test_one_process_is_this_one(gpus, bf16, precision, unlaunched, monkeypatch)
     assert not unlaunched[1]
 
 
+@pytest.mark.parametrize(("told", "threads", "expected"), [(None, 64, [8]), (None, 4, []), ("64", 64, [])])
+def test_threads_fit_the_cores_that_there_are(told, threads, expected, unlaunched, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert hsvlt.launch("training.train", [], mixed_precision=True) is None and found == expected
+
+
 def test_several_gpus_are_all_used(unlaunched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
