@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from omegaconf import OmegaConf
@@ -251,6 +251,11 @@ class CommandParser(_DataclassParser):
             shown = "" if default in (None, False, [], {}) else f"; default: {default}"
             kwargs["help"] = (kwargs["help"] + shown).removeprefix("; ").replace("%", "%%")
         return super().add_argument(*names, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, in place of the whole usage before it."""
+        hint = "" if "--help" in message else f" ({self.prog} --help)"
+        self.exit(2, f"error: {message}{hint}\n")
 
     def read(self, argv: Sequence[str] | None = None) -> Any:
         """The options that `argv` gives; ends with status 2 where it cannot be read."""

@@ -33,9 +33,20 @@ class PushOptions:
     folder: Path | None = option(None, "leave what was built here; null: nowhere")
 
 
+def _options_of_a_push(options: PushOptions) -> list[str]:
+    """The words of a dry run's command line that the push itself needs too."""
+    words = []
+    for name in ("tag", "public", "license", "adapter_of", "adapter_revision", "images"):
+        value = getattr(options, name)
+        if value:
+            words += [f"--{name}"] if value is True else [f"--{name}", value]
+    return words
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 when something was refused or did not arrive, 130 after Ctrl-C."""
-    args = vars(read_options(PushOptions, "push", __doc__, argv))
+    options = read_options(PushOptions, "push", __doc__, argv)
+    args = dict(vars(options))
     from huggingface_hub.errors import HfHubHTTPError
 
     from .publish.hub import push_run
@@ -45,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         run, repo_id = args.pop("run"), args.pop("repo_id")
         push_run(run, repo_id, private=private, licence=licence, **args)
         if args["dry_run"]:
-            say_next("push", run, repo_id)
+            say_next("push", run, repo_id, *_options_of_a_push(options))
         elif args["adapter_of"] is None:
             say_next("tag", repo_id, "photo.jpg")
     except (ValueError, OSError, HfHubHTTPError) as error:

@@ -221,7 +221,8 @@ def test_help_of_training_shows_the_shared_options_too(capsys):
 def test_what_a_command_line_has_wrong_is_said(argv, message, capsys):
     with pytest.raises(SystemExit) as end:
         CommandParser(ScoringOptions).read(argv)
-    assert end.value.code == 2 and message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_an_empty_separator_and_broken_yaml_are_refused(tmp_path):

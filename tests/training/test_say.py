@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 
+from training import push
 from training.options import CommandParser, DatasetOptions, ScoringOptions, dataset_options
 from training.say import counted, dataset_words, say_next
 
@@ -45,3 +46,15 @@ def test_a_printed_command_reads_the_same_dataset(given, capsys):
     assert words[:5] == ["Next:", "hsvlt", "evaluate", "runs/a run", "my photos"]
     read = CommandParser(ScoringOptions).read(words[3:])
     assert dataset_options(read) == dataset_options(options)
+
+
+def test_a_dry_run_s_next_command_pushes_the_same(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("training.publish.hub.push_run", lambda *args, **kwargs: calls.append((args, kwargs)))
+    given = ["runs/my run", "org/name", "--license", "mit", "--public", "--tag", "v2"]
+    assert push.main([*given, "--dry_run", "--folder", str(tmp_path / "built")]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:3] == ["Next:", "hsvlt", "push"] and push.main(words[3:]) == 0
+    (dry, settings), (real, others) = calls
+    assert dry == real and others == {**settings, "dry_run": False, "folder": None}
+    assert capsys.readouterr().out == "Next: hsvlt tag org/name photo.jpg\n"
