@@ -6,12 +6,17 @@
 
 TARGET gets `model.onnx` and `selected_tags.csv`. The model is checked in onnxruntime against PyTorch before it is put
 there. What a program needs to use it stands in its metadata: `labels` and `thresholds` (JSON lists in the order of the
-outputs), `image_height`, `image_width`, `image_mean`, `image_std`, `rescale_factor`, `resize_mode`, `resample` and, for
-a processor that crops, `resize` and `do_center_crop`.
+outputs), `image_height`, `image_width`, `image_mean`, `image_std`, `rescale_factor`, `resize_mode`, `resample` (and its
+`resample_number` in Pillow) and, for a processor that crops, `resize` and `do_center_crop`.
 
 The layout "standard" takes `pixel_values` (batch, 3, height, width), RGB, rescaled and normalised, and gives `logits`
 (batch, labels), whose sigmoid is the score. "wd_tagger" takes what programs for WD taggers feed, `input`
-(batch, height, width, 3), BGR, 0 to 255, and gives `output`, the scores themselves.
+(batch, height, width, 3), BGR, 0 to 255, and gives `output`, the scores themselves: those of four ratings in front, as
+such programs count them (0 but for labels that are called general, sensitive, questionable or explicit), then those of
+the labels. The table has the same rows, ratings in category 9, and how many images of train show each label.
+
+Tables are written as the labels are: a label that begins with =, +, - or @ is a formula to a spreadsheet, so open the
+tables of strangers as text.
 
 `--quantize int8` writes `model_int8.onnx` as well: weights of linear layers in 8 bits, activations quantised as they
 come. Scores move a little with that, so its thresholds are fitted again on DATASET, and the loss in mAP is printed.
@@ -19,6 +24,7 @@ come. Scores move a little with that, so its thresholds are fitted again on DATA
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -49,7 +55,7 @@ def run(args: ExportOptions) -> None:
     from .publish.int8 import quantize_and_refit
     from .publish.selected_tags import FILE_NAME as TAGS_FILE
     from .publish.selected_tags import write_selected_tags
-    from .publish.to_onnx import CHECKED_BATCHES, INT8_FILE, MODEL_FILE, export_onnx, to_wd_tagger
+    from .publish.to_onnx import CHECKED_BATCHES, INT8_FILE, MODEL_FILE, export_onnx, image_size, to_wd_tagger
 
     names = [MODEL_FILE, TAGS_FILE] + ([INT8_FILE] if args.quantize else [])
     if not args.overwrite:
@@ -71,7 +77,13 @@ def run(args: ExportOptions) -> None:
         if args.layout == "wd_tagger":
             for file in folder.glob("*.onnx"):
                 onnx.save(to_wd_tagger(onnx.load(file)), file)
-        write_selected_tags(folder / TAGS_FILE, [model.config.id2label[i] for i in range(model.config.num_labels)])
+        labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        ratings = args.layout == "wd_tagger"
+        write_selected_tags(folder / TAGS_FILE, labels, _positives(args.checkpoint, len(labels)), ratings=ratings)
+        if ratings and set(image_size(processor)) != {WD_SIZE}:
+            print(
+                f"Warning: programs for WD taggers resize to {WD_SIZE} px, and this model takes {image_size(processor)}."
+            )
         for name in names:
             with whole_file(args.target / name) as written:
                 (folder / name).rename(written)
@@ -79,6 +91,19 @@ def run(args: ExportOptions) -> None:
     if getattr(model.config, "thresholds", None) is None and not args.quantize:
         print("The checkpoint has no thresholds, so the file has none; fit them with hsvlt thresholds.")
     say_next("push", run_of(args.checkpoint), "org/name", "--dry_run")
+
+
+WD_SIZE = 448  # what kohya's script resizes to, whatever the model takes
+
+
+def _positives(checkpoint: str, num_labels: int) -> list[int] | None:
+    """How many images of train show each label, where the run or the published folder says it."""
+    for path in (Path(checkpoint) / "results.json", Path(checkpoint).parent / "results.json"):
+        if path.is_file():
+            counts = json.loads(path.read_text(encoding="utf-8")).get("positives_in_train")
+            if counts is not None and len(counts) == num_labels:
+                return list(counts)
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:

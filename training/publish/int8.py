@@ -43,7 +43,8 @@ def quantize_and_refit(
     print(f"On {args.dataset}, split {args.split}, {counted(len(split.scores), 'image')}:")
     for name, (mean_ap, size, seconds) in rows.items():
         print(f"  {name}: mAP {mean_ap:.4f}, {size / 1e6:.1f} MB, {seconds:.1f} s with decoding")
-    print(f"  int8 loses {rows['fp32'][0] - rows['int8'][0]:.4f} of mAP.")
+    change = float(rows["int8"][0] - rows["fp32"][0])
+    print(f"  int8 {'loses' if change < 0 else 'gains'} {abs(change):.4f} of mAP.")
     thresholds = {"fitted again": fitted}
     if getattr(model.config, "thresholds", None) is not None:
         thresholds = {"as they were": np.array(model.config.thresholds), **thresholds}

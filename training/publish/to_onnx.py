@@ -23,6 +23,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from .selected_tags import wd_outputs
+
 MODEL_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
 TOLERANCE = 1e-4
 CHECKED_BATCHES = (1, 3, 8)
@@ -171,6 +173,7 @@ def metadata(model: PreTrainedModel, processor: BaseImageProcessor) -> dict[str,
         "resize": {name: side for name, side in dict(processor.size).items() if side},
         "resize_mode": getattr(processor, "resize_mode", None) or "squash",
         "resample": Image.Resampling(int(processor.resample)).name.lower(),
+        "resample_number": int(processor.resample),  # what Pillow's resize takes
         "do_center_crop": bool(getattr(processor, "do_center_crop", None)),
         "channel_order": "RGB",
         "layout": "standard",
@@ -186,7 +189,12 @@ def write_metadata(proto: onnx.ModelProto, values: dict[str, str]) -> None:
 
 
 def to_wd_tagger(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The standard layout's model behind the input and output of the WD taggers."""
+    """The standard layout's model behind the input and output of the WD taggers.
+
+    Programs take the first four outputs for ratings and count the tags from the fifth on, whatever the table says
+    (kohya's sd-scripts, finetune/tag_images_by_wd14_tagger.py: `prob[:4]`, `prob[4:]`), so four stand in front: a label
+    that is called like a rating is that output, any other rating is 0.
+    """
     props = {prop.key: prop.value for prop in proto.metadata_props}
     mean, std = (np.float32(json.loads(props[name])) for name in ("image_mean", "image_std"))
     scale = np.float32(json.loads(props["rescale_factor"])) / std
@@ -203,16 +211,35 @@ def to_wd_tagger(proto: onnx.ModelProto) -> onnx.ModelProto:
     pixels = helper.make_tensor_value_info("wd_pixels", onnx.TensorProto.FLOAT, ["batch", 3, *size])
     initializers = [numpy_helper.from_array(tensor, name) for tensor, name in zip(tensors, names, strict=True)]
     before = helper.make_graph(nodes, "wd_tagger_input", [images], [pixels], initializers)
-    count = len(json.loads(props["labels"]))
+    labels = json.loads(props["labels"])
+    count, outputs = len(labels), wd_outputs(labels)
+    place = {name: index for index, name in enumerate(labels)}
     logits, output = (
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", count])
-        for name in ("wd_logits", "output")
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", width])
+        for name, width in (("wd_logits", count), ("output", len(outputs)))
     )
-    after = helper.make_graph([helper.make_node("Sigmoid", ["wd_logits"], ["output"])], "scores", [logits], [output])
+    tensors = {
+        "wd_first": np.array([0]),
+        "wd_zero": np.zeros(1, np.float32),
+        "wd_places": np.array([place.get(name, count) for name in outputs]),
+    }
+    nodes = [
+        helper.make_node("Sigmoid", ["wd_logits"], ["wd_scores"]),
+        helper.make_node("Gather", ["wd_scores", "wd_first"], ["wd_column"], axis=1),
+        helper.make_node("Mul", ["wd_column", "wd_zero"], ["wd_zeros"]),
+        helper.make_node("Concat", ["wd_scores", "wd_zeros"], ["wd_all"], axis=1),
+        helper.make_node("Gather", ["wd_all", "wd_places"], ["output"], axis=1),
+    ]
+    initializers = [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()]
+    after = helper.make_graph(nodes, "scores", [logits], [output], initializers)
     options = {"opset_imports": proto.opset_import, "ir_version": proto.ir_version}
     joined = compose.merge_models(helper.make_model(before, **options), proto, [("wd_pixels", "pixel_values")])
     joined = compose.merge_models(joined, helper.make_model(after, **options), [("logits", "wd_logits")])
-    write_metadata(joined, {**props, "layout": "wd_tagger", "channel_order": "BGR"})
+    facts = {"labels": json.dumps(outputs), "layout": "wd_tagger", "channel_order": "BGR"}
+    if "thresholds" in props:
+        thresholds = json.loads(props["thresholds"])
+        facts["thresholds"] = json.dumps([thresholds[place[name]] if name in place else 1.0 for name in outputs])
+    write_metadata(joined, {**props, **facts})
     onnx.checker.check_model(joined, full_check=True)
     return joined
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -138,7 +140,7 @@ def test_files_that_other_programs_read(tmp_path, capsys):
     quantize = ["--quantize", "int8", "--dataset", str(tmp_path / "data"), "--batch_size", "3"]
     assert main([*arguments, *quantize]) == 0
     printed = capsys.readouterr().out
-    assert "int8 loses" in printed and "thresholds fitted again: macro F1" in printed
+    assert re.search(r"int8 (loses|gains) 0\.\d+ of mAP", printed) and "thresholds fitted again: macro F1" in printed
 
     image = Image.open(tmp_path / "data" / "validation" / "0.png")
     image_processor = MultiLabelImageProcessor(size={"height": 16, "width": 16})
@@ -169,7 +171,23 @@ def test_files_that_other_programs_read(tmp_path, capsys):
     # As the taggers' own programs do: BGR from 0 to 255, channels last, and what comes out are scores.
     pixels = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC), np.float32)[None, :, :, ::-1]
     found = session.run(None, {wanted.name: np.ascontiguousarray(np.repeat(pixels, 2, axis=0))})[0]
-    np.testing.assert_allclose(found, [expected, expected], atol=1e-4)
+    assert found.shape == (2, 4 + len(NAMES))
+    with (tmp_path / "target" / "selected_tags.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[:3] == ["tag_id", "name", "category"]
+    for scores in found:
+        # By index, as kohya's and toriato's programs read it: four ratings, then tags in the order of category 0.
+        general = [row[1] for row in rows if row[2] == "0"]
+        np.testing.assert_allclose(
+            [dict(zip(general, scores[4:], strict=True))[name] for name in NAMES], expected, atol=1e-4
+        )
+        assert not scores[:4].any() and len([row for row in rows if row[2] == "9"]) == 4
+        # By category, as the others do: the place of a row is that of its score.
+        of_row = {row[1]: scores[place] for place, row in enumerate(rows) if row[2] == "0"}
+        np.testing.assert_allclose([of_row[name] for name in NAMES], expected, atol=1e-4)
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["labels"]) == [row[1] for row in rows]
+    assert "programs for WD taggers resize to 448 px" in capsys.readouterr().out
     assert not list((tmp_path / "target").glob(".export-*"))
 
 
@@ -177,3 +195,18 @@ def test_a_processor_without_one_size_is_refused():
     assert image_size(processor(size={"height": 24, "width": 40})) == (24, 40)
     with pytest.raises(ValueError, match="images of different sizes"):
         image_size(processor(size={"shortest_edge": 20}))
+
+
+def test_the_snippet_of_the_readme_scores_as_the_model_does(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(import json\n.*?onnxruntime.*?)```", readme, re.S)
+    assert len([line for line in snippet.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
+    save_checkpoint(tmp_path / "checkpoint")
+    assert main([str(tmp_path / "checkpoint"), str(tmp_path / "onnx")]) == 0
+    monkeypatch.chdir(tmp_path)
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image.save("street.png")
+    names: dict = {}
+    exec(snippet.replace("street.jpg", "street.png"), names)
+    expected, _ = scores_by_the_file_alone(tmp_path / "onnx" / "model.onnx", image)
+    assert names["scores"] == pytest.approx(expected, abs=1e-5)
