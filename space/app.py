@@ -6,7 +6,9 @@ MODELS names checkpoints of the Hub or folders, with blanks or line ends between
 here, so list only those whose code you trust, and pin the revision. Images in `examples/` are offered as examples.
 """
 
+import base64
 import html
+import io
 import os
 import sys
 from functools import lru_cache
@@ -41,6 +43,8 @@ CSS = """
 .bars .mark { position: absolute; top: -4px; bottom: -4px; width: 3px; margin-left: -1px; border-radius: 2px;
   background: var(--body-text-color); }
 .bars .score { text-align: right; font-variant-numeric: tabular-nums; }
+.bars .map { margin: 2px 10px 10px; } .bars .map img { display: block; max-width: 100%; max-height: 60vh; width: auto;
+  height: auto; border-radius: 8px; }
 .hint { margin: 4px 0 8px; font-size: .9rem; opacity: .8; }
 .message { padding: 14px 16px; border-radius: 8px; background: var(--background-fill-secondary); }
 .message.problem { border-left: 4px solid #dc2626; }
@@ -54,14 +58,12 @@ element.addEventListener('click', event => {
   if (!button) return;
   element.querySelectorAll('button[data-label]').forEach(b => b.setAttribute('aria-pressed', b === button));
   trigger('select', {index: 0, value: button.dataset.label});
-  // The map appears below the bars, on a phone beyond the screen.
-  const look = tries => {
-    const place = document.querySelector('#heat-map img');
-    if (place && place.complete) place.scrollIntoView({block: 'nearest', behavior: 'smooth'});
-    else if (tries) setTimeout(look, 200, tries - 1);
-  };
-  setTimeout(look, 300, 50);
 });
+// The answer draws the labels anew, with the map below the chosen one: keep the focus, and show the map.
+new MutationObserver(() => {
+  element.querySelector('button[aria-pressed=true]')?.focus({preventScroll: true});
+  element.querySelector('.map')?.scrollIntoView({block: 'nearest', behavior: 'smooth'});
+}).observe(element, {childList: true, subtree: true});
 """
 
 
@@ -97,8 +99,10 @@ def message(text: str, problem: bool = False) -> str:
     return f'<p class="{kind}" role="{"alert" if problem else "status"}">{html.escape(text)}</p>'
 
 
-def bars(results: list[dict], thresholds: dict[str, float], show_all: bool) -> str:
-    """The labels as bars, those above their thresholds first; the mark is the threshold."""
+def bars(
+    results: list[dict], thresholds: dict[str, float], show_all: bool, chosen: str | None = None, below: str = ""
+) -> str:
+    """The labels as bars, those above their thresholds first; the mark is the threshold. `below` the `chosen` one."""
     found = [result for result in results if result["score"] >= thresholds[result["label"]]]
     rest = [result for result in results if result["score"] < thresholds[result["label"]]]
     shown = found + (rest if show_all else rest[: max(0, SHOWN - len(found))])
@@ -109,11 +113,12 @@ def bars(results: list[dict], thresholds: dict[str, float], show_all: bool) -> s
         words = f"{label}, score {score:.2f}, threshold {threshold:.2f}, {'found' if above else 'not found'}"
         rows.append(
             f'<button type="button" class="{"above" if above else "below"}" data-label="{html.escape(label)}" '
-            f'aria-label="{html.escape(words)}" aria-pressed="false" title="{html.escape(words)}">'
+            f'aria-label="{html.escape(words)}" title="{html.escape(words)}" '
+            f'aria-pressed="{str(label == chosen).lower()}">'
             f'<span class="name">{html.escape(label)}</span><span class="track">'
             f'<span class="fill" style="width:{100 * score:.1f}%"></span>'
             f'<span class="mark" style="left:{100 * threshold:.1f}%"></span></span>'
-            f'<span class="score">{score:.2f}</span></button>'
+            f'<span class="score">{score:.2f}</span></button>{below if label == chosen else ""}'
         )
     count = f"{len(found)} label{'s' if len(found) != 1 else ''} found" if found else "No label reaches its threshold"
     hidden = f" {len(results) - len(shown)} more are not shown." if len(results) > len(shown) else ""
@@ -122,35 +127,41 @@ def bars(results: list[dict], thresholds: dict[str, float], show_all: bool) -> s
 
 
 def tag(path: str | None, name: str, names: list[str], show_all: bool):
-    """The bars of an image; clears the heat map and its caption."""
-    cleared = gr.Image(value=None, visible=False)
+    """The bars of an image, and what they are drawn from."""
     if path is None:
-        return message(WELCOME), cleared, ""
+        return message(WELCOME), None
     try:
         tagger = load(name)
         config = tagger.model.config
         results = tagger(decode(path, tagger), **({"labels": names} if names else {}))
     except (ValueError, OSError) as error:
-        return message(str(error), problem=True), cleared, ""
+        return message(str(error), problem=True), None
     fitted = config.thresholds or [0.5] * config.num_labels
     thresholds = {config.id2label[index]: threshold for index, threshold in enumerate(fitted)}
-    return bars(results, thresholds, show_all), cleared, ""
+    drawn = results, thresholds, show_all
+    return bars(*drawn), drawn
 
 
-def show_heat_map(path: str | None, name: str, event: gr.SelectData):
-    """Where the clicked label was found."""
-    if path is None:
-        return gr.Image(value=None, visible=False), ""
+def show_heat_map(path: str | None, name: str, drawn: tuple | None, event: gr.SelectData):
+    """The bars again, and below the chosen label where it was found."""
+    if path is None or drawn is None:
+        return message(WELCOME)
     try:
         tagger = load(name)
         image = decode(path, tagger)
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         heat = tagger(image, labels=[event.value], explain=True)[0]["heat_map"]  # (height, width), 0 to 1
     except (ValueError, OSError) as error:
-        return gr.Image(value=None, visible=False), message(f"No heat map: {error}", problem=True)
-    words = f"What spoke for “{event.value}”: the brighter, the more."
-    caption = f'<p class="hint" role="status">{html.escape(words)}</p>'
-    return gr.Image(value=overlay(image, heat), visible=True, alt_text=words), caption
+        return bars(*drawn, event.value, message(f"No heat map: {error}", problem=True))
+    words = html.escape(f"What spoke for “{event.value}”: the brighter, the more.")
+    data = io.BytesIO()
+    overlay(image, heat).save(data, "JPEG", quality=88)
+    source = base64.b64encode(data.getvalue()).decode("ascii")
+    figure = (
+        f'<figure class="map"><img src="data:image/jpeg;base64,{source}" width="{image.width}" height="{image.height}" '
+        f'alt="{words}"><figcaption class="hint" role="status">{words}</figcaption></figure>'
+    )
+    return bars(*drawn, event.value, figure)
 
 
 def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
@@ -172,7 +183,7 @@ def choose(path: str | None, name: str, show_all: bool):
     try:
         names = list(load(name).model.config.id2label.values())
     except (ValueError, OSError) as error:
-        return gr.Dropdown(choices=[], value=[]), message(str(error), problem=True), gr.Image(visible=False), ""
+        return gr.Dropdown(choices=[], value=[]), message(str(error), problem=True), None
     return gr.Dropdown(choices=names, value=[]), *tag(path, name, [], show_all)
 
 
@@ -188,7 +199,7 @@ def build() -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 image = UploadedImage(
-                    label="UploadedImage", sources=["upload", "webcam", "clipboard"], height=340, elem_id="image"
+                    label="Image", sources=["upload", "webcam", "clipboard"], height=340, elem_id="image"
                 )
                 if EXAMPLES:
                     gr.Examples([[path] for path in EXAMPLES], [image], label="Examples", elem_id="examples")
@@ -199,15 +210,8 @@ def build() -> gr.Blocks:
                 show_all = gr.Checkbox(False, label="Show every label", visible=len(labels) > SHOWN or len(MODELS) > 1)
             with gr.Column(scale=1, min_width=320):
                 found = gr.HTML(message(WELCOME), js_on_load=ON_LOAD, elem_id="labels")
-                caption = gr.HTML("", elem_id="caption")
-                heat_map = gr.Image(
-                    visible=False,
-                    interactive=False,
-                    show_label=False,
-                    elem_id="heat-map",
-                    buttons=["download", "fullscreen"],
-                )
-        outputs = [found, heat_map, caption]
+        drawn = gr.State()
+        outputs = [found, drawn]
         gr.on(
             [image.change, only.change, show_all.change],
             tag,
@@ -216,7 +220,7 @@ def build() -> gr.Blocks:
             show_progress="minimal",
         )
         model.change(choose, [image, model, show_all], [only, *outputs], show_progress="minimal")
-        found.select(show_heat_map, [image, model], [heat_map, caption], show_progress="minimal")
+        found.select(show_heat_map, [image, model, drawn], [found], show_progress="minimal")
     return demo
 
 

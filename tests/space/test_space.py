@@ -115,11 +115,11 @@ def test_from_upload_to_heat_map(page):
     page.shot("labels")
 
     # By keyboard alone: the first bar has the focus, Enter asks for its heat map.
-    assert page.locator("#heat-map img").count() == 0
+    assert page.locator("#labels .map img").count() == 0
     label = bars.first.get_attribute("data-label")
     bars.first.focus()
     page.keyboard.press("Enter")
-    heat_map = page.locator("#heat-map img").first
+    heat_map = page.locator("#labels .map img").first
     heat_map.wait_for()
     assert bars.first.get_attribute("aria-pressed") == "true"
     assert label in heat_map.get_attribute("alt")
@@ -128,7 +128,16 @@ def test_from_upload_to_heat_map(page):
     page.shot("heat-map")
     # Another label, another map, by a click or a tap.
     bars.nth(1).click()
-    page.wait_for_function("src => document.querySelector('#heat-map img')?.src !== src", arg=first)
+    page.wait_for_function(
+        "src => ![src, undefined].includes(document.querySelector('#labels .map img')?.src)", arg=first
+    )
+    # Each map is right below its label, both are on the screen, and the label has the focus.
+    page.wait_for_timeout(1000)
+    chosen = page.locator("#labels button[aria-pressed=true]")
+    assert chosen.count() == 1 and chosen.get_attribute("data-label") == bars.nth(1).get_attribute("data-label")
+    assert chosen.evaluate("b => b.nextElementSibling.matches('.map') && document.activeElement === b")
+    assert chosen.evaluate("b => b.nextElementSibling.getBoundingClientRect().bottom <= innerHeight + 1")
+    page.shot("second-heat-map")
 
     # Nothing is wider than the screen.
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
