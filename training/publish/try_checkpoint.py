@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+NAME_LENGTH = 17  # letters that fit below half an image, score included
+
 
 class PackageBlocker:
     """Makes `import modeling_hsvlt` fail, as on a machine that never installed it."""
@@ -75,14 +77,18 @@ def draw(images: list, predictions: list[list[dict]], truth: list[list[str] | No
     def colour(label: str, actual: list[str] | None) -> str:
         return "#1a7f37" if actual is None or label in actual else "#cf222e"
 
+    def fitting(name: str, words: str) -> str:
+        room = NAME_LENGTH - len(words)
+        return (name if len(name) <= room else f"{name[: room - 1]}…") + words
+
     captions = []
     for labels, actual in zip(predictions, truth, strict=True):
         lines = []
         for label in labels:
             score = "" if label["score"] is None else f" {label['score']:.2f}"
-            lines.append((label["label"] + score, colour(label["label"], actual)))
+            lines.append((fitting(label["label"], score), colour(label["label"], actual)))
         found = {label["label"] for label in labels}
-        lines += [(f"{name} missed", "#6e7781") for name in actual or [] if name not in found]
+        lines += [(fitting(name, " missed"), "#6e7781") for name in actual or [] if name not in found]
         captions.append(lines or [("no label", "#6e7781")])
     depth = -(-max(map(len, captions)) // 2)  # lines of text under an image, two labels each
     figure = Figure(figsize=(2.6 * columns, (2.6 + 0.3 * depth) * rows))
@@ -94,7 +100,7 @@ def draw(images: list, predictions: list[list[dict]], truth: list[list[str] | No
         axis.imshow(image.convert("RGB"), interpolation="bilinear")
         for i, (text, shade) in enumerate(lines):
             x, y = 0.02 + 0.5 * (i % 2), -0.07 - 0.11 * (i // 2)
-            axis.text(x, y, text, color=shade, fontsize=9, transform=axis.transAxes, va="center")
+            axis.text(x, y, text, color=shade, fontsize=8, transform=axis.transAxes, va="center")
     figure.savefig(output, format="png", dpi=100, bbox_inches="tight")
 
 

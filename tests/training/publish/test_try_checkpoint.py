@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor, MultiLabelProcessor
+from training.publish.try_checkpoint import draw
 
 SCRIPT = Path(__file__).parents[3] / "training" / "publish" / "try_checkpoint.py"
 
@@ -51,3 +53,16 @@ def test_a_checkpoint_is_tried_without_the_package(tmp_path):
     environment["HF_MODULES_CACHE"] = str(tmp_path / "other_modules")
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode != 0
+
+
+def test_long_names_under_an_image_do_not_touch(monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **options: figures.append(figure))
+    names = ["Wide-Mouthed frog at the waterfall", "an_extremely_long_tag_name_as", "cat", "traffic light"]
+    labels = [{"label": name, "score": 0.5} for name in names]
+    draw([Image.new("RGB", (8, 8))] * 5, [labels] * 5, [["cat", "zebra crossing ahead", "mountains behind"]] * 5, None)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
