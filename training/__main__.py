@@ -114,6 +114,7 @@ def run_launcher(options: list[str], module: str, arguments: list[str]) -> int:
     import logging
 
     import psutil
+    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     def pass_on(number: int, frame) -> None:
@@ -123,6 +124,8 @@ def run_launcher(options: list[str], module: str, arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else several processes on a CPU would not know of each other
     try:
         launch_command(launch_command_parser().parse_args([*options, "-m", module, *arguments]))
     except Exception as error:

@@ -142,8 +142,8 @@ WORKER_TIMEOUT = 900  # seconds without a batch: by then no worker is going to g
 
 
 def image_bytes(dataset: torch.utils.data.Dataset, collate: Callable) -> int:
-    """Bytes that an image takes in a batch."""
-    batch = collate([dataset[0]]) if len(dataset) else {}
+    """Bytes that an image takes in a batch; 0 where there is none to look at, or only a stream of them."""
+    batch = collate([dataset[0]]) if hasattr(dataset, "__len__") and len(dataset) else {}
     return sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
 
 

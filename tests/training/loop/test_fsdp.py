@@ -193,8 +193,10 @@ def two_ranks(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
 
-    def check(found, expected, what, rtol=1e-4, atol=1e-6):
+    def check(found, expected, what, rtol=1e-4):
         assert found.keys() == expected.keys(), what
+        # Muon makes a step of 0.02 of a matrix in bf16, whose last digit is 0.4 % of it.
+        atol = 2e-4 if "muon" in what else 1e-6
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=rtol, atol=atol, msg=f"{what}: {key}")
 
