@@ -114,6 +114,8 @@ class LabelContext(nn.Module):
         self.register_buffer("_words", torch.tensor(words), persistent=False)
         self._kept = KeptEmbeddings()
         if adapter is not None:
+            if not os.path.isfile(os.path.join(adapter, "adapter_model.safetensors")):
+                raise ValueError(f"{adapter} holds no adapter_model.safetensors; nothing else is loaded.")
             saved = peft.PeftConfig.from_pretrained(os.fspath(adapter)).token_indices
             if saved != ids:
                 raise ValueError(

@@ -27,7 +27,8 @@ MAX_BYTES = 2**28  # of an encoded image: as many as the largest one that is dec
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")
 MAX_METADATA = 2**24  # bytes in front of the pixels: a camera writes some hundred thousand
 MAX_SECONDS = 10.0  # of processor time for one image: the largest that is decoded takes some 3
-MAX_SCANS = 20  # of a progressive JPEG of MAX_PIXELS, in proportion more of a smaller one; programs write about 10
+# Scans of a progressive JPEG, of which programs write about 10: of the largest image, and of any.
+MAX_SCANS, MOST_SCANS = 12, 500
 
 
 def load_image(
@@ -173,7 +174,7 @@ def _check_scans(stream, image: Image.Image, name: str, max_pixels: int) -> None
     stream.seek(0)
     scans = stream.read().count(b"\xff\xda")
     stream.seek(place)
-    if scans * image.width * image.height > MAX_SCANS * max_pixels:
+    if scans > MOST_SCANS or scans * image.width * image.height > MAX_SCANS * max_pixels:
         raise ValueError(f"{name} is a progressive JPEG of {scans} scans, too many for its size; save it again.")
 
 

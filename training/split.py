@@ -102,10 +102,14 @@ def _duplicate_groups(report: Path, splits: dict[str, Split]) -> np.ndarray:
 
     starts = dict(zip(splits, np.cumsum([0, *(len(split) for split in splits.values())]).tolist(), strict=False))
     groups = np.arange(sum(len(split) for split in splits.values()))
-    for group in json.loads(report.read_text(encoding="utf-8"))["duplicates"]:
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))["duplicates"]
+        found = [[(member["split"], member["row"], member["file"]) for member in group["members"]] for group in found]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{report} is no report.json of hsvlt check ({error!r}); run that again.") from error
+    for members in found:
         rows = []
-        for member in group["members"]:
-            name, row, file = member["split"], member["row"], member["file"]
+        for name, row, file in members:
             if name not in splits:
                 continue
             if not same_image(splits[name].images, row, file):

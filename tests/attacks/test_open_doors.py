@@ -270,3 +270,23 @@ def test_rows_of_parquet_do_not_name_files_of_this_machine(checkpoint, recipe, t
     else:
         status = evaluate.main([str(checkpoint), str(tmp_path / "data"), "--label_names", "dog", "cat", "tv monitor"])
     assert status == 2 and "store the images' bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.parametrize("name", ["metadata.jsonl", "labels.txt", "data.parquet", "state.json", "rows.csv"])
+def test_damage_of_a_data_set_ends_in_one_sentence(checkpoint, photos, tmp_path, name, what, capsys):
+    if name == "labels.txt":
+        path = photos / name
+    elif name == "metadata.jsonl":
+        path = photos / "validation" / name
+    else:
+        shutil.rmtree(photos)
+        photos.mkdir()
+        path = photos / ("validation.csv" if name == "rows.csv" else name)
+        path.write_bytes(b"file_name,labels\n0.png,cat\n")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if what == "half" else DAMAGE[what])
+    capsys.readouterr()
+    status = evaluate.main([str(checkpoint), str(photos)])  # half a list of labels may be a list of labels
+    error = capsys.readouterr().err
+    assert status in (0, 2) and "Traceback" not in error and (status == 0 or "error: " in error)

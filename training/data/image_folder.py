@@ -129,7 +129,7 @@ def _parse_row(line: str, label_column: str, where: str) -> tuple[str, list | No
     """File name, labels, and their kind ("names", "numbers", or None where there are none) of one line."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON ({error}); correct the line.") from error
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or label_column not in row:
         raise ValueError(f"{where} must be an object with file_name and {label_column}.")

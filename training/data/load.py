@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -186,13 +186,13 @@ def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, c
         if sentence := command_for(path):
             raise ValueError(f"{sentence}.")
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            loaded = load_from_disk(str(path))
+            loaded = _undamaged(load_from_disk, str(path))
         elif any(path.glob("metadata.jsonl")) or any(path.glob("*/metadata.jsonl")):
             loaded = read_image_folders(path, columns["label_column"], **policies)
             loaded.label_columns = columns["label_columns"]
         else:
             _check_parquet(path)
-            loaded = load_dataset(str(path), name=options.dataset_config, cache_dir=cache_dir)
+            loaded = _undamaged(load_dataset, str(path), name=options.dataset_config, cache_dir=cache_dir)
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(
             f"{source} does not exist or is no folder; give a folder, the id of a dataset on the Hub, or 'scenes'."
@@ -211,6 +211,20 @@ def _read(source: str | Path | Dataset | DatasetDict, options: DatasetOptions, c
     if names_file is not None and names_file.is_file():
         loaded.label_names = read_label_names(names_file)
     return loaded
+
+
+def _undamaged(read: Callable, folder: str, **options) -> Dataset | DatasetDict:
+    """
+    Raises:
+        ValueError: for what damaged files make `datasets` raise, which is nearly everything.
+    """
+    try:
+        return read(folder, **options)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"{folder} cannot be read ({type(error).__name__}: {reason}): write it again.") from error
 
 
 def _check_splits(table: Table, splits: list[str], source: str | Path, *, labels: bool = True) -> None:

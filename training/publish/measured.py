@@ -72,8 +72,19 @@ def read_options(run: Path) -> dict:
 
 
 def read_raw_options(run: Path) -> dict:
-    """config.yaml of a run, as it lies there."""
-    return yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else {}
+    """config.yaml of a run, as it lies there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = run / "config.yaml"
+    try:
+        options = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); write it again.") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} is damaged: it holds no options; write it again.")
+    return options
 
 
 def _unless_hub_id(text: str) -> str:
@@ -86,4 +97,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(values).__name__}; write it again.")
+    return values
