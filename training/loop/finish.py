@@ -15,6 +15,7 @@ from ..publish.hub import push_run
 from ..report.page import result_record, write_report
 from ..scoring.measured_with import fingerprints, weights_of
 from ..scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
+from .frozen import loader_of_best
 from .run import Run
 from .validation import evaluate
 
@@ -29,7 +30,7 @@ def finish(run: Run) -> dict:
     accelerator.wait_for_everyone()
     verify_if_sealed(folder, "*.safetensors")
     model = load_pretrained(AutoModelForImageClassification, folder).to(accelerator.device)
-    scores, labels, validation = evaluate(run, model, "validation")
+    scores, labels, validation = evaluate(run, model, loader_of_best(run))
     how = {"objective": config.threshold_objective, "target": config.threshold_target}
     fitted = fit_thresholds(scores, labels, **how, label_names=run.train_data.label_names)
     store_thresholds(model, fitted, threshold_info(labels, **how, dataset=config.dataset, split="validation"))

@@ -92,6 +92,13 @@ def loader_name(run: Run, split: str) -> str:
     return split if trains_backbone(run) or split + FEATURES not in run.loaders else split + FEATURES
 
 
+def loader_of_best(run: Run) -> str:
+    """The loader of validation for best/: stored maps where no epoch has changed the backbone, since its maps of images
+    would be those of `mixed_precision`."""
+    stored = "validation" + FEATURES
+    return stored if stored in run.loaders and not run.config.unfreeze_epochs else "validation"
+
+
 def set_training_mode(run: Run) -> None:
     """Training mode for what trains in this epoch. Batch statistics of a backbone that was ever frozen stay those it
     came with: a few small batches know less."""

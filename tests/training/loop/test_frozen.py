@@ -93,6 +93,9 @@ def test_cached_maps_train_as_images_do(place, cached):
 def test_cached_maps_train_in_16_bits(place, cached):
     run = train(place, "bf16", "--cache_features", "--mixed_precision", "bf16", "--epochs", "1")
     assert losses(run) == pytest.approx(losses(cached)[:3], rel=0.1)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    logged = [row["validation/mAP"] for row in rows if "validation/mAP" in row]
+    assert [json.loads((run / "results.json").read_text())["validation"]["mAP"]] == pytest.approx(logged, abs=1e-6)
 
 
 def test_the_next_run_finds_the_maps(place, cached, capfd):
