@@ -82,7 +82,8 @@ def run(args: ExportOptions) -> None:
         write_selected_tags(folder / TAGS_FILE, labels, _positives(args.checkpoint, len(labels)), ratings=ratings)
         if ratings and set(image_size(processor)) != {WD_SIZE}:
             print(
-                f"Warning: programs for WD taggers resize to {WD_SIZE} px, and this model takes {image_size(processor)}."
+                f"Warning: programs for WD taggers resize to {WD_SIZE} px, and this model takes "
+                f"{image_size(processor)}."
             )
         for name in names:
             with whole_file(args.target / name) as written:
