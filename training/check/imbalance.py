@@ -61,13 +61,14 @@ def plot_imbalance(positives: dict[str, np.ndarray], label_names: list[str], pat
     axes.set_ylabel("images that show the label")
     axes.set_xlim(-0.8, len(counts) - 0.2)
     if named:
-        axes.set_xticks(range(len(counts)), [label_names[label] for label in order], rotation=90, fontsize=7)
+        axes.set_xticks(range(len(counts)), [label_names[label][:40] for label in order], rotation=90, fontsize=7)
     else:
         axes.set_xlabel("labels, most frequent first")
     ratio = counts.max() / max(counts[counts > 0].min(), 1) if counts.any() else 1
     axes.set_title(
         f"{counted(len(counts), 'label')}, {(counts == 0).sum():,} absent from {main}; imbalance ratio {ratio:,.0f}"
     )
-    axes.legend(fontsize=8, markerscale=1 if named else 4)
+    # Below, not upon the bars.
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8, markerscale=1 if named else 4)
     with whole_file(path) as written:
         figure.savefig(written, dpi=130, format="png")

@@ -20,7 +20,7 @@ from ..scoring.reliability import Reliability
 
 LINE_COLORS = ("#3b6ea5", "#c0504d", "#4f9d69", "#8064a2", "#b8741a")
 WIDTH = 5.2  # inches: at 360 px its 9 pt are 9 px high
-MAX_NAMED = 120  # labels for whose names a free place is looked for
+MAX_NAMED = 300  # labels for whose names a free place is looked for
 BESIDE = ((5, 0, "left", "center"), (-5, 0, "right", "center"), (0, 5, "center", "bottom"), (0, -5, "center", "top"))
 MAX_CURVE_POINTS = 400
 MIN_COUNT = 20  # entries in a bin
