@@ -7,6 +7,7 @@ now, and everything did before.
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BEFORE = "b3e60ec"  # the last commit without any of the fixes
+MEMORY = 12 * 2**30
 TAKEN_ALONG = ("tests/attacks", "tests/conftest.py", "tests/loopback_hub.py")
+
+
+def _limit_memory() -> None:
+    """What some attacks make old code allocate would take the machine down."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def run(root: Path, chosen: list[str]) -> dict[str, list[bool]]:
@@ -25,7 +32,12 @@ def run(root: Path, chosen: list[str]) -> dict[str, list[bool]]:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [sys.executable, "-m", "pytest", "tests/attacks", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        subprocess.run([*command, *chosen], cwd=root, env={**os.environ, "TQDM_DISABLE": "1"}, capture_output=True)
+        command += ["--timeout=300", "--timeout-method=signal", *chosen]  # a test that hangs fails, and the next begins
+        done = subprocess.run(
+            command, cwd=root, env={**os.environ, "TQDM_DISABLE": "1"}, preexec_fn=_limit_memory, capture_output=True
+        )
+        if not report.is_file():
+            raise SystemExit(f"pytest died in {root}: {done.stdout.decode()[-2000:]}")
         kinds = defaultdict(list)
         for case in ET.parse(report).iter("testcase"):
             if case.find("skipped") is None:
