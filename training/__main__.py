@@ -123,6 +123,7 @@ def run_launcher(options: list[str], module: str, arguments: list[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's own way kills what has not saved within 30 s
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else several processes on a CPU would not know of each other
