@@ -467,6 +467,7 @@ def test_saving_and_loading_keeps_everything(tmp_path):
         "image_urls.py",
         "load_image.py",
         "losses_multilabel.py",
+        "png_chunks.py",
         "processing_multilabel.py",
         "processor_config.json",
     ]

@@ -73,10 +73,9 @@ def test_the_count_is_that_of_the_labels_the_model_gets(recipe, tmp_path, monkey
         assert sum(known) < 0.1 * 10 * 8 * len(step), "mixing two images leaves 4 % known"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.slow
-def test_two_processes_take_the_same_step(recipe, tmp_path, optimizer):
-    options = [*PLAIN, "--optimizer", optimizer, "--scenes.num_scenes.train", "45", "--epochs", "1"]
+def test_two_processes_take_the_same_step(recipe, tmp_path):
+    options = [*PLAIN, "--optimizer", "muon", "--scenes.num_scenes.train", "45", "--epochs", "1"]
     single = train(recipe, tmp_path / "one", *options, *divided(16, 1))
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml")]
