@@ -1,6 +1,7 @@
 """Workers that run side by side (`make test`) share no cache and do not fight for the cores; tests share no state."""
 
 import atexit
+import gc
 import os
 import shutil
 import subprocess
@@ -20,6 +21,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hsvlt-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+
+def pytest_collection_finish():
+    """What was imported lives until the end: a collector that looks through it again and again takes minutes in all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -73,8 +73,9 @@ MODELS = {
     "hp_dval": (hp_dval, {"CLIPEncoderLayer"}),
 }
 
-RUNS = [*((name, "adamw") for name in MODELS), ("mltr", "muon"), ("hp_dval", "muon")]  # not hsvlt: its last map is one
-# position here, so that gradients of its queries are rounding alone, of which Muon makes whole steps
+# Not hsvlt with muon: its last map is one position here, so that gradients of its queries are rounding alone, of which
+# Muon makes whole steps.
+RUNS = [*((name, "adamw") for name in MODELS), ("mltr", "muon")]
 
 
 def wrapped_names(model):
