@@ -131,8 +131,8 @@ def run_launcher(options: list[str], module: str, arguments: list[str]) -> int:
         launch_command(launch_command_parser().parse_args([*options, "-m", module, *arguments]))
     except Exception as error:
         status = getattr(error, "returncode", None)  # of one process
-        if status is None and hasattr(error, "get_first_failure"):  # of several
-            status = error.get_first_failure()[1].exitcode
+        if status is None and hasattr(error, "failures"):  # of several: one that ended by itself, not by a signal
+            status = max(failure.exitcode for failure in error.failures.values())
         if status is None:
             print(f"error: accelerate could not start: {error}", file=sys.stderr)
         return status if status and status > 0 else 1

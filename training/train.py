@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         run = setup(config)
     except (ValueError, OSError) as error:
         refuse(error)
+        _leave_the_others()
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted before the first step: the same command starts again.", file=sys.stderr)
@@ -110,6 +111,13 @@ def main(argv: list[str] | None = None) -> int:
             return 130
     run.accelerator.end_training()
     return 0
+
+
+def _leave_the_others() -> None:
+    """Ends the process group, whose threads may abort a process that ends without it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager
