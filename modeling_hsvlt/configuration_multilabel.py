@@ -117,9 +117,8 @@ class MultiLabelConfig(PreTrainedConfig):
         """
         names = [str(name) for name in names]
         check_label_names(names)
-        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
-        if not names or twice:
-            raise ValueError(f"label names must differ, but {twice[0]!r} comes twice." if twice else "names is empty.")
+        if not names:
+            raise ValueError("names is empty.")
         self.id2label = dict(enumerate(names))
         self.label2id = {name: index for index, name in enumerate(names)}
 

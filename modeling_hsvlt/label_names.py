@@ -1,6 +1,7 @@
 """What a label may be called: one rule for every file of names, every data set and every checkpoint."""
 
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 
 # Far above what people write and far below what fills a memory: names come from strangers as well.
@@ -27,18 +28,21 @@ def fault_of_label_name(name: str) -> str | None:
 def check_label_names(names) -> None:
     """
     Raises:
-        ValueError: a name that is empty, too long, or has control characters.
+        ValueError: a name that is empty, too long, has control characters, or comes twice.
     """
+    names = [str(name) for name in names]
     for name in names:
-        if fault := fault_of_label_name(str(name)):
-            raise ValueError(f"The label name {str(name)[:40]!r} {fault}; give the label a plain name.")
+        if fault := fault_of_label_name(name):
+            raise ValueError(f"The label name {name[:40]!r} {fault}; give the label a plain name.")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"label names must differ, but {twice[0]!r} comes twice.")
 
 
 def names_of(id2label: Mapping) -> list[str]:
     """The names of `id2label` in the order of their numbers, which JSON turns into text.
 
     Raises:
-        ValueError: it does not map 0, 1, ... without a gap to texts that `check_label_names` lets through, each once.
+        ValueError: it does not map 0, 1, ... without a gap to texts that `check_label_names` lets through.
     """
     try:
         names = {int(key): name for key, name in id2label.items()}
@@ -49,7 +53,4 @@ def names_of(id2label: Mapping) -> list[str]:
     if odd is not None or None in ordered:
         raise ValueError(f"id2label holds {odd!r} where a label name should be; write a text.")
     check_label_names(ordered)
-    if len(set(ordered)) < len(ordered):
-        twice = next(name for name in ordered if ordered.count(name) > 1)
-        raise ValueError(f"label names must differ, but {twice!r} comes twice in id2label.")
     return ordered

@@ -13,8 +13,8 @@ from ..data.load import load_images
 from ..data.rows import fingerprint_images
 from ..data.text import read_text
 
-# What makes a folder a data set and not a tree of images.
 _URLS = ("http://", "https://", "data:image/")
+# What makes a folder a data set and not a tree of images.
 DATASET_FILES = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
 
 
