@@ -38,12 +38,6 @@ class HSVLTCandidateScorer(nn.Module):
         return scores.topk(number, dim=-1).indices.sort(dim=-1).values
 
 
-def spread_candidates(logits: torch.Tensor, class_ids: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """Logits (B, m) of the labels `class_ids` (B, m) among all N labels, with `NOT_EVALUATED` for the others."""
-    everywhere = logits.new_full((len(logits), num_labels), NOT_EVALUATED)
-    return everywhere.scatter(1, class_ids, logits)
-
-
 class HSVLTResidualAttention(nn.Module):
     """Class-specific residual attention (CSRA: Zhu & Wu, ICCV 2021) on the last map.
 
@@ -155,6 +149,39 @@ def in_chunks(read, feature_maps, text_embeddings, class_ids, chunk: int | None,
             stages = zip(*(output[field] for output in outputs), strict=True)
             whole[field] = tuple(None if stage[0] is None else torch.cat(stage, dim=dim) for stage in stages)
     return whole
+
+
+def read_with_additions(
+    model, feature_maps, text_embeddings, class_ids, labels, num_items_in_batch, **asked
+) -> ModelOutput:
+    """The forward pass of [`HSVLTForImageClassification`], from the feature maps on, with candidates or residual
+    attention."""
+    feature_maps = list(feature_maps)  # the last one is read once more
+    num_labels = len(text_embeddings if class_ids is None else class_ids)
+    proposals = candidates = None
+    if model.candidate_scorer is not None and class_ids is None and num_labels == model.num_labels:
+        proposals = model.candidate_scorer(feature_maps[-1])
+        class_ids = candidates = model.candidate_scorer.choose(proposals)
+    output = in_chunks(model._read, feature_maps, text_embeddings, class_ids, model.config.label_chunk_size, **asked)
+    logits, paths = output.logits, [output.logits]
+    if model.residual_attention is not None:
+        paths.append(model.residual_attention(feature_maps[-1], class_ids))
+        logits = model.residual_attention.join(*paths)
+
+    loss = None
+    if labels is not None and candidates is not None:  # of the candidates alone: a mean of their own
+        loss = model._loss(logits, labels.to(candidates.device).gather(1, candidates))
+    elif labels is not None and not model.training:
+        loss = model._loss(logits, labels, num_items_in_batch)
+    elif labels is not None:
+        # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has seen
+        # so fast that the pixel scores learn little.
+        loss = sum(model._loss(path, labels, num_items_in_batch) for path in paths) / len(paths)
+        if proposals is not None:
+            loss = loss + model.config.candidate_loss_weight * model._loss(proposals, labels, num_items_in_batch)
+    if candidates is not None:
+        logits = logits.new_full((len(logits), num_labels), NOT_EVALUATED).scatter(1, candidates, logits)
+    return type(output)(**{**output, "loss": loss, "logits": logits, "class_ids": candidates})
 
 
 def fold_label_context(model, state_dict: dict | None) -> tuple[LabelContext | None, dict | None]:

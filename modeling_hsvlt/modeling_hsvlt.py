@@ -32,7 +32,7 @@ from .hsvlt_additions import (
     HSVLTTopDownAggregation,
     fold_label_context,
     in_chunks,
-    spread_candidates,
+    read_with_additions,
 )
 from .hsvlt_backbones import build_backbone
 from .load_pretrained import load_pretrained
@@ -655,34 +655,13 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         if feature_maps is None:
             feature_maps = self.hsvlt.backbone(require_images(pixel_values))
 
-        # Candidates and residual attention are additions: without them, all labels are read and one path is left.
-        if self.candidate_scorer is not None or self.residual_attention is not None:
-            feature_maps = list(feature_maps)  # the last one is read once more
-        proposals = candidates = None
-        if self.candidate_scorer is not None and class_ids is None and num_labels == self.num_labels:
-            proposals = self.candidate_scorer(feature_maps[-1])  # type: ignore[index]
-            class_ids = candidates = self.candidate_scorer.choose(proposals)
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        if self.candidate_scorer is not None or self.residual_attention is not None:
+            of_labels = (text_embeddings, class_ids, labels)
+            return read_with_additions(self, feature_maps, *of_labels, num_items_in_batch, **asked)
         output = in_chunks(self._read, feature_maps, text_embeddings, class_ids, self.config.label_chunk_size, **asked)
-        logits, paths = output.logits, [output.logits]
-        if self.residual_attention is not None:
-            paths.append(self.residual_attention(feature_maps[-1], class_ids))  # type: ignore[index]
-            logits = self.residual_attention.join(*paths)
-
-        loss = None
-        if labels is not None and candidates is not None:  # of the candidates alone: a mean of their own
-            loss = self._loss(logits, labels.to(candidates.device).gather(1, candidates))
-        elif labels is not None and not self.training:
-            loss = self._loss(logits, labels, num_items_in_batch)
-        elif labels is not None:
-            # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has
-            # seen so fast that the pixel scores learn little.
-            loss = sum(self._loss(path, labels, num_items_in_batch) for path in paths) / len(paths)
-            if proposals is not None:
-                loss = loss + self.config.candidate_loss_weight * self._loss(proposals, labels, num_items_in_batch)
-        if candidates is not None:
-            logits = spread_candidates(logits, candidates, num_labels)
-        return HSVLTImageClassifierOutput(**{**output, "loss": loss, "logits": logits, "class_ids": candidates})
+        loss = None if labels is None else self._loss(output.logits, labels, num_items_in_batch)
+        return HSVLTImageClassifierOutput(**{**output, "loss": loss})
 
     def _text_embeddings(self, text_embeddings: torch.Tensor | None) -> torch.Tensor:
         """Those given, those of a learned context, or the checkpoint's."""

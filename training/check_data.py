@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .options import DatasetOptions, option, read_options, refuse, refuse_to_replace
+from .options import DatasetOptions, option, refuse_to_replace, run_command
 from .say import counted, say_next
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
@@ -62,11 +62,7 @@ def run(args: CheckOptions) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when clean, 1 when something would break training, 2 when there is nothing to check."""
-    try:
-        return 0 if run(read_options(CheckOptions, "check", __doc__, argv)) else 1
-    except (ValueError, OSError) as error:
-        refuse(error)
-        return 2
+    return run_command(run, CheckOptions, "check", __doc__, argv, status=lambda clean: 0 if clean else 1)
 
 
 if __name__ == "__main__":

@@ -273,8 +273,8 @@ def read_options(kind: type, command: str, description: str | None, argv: Sequen
     return CommandParser(kind, prog=f"hsvlt {command}", description=description).read(argv)
 
 
-def refuse(error: Exception) -> None:
-    """Prints, in one line, what was refused.
+def say_error(error: Exception) -> None:
+    """Prints, in one line, what went wrong.
 
     Of several processes the first speaks at once, and its end makes the launcher end the others, which mostly would say
     the same; they speak where it has not ended.
@@ -284,6 +284,19 @@ def refuse(error: Exception) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
+def refuse(error: Exception) -> int:
+    """Says what was refused, and leaves the process group, whose threads may abort a process that ends in it.
+
+    Returns:
+        The exit status, 2.
+    """
+    say_error(error)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    return 2
+
+
 def run_command(
     run: Callable[[Any], Any],
     kind: type,
@@ -291,11 +304,20 @@ def run_command(
     description: str | None,
     argv: Sequence[str] | None,
     refused: tuple[type[Exception], ...] = (ValueError, OSError),
+    *,
+    status: Callable[[Any], int] = lambda result: 0,
+    stopped: str = "Stopped.",
 ) -> int:
-    """A command line: `run` on its options. 0 when all is done, 2 when one of `refused` was raised; it is printed."""
+    """A command line: `run` on its options.
+
+    Returns:
+        `status` of what it returned, 0 by default; 2 when one of `refused` was raised, which is printed; 130 after
+        Ctrl-C, when `stopped` is.
+    """
     try:
-        run(read_options(kind, command, description, argv))
+        return status(run(read_options(kind, command, description, argv)))
     except refused as error:
-        refuse(error)
-        return 2
-    return 0
+        return refuse(error)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .options import option, read_options, refuse
+from .options import option, run_command
 from .say import say_next
 
 
@@ -43,29 +43,23 @@ def _options_of_a_push(options: PushOptions) -> list[str]:
     return words
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused or did not arrive, 130 after Ctrl-C."""
-    options = read_options(PushOptions, "push", __doc__, argv)
-    args = dict(vars(options))
-    from huggingface_hub.errors import HfHubHTTPError
-
+def run(options: PushOptions) -> None:
+    """Builds, checks and pushes."""
     from .publish.hub import push_run
 
-    try:
-        licence, private = args.pop("license"), not args.pop("public")
-        run, repo_id = args.pop("run"), args.pop("repo_id")
-        push_run(run, repo_id, private=private, licence=licence, **args)
-        if args["dry_run"]:
-            say_next("push", run, repo_id, *_options_of_a_push(options))
-        elif args["adapter_of"] is None:
-            say_next("tag", repo_id, "photo.jpg")
-    except (ValueError, OSError, HfHubHTTPError) as error:
-        refuse(error)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped; the repository is as it was.", file=sys.stderr)
-        return 130
-    return 0
+    args = dict(vars(options))
+    licence, private = args.pop("license"), not args.pop("public")
+    folder, repo_id = args.pop("run"), args.pop("repo_id")
+    push_run(folder, repo_id, private=private, licence=licence, **args)
+    if options.dry_run:
+        say_next("push", folder, repo_id, *_options_of_a_push(options))
+    elif options.adapter_of is None:
+        say_next("tag", repo_id, "photo.jpg")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when all is done, 2 when something was refused or did not arrive, 130 after Ctrl-C."""
+    return run_command(run, PushOptions, "push", __doc__, argv, stopped="Stopped; the repository is as it was.")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from .options import CheckpointOptions, ImageOptions, number_or_auto, option, read_options, refuse
+from .options import CheckpointOptions, ImageOptions, number_or_auto, option, refuse, run_command
 from .places import free_cores, last_run
 
 WRITERS = ("txt", "xmp")
@@ -85,28 +85,30 @@ def is_image(word: str) -> bool:
     return Path(word).is_file() and kind.startswith("image/")
 
 
+def run(args: ShowOptions | TagOptions) -> int:
+    """Labels the images; returns how many could not be got at."""
+    if isinstance(args, ShowOptions):
+        from .tagging.show import show_labels
+
+        show_labels(args)
+        return 0
+    from .tagging.run import tag_source
+
+    return tag_source(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 1 when images could not be got at, 2 when something was refused, 130 after
     Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         images = few_images(argv)
-        if images is not None:
-            args = read_options(ShowOptions, "tag", __doc__, images)
-            from .tagging.show import show_labels
-
-            show_labels(args)
-            return 0
-        args = read_options(TagOptions, "tag", __doc__, argv)
-        from .tagging.run import tag_source  # after the options: --help waits for no library
-
-        return 1 if tag_source(args) else 0
-    except (ValueError, OSError) as error:
-        refuse(error)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped; what is tagged is kept, and the same command goes on from there.", file=sys.stderr)
-        return 130
+    except FileNotFoundError as error:
+        return refuse(error)
+    kind, stopped = ShowOptions, "Stopped."
+    if images is None:
+        kind, stopped = TagOptions, "Stopped; what is tagged is kept, and the same command goes on from there."
+    return run_command(run, kind, "tag", __doc__, images or argv, status=lambda left: 1 if left else 0, stopped=stopped)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .config import TrainingConfig, describe_options, parse_config
-from .options import refuse
+from .options import refuse, say_error
 from .places import recipes
 from .say import say_next
 
@@ -82,9 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
         run = setup(config)
     except (ValueError, OSError) as error:
-        refuse(error)
-        _leave_the_others()
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         print("\nInterrupted before the first step: the same command starts again.", file=sys.stderr)
         return 130
@@ -103,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped:
             _say_what_is_kept(run, f"Stopped by {run.stop.signal or 'a signal to another process'}")
         except (FloatingPointError, CheckpointError, ValueError, OSError) as error:
-            refuse(error)
+            say_error(error)
             traceback.clear_frames(error.__traceback__)  # the writer may keep the error, and its frames the loaders
             return 1
         except KeyboardInterrupt:
@@ -111,13 +109,6 @@ def main(argv: list[str] | None = None) -> int:
             return 130
     run.accelerator.end_training()
     return 0
-
-
-def _leave_the_others() -> None:
-    """Ends the process group, whose threads may abort a process that ends without it."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 @contextmanager

@@ -37,9 +37,11 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, get_cosine_schedule_with_warmup
 
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.peers import scene_clip
 from benchmarks.peers.scene_clip import TAGGED, image_processor, word_tokenizer
 from modeling_hsvlt import HPDVALForImageClassification, MultiLabelImageProcessor
+from modeling_hsvlt.load_pretrained import load_pretrained
 from training.check.imbalance import long_tail_groups
 from training.data import scenes
 from training.data.augment import build_augmentation
@@ -108,7 +110,7 @@ def cached_clip(cache: Path, tokenizer, steps: int, device: torch.device) -> CLI
     folder = cache / f"scene-clip-{hashlib.sha256(json.dumps([steps, *sources]).encode()).hexdigest()[:16]}"
     if not (folder / "model.safetensors").is_file():
         scene_clip.train_clip(tokenizer, steps=steps, device=device).cpu().save_pretrained(folder)
-    return CLIPModel.from_pretrained(folder).eval()
+    return load_pretrained(CLIPModel, folder).eval()
 
 
 class Benchmark:
@@ -122,12 +124,10 @@ class Benchmark:
             self.processor = image_processor()
         else:
             pinned = {"revision": args.clip_revision}
-            self.tokenizer = AutoTokenizer.from_pretrained(args.clip, **pinned)
-            self.clip = CLIPModel.from_pretrained(args.clip, use_safetensors=True, dtype=torch.float32, **pinned).eval()
-            saved, side = (
-                AutoImageProcessor.from_pretrained(args.clip, **pinned),
-                self.clip.config.vision_config.image_size,
-            )
+            self.tokenizer = load_pretrained(AutoTokenizer, args.clip, **pinned)
+            self.clip = load_pretrained(CLIPModel, args.clip, dtype=torch.float32, **pinned).eval()
+            saved = load_pretrained(AutoImageProcessor, args.clip, **pinned)
+            side = self.clip.config.vision_config.image_size
             statistics = {"image_mean": saved.image_mean, "image_std": saved.image_std}
             self.processor = MultiLabelImageProcessor(size={"height": side, "width": side}, **statistics)
         knobs = {"num_scenes": {"train": args.pool, "validation": 500, "test": args.num_test}, **TAGGED}
@@ -287,12 +287,18 @@ def table(runs: list[dict], methods: list[str]) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.long_tail",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def run(args: argparse.Namespace) -> dict:
+    """Trains and measures every method; returns what the JSON file holds."""
+    start = time.perf_counter()
+    benchmark = Benchmark(args)
+    print(f"CLIP and data ready after {time.perf_counter() - start:.0f} s")
+    runs = [benchmark.run(seed) for seed in range(args.seeds)]
+    print(table(runs, args.methods))
+    return {"options": {key: str(value) for key, value in vars(args).items()}, "runs": runs}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = benchmark_parser("accuracy.long_tail", __doc__)
     parser.add_argument("--dataset", default="scenes", help="folder, Hub id, or scenes; default: scenes")
     parser.add_argument("--clip", help="folder or Hub id; default: a small one, trained here on the scenes")
     parser.add_argument("--clip_revision", help="commit of a CLIP on the Hub")
@@ -309,20 +315,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--logit_scale", type=float, default=10.0, help="1 is the paper's; default: 10")
     parser.add_argument("--positive_weight", default="none", help="none (DB) or class (DB*); default: none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="where to write everything")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, start = parse(argv), time.perf_counter()
-    benchmark = Benchmark(args)
-    print(f"CLIP and data ready after {time.perf_counter() - start:.0f} s")
-    runs = [benchmark.run(seed) for seed in range(args.seeds)]
-    print(table(runs, args.methods))
-    if args.json:
-        options = {key: str(value) for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({"options": options, "runs": runs}, indent=1))
-    return 0
+    return run_benchmark(run, build_parser(), argv)
 
 
 if __name__ == "__main__":

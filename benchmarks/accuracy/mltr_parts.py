@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.timing import device_name, multiply_adds
 from training import train
+from training.checkpoint.loading import load_checkpoint
 from training.config import TrainingConfig, parse_config
 from training.data.batches import build_dataloader
 from training.data.dataset import MultiLabelDataset
@@ -35,6 +35,7 @@ from training.data.load import load
 from training.data.scenes import PARTNER, SCENE_LABELS, build_scenes
 from training.metrics.functional import average_precision
 from training.models.build import build_model
+from training.options import CheckpointOptions
 from training.scoring.predict import predict
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "mltr_nano_scenes.yaml"
@@ -115,9 +116,7 @@ def train_once(config: TrainingConfig) -> float | None:
 
 def score(folder: Path, scenes) -> dict[str, float]:
     """A finished run's row on the test scenes."""
-    model, processor = (
-        auto.from_pretrained(folder / "best") for auto in (AutoModelForImageClassification, AutoImageProcessor)
-    )
+    model, processor = load_checkpoint(CheckpointOptions(checkpoint=str(folder / "best")))
     split = load(scenes, label_names=SCENE_LABELS).splits["train"]
     dataset = MultiLabelDataset(split, list(SCENE_LABELS), processor)
     scores, labels = predict(model, build_dataloader(dataset, batch_size=100, processor=processor), progress=False)

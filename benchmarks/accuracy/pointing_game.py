@@ -19,12 +19,13 @@ import numpy as np
 import torch
 import yaml
 from datasets import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-import modeling_hsvlt  # noqa: F401  (registers the model types)
+from benchmarks.command import benchmark_parser, run_benchmark
 from modeling_hsvlt.heat_maps_multilabel import image_box, label_heat_maps, resize_to_image
 from modeling_hsvlt.load_image import load_image
+from training.checkpoint.loading import load_checkpoint
 from training.data.scenes import build_scenes
+from training.options import CheckpointOptions
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "quickstart.yaml"
 HSVLT_MAPS = {"stage 1": [0], "stage 2": [1], "stage 3": [2], "stage 4": [3], "mean of 2 to 4": [1, 2, 3]}
@@ -78,43 +79,34 @@ def play(model, image_processor, scenes, batch_size: int = 50) -> dict[str, list
     return outcome
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("checkpoint", help="folder or Hub id of a model trained on the built-in scenes")
-    parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
-    parser.add_argument("--num_scenes", type=int, default=1000)
-    parser.add_argument("--scenes", type=json.loads, default={}, help="knobs of the scenes, as JSON")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> dict:
+    """Plays and prints the table; returns what the JSON file holds."""
     knobs = {**yaml.safe_load(RECIPE.read_text())["scenes"], **args.scenes}
     del knobs["num_scenes"]
-    model = AutoModelForImageClassification.from_pretrained(args.checkpoint, use_safetensors=True).eval()
+    model, processor = load_checkpoint(CheckpointOptions(checkpoint=args.checkpoint))
+    model.eval()
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     scenes = build_scenes(args.num_scenes, split=args.split, **knobs)
     if names != scenes.features["boxes"].feature["label"].names:
-        print(
-            f"error: {args.checkpoint} was not trained on the built-in scenes: its labels are others.", file=sys.stderr
-        )
-        return 2
-    outcome = play(model, AutoImageProcessor.from_pretrained(args.checkpoint), scenes)
+        raise ValueError(f"{args.checkpoint} was not trained on the built-in scenes: its labels are others.")
+    outcome = play(model, processor, scenes)
     count = len(outcome["centre"])
     means = {name: float(np.mean(values)) for name, values in outcome.items()}
     print(f"{model.config.model_type}, {args.split}, {len(scenes)} scenes, {count} labels; hits, 95% interval\n")
     print("| map | hits | +- |\n|---|---|---|")
     for name, mean in means.items():
         print(f"| {name} | {mean:.3f} | {1.96 * np.std(outcome[name]) / count**0.5:.3f} |")
-    if args.json is not None:
-        setting = {
-            "checkpoint": Path(args.checkpoint).name,
-            "split": args.split,
-            "scenes": len(scenes),
-            "labels": count,
-        }
-        args.json.write_text(json.dumps({**setting, "hits": means}, indent=1))
-    return 0
+    setting = {"checkpoint": Path(args.checkpoint).name, "split": args.split, "scenes": len(scenes), "labels": count}
+    return {**setting, "hits": means}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = benchmark_parser("accuracy.pointing_game", __doc__)
+    parser.add_argument("checkpoint", help="folder or Hub id of a model trained on the built-in scenes")
+    parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+    parser.add_argument("--num_scenes", type=int, default=1000)
+    parser.add_argument("--scenes", type=json.loads, default={}, help="knobs of the scenes, as JSON")
+    return run_benchmark(run, parser, argv)
 
 
 if __name__ == "__main__":

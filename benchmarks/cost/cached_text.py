@@ -10,10 +10,8 @@ resize.
 """
 
 import argparse
-import json
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection
 from transformers.pipelines import ZeroShotImageClassificationPipeline
 
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.peers.scene_clip import word_tokenizer
 from benchmarks.timing import device_name, timed
 from modeling_hsvlt import (
@@ -48,23 +47,8 @@ def build(num_labels: int, device: torch.device):
     return clip.to(device), model.to(device), tower.to(device), tokenizer, names
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cost.cached_text",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--num_labels", type=int, default=80)
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
-    parser.add_argument(
-        "--max_length", action="store_true", help="pad texts to CLIP's 77 tokens, as some processors do"
-    )
-    parser.add_argument("--pipelines", action="store_true", help="time the two pipelines on a photograph as well")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the table here as well")
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> dict:
+    """Times all and prints the table; returns what the JSON file holds."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     clip, model, tower, tokenizer, names = build(args.num_labels, device)
@@ -105,9 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             f"| {row['batch_size']} | {row['model']} | {row['over']} | {row['ratio']:.3f} | {low:.3f} to {high:.3f} | "
             f"{row['ms']:.1f} |"
         )
-    if args.json:
-        args.json.write_text(json.dumps({"device": device_name(device), "rows": rows}, indent=1))
-    return 0
+    return {"device": device_name(device), "rows": rows}
 
 
 def pipelines(clip, model, tokenizer, names, device) -> dict:
@@ -125,6 +107,20 @@ def pipelines(clip, model, tokenizer, names, device) -> dict:
             photograph, candidate_labels=names, hypothesis_template="a photo of a {}."
         ),
     }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = benchmark_parser("cost.cached_text", __doc__)
+    parser.add_argument("--num_labels", type=int, default=80)
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
+    parser.add_argument(
+        "--max_length", action="store_true", help="pad texts to CLIP's 77 tokens, as some processors do"
+    )
+    parser.add_argument("--pipelines", action="store_true", help="time the two pipelines on a photograph as well")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return run_benchmark(run, parser, argv)
 
 
 if __name__ == "__main__":

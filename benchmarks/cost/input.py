@@ -8,7 +8,6 @@ workers (decode, resize and batch), batch augmentation, and the model. It is eno
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from datasets import Dataset, Image
 from tqdm import tqdm
 from transformers import ConvNextImageProcessorPil
 
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.timing import device_name, synchronise
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor, load_image
 from training.data.augment import build_augmentation
@@ -30,23 +30,11 @@ from training.data.load import load as read_data
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="a folder of images")
-    parser.add_argument("--limit", type=int, default=256, help="at most so many of them")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--preset", default="tiny", help="the model whose speed is to be reached")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the main process")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(argv)
-
+def run(args: argparse.Namespace) -> dict:
+    """Times every step and prints the table; returns what the JSON file holds."""
     files = sorted(file for file in args.images.rglob("*") if file.suffix.lower() in SUFFIXES)[: args.limit]
     if not files:
-        parser.error(f"{args.images} holds no image ({', '.join(sorted(SUFFIXES))}).")
+        raise ValueError(f"{args.images} holds no image ({', '.join(sorted(SUFFIXES))}).")
     torch.set_num_threads(args.threads)
     device, size = torch.device(args.device), {"height": args.image_size, "width": args.image_size}
     processor = MultiLabelImageProcessor(size=size)
@@ -116,10 +104,21 @@ def main(argv: list[str] | None = None) -> int:
     for name, values in rates.items():
         span = f"{min(values):,.1f}-{max(values):,.1f}"
         print(f"| {name} | {medians[name]:,.1f} ({span}) | {medians[name] / reference:,.1f} |")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"device": device_name(device), "images_per_second": rates}, indent=1))
-    return 0
+    return {"device": device_name(device), "images_per_second": rates}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = benchmark_parser("cost.input", __doc__)
+    parser.add_argument("--images", type=Path, required=True, help="a folder of images")
+    parser.add_argument("--limit", type=int, default=256, help="at most so many of them")
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--preset", default="tiny", help="the model whose speed is to be reached")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the main process")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return run_benchmark(run, parser, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ its own).
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel, ConvNextForImageClassification, SwinConfig
 
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.peers.heads import HEADS
 from benchmarks.timing import device_name, multiply_adds, synchronise, timed
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MlTrConfig, MlTrForImageClassification
@@ -147,25 +147,8 @@ def peak_memory_cpu(*args) -> float:
     return queue.get() if process.exitcode == 0 else float("nan")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="small", help="nano, tiny, small or base")
-    parser.add_argument("--image_size", type=int, default=448)
-    parser.add_argument("--num_labels", type=int, nargs="+", default=[80])
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[8])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(DEFAULT_MODELS))
-    parser.add_argument("--candidate_labels", type=int, default=128, help="for the model hsvlt_candidates")
-    parser.add_argument("--label_chunk_size", type=int, help="labels at a time, bounds memory")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every model but bare_eager")
-    parser.add_argument("--train", action="store_true", help="time training steps in place of inference")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no_memory", action="store_true", help="skip the measurement of memory")
-    parser.add_argument("--json", type=Path, help="write the table here as well")
-    args = parser.parse_args(argv)
-
+def run(args: argparse.Namespace) -> dict:
+    """Times every model and prints the table; returns what the JSON file holds."""
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     names = [name for name in args.models if not (args.train and name.startswith("bare"))]
@@ -233,17 +216,27 @@ def main(argv: list[str] | None = None) -> int:
             f"| {r['ratio']:.3f} ({low:.3f}-{high:.3f}) | {r['arithmetic_ratio']:.3f} | {r['ms_per_gmac']:.2f} "
             f"| {memory} | {r['gmacs']:.2f} | {r['parameters'] / 1e6:.1f} M |"
         )
-    if args.json is not None:
-        result = {
-            "setting": {**vars(args), "json": None},
-            "device": device_name(device),
-            "torch": torch.__version__,
-            "reference": reference,
-            "rows": rows,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1))
-    return 0
+    figures = {"device": device_name(device), "torch": torch.__version__, "reference": reference, "rows": rows}
+    return {"setting": {**vars(args), "json": None}, **figures}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = benchmark_parser("cost.speed", __doc__)
+    parser.add_argument("--preset", default="small", help="nano, tiny, small or base")
+    parser.add_argument("--image_size", type=int, default=448)
+    parser.add_argument("--num_labels", type=int, nargs="+", default=[80])
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[8])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(DEFAULT_MODELS))
+    parser.add_argument("--candidate_labels", type=int, default=128, help="for the model hsvlt_candidates")
+    parser.add_argument("--label_chunk_size", type=int, help="labels at a time, bounds memory")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model but bare_eager")
+    parser.add_argument("--train", action="store_true", help="time training steps in place of inference")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no_memory", action="store_true", help="skip the measurement of memory")
+    return run_benchmark(run, parser, argv)
 
 
 if __name__ == "__main__":

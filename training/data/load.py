@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -117,8 +116,6 @@ def load(
     if not label_names and column.of_names():
         label_names, notes = names_of_splits(column.of_names(), table.row_names, report=report_labels)
     label_names = label_names or _names_of_the_hub(table, column, source_words, revision)
-    if twice := [name for name, count in Counter(label_names).items() if count > 1]:
-        raise ValueError(f"The label names list {twice[0]!r} twice; keep one.")
     check_label_names(label_names)
     if report_labels:
         notes += (outside := names_outside(column.of_names(), label_names, table.row_names))

@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         print(count_table(reading), flush=True)
         write_dataset(reading.splits, reading.label_names, args.target, max_shard_bytes=args.max_shard_mb * 1_000_000)
     except (ValueError, OSError) as error:
-        refuse(error)
-        return 2
+        return refuse(error)
     print(f"Written to {args.target}; load_dataset({str(args.target)!r}) and --dataset {args.target} read it.")
     say_next("check", args.target)
     return 0

@@ -16,10 +16,9 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from ..data.formats import Files, coco_files
-from ..data.image_files import ImageFinder
 from ..data.rows import SPLIT_NAMES
 from ..options import option
-from .reading import NamedRows, Reading, SourceOptions, read_json, usual_name
+from .reading import Reading, Rows, SourceOptions, read_json, usual_name
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def read(args: argparse.Namespace) -> Reading:
     if args.split:  # a json of COCO takes gigabytes of memory: read those that are asked for
         files = {name: path for name, path in files.items() if name in dict(args.split)} or files
     folder = Path(args.image_folder) if args.image_folder else root
-    rows = NamedRows(ImageFinder(folder), args.missing_images, "ignore" if args.split else args.unlisted_images)
+    rows = Rows(folder, args, unlisted=not args.split)
     parts = {name: _File(path) for name, path in files.items()}
     label_names = _vocabulary(list(parts.values()))
     for name, part in parts.items():
@@ -78,8 +77,7 @@ def read(args: argparse.Namespace) -> Reading:
     reading.usual_names = {name: usual_name(name) for name in reading.splits}
     if len(files) == 1 and not set(reading.usual_names.values()) & SPLIT_NAMES:
         reading.usual_names = dict.fromkeys(reading.splits, "train")
-    reading.title = "COCO-2014"
-    reading.published = {name: counts for name, counts in PUBLISHED.items() if name in reading.splits}
+    reading.title, reading.published = "COCO-2014", PUBLISHED
     return reading
 
 
@@ -149,7 +147,7 @@ class _File:
         own_root = roots if len(parents - {"none", None, ""}) == 1 and len(listed) > 1 else set()
         self.listed = [name for name in listed if name and name not in own_root]
 
-    def add_rows(self, rows: NamedRows, split: str, below: str, label_names: list[str], unjudged: str) -> None:
+    def add_rows(self, rows: Rows, split: str, below: str, label_names: list[str], unjudged: str) -> None:
         federated = any("neg_category_ids" in entry for _, _, entry in self.images.values())
         if federated and unjudged == "absent":
             logger.warning(
@@ -163,9 +161,8 @@ class _File:
                 judged = {self.names.get(_key(category), "") for category in entry.get("neg_category_ids", ())}
                 unknown = [other for other in label_names if other not in judged and other not in present]
             # A URL keeps the folder that the file had where it was published.
-            if rows.finder.find(name, below) is None:
-                name = PurePosixPath(name).name if "file_name" not in entry else name
-            rows.add(split, name, sorted(present), where, unknown=unknown, below=below)
+            names = [name] if "file_name" in entry else [name, PurePosixPath(name).name]
+            rows.add(split, names, sorted(present), where, unknown=unknown, below=[below])
 
     def _entries(self, key: str) -> Iterator[tuple[str, dict]]:
         listed = self.content.get(key)

@@ -13,12 +13,11 @@ from typing import Literal, NamedTuple
 
 from ..data.csv_table import read_table
 from ..data.formats import Files, isic_tables
-from ..data.image_files import ImageFinder
 from ..data.label_cells import read_cell, read_number
 from ..data.rows import SPLIT_NAMES
 from ..options import option
 from .objects import _split_of
-from .reading import NamedRows, Reading, SourceOptions, text_lines
+from .reading import Reading, Rows, SourceOptions, text_lines
 
 
 class _Kind(NamedTuple):
@@ -65,8 +64,7 @@ def read(args: argparse.Namespace) -> Reading:
     names = kind.tables(files) if kind.tables else [name for name, head in files.tables.items() if wanted <= set(head)]
     if not names:
         raise FileNotFoundError(f"{args.source} has no table with the columns {', '.join(sorted(wanted))}; give one.")
-    finder = ImageFinder(Path(args.image_folder) if args.image_folder else files.root)
-    rows, label_names = NamedRows(finder, args.missing_images, args.unlisted_images), None
+    rows, label_names = Rows(Path(args.image_folder) if args.image_folder else files.root, args), None
     split_of_image = _official_split(files) if args.kind == "chestxray14" else {}
     no_label = set(args.no_label or ())
     blank = _MEANING[args.blank or ("absent" if args.kind == "chexpert" else "unknown")]
@@ -95,7 +93,8 @@ def read(args: argparse.Namespace) -> Reading:
             else:
                 labels, unknown = _of_columns(cells, columns, _MEANING[args.uncertain], blank, where)
             part = split_of_image.get(file, split)
-            rows.add(part, file, labels, where, unknown=unknown, below=below or (part if part in SPLIT_NAMES else ""))
+            inside = below or (part if part in SPLIT_NAMES else "")
+            rows.add(part, [file], labels, where, unknown=unknown, below=[inside])
     return rows.reading(label_names)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..data.image_files import find_images
 from ..data.rows import SPLIT_NAMES
-from .reading import NamedRows, Reading, SourceOptions
+from .reading import Reading, Rows, SourceOptions
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ def read(args: argparse.Namespace) -> Reading:
         content = _digest(root / name) if of_size[sizes[name]] > 1 else name
         _, labels = images.setdefault((split, content), (name, []))
         labels.append(parts[0])
-    rows = NamedRows(None, args.missing_images)
+    rows = Rows(None, args)
     for (split, _), (name, labels) in images.items():
         rows.add(split, root / name, labels, str(root / name), name=name)
     return rows.reading()

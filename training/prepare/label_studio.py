@@ -17,10 +17,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from ..data.csv_table import read_table
 from ..data.formats import LABEL_STUDIO_COLUMNS, Files, label_studio_files
-from ..data.image_files import IMAGE_SUFFIXES, ImageFinder
+from ..data.image_files import IMAGE_SUFFIXES
 from ..data.label_cells import read_cell
 from ..options import option
-from .reading import NamedRows, Reading, SourceOptions, read_json
+from .reading import Reading, Rows, SourceOptions, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,7 @@ def read(args: argparse.Namespace) -> Reading:
             f"{args.source} holds {names[0]} and {names[1]}, which may be the same tasks; give one of them."
         )
     path = files.root / names[0]
-    rows = NamedRows(
-        ImageFinder(Path(args.image_folder) if args.image_folder else files.root),
-        args.missing_images,
-        args.unlisted_images,
-    )
+    rows = Rows(Path(args.image_folder) if args.image_folder else files.root, args)
     if path.suffix.lower() in (".csv", ".tsv"):
         tasks = _rows_of_table(path, args.label_column)
     else:
@@ -60,8 +56,7 @@ def read(args: argparse.Namespace) -> Reading:
             waiting += 1
             continue
         present, seen = set.intersection(*readings), set.union(*readings)
-        place = _find(rows.finder, image, where)
-        rows.add("", place, sorted(present), where, unknown=sorted(seen - present), name=image)
+        rows.add("", _names_of(image), sorted(present), where, unknown=sorted(seen - present), name=image)
     if waiting:
         logger.warning("Left out: %d tasks of %s that have no annotation.", waiting, path)
     return rows.reading()
@@ -180,14 +175,9 @@ def _path_of(image: str) -> str:
     return inner[0] if inner else unquote(parts.path) if parts.scheme or "%" in image else image
 
 
-def _find(finder: ImageFinder, image: str, where: str) -> Path | None:
-    """The file of an image; an upload is `/data/upload/PROJECT/HASH-name.jpg`, and may lie there without its hash."""
+def _names_of(image: str) -> list[str]:
+    """How an image may be called; an upload is `/data/upload/PROJECT/HASH-name.jpg`, and may lie there without its
+    hash."""
     path = re.sub(r"^.*?/?data/upload/(\d+/)?", "", _path_of(image))
     file = path.replace("\\", "/").rpartition("/")[2]
-    try:
-        for name in (path, file, re.sub(r"^[0-9a-f]{8}-", "", file)):
-            if found := finder.find(name):
-                return found
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}.") from error
-    return None
+    return [path, file, re.sub(r"^[0-9a-f]{8}-", "", file)]

@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 
 from ..check.imbalance import long_tail_groups
 from ..data.load import load
 from ..data.rows import Split
 from ..data.sparse_labels import SparseLabels
 from ..options import CommandParser, DatasetOptions, dataset_options, refuse
-from .reading import Rows, checked, text_lines
+from .reading import Rows, text_lines
 from .write import write_dataset
 
 # fmt: off
@@ -193,10 +192,10 @@ def is_present(labels: SparseLabels) -> np.ndarray:
     return present
 
 
-def _with_labels(split: Split, rows: np.ndarray, present: np.ndarray) -> Dataset:
+def _with_labels(split: Split, rows: np.ndarray, present: np.ndarray, label_names: list[str]) -> Split:
     """These rows of a split with the labels of `present` (rows, num_labels) alone."""
     ids = pa.array([np.flatnonzero(row) for row in present], pa.list_(pa.int64()))
-    return split.images.select(rows).add_column("labels", ids)
+    return replace(split.select(rows), labels=SparseLabels.from_arrow(ids, label_names, label_format="ids"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,8 +205,7 @@ def main(argv: list[str] | None = None) -> int:
             raise FileExistsError(f"{args.target} exists: delete it, or choose another TARGET.")
         {"lists": _write_lists, "draw": _write_draw, "episodes": _write_episodes}[args.kind](args)
     except (ValueError, OSError) as error:
-        refuse(error)
-        return 1
+        return refuse(error)
     return 0
 
 
@@ -245,20 +243,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _write_lists(args: argparse.Namespace) -> None:
     published = PUBLISHED[args.name]
-    splits = {}
+    rows = Rows(args.images, args, unlisted=False)
     for split, path, num_images in (
         ("train", args.train_list, published.num_train),
         ("test", args.test_list, published.num_test),
     ):
-        rows = Rows(args.missing_images)
         listed = read_list(path, len(published.label_names))
         for number, (image, labels) in enumerate(listed, 1):
-            rows.add(args.images / image, labels, f"{path}, line {number}")
+            rows.add(split, [image], [published.label_names[label] for label in labels], f"{path}, line {number}")
         counts = np.bincount([label for _, labels in listed for label in labels], minlength=len(published.label_names))
         same = len(listed) == num_images and (split != "train" or counts.tolist() == published.positives)
         print(f"{path}: {len(listed):,} images, {counts.sum():,} labels: {'' if same else 'NOT '}the published split")
-        splits[split] = rows.dataset(pa.int64())
-    _write(checked(splits, published.label_names, "ids"), published.label_names, args.target)
+    _write(rows.reading(published.label_names).splits, published.label_names, args.target)
 
 
 def _write_draw(args: argparse.Namespace) -> None:
@@ -294,14 +290,14 @@ def _write_episodes(args: argparse.Namespace) -> None:
     novel = [label_names.index(name) for name in args.novel]
     base = [label for label in range(len(label_names)) if label not in novel]
     names = [label_names[label] for label in base]
-    parts = {name: _with_labels(split, *side(name, base)) for name, split in splits.items()}
-    _write(checked(parts, names, "ids"), names, args.target / "base")
+    parts = {name: _with_labels(split, *side(name, base), names) for name, split in splits.items()}
+    _write(parts, names, args.target / "base")
     rows, here = side("train", novel)
-    queries = _with_labels(splits[query], *side(query, novel))
+    queries = _with_labels(splits[query], *side(query, novel), args.novel)
     for episode in range(args.episodes):
         drawn = draw_episode(here, args.shots, seed=args.seed + episode)
-        parts = {"train": _with_labels(splits["train"], rows[drawn], here[drawn]), "test": queries}
-        _write(checked(parts, args.novel, "ids"), args.novel, args.target / f"episode-{episode:02}")
+        support = _with_labels(splits["train"], rows[drawn], here[drawn], args.novel)
+        _write({"train": support, "test": queries}, args.novel, args.target / f"episode-{episode:02}")
 
 
 def _write(splits: dict[str, Split], label_names: list[str], target: Path) -> None:

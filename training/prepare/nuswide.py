@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import pyarrow as pa
 
 from ..data.label_name_files import read_label_names
 from ..options import option
-from .reading import Reading, Rows, SourceOptions, checked, first_folder, text_lines
+from .reading import Reading, Rows, SourceOptions, first_folder, text_lines
 
 # Images, and those that show one of the 81 concepts.
 PUBLISHED = {"Train": (161_789, 125_449), "Test": (107_859, 83_898)}
@@ -40,7 +39,7 @@ def read(args: argparse.Namespace) -> Reading:
         everything = _read_list(lists / "Imagelist.txt")
         row_of = {name: row for row, name in enumerate(everything)}
         all_labels = _read_labels(truth / "AllLabels", "", label_names, len(everything), "Imagelist.txt")
-    splits = {}
+    rows = Rows(images, args)
     for split in PUBLISHED:
         path = lists / f"{split}Imagelist.txt"
         names = _read_list(path)
@@ -51,17 +50,12 @@ def read(args: argparse.Namespace) -> Reading:
                 if name not in row_of:
                     raise ValueError(f"{path}, line {line}: {name} is not in Imagelist.txt; unpack the lists again.")
             labels = all_labels[[row_of[name] for name in names]]
-        rows = Rows(args.missing_images)
         for (name, line), shown in zip(names.items(), labels, strict=True):
-            rows.add(images / name, np.flatnonzero(shown).tolist(), f"{path}, line {line}")
-        splits[split] = rows.dataset(pa.int64())
-    return Reading(
-        splits=checked(splits, label_names, "ids"),
-        label_names=label_names,
-        usual_names={"Train": "train", "Test": "test"},
-        title="NUS-WIDE",
-        published=PUBLISHED,
-    )
+            present = [label_names[label] for label in np.flatnonzero(shown)]
+            rows.add(split, [name], present, f"{path}, line {line}")
+    reading = rows.reading(label_names)
+    reading.title, reading.published = "NUS-WIDE", PUBLISHED
+    return reading
 
 
 def _read_list(path: Path) -> dict[str, int]:

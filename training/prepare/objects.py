@@ -14,11 +14,10 @@ from typing import Literal
 
 from ..data.csv_table import read_table
 from ..data.formats import Files, object_tables
-from ..data.image_files import ImageFinder
 from ..data.rows import SPLIT_NAMES
 from ..data.text import read_text
 from ..options import option
-from .reading import NamedRows, Reading, SourceOptions, usual_name
+from .reading import Reading, Rows, SourceOptions, usual_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +38,7 @@ def read(args: argparse.Namespace) -> Reading:
         raise FileNotFoundError(
             f"{args.source} has no table with a row an object; give one with ImageID and LabelName."
         )
-    rows = NamedRows(
-        ImageFinder(Path(args.image_folder) if args.image_folder else files.root),
-        args.missing_images,
-        args.unlisted_images,
-    )
+    rows = Rows(Path(args.image_folder) if args.image_folder else files.root, args)
     words = _descriptions(files)
     found: dict[tuple[str, str], tuple[str, dict[str, bool]]] = {}  # by split and image: its first row, its labels
     judged = False
@@ -77,9 +72,8 @@ def read(args: argparse.Namespace) -> Reading:
     for (split, image), (where, labels) in found.items():
         unknown = sorted(every - set(labels)) if args.unjudged == "unknown" else ()
         folder, _, file = image.rpartition("/")
-        there = rows.finder.find(image) or rows.finder.find(file, folder or split)
         present = sorted(label for label, shown in labels.items() if shown)
-        rows.add(split, there, present, where, unknown=unknown, name=image)
+        rows.add(split, [image, file], present, where, unknown=unknown, below=[folder or split])
     return rows.reading(also=every)
 
 

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, Image
+from datasets import Dataset, Features, Image
 
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
 from ..data.image_files import ImageFinder
 from ..data.label_cells import clean_names
 from ..data.load import load
-from ..data.rows import SPLIT_ALIASES, ListedOnce, Split, Table, place_namer, refuse_or_skip
+from ..data.rows import SPLIT_ALIASES, SPLIT_NAMES, ListedOnce, Split, Table, place_namer, refuse_or_skip
 from ..data.sparse_labels import SparseLabels
 from ..data.text import read_text
 from ..options import option
@@ -54,61 +54,19 @@ class Reading:
 
 
 class Rows:
-    """The rows of one split: each image once, and there.
-
-    Args:
-        missing_images: "error", or "skip" to leave rows without an image out, with a warning.
-    """
-
-    def __init__(self, missing_images: str):
-        self.missing_images = missing_images
-        self.images, self.labels, self.missing = [], [], []
-        self._once = ListedOnce()
-
-    def add(self, image: Path, labels: list[int] | np.ndarray, where: str) -> None:
-        """One image with its label ids, or multi-hot labels; `where` names its file and line.
-
-        Raises:
-            ValueError: the image has a row already.
-        """
-        self._once.add(str(image), where, where)
-        if image.is_file():
-            self.images.append(str(image))
-            self.labels.append(labels)
-        else:
-            self.missing.append(("", f"{where}: {image}"))
-
-    def dataset(self, kind: pa.DataType) -> Dataset:
-        """Columns `image` and `labels`, lists of `kind`.
-
-        Raises:
-            ValueError: images that do not exist, or none at all.
-        """
-        refuse_or_skip(
-            "missing_image",
-            self.missing,
-            self.missing_images,
-            "The lists",
-            "name",
-            "that are not there; add them, or pass --missing_images skip.",
-        )
-        if not self.images:
-            raise ValueError("A list of images is empty; take that split out with --split, or add some.")
-        images = Dataset.from_dict({"image": self.images}, features=Features({"image": Image(decode=False)}))
-        return images.add_column("labels", pa.array(self.labels, pa.list_(kind)))
-
-
-class NamedRows:
     """The rows of all splits with the names of their labels: what the reader of a format fills.
 
     Args:
-        finder: Knows the images below the source.
-        missing_images, unlisted_images: See `SourceOptions`; "ignore" says nothing of images that no row names.
+        folder: With all images somewhere below it; None where every row gives its file.
+        options: Those of `SourceOptions`.
+        unlisted: Whether images that no row names matter.
     """
 
-    def __init__(self, finder: ImageFinder | None, missing_images: str = "error", unlisted_images: str = "skip"):
-        self.finder, self.missing_images, self.unlisted_images = finder, missing_images, unlisted_images
-        self._images: dict[str, list[dict]] = {}
+    def __init__(self, folder: Path | None, options: Any, *, unlisted: bool = True):
+        self.finder = None if folder is None else ImageFinder(folder)
+        self.missing_images = options.missing_images
+        self.unlisted_images = options.unlisted_images if unlisted and folder is not None else None
+        self._images: dict[str, list[str]] = {}
         self._labels: dict[str, list[list[str]]] = {}
         self._unknown: dict[str, list[Collection[str]]] = {}
         self._places: dict[str, list[str]] = {}
@@ -118,40 +76,41 @@ class NamedRows:
     def add(
         self,
         split: str,
-        image: Path | bytes | str | None,
+        image: Path | Sequence[str] | None,
         labels: Iterable[str],
         where: str,
         *,
         unknown: Collection[str] = (),
         name: str = "",
-        below: str = "",
+        below: Sequence[str] = (),
     ) -> None:
         """One image.
 
         Args:
             split: As the source calls it, see `usual_name`.
-            image: Its file, its bytes (then `name` is its name), or its name for `finder`; None: not there.
+            image: Its file, or names for `finder` of which the first counts that is there; None: not there.
             labels: Those that it shows.
             where: Words for its file and line.
             unknown: Labels of which it is not known whether it shows them.
+            name: For messages; by default the first of its names.
             below: As in `ImageFinder.find`.
 
         Raises:
             ValueError: the image has a row already, or its name may mean several.
         """
-        if isinstance(image, str):
-            name = image
+        if image is not None and not isinstance(image, Path):
+            names, image = image, None
+            name = name or names[0]
             try:
-                image = self.finder.find(image, below)
+                image = next(filter(None, (self.finder.find(each, *below) for each in names)), None)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}.") from error
         if image is None:
             self._missing.append((split, f"{where}: {name}"))
             return
-        self._once.add(name if isinstance(image, bytes) else str(image), where, where)
-        stored = {"bytes": image, "path": name} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
+        self._once.add(str(image), where, where)
         for columns, value in (
-            (self._images, stored),
+            (self._images, str(image)),
             (self._labels, list(dict.fromkeys(labels))),
             (self._unknown, unknown),
             (self._places, f"{where} ({name or image})"),
@@ -170,7 +129,7 @@ class NamedRows:
         """
         left = "that are not there; add them, or pass --missing_images skip."
         refuse_or_skip("missing_image", self._missing, self.missing_images, "The source", "names", left)
-        if self.finder is not None and self.unlisted_images != "ignore":
+        if self.unlisted_images is not None:
             unlisted = [("", name) for name in self.finder.unlisted()]
             left = "that nothing labels; label them, take them out, or pass --unlisted_images skip."
             refuse_or_skip("unlisted_image", unlisted, self.unlisted_images, str(self.finder.folder), "holds", left)
@@ -202,8 +161,9 @@ class NamedRows:
 def usual_name(split: str) -> str:
     """What a split of a source is called here: `val2014` is validation; nothing, `default` and `all` are train."""
     bare = re.sub(r"[\d_-]+$", "", split)
-    bare = {"": "train", "default": "train", "all": "train"}.get(bare.lower(), bare)
-    return SPLIT_ALIASES.get(bare.lower(), bare)
+    if bare.lower() in ("", "default", "all"):
+        return "train"
+    return SPLIT_ALIASES.get(bare.lower(), bare.lower() if bare.lower() in SPLIT_NAMES else bare)
 
 
 def read_json(path: Path, drop: str = "") -> Any:
@@ -242,14 +202,6 @@ def _with_unknown(labels: SparseLabels, unknown: Sequence[Collection[str]], inde
         values=np.array(values, dtype=np.float32),
         label_format="multi_hot",
     )
-
-
-def checked(splits: dict[str, Dataset], label_names: list[str], label_format: str) -> dict[str, Split]:
-    """The splits as `load` gives them, held against the label contract."""
-    # Under names of their own: `load` would rename "val".
-    parts = DatasetDict({f"part{number}": split for number, split in enumerate(splits.values())})
-    loaded = load(parts, label_names=label_names, label_format=label_format)
-    return dict(zip(splits, loaded.splits.values(), strict=True))
 
 
 def text_lines(path: Path) -> list[str]:

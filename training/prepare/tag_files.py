@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..data.formats import Files, tag_files
-from ..data.image_files import ImageFinder
 from ..data.label_name_files import given_names
 from ..data.rows import SPLIT_NAMES
 from ..data.text import read_text
 from ..options import LABEL_NAMES, option
-from .reading import NamedRows, Reading, SourceOptions
+from .reading import Reading, Rows, SourceOptions
 
 
 @dataclass(kw_only=True)
@@ -40,13 +39,13 @@ def read(args: argparse.Namespace) -> Reading:
         )
     texts = {text: read_text(files.root / text).strip() for _, text in pairs}
     separator = args.label_separator or _separator(texts, str(args.source))
-    rows = NamedRows(ImageFinder(files.root), args.missing_images, args.unlisted_images)
+    rows = Rows(files.root, args)
     for image, text in sorted(pairs):
         folder = image.partition("/")[0]
         split = folder if "/" in image and folder.lower() in SPLIT_NAMES else ""
         parts = texts[text].replace("\n", separator).split(None if separator == " " else separator)
         tags = [part.strip().replace("\\(", "(").replace("\\)", ")") for part in parts]
-        rows.add(split, image, [tag for tag in tags if tag], str(files.root / text))
+        rows.add(split, [image], [tag for tag in tags if tag], str(files.root / text))
     return rows.reading(given_names(args.label_names))
 
 

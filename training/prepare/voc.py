@@ -7,23 +7,18 @@ VOCdevkit/VOC2007, or VOCdevkit where it holds one year; else the folder of the 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-import numpy as np
-import pyarrow as pa
-
-from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
-
-from ..data.image_files import ImageFinder
 from ..data.label_name_files import given_names
-from ..data.rows import SPLIT_ALIASES, SPLIT_NAMES
+from ..data.rows import SPLIT_NAMES
 from ..data.text import decode_xml
 from ..options import LABEL_NAMES, option
-from .reading import NamedRows, Reading, Rows, SourceOptions, checked, first_folder, text_lines
+from .reading import Reading, Rows, SourceOptions, first_folder, text_lines
 
 PUBLISHED = {"VOC2007": {"trainval": (5_011, None), "test": (4_952, None)}}
 
@@ -64,55 +59,39 @@ def read(args: argparse.Namespace) -> Reading:
     if label_names is None:
         found = {path.stem.removesuffix(f"_{name}") for name in wanted for path in main.glob(f"*_{name}.txt")}
         label_names = sorted(found)
-    difficult = UNKNOWN_LABEL if args.difficult == "unknown" else 0
-    if args.labels_from == "image_sets":
-        if not label_names:
-            raise FileNotFoundError(f"{main} has no CLASS_SET.txt; take the labels from annotations.")
-        labels = {name: _labels_of_lists(main, name, ids, label_names) for name, ids in lists.items()}
-    else:
-        objects = {
-            name: {image: _read_annotation(root / "Annotations" / f"{image}.xml") for image in ids}
-            for name, ids in lists.items()
-        }
-        if not label_names:
-            label_names = sorted({label for ids in objects.values() for found in ids.values() for label, *_ in found})
-        labels = {name: _labels_of_objects(ids, label_names) for name, ids in objects.items()}
-    splits, finder = {}, ImageFinder(first_folder(root / "JPEGImages", root / "images", root))
+    if args.labels_from == "image_sets" and not label_names:
+        raise FileNotFoundError(f"{main} has no CLASS_SET.txt; take the labels from annotations.")
+    folder = first_folder(root / "JPEGImages", root / "images", root)
+    rows = Rows(folder, args, unlisted=not args.split)
+    every: set[str] = set()
     for name, ids in lists.items():
-        rows = Rows(args.missing_images)
+        if args.labels_from == "image_sets":
+            shown = _shown_in_lists(main, name, ids, label_names)
+        else:
+            shown = {image: _parse_annotation(root / "Annotations" / f"{image}.xml", label_names)[0] for image in ids}
         for image, line in ids.items():
-            values = labels[name][image]
-            where = f"{main / name}.txt, line {line}"
-            values = np.where(values == 0, difficult, values > 0).astype(np.float32)
-            rows.add(finder.find(image) or finder.folder / f"{image}.jpg", values, where)
-        splits[name] = rows.dataset(pa.float32())
-    return Reading(
-        splits=checked(splits, label_names, "multi_hot"),
-        label_names=label_names,
-        usual_names={name: usual.get(name) or SPLIT_ALIASES.get(name, name) for name in splits},
-        title=root.name,
-        published={name: counts for name, counts in PUBLISHED.get(root.name, {}).items() if name in splits},
-    )
+            present, difficult = shown[image]
+            every |= present | difficult
+            unknown = difficult if args.difficult == "unknown" else ()
+            place = f"{main / name}.txt, line {line}"
+            rows.add(name, [image], sorted(present), place, unknown=unknown, name=f"{folder / image}.jpg")
+    reading = rows.reading(label_names or sorted(every))
+    reading.usual_names, reading.title, reading.published = usual, root.name, PUBLISHED.get(root.name, {})
+    return reading
 
 
 def _read_beside(args: argparse.Namespace) -> Reading:
     """Every xml below the source, each with its image; the first folder is the split where it is called so."""
-    rows = NamedRows(ImageFinder(args.source), args.missing_images, args.unlisted_images)
+    rows = Rows(args.source, args)
+    label_names = given_names(args.label_names)
     for path in sorted(args.source.rglob("*.xml")):
         inside = path.relative_to(args.source).parts[:-1]
         split = inside[0] if inside and inside[0].lower() in SPLIT_NAMES else ""
-        objects, file_name = _parse_annotation(path)
-        present = {label for label, difficult, _ in objects if not difficult}
-        difficult = {label for label, *_ in objects} - present
-        name, where = path.stem, str(path)
-        below = "/".join(inside)
-        try:
-            image = rows.finder.find(name, below, split) or rows.finder.find(file_name, below, split)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}.") from error
+        (present, difficult), file_name = _parse_annotation(path, label_names)
         unknown = difficult if args.difficult == "unknown" else ()
-        rows.add(split, image, sorted(present), where, unknown=unknown, name=file_name or name)
-    return rows.reading(given_names(args.label_names))
+        names, below = [path.stem, file_name], ["/".join(inside), split]
+        rows.add(split, names, sorted(present), str(path), unknown=unknown, name=file_name, below=below)
+    return rows.reading(label_names)
 
 
 def _read_set(path: Path) -> dict[str, int]:
@@ -127,12 +106,13 @@ def _read_set(path: Path) -> dict[str, int]:
     return lines
 
 
-# Below, an image's labels are (num_labels,) int8 in VOC's own code: 1 present, 0 difficult objects only, -1 absent.
+# Labels that an image shows, and those of which it shows difficult objects only.
+Shown = tuple[set[str], set[str]]
 
 
-def _labels_of_lists(main: Path, name: str, ids: dict[str, int], label_names: list[str]) -> dict[str, np.ndarray]:
-    labels = {image: np.zeros(len(label_names), dtype=np.int8) for image in ids}
-    for column, label in enumerate(label_names):
+def _shown_in_lists(main: Path, name: str, ids: dict[str, int], label_names: list[str]) -> dict[str, Shown]:
+    labels: dict[str, Shown] = {image: (set(), set()) for image in ids}
+    for label in label_names:
         path, seen = main / f"{label}_{name}.txt", set()
         for number, line in enumerate(text_lines(path), 1):
             image, *flags = line.split() or [""]
@@ -143,39 +123,21 @@ def _labels_of_lists(main: Path, name: str, ids: dict[str, int], label_names: li
             if image in seen:
                 raise ValueError(f"{path}, line {number}: {image} is listed before; keep one of its lines.")
             seen.add(image)
-            labels[image][column] = int(flags[0])
+            if flags != ["-1"]:
+                labels[image][flags == ["0"]].add(label)
         if len(seen) < len(ids):
             absent = next(image for image in ids if image not in seen)
             raise ValueError(f"{path} has no line for {absent}, which {name}.txt lists; add it.")
     return labels
 
 
-def _labels_of_objects(objects: dict[str, list], label_names: list[str]) -> dict[str, np.ndarray]:
-    index = {label: column for column, label in enumerate(label_names)}
-    labels = {}
-    for image, found in objects.items():
-        values = np.full(len(label_names), -1, dtype=np.int8)
-        for label, difficult, where in found:
-            if label not in index:
-                raise ValueError(
-                    f"{where}: label {label!r} is not among the {len(index)} label names; correct it, or give names "
-                    "with --label_names."
-                )
-            values[index[label]] = max(values[index[label]], 0 if difficult else 1)
-        labels[image] = values
-    return labels
-
-
-def _read_annotation(path: Path) -> list[tuple[str, bool, str]]:
-    return _parse_annotation(path)[0]
-
-
-def _parse_annotation(path: Path) -> tuple[list[tuple[str, bool, str]], str]:
-    """Label, whether difficult, and the words for file and line, of each object; and the name of the image.
+def _parse_annotation(path: Path, label_names: Collection[str] | None) -> tuple[Shown, str]:
+    """The labels of an image, and its name.
 
     Raises:
-        ValueError: no well-formed XML, a document type (it could define entities that grow without bound or read other
-            files; VOC's files have none), an object without a name, or difficult other than 0 and 1.
+        ValueError: a label that is not among `label_names`, where there are some; no well-formed XML, a document type
+            (it could define entities that grow without bound or read other files; VOC's files have none), an object
+            without a name, or difficult other than 0 and 1.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; add it, or take the image out of the list.")
@@ -197,15 +159,24 @@ def _parse_annotation(path: Path) -> tuple[list[tuple[str, bool, str]], str]:
     root = builder.close()
     if root.tag != "annotation":
         raise ValueError(f"{path}, line {lines[root]}: the root is {root.tag!r}, but must be 'annotation'.")
-    objects = [_read_object(element, f"{path}, line {lines[element]}") for element in root.findall("object")]
-    return objects, (root.findtext("filename") or "").strip()
+    found: Shown = set(), set()
+    for element in root.findall("object"):
+        where = f"{path}, line {lines[element]}"
+        label, difficult = _read_object(element, where)
+        if label_names and label not in label_names:
+            raise ValueError(
+                f"{where}: label {label!r} is not among the {len(label_names)} label names; correct it, or give names "
+                "with --label_names."
+            )
+        found[difficult].add(label)
+    return (found[0], found[1] - found[0]), (root.findtext("filename") or "").strip()
 
 
-def _read_object(element: ElementTree.Element, where: str) -> tuple[str, bool, str]:
+def _read_object(element: ElementTree.Element, where: str) -> tuple[str, bool]:
     name = (element.findtext("name") or "").strip()
     difficult = (element.findtext("difficult") or "").strip() or "0"
     if not name:
         raise ValueError(f"{where}: the object has no name; add it.")
     if difficult not in ("0", "1"):
         raise ValueError(f"{where}: difficult is {difficult!r}, but must be 0 or 1.")
-    return name, difficult == "1", where
+    return name, difficult == "1"

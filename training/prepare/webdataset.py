@@ -22,7 +22,7 @@ from ..data.label_name_files import read_label_names
 from ..data.rows import SPLIT_NAMES
 from ..data.text import decode
 from ..options import option
-from .reading import NamedRows, Reading, SourceOptions, usual_name
+from .reading import Reading, Rows, SourceOptions, usual_name
 
 _FIELDS = ("labels", "tags", "label", "classes", "class", "categories", "category", "cls", "tag_string")
 
@@ -40,7 +40,7 @@ def read(args: argparse.Namespace) -> Reading:
     if not shards:
         raise FileNotFoundError(f"{args.source} holds no .tar; give the folder of the shards.")
     names = next((read_label_names(path) for path in _names_files(files.root) if path.is_file()), None)
-    rows = NamedRows(None, args.missing_images)
+    rows = Rows(None, args)
     # On disk: a shard's images need not fit into memory together.
     folder = tempfile.TemporaryDirectory(prefix="shards-")
     count = 0

@@ -16,7 +16,7 @@ from ..data.image_files import ImageFinder, find_images
 from ..data.label_name_files import read_label_names
 from ..data.rows import SPLIT_NAMES
 from ..data.text import read_text
-from .reading import NamedRows, Reading, SourceOptions, first_folder, text_lines, usual_name
+from .reading import Reading, Rows, SourceOptions, first_folder, text_lines, usual_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def read(args: argparse.Namespace) -> Reading:
         names, parts = _read_yaml(files.root / yamls[0])
     else:
         names, parts = _without_yaml(files.root)
-    rows = NamedRows(ImageFinder(files.root), args.missing_images, args.unlisted_images)
+    rows = Rows(files.root, args)
     without = 0
     for split, images in parts.items():
         for image in images:

@@ -85,7 +85,7 @@ def test_zero_shot_is_clip_s_own_score(tmp_path):
     benchmark.device, benchmark.clip, benchmark.tokenizer = torch.device("cpu"), clip, tokenizer
     benchmark.label_names = list(SCENE_LABELS)
     benchmark.processor = scene_clip.image_processor()
-    benchmark.args = long_tail.parse(["--logit_scale", "1"])
+    benchmark.args = long_tail.build_parser().parse_args(["--logit_scale", "1"])
     labels = torch.zeros(4, 10)
     labels[:, 0] = 1
     split = long_tail.Split(pixels, labels)

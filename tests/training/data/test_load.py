@@ -233,7 +233,7 @@ def test_wrong_sources_and_splits_are_refused(image_folder, tmp_path):
         load(embedded(LABELS, List(Value("string"))), label_column="tags")
     with pytest.raises(ValueError, match="carry no names; give label_names"):
         load(embedded(IDS, List(Value("int64"))))
-    with pytest.raises(ValueError, match="list 'dog' twice"):
+    with pytest.raises(ValueError, match="must differ, but 'dog' comes twice"):
         load(embedded(LABELS, List(Value("string"))), label_names=["dog", "cat", "dog"])
 
 
