@@ -41,6 +41,7 @@ from .modeling_multilabel import (
     as_dtype_of,
     autocasts_to_fp16,
     chosen_states,
+    eager_attention_forward,
     init_linear,
     is_plain,
     no_fp16_autocast,
@@ -102,23 +103,9 @@ class HSVLTImageClassifierOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    attention_shape: tuple[int, ...] | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.matmul(query * scaling, key.transpose(2, 3))  # scaling the few labels, not the scores of all pixels
-    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    shape = weights.shape
-    if attention_shape is not None:
-        weights = weights.view(attention_shape)  # what is returned is what is used: a gradient can be read at it
-    return torch.matmul(weights.view(shape), value).transpose(1, 2), weights
+def label_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
+    """[`eager_attention_forward`] that scales the few labels, not the scores of all pixels."""
+    return eager_attention_forward(module, query * scaling, key, value, attention_mask, scaling=1.0, **kwargs)
 
 
 class HSVLTAttention(nn.Module):
@@ -162,12 +149,12 @@ class HSVLTAttention(nn.Module):
             `(B, N, C)` and, where asked for, the attention `(B, h, N, H, W)`.
         """
         absorb = self._absorbs(label_states.shape[1], *pixels.shape[1:])
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, label_attention_forward)
         # Fused kernels return no weights. They end at a width of 256 on GPUs, and with the few scores of labels they
         # are no faster on CPUs: there, two matrix products and a softmax it is.
         unfused = pixels.device.type == "cpu" or pixels.shape[-1] > MAX_FUSED_HEAD_DIM
         if map_size is not None or (absorb and unfused):
-            attend = eager_attention_forward
+            attend = label_attention_forward
         options = {"scaling": self.scaling}
         if map_size is not None:
             options["attention_shape"] = (pixels.shape[0], self.num_heads, label_states.shape[1], *map_size)

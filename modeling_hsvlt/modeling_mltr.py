@@ -30,6 +30,7 @@ from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     as_dtype_of,
     chosen_states,
+    eager_attention_forward,
     init_linear,
     is_plain,
     require_images,
@@ -210,26 +211,6 @@ class MlTrDropPath(nn.Module):
         keep_prob = 1 - self.drop_prob
         shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
         return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep_prob).div_(keep_prob)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.matmul(query, key.transpose(2, 3))
-    if scaling != 1:
-        weights = weights * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
 
 
 class MlTrRelativePositionBias(nn.Module):

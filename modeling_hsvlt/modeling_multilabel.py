@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import initialization as init
@@ -119,6 +120,31 @@ def warn_of_unknown_arguments(model: nn.Module, arguments: Mapping) -> None:
     unknown = sorted(arguments.keys() - TransformersKwargs.__annotations__.keys()) if arguments else []
     if unknown:
         logger.warning_once(f"{type(model).__name__} makes no use of {', '.join(unknown)}.")
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    attention_shape: tuple[int, ...] | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by plain products, as transformers calls it; the weights have `attention_shape` where it is given."""
+    weights = torch.matmul(query, key.transpose(2, 3))
+    if scaling != 1:
+        weights = weights * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    shape = weights.shape
+    if attention_shape is not None:
+        weights = weights.view(attention_shape)  # what is returned is what is used: a gradient can be read at it
+    return torch.matmul(weights.view(shape), value).transpose(1, 2), weights
 
 
 def init_linear(layer: nn.Module, std: float | None) -> None:
