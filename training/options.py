@@ -268,11 +268,6 @@ class CommandParser(_DataclassParser):
         return options
 
 
-def read_options(kind: type, command: str, description: str | None, argv: Sequence[str] | None) -> Any:
-    """The options of a command of this package, as the dataclass `kind`."""
-    return CommandParser(kind, prog=f"hsvlt {command}", description=description).read(argv)
-
-
 def say_error(error: Exception) -> None:
     """Prints, in one line, what went wrong.
 
@@ -315,7 +310,7 @@ def run_command(
         Ctrl-C, when `stopped` is.
     """
     try:
-        return status(run(read_options(kind, command, description, argv)))
+        return status(run(CommandParser(kind, prog=f"hsvlt {command}", description=description).read(argv)))
     except refused as error:
         return refuse(error)
     except KeyboardInterrupt:

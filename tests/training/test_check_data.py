@@ -90,9 +90,9 @@ def test_unreadable_images_are_told_apart(report, ill):
     assert files(findings["corrupt_images"]) == [("train", 4, "train/cut.jpg"), ("train", 7, "train/text.png")]
     assert "truncated" in findings["corrupt_images"]["examples"][0]["reason"]
     assert files(findings["oversized_images"]) == [("train", 6, "train/huge.png")]
-    assert findings["rows_without_a_image"]["examples"] == [f"{ill}/train/metadata.jsonl: gone.png"]
+    assert findings["rows_without_an_image"]["examples"] == [f"{ill}/train/metadata.jsonl: gone.png"]
     assert findings["images_without_a_row"]["examples"] == [f"{ill}/train/stray.png"]
-    for kind in ("corrupt_images", "oversized_images", "rows_without_a_image", "images_without_a_row"):
+    for kind in ("corrupt_images", "oversized_images", "rows_without_an_image", "images_without_a_row"):
         assert findings[kind]["breaks_training"]
 
 

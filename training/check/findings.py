@@ -110,7 +110,7 @@ def inspect_images(
         names,
         prints,
         [
-            Finding("rows_without_a_image", True, "The image of a row is not there.", failures["missing"]),
+            Finding("rows_without_an_image", True, "The image of a row is not there.", failures["missing"]),
             Finding("corrupt_images", True, "They cannot be decoded; replace them.", failures["corrupt"]),
             Finding(
                 "oversized_images",
@@ -292,7 +292,7 @@ def exclusions(findings: list[Finding], duplicates: list[dict]) -> list[tuple[st
                     reason += f", labels differ in {', '.join(group['conflicts'])}"
                 entries[copy["split"], copy["row"]] = copy["file"], reason
     for finding in findings:
-        if finding.kind in ("rows_without_a_image", "corrupt_images", "oversized_images"):
+        if finding.kind in ("rows_without_an_image", "corrupt_images", "oversized_images"):
             for member in finding.examples:
                 if isinstance(member, dict):
                     entries[member["split"], member["row"]] = member["file"], member["reason"]

@@ -7,6 +7,7 @@ import io
 import os
 import posixpath
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -18,8 +19,9 @@ from .rows import (
     ListedOnce,
     Table,
     check_policies,
-    line_namer,
-    refuse_or_skip,
+    images_without_row,
+    name_by_line,
+    rows_without_image,
     splits_by_folder,
 )
 from .text import decode
@@ -144,28 +146,14 @@ def read_csv_tables(
             _, numbers, names = row_names.setdefault(split, (path, [], []))
             numbers.append(line)
             names.append(file_name)
-        left_out += refuse_or_skip(
-            "missing_image",
-            missing,
-            missing_images,
-            str(path),
-            "names",
-            f"that {root} does not hold; add the images, take the rows out, or pass missing_images='skip'.",
-        )
+        left_out += rows_without_image(missing, missing_images, path, root)
     for root, images in files.items():
-        left_out += refuse_or_skip(
-            "unlisted_image",
-            [("", name) for name in images.unlisted()],
-            unlisted_images,
-            str(root),
-            "holds",
-            "without a row in a table; add rows, take the images out, or pass unlisted_images='skip'.",
-        )
+        left_out += images_without_row(images.unlisted(), "", unlisted_images, root, "a table")
     if not columns:
         raise ValueError(f"{', '.join(map(str, tables.values()))} holds no row with an image; add some.")
     return Table(
         {name: Dataset.from_dict(of_split) for name, of_split in columns.items()},
-        {name: line_namer(*of_split) for name, of_split in row_names.items()},
+        {name: partial(name_by_line, *of_split) for name, of_split in row_names.items()},
         image_column=file_column,
         label_column=label_column,
         label_columns=list(label_columns) if label_columns else None,

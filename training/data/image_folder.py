@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,8 +21,9 @@ from .rows import (
     ListedOnce,
     Table,
     check_policies,
-    line_namer,
-    refuse_or_skip,
+    images_without_row,
+    name_by_line,
+    rows_without_image,
     splits_by_folder,
 )
 from .text import decode_line
@@ -98,23 +100,8 @@ def _read_split(
             there.setdefault(name, []).append(row)
         else:
             missing.append((name, row[1]))
-    table.left_out += refuse_or_skip(
-        "missing_image",
-        missing,
-        missing_images,
-        str(metadata),
-        "names",
-        f"that {root} does not hold; add the images, take the rows out, or pass missing_images='skip'.",
-    )
-    table.left_out += refuse_or_skip(
-        "unlisted_image",
-        [(split, name) for name in files.unlisted()],
-        unlisted_images,
-        str(folder),
-        "holds",
-        "without a row in metadata.jsonl; add rows (labels may be []), take the images out, or pass "
-        "unlisted_images='skip'.",
-    )
+    table.left_out += rows_without_image(missing, missing_images, metadata, root)
+    table.left_out += images_without_row(files.unlisted(), split, unlisted_images, folder, "metadata.jsonl")
     for part, kept in (there or {split: []}).items():
         if part in table.splits:
             raise ValueError(f"{metadata} names images of {part!r}, which has a metadata.jsonl of its own; keep one.")
@@ -122,7 +109,8 @@ def _read_split(
             {"image": [str(folder / name) for _, name, _ in kept]}, features=Features({"image": Image(decode=False)})
         )
         table.splits[part] = images.add_column("labels", pa.array([value for *_, value in kept]))
-        table.row_names[part] = line_namer(metadata, [line for line, *_ in kept], [name for _, name, _ in kept])
+        lines, names = [line for line, *_ in kept], [name for _, name, _ in kept]
+        table.row_names[part] = partial(name_by_line, metadata, lines, names)
 
 
 def _parse_row(line: str, label_column: str, where: str) -> tuple[str, list | None, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,10 @@ from .rows import (
     Loaded,
     Split,
     Table,
+    name_by_number,
     no_such_split,
     only_images,
     refuse_paths_elsewhere,
-    row_namer,
     without_missing,
 )
 from .sparse_labels import SparseLabels
@@ -109,7 +110,7 @@ def load(
                 table.left_out += left_out
                 if kept is not None:
                     images[name], table.splits[name] = images[name].select(kept), table.splits[name].select(kept)
-            table.row_names[name] = row_namer(images[name], f"split {name!r}, ")
+            table.row_names[name] = partial(name_by_number, images[name], f"split {name!r}, ")
 
     column = LabelColumn(table, options, label_names or table.label_names)
     label_names, notes = column.known or column.class_names(), []

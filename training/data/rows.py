@@ -61,7 +61,7 @@ class Split:
 
     def __post_init__(self):
         # Objects that can be pickled, here and below: workers of a `DataLoader` may be spawned.
-        self.row_name = self.row_name or row_namer(self.images)
+        self.row_name = self.row_name or partial(name_by_number, self.images, "")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -203,6 +203,18 @@ def refuse_or_skip(
     return [LeftOut(kind, split, row, f"{where}: {row}") for split, row in rows]
 
 
+def rows_without_image(rows: Sequence[tuple[str, str]], policy: str, table: Path, folder: Path) -> list[LeftOut]:
+    """`refuse_or_skip` of the rows of a table whose images `folder` does not hold."""
+    remedy = f"that {folder} does not hold; add the images, take the rows out, or pass missing_images='skip'."
+    return refuse_or_skip("missing_image", rows, policy, str(table), "names", remedy)
+
+
+def images_without_row(names: Iterable[str], split: str, policy: str, folder: Path, table: str) -> list[LeftOut]:
+    """`refuse_or_skip` of the images in `folder` that no row names."""
+    remedy = f"without a row in {table}; add rows, take the images out, or pass unlisted_images='skip'."
+    return refuse_or_skip("unlisted_image", [(split, name) for name in names], policy, str(folder), "holds", remedy)
+
+
 def without_missing(images: Dataset, split: str, policy: str, source: str) -> tuple[np.ndarray | None, list[LeftOut]]:
     """The rows that hold an image, or the path of one that is there (None: all of them), and the others.
 
@@ -271,31 +283,14 @@ def _stored_images(images: Dataset) -> Iterator[tuple[str | None, int | None, by
         yield from zip(*(column.to_pylist() for column in columns), strict=True)
 
 
-def row_namer(images: Dataset, prefix: str = "") -> Callable[[int], str]:
+def name_by_number(images: Dataset, prefix: str, row: int) -> str:
     """Names a row by its number, and its image's file if it has one."""
-    return partial(_name_by_number, images, prefix)
-
-
-def place_namer(places: Sequence[str]) -> Callable[[int], str]:
-    """Names a row by the words for its place."""
-    return partial(_name_by_place, places)
-
-
-def line_namer(table: Path, lines: Sequence[int], names: Sequence[str]) -> Callable[[int], str]:
-    """Names a row by its line in a table, and its image."""
-    return partial(_name_by_line, table, lines, names)
-
-
-def _name_by_number(images: Dataset, prefix: str, row: int) -> str:
     path = (images[row]["image"] or {}).get("path")
     return f"{prefix}row {row}" + (f" ({path})" if path else "")
 
 
-def _name_by_place(places: Sequence[str], row: int) -> str:
-    return places[row]
-
-
-def _name_by_line(table: Path, lines: Sequence[int], names: Sequence[str], row: int) -> str:
+def name_by_line(table: Path, lines: Sequence[int], names: Sequence[str], row: int) -> str:
+    """Names a row by its line in a table, and its image."""
     return f"{table}, line {lines[row]} ({names[row]})"
 
 

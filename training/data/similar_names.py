@@ -28,9 +28,8 @@ def similar_names(names: Sequence[str], embeddings: np.ndarray | None = None) ->
 
     Returns:
         (name, name, reason, likeness up to 1). Reasons: "form", the same but for case, accents, plural and what divides
-        the words; "spelling", few letters and no digits differ, or two neighbours
-        are swapped; "meaning", the cosine of the embeddings, once what all
-        of them have in common is taken off.
+        the words; "spelling", few letters and no digits differ, or two neighbours are swapped; "meaning", the cosine of
+        the embeddings, once what all of them have in common is taken off.
     """
     forms = [_plain_form(name) for name in names]
     pairs: dict[tuple[int, int], tuple[str, float]] = {}

@@ -64,7 +64,7 @@ class SparseLabels:
 
         Args:
             known_fraction: Every label of every image stays known with this probability, present or absent.
-            single_positive: Of each image one present label stays known, nothing else (Cole et al., CVPR 2021). A
+            single_positive: Of each image one present label stays known, nothing else (Cole et al., CVPR 2021). An
                 image that shows none is then unknown throughout.
 
         Raises:

@@ -21,6 +21,7 @@ from .ranking import (
     check_inputs,
     iterate_blocks,
     map_blocks,
+    no_positive,
     rank_positives,
     ranked_label_positives,
 )
@@ -121,7 +122,7 @@ def multilabel_report(
     precisions = {method: np.concatenate([part[method] for part in by_label]) for method in AP_METHODS}
     rated = ~np.isnan(precisions["non_interpolated"])
     if not rated.any():
-        raise _nothing_to_measure(num_samples, num_labels)
+        raise no_positive(scores.shape, "measure")
     counts = np.zeros((3, num_labels), dtype=np.int64)  # hits, predicted, positives
     top_counts = counts.copy()
     num_known = 0
@@ -166,25 +167,19 @@ def multilabel_report(
     return {name: value if isinstance(value, int) else float(value) for name, value in report.items()}
 
 
-def decision_report(
-    scores: np.ndarray,
-    labels: np.ndarray,
-    threshold: float | np.ndarray = 0.5,
-    *,
-    label_names: Sequence[str] | None = None,
-) -> dict[str, float]:
+def decision_report(scores: np.ndarray, labels: np.ndarray, threshold: float | np.ndarray = 0.5) -> dict[str, float]:
     """Of `multilabel_report` "CP" to "OF1", "f1_macro" and "f1_micro" alone, in one reading and without a ranking.
 
     Raises:
         ValueError: as `multilabel_report`.
     """
-    scores, labels = check_inputs(scores, labels, label_names)
+    scores, labels = check_inputs(scores, labels)
     threshold = _check_threshold(threshold, scores)
     counts = np.zeros((3, scores.shape[1]), dtype=np.int64)
-    for _, block, positive, known in iterate_blocks(scores, labels, "sample", label_names):
+    for _, block, positive, known in iterate_blocks(scores, labels, "sample"):
         counts += _count((block >= threshold) & known, positive)
     if not counts[2].any():
-        raise _nothing_to_measure(*scores.shape)
+        raise no_positive(scores.shape, "measure")
     return {name: float(value) for name, value in _named_as_elsewhere(_decision_metrics(*counts)).items()}
 
 
@@ -311,13 +306,6 @@ def _decision_metrics(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarr
 def _named_as_elsewhere(decided: dict[str, float]) -> dict[str, float]:
     """Two of `_decision_metrics` under scikit-learn's names as well."""
     return decided | {"f1_macro": decided["CF1_per_class"], "f1_micro": decided["OF1"]}
-
-
-def _nothing_to_measure(num_samples: int, num_labels: int) -> ValueError:
-    return ValueError(
-        f"None of the {num_labels} labels has a known positive in {num_samples} rows, so there is nothing to "
-        "measure; check the labels, or evaluate a split that holds some."
-    )
 
 
 def _check_threshold(threshold: float | np.ndarray, scores: np.ndarray) -> np.ndarray:

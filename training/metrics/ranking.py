@@ -125,6 +125,14 @@ def rank_pooled_positives(scores: np.ndarray, labels: np.ndarray) -> RankedPosit
     return pooled.ranked()
 
 
+def no_positive(shape: tuple[int, int], what: str) -> ValueError:
+    """For scores of this shape: there is nothing to `what`."""
+    return ValueError(
+        f"None of the {shape[1]} labels has a known positive in {shape[0]} rows, so there is nothing to {what}; check "
+        "the labels, or take a split that holds some."
+    )
+
+
 def check_inputs(scores, labels, label_names: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Arrays (labels possibly scipy sparse) of one shape (n, num_labels), neither 0. Values are checked when read.
 

@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 from ..data.image_files import ImageFinder
 from ..data.label_cells import clean_names
 from ..data.load import load
-from ..data.rows import SPLIT_ALIASES, SPLIT_NAMES, ListedOnce, Split, Table, place_namer, refuse_or_skip
+from ..data.rows import SPLIT_ALIASES, SPLIT_NAMES, ListedOnce, Split, Table, refuse_or_skip
 from ..data.sparse_labels import SparseLabels
 from ..data.text import read_text
 from ..options import option
@@ -135,7 +137,7 @@ class Rows:
             refuse_or_skip("unlisted_image", unlisted, self.unlisted_images, str(self.finder.folder), "holds", left)
         if not self._images:
             raise ValueError("The source names no image that is there; check its folder.")
-        table = Table({}, {name: place_namer(places) for name, places in self._places.items()})
+        table = Table({}, {name: partial(getitem, places) for name, places in self._places.items()})
         partly = any(map(any, self._unknown.values()))
         for split in sorted(self._images, key=lambda split: usual_name(split) != "train"):
             images = self._images[split]

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
-from ..metrics.ranking import check_inputs, iterate_blocks
+from ..metrics.ranking import check_inputs, iterate_blocks, no_positive
 from .reliability import check_range
 
 METHODS = ("platt", "temperature")
@@ -80,10 +80,7 @@ def fit_calibration(
         logits = logit(np.clip(block.astype(np.float64), _LOWEST, _HIGHEST))
         of_label += [(logits[row][known[row]], positive[row][known[row]]) for row in range(len(block))]
     if not any(positive.any() for _, positive in of_label):
-        raise ValueError(
-            f"None of the {len(of_label)} labels has a known positive in {len(scores)} rows, so there is nothing to "
-            "fit to; check the labels, or fit on a split that holds some."
-        )
+        raise no_positive(scores.shape, "fit to")
     pooled = tuple(np.concatenate(parts) for parts in zip(*of_label, strict=True))
     shared = _lowest_log_loss(*pooled, np.zeros(2), shrinkage, method)
     fitted = np.tile(shared, (len(of_label), 1))

@@ -12,7 +12,14 @@ import numpy as np
 
 from ..checkpoint.atomic import write_file
 from ..checkpoint.public_names import public_name
-from ..metrics.ranking import RankedPositives, check_inputs, rank_pooled_positives, ranked_label_positives
+from ..metrics.ranking import (
+    RankedPositives,
+    check_inputs,
+    no_positive,
+    rank_pooled_positives,
+    ranked_label_positives,
+)
+from .reliability import check_range
 
 OBJECTIVES = ("f1", "precision", "recall", "cost")
 MIN_POSITIVES = 10
@@ -64,21 +71,14 @@ def fit_thresholds(
     if objective in ("precision", "recall") and (target is None or not 0 < target <= 1):
         raise ValueError(f"The objective {objective!r} needs a target in (0, 1], but target is {target}.")
     scores, labels = check_inputs(scores, labels, label_names)
+    check_range(scores)
     own, positives = np.empty(scores.shape[1]), np.zeros(scores.shape[1], dtype=np.int64)
     for part, ranked in ranked_label_positives(scores, labels, label_names):
         num_rows = part.stop - part.start
         own[part] = _best_cuts(ranked, num_rows, objective, target)
         positives[part] = np.bincount(ranked.row, minlength=num_rows)
-    if scores.min() < 0 or scores.max() > 1:
-        raise ValueError(
-            f"The scores lie between {scores.min():.3g} and {scores.max():.3g}, but must be within [0, 1]; give "
-            "sigmoid scores, not logits."
-        )
     if not positives.any():
-        raise ValueError(
-            f"None of the {len(positives)} labels has a known positive in {len(scores)} rows, so there is nothing to "
-            "fit to; check the labels, or fit on a split that holds some."
-        )
+        raise no_positive(scores.shape, "fit to")
     if (positives >= max(min_positives, 1)).all():
         return own.astype(np.float32)
     shared = _best_cuts(rank_pooled_positives(scores, labels), 1, objective, target)[0]

@@ -26,11 +26,6 @@ def text_path(image: Path, whole: bool = False) -> Path:
     return image.with_name(f"{image.name}.txt") if whole else image.with_suffix(".txt")
 
 
-def xmp_path(image: Path, whole: bool = True) -> Path:
-    """`1.jpg` -> `1.jpg.xmp`, as darktable and digiKam name it."""
-    return image.with_name(f"{image.name}.xmp")
-
-
 def write_text(image: Path, labels: Sequence[str], overwrite: bool = False, whole: bool = False) -> bool:
     """Writes `dog, sofa` (a comma within a label becomes a blank), nothing where there is no label; False where there
     is a file already."""
@@ -43,12 +38,13 @@ def write_text(image: Path, labels: Sequence[str], overwrite: bool = False, whol
 
 
 def write_xmp(image: Path, labels: Sequence[str], overwrite: bool = False, whole: bool = True) -> bool:
-    """Writes the labels as keywords, see `xmp.KEYWORDS`; False where there is a file already.
+    """Writes the labels as keywords, see `xmp.KEYWORDS`, into `1.jpg.xmp`, as darktable and digiKam name it; False
+    where there is a file already.
 
     Overwriting replaces the keywords of an existing file and keeps all else in it, which may be a day's work. A file
     that is no XMP is left as it is, with a warning.
     """
-    path = xmp_path(image)
+    path = image.with_name(f"{image.name}.xmp")
     if path.exists() and not (overwrite and path.is_file()):
         return False
     try:
