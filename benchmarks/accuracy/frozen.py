@@ -45,7 +45,6 @@ def build_head(
     backbone: EfficientNetLiteBackbone,
     label_names: list[str],
     label_embeddings: torch.Tensor,
-    loss_kwargs: dict,
     seed: int,
     text_classifier: torch.Tensor | None = None,
 ) -> PreTrainedModel:
@@ -59,7 +58,7 @@ def build_head(
     """
     torch.manual_seed(seed)
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
-    shared = {**labels, "loss_type": recipe.loss_type, "loss_kwargs": loss_kwargs or None}
+    shared = {**labels, "loss_type": recipe.loss_type, "loss_kwargs": recipe.loss_kwargs or None}
     fields = {key: getattr(backbone.config, key) for key in ("stem_channels", "group_channels", "group_depths")}
     fields["head_channels"] = backbone.config.head_channels
     if name == "hsvlt":

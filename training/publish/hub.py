@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import signal
 import tempfile
 import threading
@@ -195,17 +194,8 @@ def _files(api: HfApi, repo_id: str, revision: str) -> list:
 
 def _arrived(api: HfApi, repo_id: str, revision: str, folder: Path) -> bool:
     """Whether the repository holds every file of the folder, by hash."""
-    remote = {item.path: item for item in _files(api, repo_id, revision)}
-    for path, size in _tree(folder):
-        item, data = remote.get(path), (folder / path).read_bytes()
-        if item is None or item.size != size:
-            return False
-        if item.lfs is not None:
-            if item.lfs.sha256 != hashlib.sha256(data).hexdigest():
-                return False
-        elif item.blob_id != hashlib.sha1(b"blob %d\0" % size + data).hexdigest():
-            return False
-    return True
+    found = api.verify_repo_checksums(repo_id, revision=revision, local_dir=folder)
+    return not found.mismatches and not found.extra_paths  # extra are those that are here alone
 
 
 def _tag(api: HfApi, repo_id: str, tag: str, revision: str) -> None:
