@@ -12,6 +12,7 @@ from modeling_hsvlt import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from training import evaluate
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
+from training.scoring import held_out
 
 TINY = {
     "stem_channels": 8,
@@ -130,11 +131,12 @@ def test_thirds_of_labels():
 def test_thresholds_never_see_what_they_decide(monkeypatch):
     seen = []
 
-    def fit(scores, labels):
+    def fit(scores, labels, *_, **options):
         seen.append(scores)
         return np.full(scores.shape[1], 0.5, dtype=np.float32)
 
-    monkeypatch.setattr(accuracy, "fit_thresholds", fit)
+    for module in (accuracy, held_out):
+        monkeypatch.setattr(module, "fit_thresholds", fit)
     scores = np.random.default_rng(0).random((11, 3)).astype(np.float32)
     labels = (scores > 0.4).astype(np.float32)
     groups = accuracy.label_groups(labels.sum(0))
