@@ -8,12 +8,21 @@ import re
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 from training import check_data, options, split, train
 from training.config import TrainingConfig, parse_config
 from training.data.load import load
-from training.options import CommandParser, DatasetOptions, ScoringOptions, dataset_options, option
+from training.options import (
+    CommandParser,
+    DatasetOptions,
+    ScoringOptions,
+    dataset_options,
+    option,
+    refuse,
+    run_command,
+)
 from training.prepare import __main__ as prepare
 from training.prepare import long_tail
 
@@ -245,3 +254,29 @@ def test_odd_names_are_kept_as_they_are(tmp_path):
     for read in (config, parse_config([str(path)]), parse_config(["--label_names", *names, "--label_template=${x}"])):
         assert read.label_names == names and read.label_template == "${x}"
     assert parse_config([str(path)]) == config
+
+
+def test_a_refusal_leaves_the_process_group(capsys):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert refuse(ValueError("not\nthis")) == 2
+    assert not dist.is_initialized() and capsys.readouterr().err == "error: not this\n"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "words"),
+    [
+        (3, 3, ""),
+        (ValueError("no"), 2, "error: no\n"),
+        (FileNotFoundError("none"), 2, "error: none\n"),
+        (KeyboardInterrupt(), 130, "Stopped; all is kept.\n"),
+    ],
+)
+def test_commands_end_alike(outcome, status, words, capsys):
+    def run(options):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    argv = ["scenes", "--image_column", "photo"]
+    ended = run_command(run, DatasetOptions, "NAME", None, argv, status=int, stopped="Stopped; all is kept.")
+    assert (ended, capsys.readouterr().err) == (status, words)

@@ -159,14 +159,14 @@ def test_lists_command_writes_a_dataset(tmp_path, capsys):
     assert names == PUBLISHED["voc"].label_names
     assert lists(splits["train"]) == [[0, 19], [4]]
     assert load_dataset(str(tmp_path / "target"))["test"][0]["image"].size == (8, 8)
-    assert main(["lists", "voc", *arguments]) == 1
+    assert main(["lists", "voc", *arguments]) == 2
     assert "exists" in capsys.readouterr().err
 
 
 @needs_lists
 def test_lists_command_names_missing_images(tmp_path, capsys):
     lists = [str(LISTS / "voc_lt_train.txt"), str(LISTS / "voc_lt_test.txt")]
-    assert main(["lists", "voc", *lists, str(tmp_path), str(tmp_path / "target")]) == 1
+    assert main(["lists", "voc", *lists, str(tmp_path), str(tmp_path / "target")]) == 2
     printed = capsys.readouterr()
     assert "1,142 images, 2,346 labels: the published split" in printed.out
     assert "2008_000023.jpg" in printed.err
@@ -228,5 +228,5 @@ def test_episodes_command(folder, mixed):
 
 
 def test_episodes_command_names_an_unknown_label(folder, capsys):
-    assert main(["episodes", str(folder), str(folder.parent / "few"), "--novel", "zebra"]) == 1
+    assert main(["episodes", str(folder), str(folder.parent / "few"), "--novel", "zebra"]) == 2
     assert "'zebra' is not among the 4 label names" in capsys.readouterr().err

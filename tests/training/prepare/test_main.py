@@ -14,6 +14,7 @@ from datasets import ClassLabel, Features, Image, List, Value, load_dataset
 
 from training.data.load import load
 from training.prepare.__main__ import main
+from training.prepare.reading import usual_name
 
 from ..data.test_dataset import SHARED, metadata_rows, needs_shared
 from .formats import (
@@ -431,6 +432,35 @@ def test_missing_images_can_be_left_out_and_are_told(tmp_path, caplog):
     assert "Left out" in caplog.text and "TrainImagelist.txt, line 1" in caplog.text
     splits = load(tmp_path / "target").splits
     assert np.array_equal(dense(splits["train"]), MULTI_HOT["train"][1:]) and len(splits["test"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "extra"),
+    [
+        ("voc", write_voc, "JPEGImages/9.jpg"),
+        ("nuswide", write_nuswide, "Flickr/actor/9.jpg"),
+    ],
+)
+def test_images_that_no_list_names_are_told(kind, build, extra, tmp_path, capsys, caplog):
+    source = build(tmp_path / "source")
+    write(source / extra, IMAGES["train"][0])
+    assert prepare(kind, source, tmp_path / "refused", "--unlisted_images", "error") == 2
+    assert f"1 image ({extra.partition('/')[2]}) that nothing labels" in capsys.readouterr().err
+    assert prepare(kind, source, tmp_path / "target") == 0 and "that nothing labels" in caplog.text
+
+
+def test_a_name_that_may_be_two_images_is_refused_with_its_line(tmp_path, capsys):
+    source = write_voc(tmp_path / "source")
+    write(source / "JPEGImages/005001.png", IMAGES["train"][0])
+    assert prepare("voc", source, tmp_path / "target") == 2
+    assert "trainval.txt, line 2: '005001' may be 005001.jpg or 005001.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "usual"), [("Train", "train"), ("TEST", "test"), ("Valid_2", "validation"), ("x", "x")]
+)
+def test_a_split_is_known_in_any_letters(name, usual):
+    assert usual_name(name) == usual
 
 
 def test_unknown_cells_of_a_csv_stay_unknown(tmp_path, capsys):
