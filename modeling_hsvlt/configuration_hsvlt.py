@@ -94,12 +94,12 @@ class HSVLTConfig(MultiLabelConfig):
         > Not published
 
         normalize_visual_tokens (`bool`, defaults to `False`):
-            Whether pixels are layer-normalised in front of the attention. Not published; helps small data.
+            Whether pixels are layer-normalised in front of the attention. Helps small data.
         normalize_label_tokens (`bool`, defaults to `False`):
-            Whether label tokens are layer-normalised in front of attention and gate. Not published; helps small data.
+            Whether label tokens are layer-normalised in front of attention and gate. Helps small data.
         normalize_multimodal_states (`bool`, defaults to `False`):
             Whether each stage's multi-modal states are layer-normalised in front of the aggregation: they start small
-            (standard deviation 0.02 to 0.04 was seen). Not published; helps small data.
+            (standard deviation 0.02 to 0.04 was seen). Helps small data.
         candidate_labels (`int`, *optional*):
             At inference, the label stream runs for only this many labels an image, proposed by a linear scorer on the
             pooled last feature map. The others have `NOT_EVALUATED` in `logits`, whose sigmoid is 0. None: all labels.
@@ -107,7 +107,7 @@ class HSVLTConfig(MultiLabelConfig):
             Weight of the scorer's own loss in training, where `candidate_labels` is set.
         residual_attention (`bool`, defaults to `False`):
             Whether class-specific residual attention on the last map shares in each label's logit; see
-            `HSVLTResidualAttention`. Not published; helps small data on a pretrained backbone.
+            `HSVLTResidualAttention`. Helps small data on a pretrained backbone.
         residual_attention_weight (`float`, defaults to 0.5):
             Its share of the logit, between 0 and 1; the rest is the label stream's.
 
