@@ -50,8 +50,13 @@ def scored_heat_maps(
     pixel_values: torch.Tensor,
     class_ids: torch.Tensor | None = None,
     stages: Sequence[int] | None = None,
+    maps_of: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As [`label_heat_maps`], but of those labels alone that HSVLT's `candidate_labels` chooses for each image.
+
+    Args:
+        maps_of (`torch.LongTensor` of shape `(m,)`, *optional*): only the maps of these, by their places among the
+            labels that are scored; the logits are those of all.
 
     Returns:
         Logits `(B, N)`, maps `(B, m, h, w)`, and the labels `(B, m)` that the maps are of.
@@ -61,15 +66,16 @@ def scored_heat_maps(
         raise ValueError(
             f"A model of type {model.config.model_type!r} has no heat maps; HSVLT, MlTr and HP-DVAL have some."
         )
-    logits, maps, scored = read(model, pixel_values, class_ids, stages)
+    logits, maps, scored = read(model, pixel_values, class_ids, stages, slice(None) if maps_of is None else maps_of)
     least, most = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     if scored is None:
-        scored = torch.arange(maps.shape[1], device=maps.device) if class_ids is None else class_ids
+        scored = torch.arange(logits.shape[1], device=maps.device) if class_ids is None else class_ids
+    scored = scored if maps_of is None else scored[..., maps_of]
     maps = (maps - least) / (most - least).clamp(min=torch.finfo(maps.dtype).tiny)
     return logits, maps, scored.expand(maps.shape[:2])
 
 
-def _attention_maps(model, pixel_values, class_ids, stages):
+def _attention_maps(model, pixel_values, class_ids, stages, wanted):
     mixed = model.residual_attention is not None and stages is None
     output = model(
         pixel_values=pixel_values,
@@ -78,7 +84,8 @@ def _attention_maps(model, pixel_values, class_ids, stages):
         output_hidden_states=mixed,
         return_dict=True,
     )
-    attentions = [output.attentions[stage].float().mean(1) for stage in (range(4) if stages is None else stages)]
+    stages = range(4) if stages is None else stages
+    attentions = [output.attentions[stage][:, :, wanted].float().mean(1) for stage in stages]
     size = attentions[0].shape[-2:]  # of the finest
     # A coarse stage has less attention to share out among its few cells: each stage gets the same weight.
     maps = sum(_shares(each, size) for each in attentions) / len(attentions)
@@ -87,7 +94,7 @@ def _attention_maps(model, pixel_values, class_ids, stages):
         scores = model.residual_attention.pixel_scores(last, class_ids).softmax(1)
         if output.class_ids is not None:
             scores = scores.gather(2, output.class_ids[:, None].expand(-1, scores.shape[1], -1))
-        residual = _shares(scores.transpose(1, 2).unflatten(-1, last.shape[-2:]), size)
+        residual = _shares(scores[..., wanted].transpose(1, 2).unflatten(-1, last.shape[-2:]), size)
         maps = torch.lerp(maps, residual, model.config.residual_attention_weight)
     return output.logits, maps, output.class_ids
 
@@ -98,14 +105,14 @@ def _shares(attention, size):
     return resized / resized.sum((-2, -1), keepdim=True)
 
 
-def _activation_maps(model, pixel_values, class_ids, stages):
+def _activation_maps(model, pixel_values, class_ids, stages, wanted):
     output = model(pixel_values=pixel_values, output_hidden_states=True, return_dict=True)
     last = model.mltr.layernorm(output.reshaped_hidden_states[-1].permute(0, 2, 3, 1))  # (B, h, w, C)
     maps = model.classifier(last).permute(0, 3, 1, 2).float()
-    return _select(output.logits, maps, class_ids)
+    return _select(output.logits, maps, class_ids, wanted)
 
 
-def _patch_maps(model, pixel_values, class_ids, stages):
+def _patch_maps(model, pixel_values, class_ids, stages, wanted):
     if model.config.alpha == 1:
         raise ValueError("This HP-DVAL scores the whole image alone (alpha=1): it has no patch scores to show.")
     output = model(pixel_values=pixel_values, return_dict=True)
@@ -114,11 +121,13 @@ def _patch_maps(model, pixel_values, class_ids, stages):
     if model.config.score_normalization == "cosine":
         text, patches = F.normalize(text, dim=-1), F.normalize(patches, dim=-1)
     size = [side // model.config.vision_config.patch_size for side in pixel_values.shape[-2:]]
-    return _select(output.logits, (text @ patches.transpose(1, 2)).unflatten(-1, size), class_ids)
+    return _select(output.logits, (text @ patches.transpose(1, 2)).unflatten(-1, size), class_ids, wanted)
 
 
-def _select(logits, maps, class_ids):
-    return (logits, maps, None) if class_ids is None else (logits[:, class_ids], maps[:, class_ids], None)
+def _select(logits, maps, class_ids, wanted):
+    if class_ids is not None:
+        logits, maps = logits[:, class_ids], maps[:, class_ids]
+    return logits, maps[:, wanted], None
 
 
 def image_box(image_processor, width: int, height: int) -> tuple[float, float, float, float]:

@@ -3,6 +3,8 @@
     hsvlt export CHECKPOINT TARGET
     hsvlt export CHECKPOINT TARGET --layout wd_tagger
     hsvlt export CHECKPOINT TARGET --quantize int8 --dataset DATASET --split validation
+    hsvlt export CHECKPOINT TARGET --layout web
+    hsvlt export CHECKPOINT TARGET --layout transformers_js
 
 TARGET gets `model.onnx` and `selected_tags.csv`. The model is checked in onnxruntime against PyTorch before it is put
 there. What a program needs to use it stands in its metadata: `labels` and `thresholds` (JSON lists in the order of the
@@ -15,6 +17,13 @@ The layout "standard" takes `pixel_values` (batch, 3, height, width), RGB, resca
 such programs count them (0 but for labels that are called general, sensitive, questionable or explicit), then those of
 the labels. The table has the same rows, ratings in category 9, and how many images of train show each label.
 
+"web" is a page that labels images in the browser, a static Space of the Hub or a folder behind any web server: bars
+against thresholds, heat maps, CSV and XMP; images stay on the machine. With `--quantize int8` it runs the int8 model.
+onnxruntime-web goes into the folder: npm downloads it once, or `--onnxruntime_web` says where it is.
+
+"transformers_js" is a folder that transformers.js loads, with fp32 and int8 models and `tag.mjs`, which applies sigmoid
+and thresholds, where the library's own pipeline applies softmax. With `--dataset` the thresholds of int8 are fitted.
+
 Tables are written as the labels are: a label that begins with =, +, - or @ is a formula to a spreadsheet, so open the
 tables of strangers as text.
 
@@ -25,6 +34,7 @@ come. Scores move a little with that, so its thresholds are fitted again on DATA
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -40,9 +50,12 @@ from .say import say_next
 class ExportOptions(ScoringOptions):
     target: Path = option(reason="folder to write into", positional=True, metavar="TARGET")
     dataset: str | None = option(None, "fits the thresholds of --quantize again: folder, Hub id, or scenes")
-    layout: Literal["standard", "wd_tagger"] = option("standard", "see above")
+    layout: Literal["standard", "wd_tagger", "web", "transformers_js"] = option("standard", "see above")
     opset: int | None = option(None, "ONNX operator set; null: the exporter's")
     quantize: Literal["int8"] | None = option(None, "write model_int8.onnx as well; needs --dataset")
+    onnxruntime_web: Path | None = option(
+        None, "for the layout web, the npm package of that name, its folder or .tgz; null: npm downloads it"
+    )
     overwrite: bool = option(False, "replace files in TARGET")
 
 
@@ -52,29 +65,56 @@ def run(args: ExportOptions) -> None:
 
     from .checkpoint.atomic import whole_file
     from .checkpoint.loading import load_checkpoint
-    from .publish.int8 import quantize_and_refit
+    from .publish.int8 import quantize_alone, quantize_and_refit
+    from .publish.onnxruntime_web import runtime_files
     from .publish.selected_tags import FILE_NAME as TAGS_FILE
     from .publish.selected_tags import write_selected_tags
-    from .publish.to_onnx import CHECKED_BATCHES, INT8_FILE, MODEL_FILE, export_onnx, image_size, to_wd_tagger
+    from .publish.to_onnx import (
+        CHECKED_BATCHES,
+        INT8_FILE,
+        MODEL_FILE,
+        export_onnx,
+        has_heat_maps,
+        image_size,
+        to_wd_tagger,
+    )
+    from .publish.web import TRANSFORMERS_JS_FILES, WEB_FILES, write_transformers_js, write_web
 
     names = [MODEL_FILE, TAGS_FILE] + ([INT8_FILE] if args.quantize else [])
+    if args.layout == "web":
+        names = [INT8_FILE if args.quantize else MODEL_FILE, *WEB_FILES]
+    elif args.layout == "transformers_js":
+        names = list(TRANSFORMERS_JS_FILES)
     if not args.overwrite:
         refuse_to_replace(args.target, names, "TARGET")
     if args.quantize and args.dataset is None:
         raise ValueError("--quantize needs --dataset: the thresholds are fitted again to the scores of the int8 model.")
+    if args.onnxruntime_web is not None and args.layout != "web":
+        raise ValueError("--onnxruntime_web is for --layout web; leave it out.")
+    runtime = runtime_files(args.onnxruntime_web) if args.layout == "web" else {}
     model, processor = load_checkpoint(args)
     args.target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.target, prefix=".export-") as folder:
         folder = Path(folder)
         path = folder / MODEL_FILE
-        error = export_onnx(model, processor, path, opset=args.opset)
+        heat_map = args.layout == "web" and has_heat_maps(model)
+        error = export_onnx(model, processor, path, opset=args.opset, heat_map=heat_map)
         print(
             f"{args.checkpoint}: onnxruntime and PyTorch differ by at most {error:.1e} of the largest logit at batch "
             f"{', '.join(map(str, CHECKED_BATCHES))}."
         )
-        if args.quantize:
-            quantize_and_refit(model, processor, path, folder / INT8_FILE, args)
-        if args.layout == "wd_tagger":
+        int8 = folder / INT8_FILE
+        if args.quantize or (args.layout == "transformers_js" and args.dataset is not None):
+            quantize_and_refit(model, processor, path, int8, args)
+        elif args.layout == "transformers_js":
+            quantize_alone(path, int8)
+            print("The int8 model has the thresholds of the other; to fit its own, give --dataset.")
+        if args.layout == "web":
+            title = run_of(args.checkpoint).name
+            write_web(folder, int8 if args.quantize else path, title, heat_map=heat_map, runtime=runtime)
+        elif args.layout == "transformers_js":
+            write_transformers_js(folder, path, int8)
+        elif args.layout == "wd_tagger":
             for file in folder.glob("*.onnx"):
                 onnx.save(to_wd_tagger(onnx.load(file)), file)
         labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -86,9 +126,12 @@ def run(args: ExportOptions) -> None:
                 f"{image_size(processor)}."
             )
         for name in names:
+            (args.target / name).parent.mkdir(exist_ok=True)
             with whole_file(args.target / name) as written:
                 (folder / name).rename(written)
     print(f"Written: {', '.join(str(args.target / name) for name in names)}")
+    if args.layout == "web":
+        print(f"To see it: python -m http.server --directory {shlex.quote(str(args.target))}")
     if getattr(model.config, "thresholds", None) is None and not args.quantize:
         print("The checkpoint has no thresholds, so the file has none; fit them with hsvlt thresholds.")
     say_next("push", run_of(args.checkpoint), "org/name", "--dry_run")

@@ -52,8 +52,18 @@ def quantize_and_refit(
         report = decision_report(split.scores, split.labels, values)
         print(f"  int8, thresholds {words}: {shown(report, 'f1_macro', 'f1_micro')}")
     info = threshold_info(split.labels, **fit, dataset=args.dataset, split=args.split)
+    _name(source, target, {"thresholds": json.dumps(fitted.tolist()), "threshold_info": json.dumps(info)})
+
+
+def quantize_alone(source: Path, target: Path) -> None:
+    """Writes the int8 file with the thresholds of the other, for which no data are needed."""
+    quantize_int8(source, target)
+    _name(source, target, {})
+
+
+def _name(source: Path, target: Path, changes: dict[str, str]) -> None:
+    """Gives the int8 file the metadata of its source, with these changes."""
     proto = onnx.load(target)
     props = {prop.key: prop.value for prop in onnx.load(source, load_external_data=False).metadata_props}
-    refitted = {"thresholds": json.dumps(fitted.tolist()), "threshold_info": json.dumps(info)}
-    write_metadata(proto, {**props, **refitted, "quantization": "dynamic int8 of linear layers"})
+    write_metadata(proto, {**props, **changes, "quantization": "dynamic int8 of linear layers"})
     onnx.save(proto, target)

@@ -23,6 +23,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from modeling_hsvlt.heat_maps_multilabel import scored_heat_maps
+
 from .selected_tags import wd_outputs
 
 MODEL_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
@@ -31,7 +33,12 @@ CHECKED_BATCHES = (1, 3, 8)
 
 
 def export_onnx(
-    model: PreTrainedModel, processor: BaseImageProcessor, path: Path, *, opset: int | None = None
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    path: Path,
+    *,
+    opset: int | None = None,
+    heat_map: bool = False,
 ) -> float:
     """Writes `model` in the standard layout, and compares it with PyTorch at several batch sizes.
 
@@ -40,22 +47,27 @@ def export_onnx(
         processor: Tells the size of the images and goes into the metadata.
         path: The file to write.
         opset: ONNX operator set; None takes the exporter's (20).
+        heat_map: One more input, `label` (1,), int64, and one more output, `heat_map` (batch, h, w) from 0 to 1: where
+            the model found the label of that index, as `label_heat_maps` has it.
 
     Returns:
         The difference that `compare` finds.
 
     Raises:
         RuntimeError: onnxruntime computes something else.
+        ValueError: heat maps of a model that has none.
     """
     model = prepare_model(model)
     size = image_size(processor)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(max(CHECKED_BATCHES), 3, *size, generator=generator)
-    shapes = {"pixel_values": {0: Dim("batch")}}
+    shapes: dict[str, dict] = {"pixel_values": {0: Dim("batch")}}
+    inputs, wrapped = {"pixel_values": pixels[:2]}, _LogitsOnly(model)  # two: of 1, a dimension becomes a constant
+    if heat_map:
+        wrapped, shapes["label"], inputs["label"] = _WithHeatMap(model), {}, torch.tensor([0])
     with _quiet(), torch.no_grad():
-        # Of two images: the exporter takes a dimension of 1 for a constant.
         config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
-        exported = OnnxExporter().export(_LogitsOnly(model), {"pixel_values": pixels[:2]}, config)
+        exported = OnnxExporter().export(wrapped, inputs, config)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             OnnxExporter.save_program(exported.program, Path(folder) / MODEL_FILE)
             proto = _fold_constants(Path(folder) / MODEL_FILE)
@@ -84,7 +96,7 @@ def compare(model: PreTrainedModel, path: Path, pixels: torch.Tensor) -> float:
     with torch.no_grad():
         for batch in CHECKED_BATCHES:
             expected = model(pixel_values=pixels[:batch]).logits.numpy()
-            found = session.run(["logits"], {"pixel_values": pixels[:batch].numpy()})[0]
+            found = _logits(session, pixels[:batch])
             differences = np.abs(found - expected) / max(1.0, float(np.abs(expected).max()))
             error = max(error, float(np.nan_to_num(differences, nan=np.inf).max()))
     if error > TOLERANCE:
@@ -107,6 +119,11 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def has_heat_maps(model: PreTrainedModel) -> bool:
+    """Whether `export_onnx` can give one; an HP-DVAL that scores the whole image alone has none."""
+    return model.config.model_type in ("hsvlt", "mltr") or getattr(model.config, "alpha", 1) != 1
+
+
 class _LogitsOnly(torch.nn.Module):
     """A model without its other outputs, which every run of the ONNX file would compute."""
 
@@ -116,6 +133,14 @@ class _LogitsOnly(torch.nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": self.model(pixel_values=pixel_values).logits}
+
+
+class _WithHeatMap(_LogitsOnly):
+    """A model with the heat map of one label."""
+
+    def forward(self, pixel_values: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits, maps, _ = scored_heat_maps(self.model, pixel_values, maps_of=label)
+        return {"logits": logits, "heat_map": maps[:, 0]}
 
 
 def _fold_constants(path: Path) -> onnx.ModelProto:
@@ -135,7 +160,7 @@ def _fold_constants(path: Path) -> onnx.ModelProto:
     opsets = [opset for opset in proto.opset_import if opset.domain in used]
     del proto.opset_import[:]
     proto.opset_import.extend(opsets)
-    for value in (*proto.graph.input, *proto.graph.output):
+    for value in (proto.graph.input[0], *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     onnx.checker.check_model(proto, full_check=True)
     return proto
@@ -170,7 +195,7 @@ def metadata(model: PreTrainedModel, processor: BaseImageProcessor) -> dict[str,
         "image_mean": list(processor.image_mean) if normalizes else [0.0] * 3,
         "image_std": list(processor.image_std) if normalizes else [1.0] * 3,
         "rescale_factor": processor.rescale_factor if processor.do_rescale else 1.0,
-        "resize": {name: side for name, side in dict(processor.size).items() if side},
+        "resize": {name: side for name, side in dict(processor.size or {}).items() if side and processor.do_resize},
         "resize_mode": getattr(processor, "resize_mode", None) or "squash",
         "resample": Image.Resampling(int(processor.resample)).name.lower(),
         "resample_number": int(processor.resample),  # what Pillow's resize takes
@@ -270,8 +295,15 @@ class OnnxClassifier(torch.nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
         """(batch, 3, height, width) to logits (batch, num_labels)."""
-        logits = self._session.run(["logits"], {"pixel_values": pixel_values.cpu().numpy()})[0]
+        logits = _logits(self._session, pixel_values.cpu())
         return ImageClassifierOutput(logits=torch.from_numpy(logits).to(pixel_values.device))
+
+
+def _logits(session: onnxruntime.InferenceSession, pixel_values: torch.Tensor) -> np.ndarray:
+    """Logits of a file with or without a heat map."""
+    inputs = {"pixel_values": pixel_values.numpy(), "label": np.zeros(1, np.int64)}
+    names = [value.name for value in session.get_inputs()]
+    return session.run(["logits"], {name: inputs[name] for name in names})[0]
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
