@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast test-cpus crash-test attacks fuzz hub-test peer-test space-test lint format clean
+.PHONY: quickstart test test-fast test-cpus crash-test attacks fuzz hub-test peer-test space-test web-test lint format clean
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
@@ -62,12 +62,23 @@ format: .venv/installed
 space-test: .venv-space/installed
 	.venv-space/bin/python -m pytest tests/space
 
+# The page of `export --layout web` in Chromium, and transformers.js in Node. Needs both, and npm.
+web-test: .venv/installed .web-test/installed
+	PYTHONPATH=.web-test $(BIN)/python -m pytest tests/web
+
 clean:
-	rm -rf .venv .venv-space build *.egg-info
+	rm -rf .venv .venv-space .web-test build *.egg-info
 
 .venv-space/installed: tests/space/requirements.txt
 	$(PYTHON) -m venv .venv-space
 	.venv-space/bin/python -m pip install --quiet -r tests/space/requirements.txt
+	touch $@
+
+# onnxruntime-node would download CUDA after its installation.
+.web-test/installed: tests/web/package.json .venv/installed
+	$(BIN)/python -m pip install --quiet --upgrade --target .web-test playwright==1.65.2
+	cp tests/web/package.json .web-test/
+	npm install --prefix .web-test --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt

@@ -75,7 +75,7 @@ def scored_heat_maps(
     return logits, maps, scored.expand(maps.shape[:2])
 
 
-def _attention_maps(model, pixel_values, class_ids, stages, wanted):
+def _attention_maps(model, pixel_values, class_ids, stages, wanted=slice(None)):
     mixed = model.residual_attention is not None and stages is None
     output = model(
         pixel_values=pixel_values,
@@ -105,14 +105,14 @@ def _shares(attention, size):
     return resized / resized.sum((-2, -1), keepdim=True)
 
 
-def _activation_maps(model, pixel_values, class_ids, stages, wanted):
+def _activation_maps(model, pixel_values, class_ids, stages, wanted=slice(None)):
     output = model(pixel_values=pixel_values, output_hidden_states=True, return_dict=True)
     last = model.mltr.layernorm(output.reshaped_hidden_states[-1].permute(0, 2, 3, 1))  # (B, h, w, C)
     maps = model.classifier(last).permute(0, 3, 1, 2).float()
     return _select(output.logits, maps, class_ids, wanted)
 
 
-def _patch_maps(model, pixel_values, class_ids, stages, wanted):
+def _patch_maps(model, pixel_values, class_ids, stages, wanted=slice(None)):
     if model.config.alpha == 1:
         raise ValueError("This HP-DVAL scores the whole image alone (alpha=1): it has no patch scores to show.")
     output = model(pixel_values=pixel_values, return_dict=True)

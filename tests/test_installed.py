@@ -45,6 +45,13 @@ def test_training_leaves_a_run_with_its_report(folder):
     assert (folder / "runs" / "tiny" / "report" / "report.html").is_file()  # its template is in the wheel
 
 
+def test_the_page_for_a_browser_is_in_the_wheel(wheel):
+    browser = ROOT / "training" / "publish" / "browser"
+    for file in browser.iterdir():
+        installed = wheel.site / "hsvlt_training" / "publish" / "browser" / file.name
+        assert installed.read_bytes() == file.read_bytes()
+
+
 def test_a_run_is_evaluated_by_its_own_name(wheel, folder):
     ran = wheel.hsvlt("evaluate", "runs/tiny", "scenes", "--scenes", json.dumps(TINY["scenes"]), folder=folder)
     assert "mAP" in ran.stdout

@@ -29,6 +29,7 @@ from modeling_hsvlt.heat_maps_multilabel import (
     _patch_maps,
     image_box,
     label_heat_maps,
+    scored_heat_maps,
     resize_to_image,
 )
 from modeling_hsvlt.label_context import LabelContext
@@ -499,6 +500,24 @@ def test_hp_dval_s_maps_are_the_scores_that_its_local_view_averages():
     torch.testing.assert_close(local * model.scale.logit_scale.exp() + model.scale.logit_bias, logits)
     with pytest.raises(ValueError, match="alpha=1"):
         label_heat_maps(hp_dval(alpha=1.0)[0], torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("family", ["hsvlt", "mltr", "hp_dval"])
+def test_maps_of_some_labels_with_the_logits_of_all(family):
+    torch.manual_seed(0)
+    families = {
+        "hsvlt": lambda: tiny_model(residual_attention=True),
+        "mltr": lambda: MlTrForImageClassification(MlTrConfig.preset("nano", num_labels=5, image_size=64)).eval(),
+        "hp_dval": lambda: hp_dval(alpha=0.0)[0],
+    }
+    model, side = families[family](), 32 if family == "hp_dval" else 64
+    pixels, some = torch.rand(2, 3, side, side), torch.tensor([2, 0])
+    with torch.no_grad():
+        logits, maps = label_heat_maps(model, pixels)
+        found, chosen, labels = scored_heat_maps(model, pixels, maps_of=some)
+    assert_close_outputs(found, logits)
+    assert_close_outputs(chosen, maps[:, some])
+    assert labels.tolist() == [[2, 0]] * 2
 
 
 def test_a_model_without_maps_says_so(tagger):

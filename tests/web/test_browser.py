@@ -1,6 +1,6 @@
 """The page of `hsvlt export --layout web` in Chromium, and transformers.js in Node: `make web-test`.
 
-`WEB_SCREENSHOTS` names a folder for pictures to look at, `WEB_CHECKPOINT` a checkpoint in place of one of random weights.
+`WEB_SCREENSHOTS` names a folder for pictures to look at, `WEB_CHECKPOINT` a checkpoint in place of a random one.
 """
 
 import csv

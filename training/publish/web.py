@@ -90,7 +90,9 @@ def write_web(folder: Path, model: Path, title: str, *, heat_map: bool, runtime:
         (folder / name).write_bytes((BROWSER / name).read_bytes())
     card = (BROWSER / "space.md").read_text(encoding="utf-8").replace("VERSION", VERSION)
     # In the front matter, which is YAML, as text whatever it holds.
-    (folder / "README.md").write_text(card.replace("title: TITLE", f"title: {json.dumps(title)}"), encoding="utf-8")
+    (folder / "README.md").write_text(
+        card.replace("title: TITLE", f"title: {json.dumps(title, ensure_ascii=False)}"), encoding="utf-8"
+    )
     (folder / "onnxruntime").mkdir()
     for name, data in runtime.items():
         (folder / "onnxruntime" / name).write_bytes(data)

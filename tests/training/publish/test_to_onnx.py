@@ -20,6 +20,7 @@ from modeling_hsvlt import (
     MlTrConfig,
     MlTrForImageClassification,
     MultiLabelImageProcessor,
+    label_heat_maps,
 )
 from training.export import main
 from training.publish.to_onnx import compare, export_onnx, image_size
@@ -115,6 +116,22 @@ def test_onnxruntime_equals_torch(family, tmp_path):
             list(model.parameters())[-1].add_(change)
         with pytest.raises(RuntimeError, match="onnxruntime and PyTorch differ"):
             compare(model, tmp_path / "model.onnx", torch.randn(8, 3, SIZE, SIZE))
+
+
+@pytest.mark.slow
+def test_the_heat_map_of_a_label(tmp_path):
+    model = tiny_model(residual_attention=True)
+    assert export_onnx(model, processor(), tmp_path / "model.onnx", heat_map=True) < 1e-4
+    session, pixels = onnxruntime.InferenceSession(tmp_path / "model.onnx"), torch.randn(3, 3, SIZE, SIZE)
+    assert constant_nodes(onnx.load(tmp_path / "model.onnx").graph) == []
+    with torch.no_grad():
+        logits, maps = label_heat_maps(model, pixels)
+    for label in range(3):
+        inputs = {"pixel_values": pixels.numpy(), "label": np.array([label])}
+        found, heat_map = session.run(["logits", "heat_map"], inputs)
+        np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(heat_map, maps[:, label], rtol=0, atol=1e-4)
+    assert np.ptp(maps[0].numpy(), axis=0).max() > 0.01  # maps that differ, or any would pass
 
 
 def scores_by_the_file_alone(path, image):

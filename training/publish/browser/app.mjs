@@ -164,8 +164,9 @@ async function work() {
   $("stop").hidden = false;
   while (queue.length) {
     const image = queue.shift();
-    say(`Labelling ${counted(done + 1, "image")} of ${(done + 1 + queue.length).toLocaleString("en")}`.replace(/images? of/, "of"));
-    progress(done / (done + 1 + queue.length));
+    const total = done + 1 + queue.length;
+    say(`Labelling ${done + 1} of ${counted(total, "image")}`);
+    progress(done / total);
     try {
       const { scores, thumbnail } = await ask({ file: image.file });
       take(image, scores, thumbnail);
@@ -175,7 +176,8 @@ async function work() {
       image.button.lastChild.classList.add("problem");
     }
     done++;
-    if (!chosen && images.includes(image)) choose(image);
+    if (image === chosen) bars();
+    else if (!chosen && images.includes(image)) choose(image);
   }
   working = false;
   $("stop").hidden = true;

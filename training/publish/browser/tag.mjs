@@ -25,8 +25,9 @@ export async function tagger(model_id, options = {}) {
 
 // In Node as a program, with the model of this folder.
 if (globalThis.process?.argv[1]?.endsWith("tag.mjs")) {
-  env.localModelPath = new URL("..", import.meta.url).pathname;
-  env.allowRemoteModels = false;
-  const tag = await tagger(decodeURIComponent(new URL(".", import.meta.url).pathname.split("/").at(-2)));
+  const { basename, dirname } = await import("node:path"), { fileURLToPath } = await import("node:url");
+  const here = dirname(fileURLToPath(import.meta.url));
+  [env.localModelPath, env.allowRemoteModels] = [dirname(here), false];
+  const tag = await tagger(basename(here));
   for (const path of process.argv.slice(2)) console.log(path, (await tag(path)).filter(({ found }) => found));
 }
