@@ -29,8 +29,8 @@ from modeling_hsvlt.heat_maps_multilabel import (
     _patch_maps,
     image_box,
     label_heat_maps,
-    scored_heat_maps,
     resize_to_image,
+    scored_heat_maps,
 )
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels
