@@ -178,7 +178,7 @@ def opened(browser, url, width="desktop", dark=False):
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("requestfailed", lambda request: page.problems.append(request.url))
     page.goto(url)
-    page.wait_for_function("document.documentElement.dataset.device")
+    page.locator("html[data-device]").wait_for(state="attached")
     name = f"{width}-{'dark' if dark else 'light'}"
     page.shot = lambda what: SHOTS and page.screenshot(path=f"{SHOTS}/{name}-{what}.png", full_page=True)
     return page
@@ -193,7 +193,7 @@ def page(browser, server):
 
 def upload(page, *paths):
     page.locator("#files").set_input_files([str(path) for path in paths])
-    page.wait_for_function("document.querySelector('#status').textContent.match(/labelled/)")
+    page.locator("#status", has_text="labelled").wait_for()
 
 
 def downloaded(page, button) -> bytes:
@@ -236,13 +236,13 @@ def test_from_drop_to_heat_map(browser, server, photos, width, dark):
     page = opened(browser, server.url, width, dark)
     page.shot("start")
     upload(page, *(photos / name for name in ("photo.jpg", "portrait.png", "rgba.png")))
-    page.wait_for_function("document.querySelector('#caption').textContent === 'photo.jpg'")
+    page.locator("#caption", has_text="photo.jpg").wait_for()
     page.shot("labels")
     bars = page.locator("#bars button")
     assert bars.count() >= 10 and page.locator("#picture").get_attribute("width") == "1024"
     bars.nth(1).focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#picture').dataset.label")
+    page.locator("#picture[data-label]:not([data-label=''])").wait_for()
     assert bars.nth(1).get_attribute("aria-pressed") == "true"
     page.shot("heat-map")
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
@@ -255,7 +255,7 @@ def test_from_drop_to_heat_map(browser, server, photos, width, dark):
         >= 44
     )
     page.locator("#list button").nth(1).click()
-    page.wait_for_function("document.querySelector('#caption').textContent === 'portrait.png'")
+    page.locator("#caption", has_text="portrait.png").wait_for()
     assert page.problems == []
     page.close()
 
@@ -342,7 +342,7 @@ def test_a_folder_and_what_is_no_image(page, photos, tmp_path):
     (folder / "notes.txt").write_text("no image")
     (folder / "broken.png").write_text("no image either")
     page.locator("#folder").set_input_files(str(folder))
-    page.wait_for_function("document.querySelector('#status').textContent.match(/labelled/)")
+    page.locator("#status", has_text="labelled").wait_for()
     assert page.locator("#status").inner_text() == "2 images labelled, 1 not read."
     assert set(table(page)) == {"holiday/day 1/a.png", "holiday/b.png"}
     page.get_by_text("not read: this browser cannot decode it").wait_for()
@@ -355,11 +355,11 @@ def test_hundreds_in_the_worker(page, photos):
     page.locator("#files").set_input_files(
         [{"name": f"{number}.png", "mimeType": "image/png", "buffer": data} for number in range(300)]
     )
-    page.wait_for_function("document.querySelector('#progress').value > 0.1")
+    page.locator("#status", has_text="Labelling 30 of 300 images").wait_for()
     began = time.perf_counter()
     assert page.evaluate("1 + 1") == 2  # the page itself is free
     assert time.perf_counter() - began < 2
-    page.wait_for_function("document.querySelector('#status').textContent === '300 images labelled.'")
+    page.locator("#status", has_text="300 images labelled.").wait_for()
     page.shot("hundreds")
     assert len(table(page)) == 300
 
@@ -374,11 +374,13 @@ def test_paste_and_camera(page, photos):
         }""",
         data,
     )
-    page.wait_for_function("document.querySelector('#status').textContent === '1 image labelled.'")
+    page.locator("#status", has_text="1 image labelled.").wait_for()
     page.locator("#camera").click()
-    page.wait_for_function("document.querySelector('#video').videoWidth > 0")
+    page.locator("#shoot").wait_for()
+    while not page.evaluate("document.querySelector('#video').videoWidth"):
+        page.wait_for_timeout(100)
     page.locator("#shoot").click()
-    page.wait_for_function("document.querySelector('#status').textContent === '2 images labelled.'")
+    page.locator("#status", has_text="2 images labelled.").wait_for()
     page.locator("#close").click()
     assert set(table(page)) == {"image.png", "camera.png"}
 
