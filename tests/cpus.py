@@ -13,6 +13,8 @@ import time
 from itertools import product
 from pathlib import Path
 
+from training.places import cores
+
 ROOT = Path(__file__).parents[1]
 # Whatever runs a model or compares what one gave, in this process and in seconds.
 FILES = [
@@ -35,10 +37,11 @@ def run(capability: str | None, mkl: str | None, threads: int, *options: str) ->
         environment.pop(name, None)
         if value is not None:
             environment[name] = value
-    command = [sys.executable, "-m", "pytest", *LEFT_OUT, "-n", "2", "-p", "no:cacheprovider", "--tb=short", *options]
+    workers = max(1, min(8, cores() // threads))  # more would fight for the cores
+    command = [sys.executable, "-m", "pytest", *LEFT_OUT, "-n", str(workers), "-p", "no:cacheprovider", "--tb=short"]
     start = time.monotonic()
     files = [str(Path("tests") / file) for file in FILES]
-    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, *options, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
     seconds = time.monotonic() - start
     summary = done.stdout.strip().rpartition("\n")[2]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", summary)}

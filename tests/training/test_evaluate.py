@@ -131,7 +131,7 @@ def test_unknown_options_are_refused(checkpoint, images, capsys):
 
 
 def evaluate_to(checkpoint, images, folder):
-    assert main([checkpoint, images, "--batch_size", "2", "--output", folder]) == 0
+    assert main([str(checkpoint), str(images), "--batch_size", "2", "--output", str(folder)]) == 0
 
 
 @pytest.mark.slow

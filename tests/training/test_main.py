@@ -10,7 +10,8 @@ import torch
 from training import __main__ as hsvlt
 from training import places
 
-from .tiny_run import free_port, write_recipe
+from ..forked import forked, free_port
+from .tiny_run import write_recipe
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "huggingface_hub")
 
@@ -153,9 +154,7 @@ def test_a_launch_that_ends_badly_is_one_line(tmp_path):
     (tmp_path / "run" / "note.txt").write_text("kept")
     how = ["--config_file", "training/configs/accelerate/cpu_two_processes.yaml", "--main_process_port", free_port()]
     arguments = [write_recipe(tmp_path), "--output_dir", str(tmp_path / "run")]
-    call = f"run_launcher({how}, 'training.train', {arguments})"
-    script = f"from training.__main__ import run_launcher; raise SystemExit({call})"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    ran = forked(hsvlt.run_launcher, how, "training.train", arguments)
     assert ran.returncode == 2, ran.stderr
     assert ran.stderr.count("is not empty") == ran.stderr.count("error: ") == 1
     assert "Traceback" not in ran.stderr and "ChildFailed" not in ran.stderr

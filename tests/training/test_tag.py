@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import debug_launcher
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from transformers import AutoProcessor
@@ -25,10 +24,9 @@ from training.data.scenes import SceneDataset
 from training.tag import main
 from training.tagging.sources import open_source
 
+from ..forked import forked
 from ..tolerance import assert_close_outputs
 from .tiny_checkpoint import NAMES, save_checkpoint
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -177,44 +175,37 @@ def test_two_runs_do_not_share_a_folder(checkpoint, tmp_path, capsys):
     assert main(command) == 0
 
 
-DRIVER = """
-import os, signal, sys, time
-from pathlib import Path
-from accelerate import debug_launcher
-from training.tag import main
+def run_and_kill(output, command):
+    """The command, run and killed, with other numbers of processes, until it is done."""
 
-output, command = Path(sys.argv[1]), sys.argv[2:]
-os.environ["OMP_NUM_THREADS"] = "1"
+    def parts():
+        return len(list(output.glob("part-*")))
 
-def parts():
-    return len(list(output.glob("part-*")))
-
-# Processes of each run, and after how many new parts all of them are killed (None: never).
-for processes, until in ((1, 2), (2, 3), (3, 2), (2, None)):
-    before = parts()
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        if processes == 1:
-            os._exit(main(command))
-        debug_launcher(main, (command,), num_processes=processes)
-        os._exit(0)
-    if until is None:
-        assert os.waitpid(child, 0)[1] == 0
-        break
-    while parts() < before + until:
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "ended before it could be killed"
-        time.sleep(0.002)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    while True:  # until the last of its processes is gone
-        try:
-            os.killpg(child, 0)
-        except ProcessLookupError:
+    # Processes of each run, and after how many new parts all of them are killed (None: never).
+    for processes, until in ((1, 2), (2, 3), (3, 2), (2, None)):
+        before = parts()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            if processes == 1:
+                os._exit(main(command))
+            debug_launcher(main, (command,), num_processes=processes)
+            os._exit(0)
+        if until is None:
+            assert os.waitpid(child, 0)[1] == 0
             break
-        time.sleep(0.01)
-    print("killed with", parts(), "parts")
-"""
+        while parts() < before + until:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "ended before it could be killed"
+            time.sleep(0.002)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        while True:  # until the last of its processes is gone
+            try:
+                os.killpg(child, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.01)
+        print("killed with", parts(), "parts", flush=True)  # before the next fork
 
 
 @pytest.mark.slow
@@ -228,9 +219,7 @@ def test_2000_images_in_a_run_killed_three_times(checkpoint, tmp_path):
         path = next(images.glob(f"*/{number:04d}.png"))
         path.write_bytes(path.read_bytes()[:200])
     options = [str(checkpoint), str(images), str(output), "--batch_size", "16", "--part_size", "64"]
-    command = [sys.executable, "-c", DRIVER, str(output), *options, "--num_workers", "1", "--threshold", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    result = forked(run_and_kill, output, [*options, "--num_workers", "1", "--threshold", "0"], timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("killed with") == 3
     found = read(output)  # which fails where an image has two records

@@ -38,8 +38,9 @@ from training.metrics.functional import multilabel_report
 from training.scoring.measured_with import fingerprints
 from training.train import main, train
 
+from ..forked import free_port
 from ..tolerance import METRIC, assert_close_metrics
-from .tiny_run import NANO, SCENES, free_port
+from .tiny_run import NANO, SCENES
 
 ROOT = Path(__file__).parents[2]
 

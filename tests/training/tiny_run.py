@@ -1,6 +1,5 @@
 """A run of the training command that takes a second: a model a few channels wide on a few dozen built-in scenes."""
 
-import socket
 from pathlib import Path
 
 import yaml
@@ -41,9 +40,3 @@ def write_recipe(folder: Path) -> str:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
     return str(path)
-
-
-def free_port() -> str:
-    """For `--main_process_port`: by default every launch takes 29500, also that of a test in another worker."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])

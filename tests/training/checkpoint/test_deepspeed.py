@@ -18,7 +18,8 @@ from training.checkpoint.deepspeed import configure_zero
 from training.checkpoint.series import newest_good
 from training.train import main
 
-from ..tiny_run import free_port, write_recipe
+from ...forked import free_port
+from ..tiny_run import write_recipe
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = ["--ema_decay", "0.9", "--gradient_accumulation_steps", "2", "--fresh_scenes", "false"]

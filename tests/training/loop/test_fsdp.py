@@ -2,9 +2,6 @@
 turns it off: `fully_shard` on the modules that the models name, the state gathered, saved and put back."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,10 +26,9 @@ from training.checkpoint.state import copy_training_state, load_training_state
 from training.loop.optim import build_ema, build_optimizer, build_scheduler
 from training.scoring.predict import predict
 
+from ...forked import forked
 from ...tiny_clip import tiny_clip, tiny_clip_tokenizer
 from ...tolerance import assert_close_outputs
-
-ROOT = Path(__file__).parents[3]
 
 
 def hsvlt(backbone=None):
@@ -189,9 +185,10 @@ def test_accelerate_s_own_code_wraps_the_same_layers(name, mesh):
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def two_ranks(rank, folder):
+def two_ranks(folder):
     """One of two processes: every model, by `fully_shard` and by accelerate, against one process with all images."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
 
     def check(found, expected, what, rtol=1e-4):
@@ -229,11 +226,11 @@ def two_ranks(rank, folder):
         before = [parameter.detach().clone() for parameter in plain["model"].parameters()]
         first, between = curve(train(plain, range(1)), 1), scores(plain)
         assert not all(map(torch.equal, plain["model"].parameters(), before)), "they learn"
-        expected, weights = saved(plain, Path(folder) / f"{name} {optimizer} on one")
+        expected, weights = saved(plain, folder / f"{name} {optimizer} on one")
         then = curve(train(plain, range(1, 2)), 1)
         for method in (shard, shard_by_accelerate):
             what = f"{name} {optimizer} {method.__name__}"
-            where = Path(folder) / what
+            where = folder / what
             run = parts(make, mesh, method, optimizer)
             mine = sum(parameter.to_local().numel() for parameter in run["model"].parameters())
             assert mine < 0.75 * plain["model"].num_parameters(), what
@@ -255,12 +252,5 @@ def two_ranks(rank, folder):
 
 @pytest.mark.slow
 def test_two_ranks_train_and_save_as_one_process_and_either_goes_on(tmp_path):
-    code = (
-        "from torch.multiprocessing import start_processes\n"
-        f"from {__name__} import two_ranks\n"
-        f"start_processes(two_ranks, ({str(tmp_path)!r},), nprocs=2, start_method='fork')"  # imports once
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    done = forked(two_ranks, tmp_path, processes=2, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]

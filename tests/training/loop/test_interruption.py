@@ -7,8 +7,12 @@ import sys
 import time
 
 import pytest
+from torch.utils.data import DataLoader
 
+from training.data.batches import leave_signals_to_parent
 from training.loop.interruption import StopRequest
+
+from ...forked import forked
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -50,18 +54,18 @@ def test_a_process_that_does_not_get_done_ends_within_the_bound():
     assert time.monotonic() - start < 30
 
 
+def read_while_the_group_is_signalled():
+    os.setsid()
+    loader = DataLoader(range(40), num_workers=2, worker_init_fn=leave_signals_to_parent, prefetch_factor=1)
+    with StopRequest(60) as stop:
+        for number, _ in enumerate(loader):
+            if number == 3:
+                os.killpg(0, signal.SIGTERM)
+                time.sleep(0.3)
+        assert stop.signal == "SIGTERM" and number == 39
+
+
 def test_workers_survive_a_signal_to_the_whole_group():
     """As a batch system or a terminal sends it; the loader would raise in the middle of a step."""
-    code = (
-        "import os, signal, time, torch\nfrom torch.utils.data import DataLoader\n"
-        "from training.data.batches import leave_signals_to_parent\n"
-        "from training.loop.interruption import StopRequest\n"
-        "os.setsid()\n"
-        "loader = DataLoader(range(40), num_workers=2, worker_init_fn=leave_signals_to_parent, prefetch_factor=1)\n"
-        "with StopRequest(60) as stop:\n"
-        "    for number, _ in enumerate(loader):\n"
-        "        if number == 3:\n            os.killpg(0, signal.SIGTERM)\n            time.sleep(0.3)\n"
-        "    assert stop.signal == 'SIGTERM' and number == 39\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    ended = forked(read_while_the_group_is_signalled)
     assert ended.returncode == 0, ended.stderr

@@ -1,10 +1,6 @@
 """Every known label counts once in a step, over processes, batches and accumulation."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +9,8 @@ from modeling_hsvlt import HSVLTForImageClassification
 from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 from training.train import main
 
-ROOT = Path(__file__).parents[3]
+from ...forked import forked
+
 PARTLY_KNOWN = ["--fresh_scenes", "false", "--partial_labels", "{known_fraction: 0.2}", "--warmup_epochs", "0"]
 PLAIN = [*PARTLY_KNOWN, "--augmentation", "null"]
 
@@ -38,20 +35,18 @@ def test_a_step_is_the_same_however_its_images_are_divided(recipe, tmp_path, opt
     options = [*PLAIN, "--optimizer", optimizer, "--max_steps", "2"]
     curves = [
         train(recipe, tmp_path / f"{batch_size}", *options, *divided(batch_size, 16 // batch_size))
-        for batch_size in (16, 8, 4)
+        for batch_size in (16, 4)
     ]
     assert curves[0].shape == (2, 2) and (curves[0] > 0).all()
-    for curve in curves[1:]:
-        np.testing.assert_allclose(curve, curves[0], rtol=1e-5)
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
 
 
 def test_the_last_step_of_an_epoch_has_what_is_left(recipe, tmp_path):
     """45 images, 32 a step: the second step has 13, as 8 and 5, or as one batch that is not full."""
     options = [*PLAIN, "--scenes.num_scenes.train", "45", "--epochs", "1"]
-    curves = [train(recipe, tmp_path / f"{size}", *options, *divided(size, 32 // size)) for size in (8, 16, 32)]
+    curves = [train(recipe, tmp_path / f"{size}", *options, *divided(size, 32 // size)) for size in (8, 32)]
     assert len(curves[0]) == 2
-    for curve in curves[1:]:
-        np.testing.assert_allclose(curve, curves[0], rtol=1e-4)
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
 
 
 def test_the_count_is_that_of_the_labels_the_model_gets(recipe, tmp_path, monkeypatch):
@@ -77,16 +72,7 @@ def test_the_count_is_that_of_the_labels_the_model_gets(recipe, tmp_path, monkey
 def test_two_processes_take_the_same_step(recipe, tmp_path):
     options = [*PLAIN, "--optimizer", "muon", "--scenes.num_scenes.train", "45", "--epochs", "1"]
     single = train(recipe, tmp_path / "one", *options, *divided(16, 1))
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml")]
-    result = subprocess.run(
-        [*command, "-m", "training.train", recipe, "--output_dir", str(tmp_path / "two"), *options, *divided(4, 2)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = forked(main, [recipe, "--output_dir", str(tmp_path / "two"), *options, *divided(4, 2)], processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     double = curve_of(tmp_path / "two")
     assert len(single) == 3, "of 16, 16 and 13 images"

@@ -1,10 +1,5 @@
 """Scores by row, whatever the processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,10 +9,10 @@ from torch.utils.data import DataLoader
 from training.metrics.functional import multilabel_report
 from training.scoring.predict import match_labels, predict
 
+from ...forked import forked
 from ...tolerance import assert_close_metrics, assert_close_outputs
 from ..tiny_checkpoint import tiny_model
 
-ROOT = Path(__file__).parents[3]
 COUNTS = (1, 2, 11, 13, 24)
 
 
@@ -77,27 +72,14 @@ def test_loaders_that_would_give_wrong_scores_are_refused():
 
 
 def launch(function, arguments, folder):
-    """`function(*arguments, folder / "<n>")` on n = 1, 2 and 3 processes, each on one thread.
-
-    From a fresh process: a fork of this one, whose thread pools have run, can hang.
-    """
-    code = (
-        "import sys\n"
-        "from accelerate import debug_launcher\n"
-        f"from {function.__module__} import {function.__name__} as function\n"
-        "arguments = sys.argv[1:]\n"
-        "for n in (2, 3):\n"
-        "    debug_launcher(function, (*arguments[:-1], f'{arguments[-1]}/{n}'), num_processes=n)\n"
-        "function(*arguments[:-1], f'{arguments[-1]}/1')\n"
-    )
-    command = [sys.executable, "-c", code, *map(str, arguments), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    """`function(*arguments, folder / "<n>")` on n = 1, 2 and 3 processes."""
+    for n in (1, 2, 3):
+        ended = forked(function, *arguments, folder / str(n), processes=n)
+        assert ended.returncode == 0, ended.stderr
 
 
 def predict_and_save(folder):
-    accelerator, folder = Accelerator(cpu=True), Path(folder)
+    accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == int(folder.name)
     folder.mkdir(exist_ok=True)
     for count in COUNTS:
