@@ -14,7 +14,7 @@ import sys
 from difflib import get_close_matches
 from importlib import metadata
 
-from .places import cores
+from .places import cores, native_precision
 
 # name: its module, and what it does
 COMMANDS = {
@@ -29,10 +29,15 @@ COMMANDS = {
     "export": ("export", "write ONNX files, for tools without PyTorch"),
     "push": ("push", "publish a run on the Hub, checked before and after"),
     "convert": ("convert", "convert weights of the official HSVLT, ConvNeXt and CAT"),
+    "serve": ("serve", "serve a checkpoint over HTTP, in batches"),
     "demo": ("demo", "open a demo of a checkpoint in the browser"),
 }
 ON_ALL_DEVICES = ("train", "tag", "evaluate")
-ONNX = ("onnx", "onnxruntime", "onnxscript")
+# An extra beside `train`: the packages that only it brings
+EXTRAS = {
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "serve": ("fastapi", "h11", "prometheus_client", "python_multipart", "starlette", "uvicorn"),
+}
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # a launcher sets one of these
 
 
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", __package__, "modeling_hsvlt"):
             raise
-        extra = "train,onnx" if missing in ONNX else "train"
+        extra = ",".join(["train", *(extra for extra, packages in EXTRAS.items() if missing in packages)])
         return _refuse(f'hsvlt {name} needs the package {missing!r}: in the checkout, pip install ".[{extra}]".')
     except KeyboardInterrupt:
         return 130
@@ -94,9 +99,7 @@ def launch(module: str, arguments: list[str], *, mixed_precision: bool) -> int |
     count = torch.cuda.device_count()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
         torch.set_num_threads(cores())
-    precision = "no"
-    if mixed_precision and count:
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = native_precision() if mixed_precision and count else "no"
     if os.path.isfile(default_config_file):
         options = []
     elif count > 1:

@@ -64,6 +64,16 @@ def cores() -> int:
     return count
 
 
+def native_precision() -> str:
+    """The 16 bits that this machine has instructions for, `bf16` or `fp16`; else `no`: emulated ones take longer."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if cpu and not torch.backends.mps.is_available() else "no"
+
+
 def free_cores() -> int:
     """Processes that may decode images beside one that computes: its share of the cores, less one; at most 8."""
     return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))

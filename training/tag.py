@@ -63,6 +63,11 @@ class TagOptions(ImageOptions, CheckpointOptions):
     overwrite_sidecars: bool = option(False, "replace text files that exist, and the keywords in XMP files that do")
     overwrite: bool = option(False, "begin again, without the parts that are in OUTPUT")
     split: str | None = option(None, "of a dataset that has several")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] | None = option(
+        None,
+        "to compute in; auto: 16 bits where the processor is made for them and the first 100 images get the same "
+        "labels (a run that goes on keeps what it began with); null: as the checkpoint",
+    )
 
 
 def few_images(argv: list[str]) -> list[str] | None:

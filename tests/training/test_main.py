@@ -47,7 +47,9 @@ def test_a_command_that_there_is_not(capsys):
     assert hsvlt.main(["zzzz"]) == 2 and "see hsvlt --help" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("package", "extra"), [("sklearn", "[train]"), ("onnxruntime", "[train,onnx]")])
+@pytest.mark.parametrize(
+    ("package", "extra"), [("sklearn", "[train]"), ("onnxruntime", "[train,onnx]"), ("uvicorn", "[train,serve]")]
+)
 def test_a_missing_package_is_named_with_its_extra(package, extra, monkeypatch, capsys):
     def absent(arguments):
         raise ModuleNotFoundError(f"No module named '{package}'", name=f"{package}.metrics")
@@ -98,6 +100,7 @@ def unlaunched(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("gpus", "bf16", "precision"), [(0, False, "no"), (1, True, "bf16"), (1, False, "fp16")])
 def test_one_process_is_this_one(gpus, bf16, precision, unlaunched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     assert hsvlt.launch("training.train", ["--epochs", "1"], mixed_precision=True) is None
     assert hsvlt.os.environ["ACCELERATE_MIXED_PRECISION"] == precision

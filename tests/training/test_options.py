@@ -33,6 +33,7 @@ COMMANDS = {
     "tag": "TagOptions",
     "export": "ExportOptions",
     "push": "PushOptions",
+    "serve": "ServeOptions",
     "check_data": "CheckOptions",
     "split": "SplitOptions",
     "convert": "ConvertOptions",

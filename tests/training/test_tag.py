@@ -145,6 +145,45 @@ def test_what_cannot_be_done_is_said(checkpoint, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("precision", "strict", "chosen", "words"),
+    [
+        ("bf16", False, "bf16", "On the first 12 images bf16 changes"),
+        ("bf16", True, "fp32", "scores by up to"),
+        ("no", False, "fp32", "no faster instructions here"),
+    ],
+)
+def test_16_bits_where_the_first_images_get_the_same_labels(
+    precision, strict, chosen, words, checkpoint, tmp_path, monkeypatch, capsys
+):
+    images, output = tmp_path / "images", tmp_path / "out"
+    draw(images, 12)
+    (images / "0" / "broken.jpg").write_bytes(b"no image")
+    monkeypatch.setattr("training.tagging.precision.native_precision", lambda: precision)
+    monkeypatch.setattr("training.tagging.precision.MOST_SCORE", 0.0 if strict else 1.0)
+    monkeypatch.setattr("training.tagging.precision.MOST_LABELS", 1.0)
+    command = [str(checkpoint), str(images), str(output), "--num_workers", "0", "--threshold", "0"]
+    assert main([*command, "--dtype", "auto"]) == 0
+    assert f"--dtype auto: {chosen}" in (said := capsys.readouterr().out) and words in said
+    found = {name: record for name, record in read(output).items() if record["error"] is None}
+    apart = max(
+        abs(dict(zip(record["labels"], record["scores"], strict=True))[label["label"]] - label["score"])
+        for name, record in found.items()
+        for label in expected_labels(checkpoint, images / name, 0.0)
+    )
+    assert len(found) == 12 and (1e-5 < apart < 0.1 if chosen == "bf16" else apart < 1e-5)
+
+    draw(images, 1, first=12)  # goes on as it began, whatever would be chosen now
+    monkeypatch.setattr("training.tagging.precision.native_precision", lambda: "no" if chosen == "bf16" else "bf16")
+    monkeypatch.setattr("training.tagging.precision.MOST_SCORE", 1.0)
+    assert main([*command, "--dtype", "auto"]) == 0 and main([*command, "--dtype", chosen]) == 0
+    assert json.loads((output / "tagging.json").read_text())["dtype"] == chosen and len(read(output)) == 14
+    other = "fp32" if chosen == "bf16" else "bf16"
+    capsys.readouterr()
+    assert main([*command, "--dtype", other]) == 2
+    assert f"was begun with dtype '{chosen}', not '{other}'" in capsys.readouterr().err
+
+
 def hold_lock(folder, ready):
     lock = FolderLock(Path(folder))
     lock.take(alone=False)

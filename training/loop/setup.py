@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -39,6 +38,7 @@ from ..data.load import load
 from ..data.rows import Loaded, fingerprint_images
 from ..models.build import build_model, read_backbone_statistics
 from ..options import dataset_options
+from ..places import native_precision
 from ..say import counted
 from .advice import advice
 from .frozen import feature_loaders
@@ -82,14 +82,6 @@ def setup(config: TrainingConfig) -> Run:
     except BaseException:
         held.close()
         raise
-
-
-def native_precision() -> str:
-    """What `mixed_precision: auto` is on this machine: 16 bits that are emulated take longer than 32."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if cpu and not torch.backends.mps.is_available() else "no"
 
 
 def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTracker, held: ExitStack) -> Run:

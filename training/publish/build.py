@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 import yaml
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
@@ -55,6 +56,9 @@ def build_folder(
         processor = load_pretrained(AutoProcessor, checkpoint)
         if adapter_of is None:
             model.save_pretrained(target)
+            shutil.copyfile(Path(__file__).with_name("handler.py"), target / "handler.py")
+            # An endpoint installs it; transformers of before may not read what this one writes.
+            (target / "requirements.txt").write_text(f"transformers>={transformers.__version__}\n")
         else:
             _check_base(adapter_of, model, adapter_revision)
             if not hasattr(model, "save_prompt_adapter"):

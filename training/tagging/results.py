@@ -67,6 +67,13 @@ class Results:
             data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         write_file(self.folder / f"part-{name}.{self.format}", data)
 
+    def begun_with(self, name: str) -> str | None:
+        """A setting of the run that began the folder, if one did."""
+        try:
+            return json.loads((self.folder / SETTINGS_FILE).read_text(encoding="utf-8")).get(name)
+        except (OSError, ValueError, AttributeError):  # `begin` says what is wrong with it
+            return None
+
     def begin(self, settings: dict, data: Callable[[int], str | None], count: int, *, overwrite: bool) -> None:
         """Makes sure that what is in the folder was made with the same settings, or clears it away.
 

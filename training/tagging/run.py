@@ -19,6 +19,7 @@ from ..checkpoint.lock import FolderLock, check_launch
 from ..options import ImageOptions
 from ..say import counted, say_next
 from .loop import report, tag_share
+from .precision import DTYPES, choose_precision, precision_of
 from .results import UNREADABLE_FILE, Results, fingerprint, fingerprint_weights, summarise
 from .sidecars import check_sidecars, write_sidecars
 from .sources import DatasetSource, open_source
@@ -58,14 +59,15 @@ def tag_source(args) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     results = Results(args.output, source.key_name, args.format)
     lock = FolderLock(args.output)
-    plan = [None, None]
+    plan = [None, None, None]
     try:
         if accelerator.is_main_process:
             plan = _plan(args, model, processor, source, results, lock)
         # One list for all, though images may come and go while it is made.
-        todo, run_number = broadcast_object_list(plan)
+        todo, run_number, dtype = broadcast_object_list(plan)
         if isinstance(todo, str):
             raise ValueError(todo)
+        model.to(DTYPES[dtype])
         lock.take(alone=False)
         accelerator.wait_for_everyone()
         share = todo[accelerator.process_index :: accelerator.num_processes]
@@ -96,7 +98,12 @@ def tag_source(args) -> int:
 
 
 def _plan(args, model: PreTrainedModel, processor, source, results: Results, lock: FolderLock) -> list:
-    """The keys that have no record and the number of this run; or, in place of the keys, why there can be none."""
+    """The keys that have no record, the number of this run and what it computes in; or, in place of the keys, why there
+    can be none."""
+    try:
+        lock.take(alone=True)
+    except BlockingIOError:
+        return [f"Another run is writing into {args.output}; wait for its end, or choose another OUTPUT.", None, None]
     settings = {
         "checkpoint": args.checkpoint if not Path(args.checkpoint).is_dir() else os.path.abspath(args.checkpoint),
         "revision": args.revision,
@@ -109,16 +116,16 @@ def _plan(args, model: PreTrainedModel, processor, source, results: Results, loc
         "threshold": args.threshold,
         "top_k": args.top_k,
         "format": args.format,
+        "dtype": args.dtype or precision_of(model),
     }
     try:
-        lock.take(alone=True)
-    except BlockingIOError:
-        return [f"Another run is writing into {args.output}; wait for its end, or choose another OUTPUT.", None]
-    try:
+        if settings["dtype"] == "auto":
+            begun = None if args.overwrite else results.begun_with("dtype")
+            settings["dtype"] = begun if begun in DTYPES else choose_precision(args, model, processor, source)
         results.begin(settings, source.fingerprint, len(source.keys), overwrite=args.overwrite)
         done = results.done()
     except (ValueError, OSError) as error:
-        return [str(error), None]
+        return [str(error), None, None]
     todo = [key for key in source.keys if key not in done]
     print(f"{args.source}: {counted(len(source.keys), 'image')}, {len(todo):,} of them to be tagged.")
-    return [todo, results.next_run()]
+    return [todo, results.next_run(), settings["dtype"]]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from training.checkpoint.series import newest_good
 from training.data.scenes import SCENE_LABELS
-from training.loop.setup import native_precision
+from training.places import native_precision
 from training.train import main
 
 

@@ -152,8 +152,8 @@ def test_the_folder_holds_what_is_needed_and_nothing_else(run_folder, tmp_path):
     pixels, logits = build_folder(run_folder, target)
     names = {path.name for path in target.iterdir()}
     assert {path for path in names if not path.endswith(".py")} == {
-        "config.json", "model.safetensors", "processor_config.json", "results.json", "selected_tags.csv",
-        "training_options.yaml",
+        "config.json", "model.safetensors", "processor_config.json", "requirements.txt", "results.json",
+        "selected_tags.csv", "training_options.yaml",
     }  # fmt: skip
     assert b"someone" not in b"".join(path.read_bytes() for path in target.iterdir())
     assert yaml.safe_load((target / "training_options.yaml").read_text())["dataset"] == "photos"

@@ -1,0 +1,298 @@
+"""The server behind `hsvlt serve`: requests are read side by side, and one thread runs the model on what is there."""
+
+import asyncio
+import json
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+
+import python_multipart  # noqa: F401  (Starlette asks for it at the first upload, we at the start)
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from PIL import Image
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from modeling_hsvlt.load_image import load_image
+from modeling_hsvlt.pipeline_multilabel import MultiLabelImageClassificationPipeline
+
+from ..checkpoint.loading import load_checkpoint
+from ..places import cores
+from ..publish.handler import as_json, check_maps, image_source, read_request
+from .http_guard import CLOSE, Guard, timed_protocol
+
+DOWNLOADS = 16  # addresses that are read at a time; they mostly wait
+LONGEST_ERROR = 500
+IMAGE = {"type": "string", "description": "base64, or a data:image/ URL; an address with --allow_urls"}
+FILE = {"type": "string", "format": "binary"}
+PARAMETERS = {
+    "threshold": {"description": '"auto", a number, one for each label, or one by name; none: every label'},
+    "top_k": {"type": "integer", "minimum": 1},
+    "labels": {"type": "array", "items": {"type": "string"}},
+    "explain": {"type": "boolean", "description": "adds heat_map, a grey PNG in base64"},
+}
+BODIES = {
+    "application/json": {
+        "inputs": {"oneOf": [IMAGE, {"type": "array", "items": IMAGE}]},
+        "parameters": {"type": "object", "properties": PARAMETERS},
+    },
+    "multipart/form-data": {
+        "image": FILE,
+        "images": {"type": "array", "items": FILE},
+        "parameters": {"type": "string", "description": "the same as JSON"},
+    },
+}
+REQUEST = {"content": {kind: {"schema": {"type": "object", "properties": body}} for kind, body in BODIES.items()}}
+RESPONSES = {
+    200: {"description": "[{label, score}, ...] from the highest score on; of a list of images a list of these"},
+    408: {"description": "The request came too slowly."},
+    413: {"description": "Too many bytes or images."},
+    415: {"description": "Neither JSON nor multipart."},
+    422: {"description": "An image or a parameter is wrong; `detail` says what."},
+    503: {"description": "Not ready, or too much to do; Retry-After says when to come again."},
+}
+
+
+@dataclass
+class Waiting:
+    """An image whose turn has not come."""
+
+    inputs: dict[str, torch.Tensor]
+    forward: dict
+    outputs: asyncio.Future
+
+    def key(self) -> tuple:
+        """What images must share to be computed together."""
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in self.inputs.items()]
+        return repr(sorted(self.forward.items())), *shapes
+
+
+class Server:
+    """A pipeline, the queue in front of it, and what both count."""
+
+    def __init__(self, tagger: MultiLabelImageClassificationPipeline, options):
+        self.tagger, self.options = tagger, options
+        self.ready, self.taken = False, 0
+        self.queue: asyncio.Queue[Waiting] = asyncio.Queue()
+        self.model_thread = ThreadPoolExecutor(1, "model")
+        self.decoders = ThreadPoolExecutor(cores(), "decoder")
+        self.downloads = ThreadPoolExecutor(DOWNLOADS, "download")
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("hsvlt_requests", "Requests, by path and status", ["path", "status"], registry=registry)
+        self.errors = Counter("hsvlt_errors", "Requests that were refused or failed", ["status"], registry=registry)
+        self.images = Counter("hsvlt_images", "Images that were labelled", registry=registry)
+        sizes = [2**power for power in range(options.batch_size.bit_length() + 1)]
+        self.batches = Histogram("hsvlt_batch_size", "Images of a batch", buckets=sizes, registry=registry)
+        self.seconds = Histogram("hsvlt_request_seconds", "From the head of a request to its answer", registry=registry)
+        taken = Gauge("hsvlt_images_taken", "Images that are read, wait or are computed", registry=registry)
+        taken.set_function(lambda: self.taken)
+
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Room for so many images, or 503."""
+        if self.taken + count > self.options.max_queue:
+            raise HTTPException(503, "Too much to do at the moment; come again.", {"Retry-After": "1", **CLOSE})
+        self.taken += count
+        try:
+            yield
+        finally:
+            self.taken -= count
+
+    async def run_batches(self) -> None:
+        """Takes what arrives within `wait_ms`, or has arrived meanwhile, until it is cancelled."""
+        while True:
+            batch = [await self.queue.get()]
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.options.wait_ms / 1000):
+                    while len(batch) < self.options.batch_size:
+                        batch.append(await self.queue.get())
+            groups: dict[tuple, list[Waiting]] = {}
+            for item in batch:
+                groups.setdefault(item.key(), []).append(item)
+            for group in groups.values():
+                self.batches.observe(len(group))
+                try:
+                    outputs = await asyncio.get_running_loop().run_in_executor(self.model_thread, self.forward, group)
+                except Exception as error:
+                    for item in group:
+                        if not item.outputs.done():
+                            item.outputs.set_exception(error)
+                    continue
+                for place, item in enumerate(group):
+                    if not item.outputs.done():
+                        item.outputs.set_result({name: values[place : place + 1] for name, values in outputs.items()})
+
+    def forward(self, group: list[Waiting]) -> Mapping[str, torch.Tensor]:
+        inputs = {name: torch.cat([item.inputs[name] for item in group]) for name in group[0].inputs}
+        return self.tagger.forward(inputs, **group[0].forward)
+
+    async def label(self, items: list, parameters: dict) -> list:
+        """The labels of each image, as JSON."""
+        preprocess, forward, postprocess = self.tagger._sanitize_parameters(**parameters)
+        loop = asyncio.get_running_loop()
+
+        def read(item) -> dict[str, torch.Tensor]:
+            source = image_source(item, self.options.allow_urls)
+            image = load_image(source, max_pixels=self.options.max_pixels, max_bytes=self.options.max_bytes)
+            check_maps(self.tagger, image.size, parameters)
+            return self.tagger.preprocess(image, **preprocess)
+
+        async def label_one(place: int, item) -> list[dict]:
+            try:
+                threads = self.downloads if isinstance(item, str) and item.startswith("http") else self.decoders
+                inputs = dict(await loop.run_in_executor(threads, read, item))
+                waiting = Waiting(inputs, forward, loop.create_future())
+                self.queue.put_nowait(waiting)
+                outputs = await waiting.outputs
+                self.images.inc()
+                return await loop.run_in_executor(
+                    self.decoders, lambda: as_json(self.tagger.postprocess(outputs, **postprocess))
+                )
+            except ValueError as error:
+                raise ValueError(f"Image {place} of {len(items)}: {error}" if len(items) > 1 else error) from error
+
+        # All are waited for, also behind one that is wrong: their places are taken until they are done.
+        answers = await asyncio.gather(*map(label_one, range(1, len(items) + 1), items), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+
+def build_app(tagger: MultiLabelImageClassificationPipeline, options) -> FastAPI:
+    """The application that labels with `tagger`; `options` is a `training.serve.ServeOptions`."""
+    server = Server(tagger, options)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        batches = asyncio.create_task(server.run_batches())
+        server.ready = True
+        batches.add_done_callback(lambda task: setattr(server, "ready", False))
+        yield
+        batches.cancel()  # uvicorn has waited for the requests
+        for threads in (server.model_thread, server.decoders, server.downloads):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="hsvlt", version=metadata.version("hsvlt"), lifespan=lifespan)
+    app.state.server = server
+    app.add_middleware(Guard, server=server)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return JSONResponse({"detail": "The server failed on this request; its log says why."}, 500)
+
+    @app.post("/predict", responses=RESPONSES, openapi_extra={"requestBody": REQUEST})
+    async def predict(request: Request) -> Response:
+        """Labels of an image, or of each image of a list, as the pipeline gives them."""
+        if not server.ready:
+            raise HTTPException(503, "Not ready yet; come again.", {"Retry-After": "1"})
+        try:
+            with server.places(1):  # before the body is read
+                inputs, parameters = await _read_body(request, options)
+                items = inputs if isinstance(inputs, list) else [inputs]
+                if len(items) > options.max_queue:
+                    raise HTTPException(413, f"{len(items)} images are more than the {options.max_queue} of a request.")
+                with server.places(len(items) - 1 if items else 0):
+                    answers = await server.label(items, parameters)
+        except ValueError as error:
+            raise HTTPException(422, " ".join(str(error).split())[:LONGEST_ERROR]) from error
+        answer = await asyncio.to_thread(json.dumps, answers if isinstance(inputs, list) else answers[0])
+        return Response(answer, media_type="application/json")
+
+    @app.get("/health", responses={503: {"description": "Not ready."}})
+    async def health() -> Response:
+        """Whether it takes images."""
+        return JSONResponse({"status": "ready" if server.ready else "not ready"}, 200 if server.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(generate_latest(server.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+async def _read_body(request: Request, options) -> tuple:
+    """Inputs and parameters of a request in JSON or of an upload.
+
+    Raises:
+        ValueError: in one sentence, what is wrong with it.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        return read_request(await asyncio.to_thread(_parse, await request.body(), "The request"))
+    if kind != "multipart/form-data":
+        raise HTTPException(415, "Send multipart/form-data with a file `image`, or application/json with `inputs`.")
+    limits = {"max_files": options.max_queue + 1, "max_fields": 10, "max_part_size": options.max_bytes}
+    async with request.form(**limits) as form:
+        fields: dict[str, list] = {}
+        for name, value in form.multi_items():
+            is_file = name in ("image", "images")
+            if name not in ("image", "images", "parameters") or isinstance(value, str) == is_file:
+                raise ValueError(f"An upload has files `image` or `images`, and `parameters`, but this one has {name}.")
+            fields.setdefault(name, []).append(await value.read() if is_file else value)
+    one, many, texts = (fields.get(name, []) for name in ("image", "images", "parameters"))
+    if len(one) + bool(many) != 1 or len(texts) > 1:
+        raise ValueError("An upload has one file `image`, or any number of files `images`, and `parameters` once.")
+    parameters = _parse(texts[0], "parameters") if texts else {}
+    return read_request({"inputs": many or one[0], "parameters": parameters})
+
+
+def _parse(text: str | bytes, what: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{what} is no JSON.") from None
+
+
+def server_config(app: FastAPI, options) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=timed_protocol(options.timeout),
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=min(5, options.timeout),
+        limit_concurrency=4 * options.max_queue,  # connections that ask for nothing cost a file each
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        OSError: the port is taken, or the host is none of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise OSError(f"{host}:{port} cannot be used ({reason}); choose another --host or --port.") from error
+
+
+def serve(options) -> None:
+    """Serves `options.checkpoint` until SIGTERM or SIGINT, and then ends what was taken.
+
+    Args:
+        options: `training.serve.ServeOptions`.
+
+    Raises:
+        ValueError, OSError: the checkpoint cannot be read, or the port is taken.
+    """
+    model, processor = load_checkpoint(options)
+    tagger = MultiLabelImageClassificationPipeline(model=model, image_processor=processor)
+    listener = listen(options.host, options.port)
+    tagger(Image.new("RGB", (32, 32)))  # the first call is the slowest, and fails where others would
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again at its end, for whoever had asked for it
+        signal.signal(number, lambda *_: None)
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"{options.checkpoint} at {address}/predict; {address}/docs says how. Ctrl-C ends it.", flush=True)
+    uvicorn.Server(server_config(build_app(tagger, options), options)).run(sockets=[listener])
