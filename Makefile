@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast test-cpus crash-test attacks fuzz hub-test peer-test space-test web-test lint format clean
+.PHONY: quickstart test test-fast test-cpus crash-test attacks fuzz hub-test peer-test space-test web-test timm-test lint format clean
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
@@ -66,8 +66,12 @@ space-test: .venv-space/installed
 web-test: .venv/installed .web-test/installed
 	PYTHONPATH=.web-test $(BIN)/python -m pytest tests/web
 
+# timm wants torchvision, which imports beside a torch of its own version alone: gigabytes, so not in CI.
+timm-test: .venv-timm/installed
+	.venv-timm/bin/python -m pytest tests/timm
+
 clean:
-	rm -rf .venv .venv-space .web-test build *.egg-info
+	rm -rf .venv .venv-space .venv-timm .web-test build *.egg-info
 
 .venv-space/installed: tests/space/requirements.txt
 	$(PYTHON) -m venv .venv-space
@@ -79,6 +83,11 @@ clean:
 	$(BIN)/python -m pip install --quiet --upgrade --target .web-test playwright==1.65.2
 	cp tests/web/package.json .web-test/
 	npm install --prefix .web-test --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
+.venv-timm/installed: tests/timm/requirements.txt
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/python -m pip install --quiet -r tests/timm/requirements.txt
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt

@@ -47,12 +47,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(step: Callable[[], None], device: torch.device) -> float:
+def timed(step: Callable[[], None], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     step()
     synchronise(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def device_name(device: torch.device) -> str:

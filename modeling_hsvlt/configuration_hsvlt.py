@@ -1,5 +1,6 @@
 """HSVLT configuration."""
 
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -57,9 +58,10 @@ class HSVLTConfig(MultiLabelConfig):
         > Published
 
         backbone_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the backbone. ConvNeXt and ConvNeXtV2 are walked block by block as published; any other
-            backbone of four stages (Swin, ResNet, MlTr, EfficientNet-Lite, ...) is read at the output of each stage.
-            Default: ConvNeXt.
+            Configuration of the backbone. ConvNeXt and ConvNeXtV2 are walked block by block as published. Any other
+            backbone of transformers is read at four places: of a pyramid (Swin, ResNet, MlTr, EfficientNet-Lite, ...)
+            the last four stages, of a ViT or a vision tower (DINOv2, ViT, CLIP, SigLIP, ...) four evenly spaced layers.
+            A backbone that lists four `out_features` is read there. Default: ConvNeXt.
         image_size (`int`, defaults to 448):
             Side of the square image that the checkpoint was trained on, in pixels; the backbone takes any size.
         label_embedding_dim (`int`, defaults to 768):
@@ -80,6 +82,9 @@ class HSVLTConfig(MultiLabelConfig):
         aggregation (`str`, defaults to `"concat"`):
             Cross-scale aggregation: `"concat"` (the published run) or `"topdown"` (coarse to fine, the variant that
             the released code holds without running it; here without mixing neighbouring labels).
+        pyramid (`str`, defaults to `"none"`):
+            On a backbone of one scale (a ViT): `"none"` reads four of its layers; `"simple"` makes maps of four scales
+            from its last one, see `HSVLTSimplePyramid`.
         classifier (`str`, defaults to `"per_label"`):
             `"per_label"`: a weight vector a label (published); `"shared"`: one for all, so that labels can be swapped.
 
@@ -155,6 +160,7 @@ class HSVLTConfig(MultiLabelConfig):
     interaction_depths: list[int] | tuple[int, ...] | None = None
     label_update: str = "gate"
     aggregation: str = "concat"
+    pyramid: str = "none"
     classifier: str = "per_label"
     # Speed, the same function
     absorb_projections: bool = True
@@ -205,23 +211,37 @@ class HSVLTConfig(MultiLabelConfig):
             if own is not None:
                 self.backbone_config = own(**self.backbone_config)
         super().__post_init__(**kwargs)
+        # CLIP and SigLIP with both towers stand for the one that sees.
+        if getattr(self.backbone_config, "vision_config", None) is not None:
+            self.backbone_config = self.backbone_config.vision_config
         backbone = self.backbone_config
-        if backbone.model_type not in BLOCK_BACKBONES and len(getattr(backbone, "out_features", None) or []) != 4:
-            stage_names = getattr(backbone, "stage_names", None) or []
+        if backbone.model_type == "timm_backbone" and not re.fullmatch(r"[\w.-]+", str(backbone.backbone)):
+            raise ValueError(
+                f"backbone_config.backbone is {backbone.backbone!r}, which is no name of a timm architecture, such as "
+                "'resnet50'; weights are loaded by HSVLTForImageClassification.from_backbone."
+            )
+        # Others say what they have when they are built: towers, and what timm makes.
+        stage_names = getattr(backbone, "stage_names", None)
+        if backbone.model_type not in BLOCK_BACKBONES and stage_names and len(backbone.out_features or []) != 4:
             if len(stage_names) < 4:
                 raise ValueError(
                     f"backbone_config of type {backbone.model_type!r} has {len(stage_names)} stages; HSVLT reads four: "
-                    "choose a hierarchical backbone such as convnext, swin or resnet."
+                    "choose a deeper one, or a hierarchical backbone such as convnext, swin or resnet."
                 )
-            backbone.set_output_features_output_indices(out_features=stage_names[-4:], out_indices=None)
+            backbone.set_output_features_output_indices(out_features=_four_of(backbone, stage_names), out_indices=None)
 
     def validate_architecture(self):
         """As transformers calls it, when made and before saving; a ValueError names the field and what it may be."""
         self._check_choices(
             label_update=("gate", "none"),
             aggregation=("concat", "topdown"),
+            pyramid=("none", "simple"),
             classifier=("per_label", "shared"),
         )
+        if self.pyramid != "none" and self.backbone_config.model_type in BLOCK_BACKBONES:
+            raise ValueError(
+                f"pyramid {self.pyramid!r} is for backbones of one scale; a {self.backbone_config.model_type} has four."
+            )
         if self.interaction_depths is not None and (
             len(self.interaction_depths) != 4 or any(depth < 1 for depth in self.interaction_depths)
         ):
@@ -241,3 +261,11 @@ class HSVLTConfig(MultiLabelConfig):
         for field in ("residual_attention", "candidate_labels"):
             if getattr(self, field) and self.classifier != "per_label":
                 raise ValueError(f'{field} has weights for each label: it needs classifier="per_label".')
+
+
+def _four_of(backbone: PreTrainedConfig, stage_names: list[str]) -> list[str]:
+    """The stages to read: of a backbone that is one stack of layers four evenly spaced, of a pyramid the last four."""
+    layers = stage_names[1:]
+    if len(layers) > 4 and getattr(backbone, "num_hidden_layers", None) == len(layers):
+        return [layers[-(-len(layers) * quarter // 4) - 1] for quarter in (1, 2, 3, 4)]
+    return stage_names[-4:]

@@ -162,7 +162,8 @@ def read_with_additions(
     if model.candidate_scorer is not None and class_ids is None and num_labels == model.num_labels:
         proposals = model.candidate_scorer(feature_maps[-1])
         class_ids = candidates = model.candidate_scorer.choose(proposals)
-    output = in_chunks(model._read, feature_maps, text_embeddings, class_ids, model.config.label_chunk_size, **asked)
+    scales = model.hsvlt.scales(feature_maps)
+    output = in_chunks(model._read, scales, text_embeddings, class_ids, model.config.label_chunk_size, **asked)
     logits, paths = output.logits, [output.logits]
     if model.residual_attention is not None:
         paths.append(model.residual_attention(feature_maps[-1], class_ids))

@@ -1,17 +1,23 @@
 """The visual side of HSVLT: backbones of transformers, read map by map, and how they start from pretrained weights."""
 
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator
+from inspect import signature
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import AutoBackbone, AutoModel
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextEncoder
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2Embeddings, ConvNextV2Encoder
 
 from .configuration_hsvlt import BLOCK_BACKBONES, HSVLTConfig
 from .convnext_in_rows import convnext_layer_in_rows, runs_in_rows
+from .hsvlt_probe import NormsAfter, retire, without_data
+from .hsvlt_timm import build_timm, gives_channels_last, load_timm
 from .load_pretrained import load_pretrained
 from .modeling_efficientnet_lite import EfficientNetLiteBackbone
 from .modeling_mltr import MlTrBackbone
@@ -23,8 +29,10 @@ OWN_BACKBONES: dict[str, Any] = {"mltr": MlTrBackbone, "efficientnet_lite": Effi
 
 def build_backbone(config: HSVLTConfig) -> "HSVLTBlockBackbone | HSVLTStageBackbone":
     """The backbone that `config.backbone_config` describes, with new weights."""
-    by_block = config.backbone_config.model_type in BLOCK_BACKBONES
-    return HSVLTBlockBackbone(config) if by_block else HSVLTStageBackbone(config)
+    if config.backbone_config.model_type in BLOCK_BACKBONES:
+        return HSVLTBlockBackbone(config)
+    has_stages = isinstance(config.backbone_config, BackboneConfigMixin)
+    return HSVLTStageBackbone(config) if has_stages else HSVLTTowerBackbone(config)
 
 
 class HSVLTBlockBackbone(nn.Module):
@@ -111,19 +119,53 @@ class HSVLTBlockBackbone(nn.Module):
 
 
 class HSVLTStageBackbone(nn.Module):
-    """Any four-stage backbone of transformers, read at the output of each stage."""
+    """An `AutoBackbone` of transformers, read at the output of four stages.
+
+    What its maps are, and which of its weights they need, is seen in one pass without data, since configurations err.
+    Weights that the maps do not need are neither trained nor saved, see [`retire`].
+    """
+
+    # Patterns of the tensors that a checkpoint of the bare model has not.
+    starts_fresh: ClassVar[tuple[str, ...]] = ("norm",)
 
     def __init__(self, config: HSVLTConfig):
         super().__init__()
-        own = OWN_BACKBONES.get(config.backbone_config.model_type)
+        backbone = config.backbone_config
+        sides = getattr(backbone, "image_size", None) or config.image_size
+        self.image_size = (sides, sides) if isinstance(sides, int) else tuple(sides)  # one that it surely reads
+        patch = getattr(backbone, "patch_size", None) or 1
+        self.patch_size = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        self.interaction_depths, self.last_alone = [1, 1, 1, 1], False
+        self.model = self._build(backbone)
+        try:
+            self._prepare()
+            maps, unreached = self._without_data(self.image_size)
+            self.interaction_depths = list(config.interaction_depths or self.interaction_depths)
+            if config.pyramid != "none":
+                self.last_alone = True
+                unreached = self._without_data(self.image_size)[1]
+        except Exception as error:
+            raise ValueError(
+                f"a backbone of type {backbone.model_type!r} cannot be read at four places: {first_line(error)}"
+            ) from error
+        retire(self, unreached)
+        self._keys_to_ignore_on_load_unexpected = {f"{re.escape(name)}$" for name in unreached}
+        self.channels = [each.shape[1] for each in maps]
+        self.strides = [self.image_size[0] / each.shape[2] for each in maps]
+
+    def _build(self, backbone_config) -> PreTrainedModel:
+        own = OWN_BACKBONES.get(backbone_config.model_type)
         if own is not None:
-            self.model = own._from_config(config.backbone_config)
-        else:
-            self.model = AutoBackbone.from_config(config.backbone_config)
-            if config.backbone_config.model_type in ("swin", "focalnet"):  # built there, but never used
-                getattr(self.model, self.model.base_model_prefix).layernorm = nn.Identity()
-        self.channels = list(self.model.channels)
-        self.interaction_depths = list(config.interaction_depths or [1, 1, 1, 1])
+            return own._from_config(backbone_config)
+        if backbone_config.model_type == "timm_backbone":
+            return build_timm(backbone_config)
+        return AutoBackbone.from_config(backbone_config, trust_remote_code=False)
+
+    def _prepare(self) -> None:
+        """What has to be seen before the maps can be."""
+
+    def _without_data(self, image_size: tuple[int, int]) -> tuple[list[torch.Tensor], set[str]]:
+        return without_data(self, image_size)
 
     @property
     def body(self) -> PreTrainedModel:
@@ -138,13 +180,158 @@ class HSVLTStageBackbone(nn.Module):
     def load_pretrained(self, source: str, **load) -> None:
         """As of [`HSVLTBlockBackbone`]. A checkpoint of the bare model has no norms in front of the feature maps; those
         start fresh."""
-        # Not AutoBackbone: it asks the Hub whether a local folder exists.
-        model = load_pretrained(type(self.model), source, may_lack="norm", out_features=self.model.out_features, **load)
-        unused = [f"{model.base_model_prefix}.layernorm.{name}" for name in ("weight", "bias")]
-        self.model.load_state_dict({key: value for key, value in model.state_dict().items() if key not in unused})
+        if self.model.config.model_type == "timm_backbone":
+            model: PreTrainedModel = load_timm(self.model.config, source, **load)
+        else:
+            unused = (name.removeprefix("model\\.") for name in self._keys_to_ignore_on_load_unexpected)
+            may_lack = "|".join((*self.starts_fresh, *unused))
+            # Not AutoBackbone: it asks the Hub whether a local folder exists.
+            model = load_pretrained(type(self.model), source, may_lack=may_lack, **self._source_options(), **load)
+        weights = model.state_dict()
+        self.load_state_dict({name: weights[self._name_in_source(name)] for name in self.state_dict()})
 
-    def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yields a (B, C_i, H_i, W_i) map for each interaction in order."""
-        feature_maps = self.model(pixel_values).feature_maps
-        for feature_map, depth in zip(feature_maps, self.interaction_depths, strict=True):
-            yield from [feature_map] * depth
+    def _source_options(self) -> dict[str, Any]:
+        return {"out_features": self.model.out_features}
+
+    def _name_in_source(self, name: str) -> str:
+        return name.removeprefix("model.")
+
+    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """A (B, C_i, H_i, W_i) map for each interaction in order; the last map alone where a pyramid is built on it.
+
+        Raises:
+            ValueError: images of a size that this backbone cannot read.
+        """
+        try:
+            maps = self._maps(pixel_values)
+        except Exception as error:
+            if pixel_values.device.type == "meta" or self._reads(pixel_values.shape[-2:]):
+                raise
+            given, known = (" x ".join(map(str, size)) for size in (pixel_values.shape[-2:], self.image_size))
+            raise ValueError(
+                f"this backbone ({self.model.config.model_type}, made for {known} pixels) cannot read images of "
+                f"{given} ({first_line(error)}): set image_size, and the size of the processor, to what it reads."
+            ) from error
+        if self.last_alone:
+            return maps[-1:]
+        return [each for each, depth in zip(maps, self.interaction_depths, strict=True) for _ in range(depth)]
+
+    def _maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """The (B, C_i, H_i, W_i) maps of the four places."""
+        maps = self.model(pixel_values).feature_maps
+        if gives_channels_last(self.model):
+            maps = [each.movedim(-1, 1) for each in maps]
+        return self._on_grid(maps, pixel_values)
+
+    def _on_grid(self, states: Iterable[torch.Tensor], pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """Maps (B, C, H, W) as they are; of tokens (B, N, C), with others in front, the map of the patches."""
+        height, width = self._grid(pixel_values)
+        return [
+            state if state.ndim == 4 else state[:, state.shape[1] - height * width :].mT.unflatten(2, (height, width))
+            for state in states
+        ]
+
+    def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        return pixel_values.shape[-2] // self.patch_size[0], pixel_values.shape[-1] // self.patch_size[1]
+
+    def _reads(self, image_size: tuple[int, int]) -> bool:
+        try:
+            self._without_data(image_size)
+        except Exception:
+            return False
+        return True
+
+
+class HSVLTTowerBackbone(HSVLTStageBackbone):
+    """A vision model of transformers that is no `AutoBackbone` (CLIP, SigLIP, ViT, DeiT, ...), by its hidden states.
+
+    Of tokens: four evenly spaced layers, without what stands in front of the patches (CLS, registers), each through the
+    norm that the model has after its last layer. Of maps: the last of each resolution, and of those the four coarsest.
+    Position embeddings are interpolated where the model can; SigLIP 2's NaFlex gets the image as patches.
+    """
+
+    starts_fresh = ()
+
+    def _build(self, backbone_config) -> PreTrainedModel:
+        kind = MODEL_MAPPING.get(type(backbone_config), None)
+        if kind is None or getattr(kind, "main_input_name", None) != "pixel_values":
+            raise ValueError(
+                f"backbone_config of type {backbone_config.model_type!r} is no backbone and no vision model of "
+                "transformers; choose one, such as convnext, swin, dinov2, vit or siglip_vision_model."
+            )
+        if hasattr(backbone_config, "mask_ratio"):
+            raise ValueError(
+                f"a backbone of type {backbone_config.model_type!r} hides and shuffles patches, so that no map can be "
+                "made of them; load its weights as model_type 'vit'."
+            )
+        if hasattr(backbone_config, "vision_use_head"):
+            backbone_config.vision_use_head = False  # pools, for nobody
+        return AutoModel.from_config(backbone_config, trust_remote_code=False, **_without_pooling(kind))
+
+    def _prepare(self) -> None:
+        config, takes = self.model.config, signature(self.model.forward).parameters
+        self.takes_patches = "spatial_shapes" in takes
+        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+        lists = (part for part in self.model.modules() if isinstance(part, nn.ModuleList))
+        layers = next((part for part in lists if len(part) == getattr(config, "num_hidden_layers", None)), [None])
+        with NormsAfter(self.model, layers[-1]) as norms:
+            states = without_data(self.model, self.image_size, self._inputs)[0].hidden_states
+        self.places = self._places(states)
+        self.norm_name, self.norm = None, nn.Identity()
+        if states[-1].ndim == 3 and norms.names:
+            # Taken out, so that each place goes through it once, whether the model gives its states before or after it.
+            self.norm_name = norms.names[0]
+            self.norm = self.model.get_submodule(self.norm_name)
+            self.model.set_submodule(self.norm_name, nn.Identity())
+        self.options["output_hidden_states"] = self.places
+
+    def _inputs(self, images: torch.Tensor) -> dict[str, Any]:
+        if not self.takes_patches:
+            return {"pixel_values": images, "output_hidden_states": True, **self.options}
+        height, width = self._grid(images)
+        patches = images[..., : height * self.patch_size[0], : width * self.patch_size[1]]
+        patches = patches.unflatten(3, (width, -1)).unflatten(2, (height, -1)).permute(0, 2, 4, 3, 5, 1)
+        # One grid for all images, so positions of one: they are added to each.
+        grid = torch.tensor([[height, width]], device="cpu")
+        inputs = {
+            "pixel_values": patches.flatten(3).flatten(1, 2),
+            "pixel_attention_mask": None,
+            "spatial_shapes": grid,
+        }
+        return {"output_hidden_states": True, **inputs, **self.options}
+
+    def _places(self, states: tuple[torch.Tensor, ...]) -> list[int]:
+        """Which of the hidden states are read."""
+        shapes = [tuple(state.shape) for state in states]
+        height, width = (side // patch for side, patch in zip(self.image_size, self.patch_size, strict=True))
+        if any(shape[0] != 2 for shape in shapes):
+            raise ValueError("it puts the patches of all images into one row")
+        if all(len(shape) == 3 for shape in shapes) and len(set(shapes)) == 1 and shapes[0][1] >= height * width > 1:
+            layers = len(states) - 1
+            if layers < 4:
+                raise ValueError(f"it has {layers} layers, and four are read")
+            return [-(-layers * quarter // 4) for quarter in (1, 2, 3, 4)]
+        last = {shape[2:]: index for index, shape in enumerate(shapes) if len(shape) == 4}
+        if len(last) < 4 or any(height > self.image_size[0] or width > self.image_size[1] for height, width in last):
+            raise ValueError("its hidden states are neither tokens of patches nor maps of four resolutions")
+        return sorted(last.values())[-4:]
+
+    def _source_options(self) -> dict[str, Any]:
+        return _without_pooling(type(self.model))
+
+    def _name_in_source(self, name: str) -> str:
+        return re.sub(r"^norm\b", str(self.norm_name), super()._name_in_source(name))
+
+    def _maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        states = self.model(**self._inputs(pixel_values)).hidden_states
+        return self._on_grid([self.norm(states[place]) for place in self.places], pixel_values)
+
+
+def _without_pooling(kind: Any) -> dict[str, Any]:
+    return {"add_pooling_layer": False} if "add_pooling_layer" in signature(kind.__init__).parameters else {}
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in a sentence of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:200]

@@ -9,10 +9,11 @@ gives one sentence.
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -66,9 +67,7 @@ def load_pretrained(
         missing = sorted(name for name in info["missing_keys"] if not (may_lack and re.search(may_lack, name)))
         if missing and not wants_info:
             raise ValueError(f"{source} lacks {len(missing)} tensors, the first is {missing[0]}: fetch it again.")
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"{source} holds numbers that are not finite in {name}: fetch or train it again.")
+        check_finite(model.state_dict(), source)
         return (model, info) if wants_info else model
     except OSError as error:
         raise OSError(_one_line(error)) from error
@@ -78,6 +77,16 @@ def load_pretrained(
         raise ValueError(
             f"{source} cannot be loaded ({type(error).__name__}: {_one_line(error)}): fetch or write it again."
         ) from error
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """
+    Raises:
+        ValueError: a tensor that holds a number that is not finite.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{source} holds numbers that are not finite in {name}: fetch or train it again.")
 
 
 def _one_line(error: Exception) -> str:
@@ -93,7 +102,8 @@ def _config_of(source: str, hub: dict) -> dict:
         return {}  # a folder of a tokenizer alone, or of an adapter
 
 
-def _file(source: str, name: str, hub: dict) -> str | None:
+def file_of(source: str, name: str, hub: dict) -> str | None:
+    """Where the file `name` of a folder or Hub id is on this machine; None where it has none."""
     return cached_file(
         source,
         name,
@@ -110,11 +120,11 @@ def _base_of(source: str, hub: dict) -> str:
     Raises:
         ValueError: an adapter that is no safetensors file, or whose base is no folder here.
     """
-    path = _file(source, "adapter_config.json", hub)
+    path = file_of(source, "adapter_config.json", hub)
     if path is None:
         return source
     base = source
-    if _file(source, "config.json", hub) is None:
+    if file_of(source, "config.json", hub) is None:
         with open(path, encoding="utf-8") as file:
             base = json.load(file).get("base_model_name_or_path")
     if base != source and not os.path.isdir(str(base)):
@@ -122,7 +132,7 @@ def _base_of(source: str, hub: dict) -> str:
             f"{source} is an adapter of {base!r}, and a downloaded file does not choose what is downloaded next: put "
             "the folder of its base there, or merge it first."
         )
-    if _file(source, "adapter_model.safetensors", hub) is None:
+    if file_of(source, "adapter_model.safetensors", hub) is None:
         raise ValueError(f"{source} holds an adapter that is no safetensors file: do not load this.")
     return base
 
@@ -134,7 +144,7 @@ def _tensor_shapes(source: str, hub: dict) -> dict[str, list[int]]:
         ValueError: an index names a file that is no safetensors file of this very folder.
     """
     names = [WEIGHTS]
-    index = _file(source, INDEX, hub)
+    index = file_of(source, INDEX, hub)
     if index is not None:
         with open(index, encoding="utf-8") as file:
             shards = sorted(set(json.load(file)["weight_map"].values()))
@@ -145,7 +155,7 @@ def _tensor_shapes(source: str, hub: dict) -> dict[str, list[int]]:
                 raise ValueError(f"{index} names {shard!r}, which is no safetensors file: do not load this.")
         names += shards
     shapes: dict[str, list[int]] = {}
-    for path in filter(None, (_file(source, name, hub) for name in names)):
+    for path in filter(None, (file_of(source, name, hub) for name in names)):
         with safe_open(path, framework="pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dict)
     return shapes

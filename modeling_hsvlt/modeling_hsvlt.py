@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -35,7 +34,8 @@ from .hsvlt_additions import (
     read_with_additions,
 )
 from .hsvlt_backbones import build_backbone
-from .load_pretrained import load_pretrained
+from .hsvlt_pyramid import build_pyramid
+from .hsvlt_timm import backbone_config_of
 from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     as_dtype_of,
@@ -398,6 +398,8 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
         if isinstance(module, (nn.Linear, HSVLTPerLabelClassifier)):
             # transformers calls this only for modules with weights, so the flag sits on the layer, not on its parent.
             init_linear(module, None if getattr(module, "starts_as_in_torch", False) else self.config.initializer_range)
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and getattr(module, "starts_as_in_torch", False):
+            init_linear(module, None)
         elif isinstance(module, HSVLTResidualAttention):
             for tensor in (module.weight, module.bias, module.text_weight):
                 init.zeros_(tensor)
@@ -422,12 +424,14 @@ class HSVLTModel(HSVLTPreTrainedModel):
         if config.backbone_config._attn_implementation == "sdpa":
             config.backbone_config._attn_implementation = None  # where it can; many backbones refuse it by name
         self.backbone = build_backbone(config)
-        self.label_stream = HSVLTLabelStream(config, self.backbone.channels, self.backbone.interaction_depths)
+        self.pyramid = build_pyramid(config, self.backbone)
+        channels = (self.pyramid or self.backbone).channels
+        self.label_stream = HSVLTLabelStream(config, channels, self.backbone.interaction_depths)
         aggregation: Any = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
-        self.aggregation = aggregation(self.backbone.channels)
+        self.aggregation = aggregation(channels)
         self.multimodal_norms = None
         if config.normalize_multimodal_states:
-            self.multimodal_norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.backbone.channels)
+            self.multimodal_norms = nn.ModuleList(nn.LayerNorm(width) for width in channels)
         self.label_embeddings = HSVLTLabelEmbeddings(config)
         self.post_init()
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
@@ -442,6 +446,10 @@ class HSVLTModel(HSVLTPreTrainedModel):
         if self.get_input_embeddings() is None:
             raise ValueError("this backbone has no module patch_embeddings to set.")
         self.backbone.embeddings.patch_embeddings = value
+
+    def scales(self, feature_maps: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """The maps that the labels meet: those of the backbone, or of the pyramid on its last one."""
+        return feature_maps if self.pyramid is None else self.pyramid(feature_maps)
 
     @can_return_tuple
     def forward(
@@ -471,6 +479,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
                 f"label_embedding_dim={self.config.label_embedding_dim}; use the text encoder it was trained with"
                 + (f" ({self.config.label_text_encoder})." if self.config.label_text_encoder else ".")
             )
+        feature_maps = self.scales(feature_maps)
         if autocasts_to_fp16(text_embeddings):
             feature_maps = list(feature_maps)  # runs the backbone, still under autocast
         with no_fp16_autocast(text_embeddings):
@@ -528,7 +537,8 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         """A new model on a pretrained backbone.
 
         Args:
-            source (`str`): folder or Hub id of any four-stage backbone in transformers' format (safetensors).
+            source (`str`): folder or Hub id of a backbone or vision tower in transformers' format, or in timm's where
+                timm is installed ("timm/NAME"); safetensors alone.
             revision (`str`, *optional*): commit or tag on the Hub.
             config ([`HSVLTConfig`], *optional*): configuration whose `backbone_config` is replaced by the source's.
             config_kwargs: fields of a new [`HSVLTConfig`], where `config` is None.
@@ -536,7 +546,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         Raises:
             ValueError: where the backbone's weights do not fit those of the source.
         """
-        backbone_config = load_pretrained(AutoConfig, source, revision=revision)
+        backbone_config = backbone_config_of(source, revision)
         if config is None:
             config = HSVLTConfig(backbone_config=backbone_config, **config_kwargs)
         else:
@@ -646,7 +656,8 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         if self.candidate_scorer is not None or self.residual_attention is not None:
             of_labels = (text_embeddings, class_ids, labels)
             return read_with_additions(self, feature_maps, *of_labels, num_items_in_batch, **asked)
-        output = in_chunks(self._read, feature_maps, text_embeddings, class_ids, self.config.label_chunk_size, **asked)
+        scales = self.hsvlt.scales(feature_maps)  # once for all chunks
+        output = in_chunks(self._read, scales, text_embeddings, class_ids, self.config.label_chunk_size, **asked)
         loss = None if labels is None else self._loss(output.logits, labels, num_items_in_batch)
         return HSVLTImageClassifierOutput(**{**output, "loss": loss})
 

@@ -55,7 +55,7 @@ def test_other_backbones_read_four_stages():
     config = HSVLTConfig(backbone_config=SwinConfig(depths=[1, 1, 1, 1]))
     assert config.backbone_config.out_features == ["stage1", "stage2", "stage3", "stage4"]
     with pytest.raises(ValueError, match="stages; HSVLT reads four"):
-        HSVLTConfig(backbone_config={"model_type": "vit"})
+        HSVLTConfig(backbone_config={"model_type": "dinov2", "num_hidden_layers": 2})
 
 
 @pytest.mark.parametrize(

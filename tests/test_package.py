@@ -62,6 +62,7 @@ def test_no_version_is_allowed_that_is_older_than_what_is_tested():
     tested = pins("constraints.txt")
     # gradio wants Pillow below 13, and the Space's tests run with that.
     tested["pillow"] = pins("tests/space/requirements.txt")["pillow"]
+    tested["timm"] = pins("tests/timm/requirements.txt")["timm"]
     extras = PROJECT["optional-dependencies"].values()
     for requirement in [*PROJECT["dependencies"], *(requirement for extra in extras for requirement in extra)]:
         name, _, floor = requirement.partition(">=")

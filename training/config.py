@@ -80,7 +80,7 @@ class TrainingConfig(DatasetOptions):
     preset: str | None = "small"  # the published size with a published number
     model: dict = field(default_factory=dict)  # any field of the model's configuration
     backbone: str | None = path()  # pretrained backbone: efficientnet_lite0 (lite1, lite2), or a folder or Hub id in
-    # transformers' format; null: random weights
+    # transformers' format, or timm/NAME where timm is installed; null: random weights
     backbone_revision: str | None = None  # required for a Hub id: a commit (config.yaml gets the commit of a branch)
     backbone_statistics: bool = False  # image_mean and image_std are those of the processor of backbone or init_from
     freeze_backbone: bool = False  # train only what stands on the backbone: right for few images and no GPU

@@ -5,14 +5,15 @@
 All models run in one process on random weights and noise images, interleaved: every round times each of them once,
 in turn, and a ratio is the median of the ratios round by round, so that a machine whose speed drifts drifts for all.
 "bare" is transformers' ConvNextModel as anybody would call it; in training it is ConvNextForImageClassification, since
-a bare backbone has no loss. Memory is the peak beyond the weights (of the device; on a CPU of the process, in one of
-its own).
+a bare backbone has no loss. "vit" is ViT-B/16 as ViTModel, "hsvlt_vit" the label stream on it. Memory is the peak
+beyond the weights (of the device; on a CPU of the process, in one of its own).
 """
 
 import argparse
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModel, ConvNextForImageClassification, SwinConfig
+from transformers import AutoModel, ConvNextForImageClassification, SwinConfig, ViTConfig
 
 from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.peers.heads import HEADS
@@ -54,8 +55,15 @@ def build(name: str, preset: str, image_size: int, num_labels: int, candidate_la
         config = HSVLTConfig.preset(
             preset, num_labels=num_labels, label_chunk_size=chunk, candidate_labels=candidate_labels
         )
-    if name.startswith("hsvlt"):
+    if name.startswith("hsvlt") and name != "hsvlt_vit":
         return HSVLTForImageClassification(config)
+    if name.endswith("vit"):
+        tower = ViTConfig(image_size=image_size)  # ViT-B/16
+        if name == "vit":
+            return AutoModel.from_config(tower, add_pooling_layer=False)
+        return HSVLTForImageClassification(
+            HSVLTConfig(backbone_config=tower, image_size=image_size, num_labels=num_labels, label_chunk_size=chunk)
+        )
     if name == "swin_t":
         return AutoModel.from_config(SwinConfig(image_size=image_size))
     if name.startswith("mltr_"):
@@ -69,6 +77,7 @@ MODELS = (
     *("bare", "bare_eager", "bare_channels_last", "linear"),
     *("hsvlt", "hsvlt_projected", "hsvlt_candidates"),
     *("query2label", "ml_decoder", "swin_t", "mltr_s", "mltr_m", "mltr_l"),
+    *("vit", "hsvlt_vit"),
 )
 DEFAULT_MODELS = ("bare", "bare_channels_last", "linear", "hsvlt", "hsvlt_projected", "query2label", "ml_decoder")
 
@@ -76,7 +85,7 @@ DEFAULT_MODELS = ("bare", "bare_channels_last", "linear", "hsvlt", "hsvlt_projec
 def logits_of(output) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output
-    return output.logits if "logits" in output else output.pooler_output
+    return next(output[name] for name in ("logits", "pooler_output", "last_hidden_state") if name in output)
 
 
 def make_step(model: nn.Module, name: str, batch: torch.Tensor, num_labels: int, dtype, train: bool, compiled: bool):
@@ -152,14 +161,16 @@ def run(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     names = [name for name in args.models if not (args.train and name.startswith("bare"))]
-    reference = next(name for name in [*(("linear",) if args.train else ("bare",)), names[0]] if name in names)
+    usual = args.reference or ("linear" if args.train else "bare")
+    reference = usual if usual in names else names[0]
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
 
     rows = []
     for batch_size in args.batch_size:
         batch = torch.randn(batch_size, 3, args.image_size, args.image_size, device=device)
         for num_labels in args.num_labels:
             for name in names:
-                if (name.startswith("bare") or name == "swin_t") and num_labels != args.num_labels[0]:
+                if (name.startswith("bare") or name in ("swin_t", "vit")) and num_labels != args.num_labels[0]:
                     continue
                 build_args = (args.preset, args.image_size, num_labels, args.candidate_labels, args.label_chunk_size)
                 torch.manual_seed(0)
@@ -176,7 +187,7 @@ def run(args: argparse.Namespace) -> dict:
             row["step"]()
     for _ in tqdm(range(args.rounds), desc="rounds"):
         for row in rows:
-            row["seconds"].append(timed(row["step"], device))
+            row["seconds"].append(timed(row["step"], device, clock))
 
     for row in rows:
         step, worker = row.pop("step"), row.pop("memory_args")
@@ -232,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile every model but bare_eager")
     parser.add_argument("--train", action="store_true", help="time training steps in place of inference")
+    parser.add_argument("--reference", choices=MODELS, help="what ratios are to; default: bare, or linear in training")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: time of this process's threads")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -40,6 +40,8 @@ def feature_loaders(
     processor = data["train"].image_processor
     root = Path(config.feature_cache) if config.feature_cache else user_cache() / "features"
     settings = [model.hsvlt.config.backbone_config.to_dict(), model.hsvlt.config.interaction_depths]
+    if model.hsvlt.pyramid is not None:
+        settings.append(model.hsvlt.config.pyramid)
     folder, shapes = root / store_name(backbone, settings, processor), map_shapes(backbone, processor, device)
     mirrors = config.augmentation is not None and "horizontal_flip" in changes_images(config.augmentation)
     views = {"train": 2 if mirrors else 1, "validation": 1}

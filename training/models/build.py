@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, AutoTokenizer, CLIPModel, PreTrainedModel
+from transformers import AutoModelForImageClassification, AutoTokenizer, CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 import modeling_hsvlt  # noqa: F401  (registers the model types)
+from modeling_hsvlt.hsvlt_timm import backbone_config_of
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import class_shares, encode_labels, load_text_encoder, transfer_classifier
 from modeling_hsvlt.load_pretrained import load_pretrained
@@ -121,7 +122,11 @@ def read_backbone_statistics(config: TrainingConfig) -> None:
     source = local_source(name, known)
     check_pinned(option, source, revision, known)
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+        found = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+        if found.get("model_type") == "timm_wrapper":  # timm keeps them there, under other names
+            found = {f"image_{name}": found.get("pretrained_cfg", {}).get(name) for name in ("mean", "std")}
+        else:
+            found = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)[0]
     except OSError as error:
         raise ValueError(
             f"The processor of {name}, for backbone_statistics, cannot be read ({str(error).splitlines()[0]}): give "
@@ -265,7 +270,7 @@ def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
         raise ValueError(f"model_type {config.model_type!r} stands on no other backbone: leave backbone out.")
     source = local_source(config.backbone, BACKBONES)
     check_pinned("backbone", source, config.backbone_revision, BACKBONES)
-    source_config = load_pretrained(AutoConfig, source, revision=config.backbone_revision)
+    source_config = backbone_config_of(source, config.backbone_revision)
     config.backbone_revision = commit_of(source_config) or config.backbone_revision
     return model_class.from_backbone(source, revision=config.backbone_revision, config=model_config)
 
