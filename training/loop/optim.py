@@ -5,7 +5,7 @@
 `build_ema`        exponential moving average of the weights, with its own warm-up.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -138,21 +138,43 @@ def build_optimizer(
     return kind(groups, lr=learning_rate, betas=betas, fused=devices <= {"cpu", "cuda", "mps", "xpu"})
 
 
-def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """Five Newton-Schulz steps towards U V^T of the matrix U S V^T: singular values of some 0.7 to 1.2.
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """Five Newton-Schulz steps towards U V^T of each matrix U S V^T in (number, rows, columns): singular values of some
+    0.7 to 1.2.
 
     Coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon/). Products are in bfloat16 on a GPU, as
     published. On a CPU they stay in fp32: one without bfloat16 instructions takes twenty times as long for them, and
-    `torch.optim.Muon` always uses them.
+    `torch.optim.Muon` always uses them. Each step multiplies a matrix by a polynomial of its own X X^T; where it is
+    twice as long as wide, these small factors are multiplied among themselves first, which takes a third less.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    if len(x) > x.size(1):
-        x = x.T
-    x = x / x.norm().clamp(min=1e-7)
+    if matrices.size(1) > matrices.size(2):
+        return orthogonalise(matrices.mT).mT
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if x.dtype == torch.bfloat16 or x.size(2) < 2 * x.size(1):  # bfloat16 would round too much of a product of factors
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        return x
+    gram, product = x @ x.mT, torch.eye(x.size(1), dtype=x.dtype, device=x.device)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x if x.shape == matrix.shape else x.T
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product, gram = factor @ product, factor @ gram @ factor
+    return product @ x
+
+
+def alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Those that have a gradient, by the shape of their matrix: what is multiplied together, up to 64 MiB of fp32."""
+    kinds: dict[tuple, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            rows = parameter.shape[0]
+            kind = (rows, parameter.numel() // rows, parameter.dtype, parameter.device)
+            kinds.setdefault(kind, []).append(parameter)
+    for (rows, columns, *_), found in kinds.items():
+        at_once = max(1, 2**24 // (rows * columns))
+        yield from (found[start : start + at_once] for start in range(0, len(found), at_once))
 
 
 class Muon(torch.optim.Optimizer):
@@ -176,24 +198,26 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             if not group["name"].endswith(MUON):
                 continue
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"]
-                momentum.lerp_(gradient, 0.05)
-                update = gradient.lerp(momentum, 0.95)
-                whole = update.full_tensor() if isinstance(update, DTensor) else update  # FSDP2 divides it
-                matrix = whole.flatten(1)
-                whole = orthogonalise(matrix).to(update.dtype).reshape(whole.shape)
-                if isinstance(update, DTensor):  # every process takes its part of what they all have
-                    whole = distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(whole, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+            for parameters in alike(group["params"]):
+                updates = [self._momentum(parameter) for parameter in parameters]
+                # FSDP2 divides them
+                whole = [each.full_tensor() if isinstance(each, DTensor) else each for each in updates]
+                orthogonal = orthogonalise(torch.stack([each.flatten(1) for each in whole]))
+                for parameter, update, matrix in zip(parameters, updates, orthogonal, strict=True):
+                    step = matrix.to(update.dtype).reshape(update.shape)
+                    if isinstance(update, DTensor):  # every process takes its part of what they all have
+                        step = distribute_tensor(step, update.device_mesh, update.placements, src_data_rank=None)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(step, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
         return loss
+
+    def _momentum(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Nesterov's: the gradient and its running mean, which takes it in."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"].lerp_(parameter.grad, 0.05)
+        return parameter.grad.lerp(momentum, 0.95)
 
 
 class WarmupPlateau:
