@@ -3,18 +3,16 @@
 import errno
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
@@ -38,7 +36,7 @@ from training.metrics.functional import multilabel_report
 from training.scoring.measured_with import fingerprints
 from training.train import main, train
 
-from ..forked import free_port
+from ..forked import forked
 from ..tolerance import METRIC, assert_close_metrics
 from .tiny_run import NANO, SCENES
 
@@ -329,7 +327,9 @@ class Fp16OnCpu(Accelerator):
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
 
 
-FP16 = ["--mixed_precision", "fp16", "--fresh_scenes", "false", "--save_every_steps", "2"]
+# Twelve steps as elsewhere, of fewer images: a CPU is slow in fp16.
+FP16 = ["--mixed_precision", "fp16", "--fresh_scenes", "false", "--save_every_steps", "2", "--batch_size", "2"]
+FP16 += ["--scenes.num_scenes.train", "12", "--scenes.num_scenes.validation", "6"]
 
 
 def scales_of(folder):
@@ -433,21 +433,15 @@ def test_every_recipe_reads(path):
     parse_config([str(path)])
 
 
-def launch(command, **environment):
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def accelerate_launch(arguments):
+    launch_command(launch_command_parser().parse_args(arguments))
 
 
 @pytest.mark.slow
 def test_accelerate_launch_runs_the_command(recipe, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
-    result = launch([*command, "-m", "training.train", recipe, "--output_dir", str(tmp_path / "run"), "--epochs", "1"])
+    arguments = ["--num_cpu_threads_per_process", "1", "-m", "training.train"]
+    arguments += [recipe, "--output_dir", str(tmp_path / "run"), "--epochs", "1"]
+    result = forked(accelerate_launch, arguments)
     assert result.returncode == 0, result.stderr
     assert "steps of 8 images on 1 x cpu" in result.stdout and (tmp_path / "run" / "best").exists()
 
@@ -456,16 +450,10 @@ def test_accelerate_launch_runs_the_command(recipe, tmp_path):
 def test_two_processes_train_like_one(recipe, tmp_path):
     """45 images by 4 on two processes and by 8 on one: the same loss curve to rounding, though the last batch is
     uneven (5 images: 4 and 1); and the same metrics of one model on 23 images."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml")]
-    command += ["--main_process_port", free_port()]
     folder, single = tmp_path / "two", tmp_path / "one"
     options = ["--fresh_scenes", "false", "--augmentation", "null"]
     options += ["--scenes.num_scenes.train", "45", "--scenes.num_scenes.validation", "23"]
-    result = launch(
-        [*command, "-m", "training.train", recipe, "--output_dir", str(folder), "--batch_size", "4", *options],
-        ACCELERATE_USE_CPU="true",
-    )
+    result = forked(main, [recipe, "--output_dir", str(folder), "--batch_size", "4", *options], processes=2)
     assert result.returncode == 0, result.stderr
     assert "12 steps of 8 images on 2 x cpu" in result.stdout
     assert main([recipe, "--output_dir", str(single), "--batch_size", "8", *options]) == 0
