@@ -86,16 +86,3 @@ def test_the_wheel_holds_the_two_packages_and_what_they_read(wheel):
         wanted |= {f"{inside}/{file.as_posix()}" for file in files if "__pycache__" not in file.parts}
     assert packed == wanted
     assert any(name.endswith("LICENSE") for name in zipfile.ZipFile(wheel.file).namelist())
-
-
-@pytest.mark.slow
-def test_the_package_of_the_wheel_works_alone(wheel, tmp_path):
-    script = (
-        "import modeling_hsvlt, torch\n"
-        "from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification\n"
-        "print(modeling_hsvlt.__file__)\n"
-        "model = HSVLTForImageClassification(HSVLTConfig.preset('nano', num_labels=3)).eval()\n"
-        "print(tuple(model(torch.rand(1, 3, 64, 64)).logits.shape))\n"
-    )
-    ran = wheel.run([sys.executable, "-c", script], tmp_path)
-    assert str(wheel.site) in ran.stdout and "(1, 3)" in ran.stdout

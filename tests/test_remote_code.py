@@ -167,23 +167,45 @@ def assert_same_weights(saved, expected):
 
 
 def test_folders_load_and_save_and_load_without_the_package(tmp_path, image):
+    """But not unless their code is trusted. A backbone of this package travels along."""
+    lite = {"model_type": "efficientnet_lite", "group_channels": [8, 8, 8, 8, 8, 16, 16], "head_channels": 32}
+    mltr = {"model_type": "mltr", "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "image_size": 64}
     checkpoints = {family: checkpoint(family) for family in FAMILIES}
-    for family, (model, processor) in checkpoints.items():
-        model.save_pretrained(tmp_path / family)
-        processor.save_pretrained(tmp_path / family)
+    others = {"on_lite": hsvlt_on(lite), "on_mltr": hsvlt_on(mltr)}
+    for name, (model, processor) in (checkpoints | others).items():
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
     script = """
+refused = []
+tasks = (partial(pipeline, None), partial(pipeline, "multi-label-image-classification"))
+for load in (AutoModel.from_pretrained, AutoProcessor.from_pretrained, *tasks):
+    try:
+        load("hsvlt", trust_remote_code=False)
+    except ValueError as error:
+        refused.append("trust_remote_code=True" in str(error))
+families, others = map(json.loads, sys.argv[1:])
 results = {}
-for family in sys.argv[1:]:
+for family in families:
     results[family] = use(family)
     AutoModel.from_pretrained(family, **TRUST).save_pretrained(f"{family}_again")
     AutoProcessor.from_pretrained(family, **TRUST).save_pretrained(f"{family}_again")
     results[f"{family}_again"] = use(f"{family}_again")
     pipeline(model=family, device="cpu", **TRUST).save_pretrained(f"{family}_piped")
     results[f"{family}_piped"] = use(f"{family}_piped")
+used = {}
+for name in others:
+    AutoModelForImageClassification.from_pretrained(name, **TRUST).save_pretrained(f"{name}_again")
+    AutoProcessor.from_pretrained(name, **TRUST).save_pretrained(f"{name}_again")
+    used |= {again: use(again) for again in (name, f"{name}_again")}
 assert "modeling_hsvlt" not in sys.modules
-print(json.dumps(results))
+print(json.dumps([refused, results, used]))
 """
-    results = run(script, tmp_path, *FAMILIES)
+    refused, results, used_others = run(script, tmp_path, json.dumps([*FAMILIES]), json.dumps([*others]))
+    assert refused == [True] * 4
+    assert len(used_others) == 4
+    for name, used in used_others.items():
+        check(used, *others[name.removesuffix("_again")], image)
+    assert (tmp_path / "on_lite" / "modeling_efficientnet_lite.py").is_file()
     for name, used in results.items():
         family = name.removesuffix("_again").removesuffix("_piped")
         check(used, *checkpoints[family], image)
@@ -198,36 +220,6 @@ print(json.dumps(results))
         assert_same_weights(*(load_file(tmp_path / folder / "model.safetensors") for folder in (name, family)))
     again = json.loads((tmp_path / "hsvlt_again/processor_config.json").read_text())
     assert again == json.loads((tmp_path / "hsvlt/processor_config.json").read_text())
-
-
-def test_a_backbone_of_this_package_travels(tmp_path, image):
-    lite = {"model_type": "efficientnet_lite", "group_channels": [8, 8, 8, 8, 8, 16, 16], "head_channels": 32}
-    mltr = {"model_type": "mltr", "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "image_size": 64}
-    models = {"lite": hsvlt_on(lite), "mltr": hsvlt_on(mltr)}
-    for name, (model, processor) in models.items():
-        model.save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
-    results = run("print(json.dumps({name: use(name) for name in sys.argv[1:]}))", tmp_path, *models)
-    for name, (model, processor) in models.items():
-        check(results[name], model, processor, image)
-    assert (tmp_path / "lite" / "modeling_efficientnet_lite.py").is_file()
-
-
-def test_code_is_not_run_unless_it_is_trusted(tmp_path, image):
-    model, processor = checkpoint("hsvlt")
-    model.save_pretrained(tmp_path / "hsvlt")
-    processor.save_pretrained(tmp_path / "hsvlt")
-    script = """
-refused = []
-tasks = (partial(pipeline, None), partial(pipeline, "multi-label-image-classification"))
-for load in (AutoModel.from_pretrained, AutoProcessor.from_pretrained, *tasks):
-    try:
-        load("hsvlt", trust_remote_code=False)
-    except ValueError as error:
-        refused.append("trust_remote_code=True" in str(error))
-print(json.dumps(refused))
-"""
-    assert run(script, tmp_path) == [True] * 4
 
 
 def test_with_the_package_its_own_code_runs_and_none_of_the_checkpoint_s(tmp_path, image):
@@ -295,13 +287,11 @@ print(json.dumps(results))
 """
     with LoopbackHub() as hub:
         run(push, tmp_path, package=True, **hub.environment(tmp_path / "sender"))
-        results = run(load, tmp_path, **hub.environment(tmp_path / "receiver"))
-        # Served again to someone with another cache, and from that cache when the Hub is away.
-        reader = hub.environment(tmp_path / "reader")
-        seen = run('print(json.dumps(use("me/tagger", revision="v1")))', tmp_path, **reader)
-    offline = reader | {"HF_HUB_OFFLINE": "1"}
+        receiver = hub.environment(tmp_path / "receiver")
+        results = run(load, tmp_path, **receiver)
+    offline = receiver | {"HF_HUB_OFFLINE": "1"}  # from the cache, when the Hub is away
     cached = run('print(json.dumps(use("me/tagger", revision="v1")))', tmp_path, **offline)
-    for used in (results["tag"], results["copy"], results["piped"], seen, cached):
+    for used in (results["tag"], results["copy"], results["piped"], cached):
         check(used, model, processor, image)
     assert results["main"] == [0.5] * 7
     assert "me/nothing is not a local folder and is not a valid model identifier" in results["me/nothing@None"]

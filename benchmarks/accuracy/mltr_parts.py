@@ -89,7 +89,7 @@ def options(variant: str, seed: int, args: argparse.Namespace) -> TrainingConfig
         fields["epochs"] = args.epochs
     scenes = dict(SCENES)
     if args.num_scenes is not None:
-        scenes["num_scenes"] = {"train": args.num_scenes, "validation": 1000}
+        scenes["num_scenes"] = {"train": args.num_scenes, "validation": min(args.num_scenes, 1000)}
     fields |= {f"scenes.{knob}": value for knob, value in scenes.items()}
     words = {field: value if isinstance(value, str) else yaml.safe_dump(value) for field, value in fields.items()}
     return parse_config([str(RECIPE), *(f"--{field}={text}" for field, text in words.items())])

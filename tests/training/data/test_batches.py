@@ -8,6 +8,7 @@ from training.data.dataset import MultiLabelDataset
 from training.data.load import load
 from training.data.scenes import SCENE_LABELS, SceneSplit
 
+from ...forked import SERVER
 from .test_dataset import squash
 
 
@@ -70,7 +71,8 @@ def test_accelerate_controls_order_and_epoch():
 
 @pytest.mark.slow
 def test_workers_may_be_spawned(image_folder):
-    """Where processes do not fork (macOS, Windows, Python from 3.14 on) the dataset travels by pickling."""
+    """Where processes do not fork (macOS, Windows, Python from 3.14 on) the dataset travels by pickling, as it does to
+    a server of forks."""
     loaded = load(image_folder)
     splits, names = loaded.splits, loaded.label_names
     cached = MultiLabelDataset(splits["train"], names, squash(16), cache_images="memory")
@@ -80,7 +82,7 @@ def test_workers_may_be_spawned(image_folder):
         batch_size=None,
         num_workers=1,
         persistent_workers=True,
-        multiprocessing_context="spawn",
+        multiprocessing_context=SERVER,
     )
     for epoch in (0, 1):
         scenes.set_epoch(epoch)

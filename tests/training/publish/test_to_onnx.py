@@ -147,32 +147,44 @@ def scores_by_the_file_alone(path, image):
 
 
 @pytest.mark.slow
-def test_files_that_other_programs_read(tmp_path, capsys):
+def test_files_that_other_programs_read(tmp_path, capsys, monkeypatch):
     model = save_checkpoint(tmp_path / "checkpoint")
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     config["thresholds"] = [0.25, 0.5, 0.75]
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
     save_images(tmp_path / "data")
-    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "target")]
+    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "onnx")]
     quantize = ["--quantize", "int8", "--dataset", str(tmp_path / "data"), "--batch_size", "3"]
     assert main([*arguments, *quantize]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"int8 (loses|gains) 0\.\d+ of mAP", printed) and "thresholds fitted again: macro F1" in printed
 
+    # The snippet of the README
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(import json\n.*?onnxruntime.*?)```", readme, re.S)
+    assert len([line for line in snippet.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
+    monkeypatch.chdir(tmp_path)
+    street = Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    street.save("street.png")
+    names: dict = {}
+    exec(snippet.replace("street.jpg", "street.png"), names)
+    expected, _ = scores_by_the_file_alone(tmp_path / "onnx" / "model.onnx", street)
+    assert names["scores"] == pytest.approx(expected, abs=1e-5)
+
     image = Image.open(tmp_path / "data" / "validation" / "0.png")
     image_processor = MultiLabelImageProcessor(size={"height": 16, "width": 16})
     with torch.no_grad():
         expected = model(**image_processor(images=image, return_tensors="pt")).logits[0].sigmoid().tolist()
-    scores, facts = scores_by_the_file_alone(tmp_path / "target" / "model.onnx", image)
+    scores, facts = scores_by_the_file_alone(tmp_path / "onnx" / "model.onnx", image)
     assert scores == pytest.approx(dict(zip(NAMES, expected, strict=True)), abs=1e-4)
     assert json.loads(facts["thresholds"]) == [0.25, 0.5, 0.75]
-    scores, facts = scores_by_the_file_alone(tmp_path / "target" / "model_int8.onnx", image)
+    scores, facts = scores_by_the_file_alone(tmp_path / "onnx" / "model_int8.onnx", image)
     assert scores == pytest.approx(dict(zip(NAMES, expected, strict=True)), abs=0.3)
     assert json.loads(facts["thresholds"]) != [0.25, 0.5, 0.75]
     assert json.loads(facts["threshold_info"])["split"] == "validation"
-    operators = {node.op_type for node in onnx.load(tmp_path / "target" / "model_int8.onnx").graph.node}
+    operators = {node.op_type for node in onnx.load(tmp_path / "onnx" / "model_int8.onnx").graph.node}
     assert "MatMulInteger" in operators
-    with (tmp_path / "target" / "selected_tags.csv").open(newline="") as file:
+    with (tmp_path / "onnx" / "selected_tags.csv").open(newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == NAMES
 
     # What is there is not replaced unasked, and a wish that cannot be met is told before anything is computed.
@@ -182,14 +194,14 @@ def test_files_that_other_programs_read(tmp_path, capsys):
     assert "needs --dataset" in capsys.readouterr().err
 
     assert main([*arguments, "--overwrite", "--layout", "wd_tagger"]) == 0
-    session = onnxruntime.InferenceSession(tmp_path / "target" / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     (wanted,) = session.get_inputs()
     assert wanted.shape == ["batch", 16, 16, 3]
     # As the taggers' own programs do: BGR from 0 to 255, channels last, and what comes out are scores.
     pixels = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC), np.float32)[None, :, :, ::-1]
     found = session.run(None, {wanted.name: np.ascontiguousarray(np.repeat(pixels, 2, axis=0))})[0]
     assert found.shape == (2, 4 + len(NAMES))
-    with (tmp_path / "target" / "selected_tags.csv").open(newline="") as file:
+    with (tmp_path / "onnx" / "selected_tags.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header[:3] == ["tag_id", "name", "category"]
     for scores in found:
@@ -205,25 +217,10 @@ def test_files_that_other_programs_read(tmp_path, capsys):
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["labels"]) == [row[1] for row in rows]
     assert "programs for WD taggers resize to 448 px" in capsys.readouterr().out
-    assert not list((tmp_path / "target").glob(".export-*"))
+    assert not list((tmp_path / "onnx").glob(".export-*"))
 
 
 def test_a_processor_without_one_size_is_refused():
     assert image_size(processor(size={"height": 24, "width": 40})) == (24, 40)
     with pytest.raises(ValueError, match="images of different sizes"):
         image_size(processor(size={"shortest_edge": 20}))
-
-
-def test_the_snippet_of_the_readme_scores_as_the_model_does(tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(import json\n.*?onnxruntime.*?)```", readme, re.S)
-    assert len([line for line in snippet.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
-    save_checkpoint(tmp_path / "checkpoint")
-    assert main([str(tmp_path / "checkpoint"), str(tmp_path / "onnx")]) == 0
-    monkeypatch.chdir(tmp_path)
-    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    image.save("street.png")
-    names: dict = {}
-    exec(snippet.replace("street.jpg", "street.png"), names)
-    expected, _ = scores_by_the_file_alone(tmp_path / "onnx" / "model.onnx", image)
-    assert names["scores"] == pytest.approx(expected, abs=1e-5)
