@@ -361,7 +361,7 @@ def test_hundreds_in_the_worker(page, photos):
     page.locator("#files").set_input_files(
         [{"name": f"{number}.png", "mimeType": "image/png", "buffer": data} for number in range(300)]
     )
-    page.locator("#status", has_text="Labelling 30 of 300 images").wait_for()
+    page.locator("#status", has_text=re.compile(r"Labelling \d+ of 300 images")).wait_for()
     began = time.perf_counter()
     assert page.evaluate("1 + 1") == 2  # the page itself is free
     assert time.perf_counter() - began < 2
