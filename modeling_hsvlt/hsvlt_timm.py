@@ -86,7 +86,10 @@ def backbone_config_of(source: str, revision: str | None = None) -> PreTrainedCo
         ValueError: timm's, with arguments for its code.
     """
     hub = {} if revision is None else {"revision": revision}
-    fields = PreTrainedConfig.get_config_dict(source, **hub)[0]
+    try:
+        fields = PreTrainedConfig.get_config_dict(source, **hub)[0]
+    except Exception:
+        fields = {}  # which load_pretrained tells in a sentence
     if fields.get("model_type") != "timm_wrapper":
         return load_pretrained(AutoConfig, source, revision=revision)
     require_timm(str(fields.get("architecture")))

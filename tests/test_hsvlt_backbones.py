@@ -150,6 +150,13 @@ def test_a_model_of_image_and_text_stands_for_its_vision_tower(config_class, mod
         assert_close_outputs(model.hsvlt.backbone(random_images())[1], expected)
 
 
+def test_the_vision_tower_of_a_configuration_names_no_kernel():
+    both = CLIPConfig(vision_config=VIT).to_dict()
+    both["vision_config"]["_attn_implementation"] = "org/kernel"
+    with pytest.raises(ValueError, match="asks for the attention kernel 'org/kernel'"):
+        make_config(both)
+
+
 def test_a_fine_tuned_vit_is_a_source(tmp_path):
     torch.manual_seed(3)
     source = ViTForImageClassification(ViTConfig(**VIT))  # without the pooling layer
