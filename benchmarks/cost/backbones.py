@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from benchmarks.command import benchmark_parser, run_benchmark
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor, label_heat_maps
+from modeling_hsvlt.configuration_hsvlt import BLOCK_BACKBONES
 
 SIZES = ((64, 64), (96, 128))
 _VIT = {"hidden_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
@@ -131,7 +132,7 @@ def reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if line.startswith(("ValueError", "TypeError"))] or lines[:1]
     line = said[-1] if said else ""
-    return re.sub(r"^\w+Error: ", "", line) or type(error).__name__
+    return re.sub(r"^\w+Error: ", "", line).partition(". ")[0] or type(error).__name__
 
 
 def attempt(step: Callable[[], str]) -> str:
@@ -160,7 +161,8 @@ def try_backbone(model_type: str, fields: dict, folder: Path, onnx: bool = True)
     except Exception as error:
         return {"read at": f"refused: {reason(error)}"}
     backbone, row = model.hsvlt.backbone, {}
-    places = getattr(backbone, "places", None) or config.backbone_config.out_features or ["every block"]
+    walked = config.backbone_config.model_type in BLOCK_BACKBONES
+    places = getattr(backbone, "places", None) or (["every block"] if walked else config.backbone_config.out_features)
     row["read at"] = ", ".join(str(place).removeprefix("stage") for place in places)
 
     def gradients() -> str:
@@ -224,6 +226,7 @@ def print_table(rows: dict[str, dict[str, str]]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     known = BACKBONES | TOWERS
     unknown = [name for name in args.types if name not in known]
     if unknown:
