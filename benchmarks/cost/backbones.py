@@ -70,7 +70,7 @@ BACKBONES: dict[str, dict] = {
     "swinv2": SWIN,
     "textnet": {"hidden_sizes": [8, 8, 16, 24, 32], "stem_out_channels": 8, "image_size": [64, 64]},
     "timm_backbone": {"backbone": "resnet10t"},
-    "tipsv2": {"vision_config": DINO, "text_config": {"hidden_size": 32}},
+    "tipsv2": {"vision_config": DINO, "text_config": {"hidden_size": 32, "num_attention_heads": 2}},
     "tipsv2_vision_model": DINO,
     "uvdoc_backbone": {},
     "vitdet": DINO,
