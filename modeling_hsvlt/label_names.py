@@ -7,8 +7,9 @@ from collections.abc import Mapping
 # Far above what people write and far below what fills a memory: names come from strangers as well.
 MAX_LABEL_NAME = 1000  # letters
 
-# They make a line show itself backwards; joiners and blanks of other widths are letters to those who write them.
-_TURN_TEXT = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# They make a line show itself backwards, or are left of files put together (the byte order mark); joiners and blanks of
+# other widths are letters to those who write them.
+_NO_LETTERS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 _REFUSED = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of characters, and what ends a line
 
 
@@ -20,8 +21,10 @@ def fault_of_label_name(name: str) -> str | None:
         return f"has {len(name):,} letters"
     if name.isprintable():
         return None
-    if any(letter in _TURN_TEXT or unicodedata.category(letter) in _REFUSED for letter in name):
+    if any(letter in _NO_LETTERS or unicodedata.category(letter) in _REFUSED for letter in name):
         return "has control characters"
+    if all(unicodedata.category(letter) in ("Cf", "Zs") for letter in name):
+        return "has nothing that can be seen"
     return None
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 
 from .places import checkpoint_folder, free_cores
 
@@ -311,7 +312,7 @@ def run_command(
     """
     try:
         return status(run(CommandParser(kind, prog=f"hsvlt {command}", description=description).read(argv)))
-    except refused as error:
+    except (*refused, SafetensorError) as error:  # of which a full disk is one
         return refuse(error)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)

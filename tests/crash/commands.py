@@ -159,6 +159,26 @@ def full_disk_in_each(bench, chance: random.Random) -> tuple[int, list[str]]:
     return struck, problems
 
 
+def full_disk_in_push(bench, chance: random.Random) -> tuple[int, list[str]]:
+    """Where the folder to send is built. Nothing is sent, and the run stays as it was."""
+    disk, problems = bench.folder / "disk-push", []
+    run = whole_run(bench, "pushed-run")
+    before = content(run / "best")
+    with LoopbackHub() as hub, small_disk(disk, 8) as fill:
+        if fill is None:
+            print("full disk in push: SKIPPED, a tmpfs cannot be mounted here", flush=True)
+            return 0, []
+        fill()
+        argv = [hub.endpoint, str(run), REPO, "v1", str(disk)]
+        command = Command("tests.crash.push", argv, bench.folder / "push-full.txt")
+        status, said = command.wait(), command.tail()
+        if status != [2] or "No space left on device" not in said or "Traceback" in said:
+            problems.append(f"push on a full disk ended with {status}: {said[-500:]}")
+        if ("model", REPO) in hub.repositories or content(run / "best") != before:
+            problems.append("push on a full disk left something on the Hub, or changed the run")
+    return 1, problems
+
+
 def interrupted_and_killed_pushes(bench, chance: random.Random) -> tuple[int, list[str]]:
     """SIGINT and SIGTERM are undone. SIGKILL cannot be: the next push has to make it whole."""
     problems, struck, folder = [], 0, bench.folder / "to-push"
@@ -208,5 +228,6 @@ ATTACKS = (
     kills_inside_calibrate,
     kills_inside_tag,
     full_disk_in_each,
+    full_disk_in_push,
     interrupted_and_killed_pushes,
 )

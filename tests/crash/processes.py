@@ -90,3 +90,12 @@ class Command:
 
     def tail(self, characters: int = 3000) -> str:
         return self.output.read_text(errors="replace")[-characters:] if self.output.exists() else ""
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)

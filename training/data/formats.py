@@ -138,8 +138,9 @@ def _yolo(files: Files) -> str | None:
     if found := yolo_yaml(files):
         return f"YOLO ({found[0]})"
     texts = [name for name in files.by_suffix.get(".txt", ()) if "labels" in name.split("/")[:-1]]
+    texts = texts or [text for _, text in tag_files(files)]
     if texts and any(YOLO_LINE.fullmatch(line) for name in texts[:20] for line in files.peek(name).splitlines()[:1]):
-        return "YOLO's labels/*.txt"
+        return "YOLO's boxes in *.txt"
     return None
 
 
@@ -243,7 +244,15 @@ def tag_files(files: Files) -> list[tuple[str, str]]:
     return pairs
 
 
+def kohya_files(files: Files) -> list[str]:
+    """JSON files that map images to their tags or captions, `meta_cap.json` and `meta_lat.json`."""
+    begin = re.compile(r'\{\s*"[^"]+"\s*:\s*\{\s*"(tags|caption|train_resolution)"\s*:')
+    return [name for name in files.by_suffix.get(".json", ())[:100] if begin.match(files.peek(name).lstrip())]
+
+
 def _tag_files(files: Files) -> str | None:
+    if found := kohya_files(files):
+        return f"kohya's tags of all images ({found[0]})"
     pairs = tag_files(files)
     return f"files of tags beside the images ({pairs[0][1]}, ...)" if pairs else None
 
@@ -260,7 +269,11 @@ def label_folders(files: Files) -> bool:
 
 
 def _label_folders(files: Files) -> str | None:
-    return "a folder for each label" if label_folders(files) else None
+    """Folders of images and of nothing else: beside annotations that are not known here, they may be anything."""
+    annotations = [name for suffix in (".json", ".xml") for name in files.by_suffix.get(suffix, ())]
+    annotations += [name for name in files.by_suffix.get(".txt", ()) if "/" in name]
+    several = len({name.rpartition("/")[0].rpartition("/")[2] for name in files.images}) > 1
+    return "a folder for each label" if several and not annotations and label_folders(files) else None
 
 
 # The first that speaks is right, but for those further down that say something else of the same files.

@@ -7,7 +7,6 @@ read, and names no line; here each is told with file and line before anything is
 
 from __future__ import annotations
 
-import json
 import posixpath
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from .rows import (
     rows_without_image,
     splits_by_folder,
 )
-from .text import decode_line
+from .text import decode_line, parse_json
 
 MAX_ROW = 2**24  # letters of a row of metadata.jsonl: an image with a million labels
 
@@ -116,9 +115,9 @@ def _read_split(
 def _parse_row(line: str, label_column: str, where: str) -> tuple[str, list | None, str | None]:
     """File name, labels, and their kind ("names", "numbers", or None where there are none) of one line."""
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON ({error}); correct the line.") from error
+        row = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}; correct the line.") from error
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or label_column not in row:
         raise ValueError(f"{where} must be an object with file_name and {label_column}.")
     name, labels = posixpath.normpath(row["file_name"]), row[label_column]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -14,10 +15,18 @@ from datasets import Dataset
 
 from modeling_hsvlt.label_names import fault_of_label_name
 
-# How programs write that there is nothing, where no label is called so.
-NULL_WORDS = frozenset(("nan", "none", "null", "<na>", "n/a", "#n/a"))
+# How programs write that there is nothing, where no label is called so: pandas' words, SQL's, a spreadsheet's errors.
+NULL_WORDS = frozenset(
+    ("nan", "-nan", "none", "null", "(null)", r"\n", "<na>", "na", "n/a", "#n/a", "#na", "#n/a n/a", "nat", "1.#qnan",
+     "-1.#qnan", "1.#ind", "-1.#ind", "#value!", "#ref!", "#name?", "#null!", "#num!", "#div/0!")
+)  # fmt: skip
 _BRACKETS = {"[": "]", "{": "}"}
 _QUOTES = "'\""
+# What others put between labels where we expect a comma; the last three are Chinese.
+_OTHER_SEPARATORS = "|;\uff0c\u3001\uff1b"
+# How Python prints an object that holds texts, `array(['cat'`, `set()`, `b'cat'`; a list in quotes; pieces of a list.
+_PRINTED = re.compile(r"[A-Za-z_][\w.]*\(([\[{('\"]|\)$)|[bu]r?['\"]|['\"]+[\[{(]")
+_PIECE = re.compile(rf"{_PRINTED.pattern}|[\[{{(]\s*['\"]|.*['\"]\s*[\]}}]$", re.S)
 
 
 def read_cell(text: str, separator: str = ",", known: Collection[str] = (), numbers: bool = False) -> list | None:
@@ -46,12 +55,14 @@ def read_cell(text: str, separator: str = ",", known: Collection[str] = (), numb
         items = [item for item in items if item]
     if known and all(item in known for item in items):
         return items
+    if _PRINTED.match(text):
+        raise ValueError("looks like what a program printed of a list; write names alone, or a whole list")
     quoted = all(len(item) > 1 and item[0] in _QUOTES and item[-1] == item[0] for item in items)
     if text[0] in _BRACKETS or (text[0] == "(" and text[1:2] in (*_QUOTES, ")")) or quoted:
         return _listed(_literal(f"[{','.join(items)}]" if quoted else text))
     if not all(items):
         raise ValueError("lists an empty label; take out the separator too many")
-    if any(item[0] in _BRACKETS for item in items):
+    if any(item[0] in _BRACKETS or _PRINTED.match(item) for item in items):
         raise ValueError("looks like a list but is none; write names alone, or a whole list")
     for item in items:
         if item.casefold() in NULL_WORDS and item not in known and not numbers:
@@ -132,6 +143,8 @@ def clean_names(
     for code, name in enumerate(names):
         if fault := None if name in known else fault_of_label_name(name):
             refuse(code, f"it lists the label {name[:40]!r}, which {fault}; correct it.")
+        if _PIECE.match(name) and name not in known:
+            refuse(code, f"it lists {name[:80]!r}, which looks like a printed list; write each label as its own text.")
         if name.casefold() in NULL_WORDS and name not in known:
             refuse(code, f"it lists {name!r} as a label; take it out, or give it in label_names if it is one.")
     dropped = np.array([name in no_label for name in names] + [False])[codes]
@@ -188,6 +201,7 @@ def split_text(
             if item is not None:
                 kinds.setdefault(type(item), row)
         rows.append(items)
+    _check_joined(rows, where, known)
     if str in kinds and len(kinds) > 1:
         row = max(kinds[str], min(first for kind, first in kinds.items() if kind is not str))
         raise ValueError(f"{where(row)}: some cells list names and some numbers; write the same kind in every row.")
@@ -199,7 +213,7 @@ def split_text(
 
 
 # Spellings of "unknown" in a column of text, beside an empty cell.
-_UNKNOWN_CELLS = NULL_WORDS | {"", "na", "?"}
+_UNKNOWN_CELLS = NULL_WORDS | {"", "?"}
 _WORDS = {"true": 1.0, "false": 0.0}
 
 
@@ -214,12 +228,30 @@ def _check_separator(
         return
     for row, text in enumerate(texts):
         if text and text not in known and text[0] not in _BRACKETS:
-            for other in {"|", ";"} - {separator}:
+            for other in _OTHER_SEPARATORS.replace(separator, ""):
                 if other in text:
                     raise ValueError(
                         f"{where(row)}: {text[:200]!r} holds {other!r} and no cell holds {separator!r}; say "
                         f"--label_separator '{other}', or give the names of the labels with label_names."
                     )
+
+
+def _check_joined(rows: Sequence[list | None], where: Callable[[int], str], known: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: a label is two others with another separator between them, as where tables were put together.
+    """
+    first: dict[Any, int] = {}
+    for row, items in enumerate(rows):
+        for item in items or ():
+            first.setdefault(item, row)
+    for item, row in first.items():
+        if isinstance(item, str) and item not in known:
+            parts = [part.strip() for part in re.split(f"[{_OTHER_SEPARATORS}]", item)]
+            if len(parts) > 1 and all(part in first for part in parts):
+                raise ValueError(
+                    f"{where(row)}: {item[:200]!r} is {len(parts)} labels of other rows in one; divide them as there."
+                )
 
 
 def read_number(cell: str) -> float:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 _DECLARATION = re.compile(rb"^\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)[\"'][^>]*\?>")
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
@@ -39,6 +42,30 @@ def decode_line(data: bytes, path: Path, number: int) -> str:
         return data.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         return decode(b"\n" * (number - 1) + data if data[:2] not in _UTF16 else data, path)
+
+
+def parse_json(text: str, drop: str = "") -> Any:
+    """What JSON holds, without the entries `drop` of its objects.
+
+    Raises:
+        ValueError: damage, an object with a key twice (of which one would be lost), numbers of thousands of digits or a
+            depth that no data set has; in words that follow the name of the file.
+    """
+
+    def whole(pairs: list[tuple[str, Any]]) -> dict:
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"{key!r:.80} stands twice in one object")
+        entry.pop(drop, None)
+        return entry
+
+    try:
+        return json.loads(text, object_pairs_hook=whole)
+    except RecursionError:
+        raise ValueError("is nested too deep to be a data set") from None
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON ({error})") from error
 
 
 def xml_text(data: bytes, path: Path | str) -> tuple[str, str, bytes]:

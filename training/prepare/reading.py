@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from ..data.label_cells import clean_names
 from ..data.load import load
 from ..data.rows import SPLIT_ALIASES, SPLIT_NAMES, ListedOnce, Split, Table, refuse_or_skip
 from ..data.sparse_labels import SparseLabels
-from ..data.text import read_text
+from ..data.text import parse_json, read_text
 from ..options import option
 
 
@@ -172,19 +171,13 @@ def read_json(path: Path, drop: str = "") -> Any:
     """What a JSON file holds, without the entries `drop` of its objects.
 
     Raises:
-        ValueError: no JSON, or not UTF-8, with the line.
+        ValueError: no JSON as `parse_json` takes it, or not UTF-8, with the line.
     """
-
-    def without(entry: dict) -> dict:
-        entry.pop(drop, None)
-        return entry
-
+    text = read_text(path)
     try:
-        return json.loads(read_text(path), object_hook=without if drop else None)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch or write it again.") from error
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deep to be a data set; fetch or write it again.") from None
+        return parse_json(text, drop)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; fetch or write it again.") from error
 
 
 def _with_unknown(labels: SparseLabels, unknown: Sequence[Collection[str]], index: dict[str, int]) -> SparseLabels:

@@ -5,7 +5,6 @@ split is that of the folder or file, `train-000000.tar`. SOURCE: the folder with
 from __future__ import annotations
 
 import argparse
-import json
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from ..data.image_files import IMAGE_SUFFIXES
 from ..data.label_cells import read_cell
 from ..data.label_name_files import read_label_names
 from ..data.rows import SPLIT_NAMES
-from ..data.text import decode
+from ..data.text import decode, parse_json
 from ..options import option
 from .reading import Reading, Rows, SourceOptions, usual_name
 
@@ -108,7 +107,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 def _labels(parts: dict[str, bytes], args: argparse.Namespace, names: list[str] | None, where: str) -> list[str]:
     try:
         if ".json" in parts:
-            content = json.loads(decode(parts[".json"], f"{where}.json"))
+            content = _json(decode(parts[".json"], f"{where}.json"), f"{where}.json")
             value = _field(content, args.label_column)
             separator = " " if isinstance(content, dict) and "tag_string" in content else args.label_separator
         elif ".cls" in parts or ".txt" in parts:
@@ -121,13 +120,20 @@ def _labels(parts: dict[str, bytes], args: argparse.Namespace, names: list[str] 
         if isinstance(value, str):
             value = read_cell(value, separator)
         value = [value] if isinstance(value, int) else value
+        if not isinstance(value, list):
+            raise ValueError(f"has {value!r:.60} where its labels should be; write a list or a text")
         return [_name(item, names) for item in value]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}.json is not valid JSON ({error}); correct it.") from error
     except (ValueError, TypeError) as error:
         if str(error).startswith(where):
             raise
         raise ValueError(f"{where}: {error}.") from error
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}; correct it.") from error
 
 
 def _field(content: Any, label_column: str | None) -> Any:

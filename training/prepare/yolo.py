@@ -1,6 +1,7 @@
-"""YOLO's labels/*.txt with data.yaml (ultralytics, Roboflow), or with classes.txt (Label Studio). An image has the
-labels of its boxes or outlines; one whose file of labels is empty or missing shows none. SOURCE: the folder with
-data.yaml, or the yaml file."""
+"""YOLO's labels/*.txt with data.yaml (ultralytics, Roboflow), or with classes.txt (Label Studio); or the boxes beside
+the images, with obj.names (CVAT, Darknet) or _darknet.labels (Roboflow). An image has the labels of its boxes or
+outlines; one whose file of labels is empty or missing shows none. SOURCE: the folder with data.yaml, or the yaml
+file."""
 
 from __future__ import annotations
 
@@ -99,15 +100,21 @@ def _images_of(path: Path, root: str, place: str, split: str) -> list[Path]:
 
 
 def _without_yaml(root: Path) -> tuple[list[str], dict[str, list[Path]]]:
-    names = next((path for path in (root / "classes.txt", root / "labels" / "classes.txt") if path.is_file()), None)
-    if names is None:
-        raise FileNotFoundError(f"{root} has labels, but neither data.yaml nor classes.txt with their names; add one.")
+    usual = ("classes.txt", "labels/classes.txt", "obj.names", "data/obj.names", "*/_darknet.labels", "*.names")
+    found = [path for name in usual for path in sorted(root.glob(name)) if path.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{root} has boxes, but neither data.yaml nor classes.txt nor obj.names with their names; add one."
+        )
+    names = read_label_names(found[0])
+    if odd := next((path for path in found[1:] if read_label_names(path) != names), None):
+        raise ValueError(f"{odd} has other names than {found[0]}; make them the same.")
     folder = first_folder(root / "images", root)
     parts: dict[str, list[Path]] = {}
     for name in find_images(folder).names:
         first = next((part for part in name.split("/")[:-1] if part.lower() in SPLIT_NAMES), "")
         parts.setdefault(first, []).append(folder / name)
-    return read_label_names(names), parts
+    return names, parts
 
 
 def _labels_of(image: Path) -> Path:
