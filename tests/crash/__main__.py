@@ -222,31 +222,20 @@ def stop_by_signal(bench: Bench, processes: int) -> list[str]:
 
 def fill_the_disk(bench: Bench) -> list[str]:
     what, disk = "a full disk", bench.folder / "disk"
-    disk.mkdir()
     size = sum(path.stat().st_size for path in bench.reference(1).rglob("*") if path.is_file())
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={3 * size}", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mount.returncode:
-        print(f"{what}: SKIPPED, a tmpfs cannot be mounted here ({mount.stderr.strip()})", flush=True)
-        return []
-    try:
-        run, filler = disk / "run", disk / "filler"
+    with commands.small_disk(disk, 1 + 3 * size // 2**20) as fill:
+        if fill is None:
+            print(f"{what}: SKIPPED, a tmpfs cannot be mounted here", flush=True)
+            return []
+        run = disk / "run"
         training = bench.start(run, 1)
         training.wait_until(lambda: len(checkpoints(run)) >= 2)
-        with filler.open("wb", buffering=0) as file:
-            try:
-                while file.write(b"x" * 4096):
-                    pass
-            except OSError:
-                pass
+        fill()
         status, problems = training.wait(), []
         if status != [1] or "No space left on device" not in training.tail():
             problems.append(f"it ended with {status}: {training.tail(500)}")
-        filler.unlink()
+        (disk / "filler").unlink()
         return told(what, problems + ended(bench, run))
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=False)
 
 
 def cut_a_file(bench: Bench) -> list[str]:
