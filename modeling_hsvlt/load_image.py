@@ -3,6 +3,7 @@
 import base64
 import binascii
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -27,7 +28,7 @@ MAX_BYTES = 2**28  # of an encoded image: as many as the largest one that is dec
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")
 MAX_METADATA = 2**24  # bytes in front of the pixels: a camera writes some hundred thousand
 MAX_SECONDS = 10.0  # of processor time for one image: the largest that is decoded takes some 3
-# Scans of a progressive JPEG, of which programs write about 10: of the largest image, and of any.
+# Scans of a JPEG, of which programs write about 10: of the largest image, and of any.
 MAX_SCANS, MOST_SCANS = 12, 500
 
 
@@ -81,8 +82,8 @@ def load_image(
             image = Image.open(guarded, formats=[known for known in FORMATS if known in Image.OPEN])
             guarded.metadata_left = None
         with image:
-            if image.info.get("progressive") and max_pixels is not None:
-                _check_scans(stream, image, name, max_pixels)
+            if image.format in ("JPEG", "MPO") and max_pixels is not None:
+                _check_scans(image, name, max_pixels)
             return _to_rgb(image, name, max_pixels, size_hint)
 
 
@@ -161,21 +162,38 @@ class _Guarded:
         if time.thread_time() - self._began > MAX_SECONDS:
             raise ValueError(f"it takes more than {MAX_SECONDS:g} seconds")
         data = self._file.read(size)
-        if self.metadata_left is not None:
+        if self.metadata_left is not None and size >= 0:  # WEBP and AVIF are read whole before anything is decoded
             self.metadata_left -= len(data)
             if self.metadata_left < 0:
                 raise ValueError(f"it has more than {MAX_METADATA} bytes in front of its pixels")
         return data
 
 
-def _check_scans(stream, image: Image.Image, name: str, max_pixels: int) -> None:
-    """Each scan of a progressive JPEG goes over all pixels, and a scan of a few bytes is enough for that."""
-    place = stream.tell()
-    stream.seek(0)
-    scans = stream.read().count(b"\xff\xda")
-    stream.seek(place)
-    if scans > MOST_SCANS or scans * image.width * image.height > MAX_SCANS * max_pixels:
-        raise ValueError(f"{name} is a progressive JPEG of {scans} scans, too many for its size; save it again.")
+def _check_scans(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Each scan of a JPEG goes over all pixels, and a scan of a few bytes is enough for that. Pillow has just read the
+    header of the first; one that holds all colours is the only one, unless it is progressive."""
+    file, layers = image.fp, image.layers
+    place = file.tell()
+    file.seek(max(place - 8 - 2 * layers, 0))
+    only = file.read(5)
+    if image.info.get("progressive") or only != b"\xff\xda\0" + bytes((6 + 2 * layers, layers)):
+        file.seek(0)
+        scans = _count_scans(file.read())
+        if scans > MOST_SCANS or scans * image.width * image.height > MAX_SCANS * max_pixels:
+            raise ValueError(f"{name} is a JPEG of {scans} scans, too many for its size; save it again.")
+    file.seek(place)
+
+
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.S)
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans up to the end of the image, behind which phones append films."""
+    place, scans = 2, 0
+    while (found := _MARKER.search(data, place)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        place = found.end() + max(int.from_bytes(data[found.end() : found.end() + 2], "big"), 2)
+    return scans
 
 
 def _prepared(stream, name: str):

@@ -290,7 +290,7 @@ def recipe(name: str | Path, dataset: str | Path | None = None, **options) -> Tr
 def _read_recipe(path: Path) -> dict:
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")

@@ -142,7 +142,7 @@ def read_yaml(text: str) -> Any:
     """
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ValueError(f"{text!r} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
@@ -158,7 +158,7 @@ def read_list(words: Sequence[str]) -> list[str] | None:
         return list(words)
     try:
         return yaml.load(words[0], yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{words[0]!r} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
@@ -277,7 +277,12 @@ def say_error(error: Exception) -> None:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(30)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {plain(' '.join(str(error).split()))}", file=sys.stderr)
+
+
+def plain(text: str) -> str:
+    """What strangers named, on one line and so that it does not steer the terminal that shows it."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def refuse(error: Exception) -> int:

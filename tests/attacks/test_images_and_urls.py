@@ -7,6 +7,7 @@ import struct
 import time
 from io import BytesIO
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -88,7 +89,15 @@ def many_scans():
     return whole[:-2] + scan * 2_000 + b"\xff\xd9"
 
 
-@pytest.mark.parametrize("make", [ico, icns, fits, many_exif_segments, many_scans])
+def many_scans_of_one_colour():
+    """Not progressive: the header says three colours, and each scan has one."""
+    whole = saved(Image.new("RGB", (4_000, 4_000), "gray"), "JPEG", subsampling=0)
+    at = whole.rindex(b"\xff\xda")
+    scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" + bytes(4)
+    return whole[:at] + scan * 5_000 + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("make", [ico, icns, fits, many_exif_segments, many_scans, many_scans_of_one_colour])
 def test_an_image_that_fills_memory_or_time_is_refused_at_once(make, tmp_path):
     path = tmp_path / "attack.img"
     path.write_bytes(make())
@@ -96,6 +105,16 @@ def test_an_image_that_fills_memory_or_time_is_refused_at_once(make, tmp_path):
     with pytest.raises(ValueError, match=re.escape("attack.img")):
         load_image(path)
     assert time.thread_time() - start < 1.5
+
+
+def test_an_image_that_is_read_whole_and_one_with_a_film_behind_it_are_no_attacks(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2_400, 2_600, 3), dtype=np.uint8)
+    (tmp_path / "large.webp").write_bytes(saved(Image.fromarray(pixels), "WEBP", lossless=True, method=0, quality=0))
+    assert (tmp_path / "large.webp").stat().st_size > 2**24
+    film = b"\xff\xda\0\x08" * 600
+    (tmp_path / "motion.jpg").write_bytes(saved(Image.fromarray(pixels[:100]), "JPEG", progressive=True) + film)
+    for name in ("large.webp", "motion.jpg"):
+        assert load_image(tmp_path / name).width == 2_600
 
 
 def test_what_cameras_and_programs_write_is_read(tmp_path):

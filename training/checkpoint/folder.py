@@ -62,25 +62,27 @@ def verify(folder: Path, names: str = "*") -> dict:
     """
     try:
         marker = json.loads((folder / MARKER).read_text())
-        version, files = marker["format_version"], dict(marker["files"])
-    except FileNotFoundError:
+        version = marker["format_version"]
+        listed = marker["files"] if version == FORMAT_VERSION else {}
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} has no {MARKER}, so it was not written by a run of this version") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MARKER} is damaged ({error!r})") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format version {version} and this code reads {FORMAT_VERSION}: resume with the version of "
             "the code that wrote it, or start a new run from its weights with --init_from"
         )
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         if not fnmatch(name, names):
             continue
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(f"{folder / MARKER} names {name!r}, which is outside its folder")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size or _sha256(path) != digest:
             raise CheckpointError(f"{path} is not what was written (its SHA-256 differs)")
     return marker
 

@@ -24,7 +24,8 @@ class FolderLock:
         self.folder, self._alone = folder, False
         self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / LOCK_FILE).open("a+b")
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link laid there leads elsewhere
+        self._file = os.fdopen(os.open(folder / LOCK_FILE, flags, 0o666), "a+b")
 
     def take(self, *, alone: bool) -> None:
         """

@@ -17,7 +17,7 @@ def recover_run(folder: Path) -> None:
     """Undo whatever a killed run left half done in its folder: best/ is brought back, unfinished folders go."""
     recover(folder / "best")
     for unfinished in folder.glob(".*.new"):
-        if unfinished.is_dir():
+        if unfinished.is_dir() and not unfinished.is_symlink():
             shutil.rmtree(unfinished)
         else:
             unfinished.unlink()

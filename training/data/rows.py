@@ -17,6 +17,7 @@ from datasets import Dataset, Image
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..options import plain
 from .sparse_labels import SparseLabels, arrow_column
 
 logger = logging.getLogger(__name__)
@@ -194,9 +195,9 @@ def refuse_or_skip(
     """
     if not rows:
         return []
-    names = [row for _, row in rows]
-    count = f"{len(names)} image{'s' if len(names) > 1 else ''}"
-    message = f"{where} {says} {count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) {remedy}"
+    names = [plain(row) for _, row in rows[:5]]
+    count = f"{len(rows)} image{'s' if len(rows) > 1 else ''}"
+    message = f"{where} {says} {count} ({', '.join(names)}{', ...' if len(rows) > 5 else ''}) {remedy}"
     if policy == "error":
         raise ValueError(message)
     logger.warning("Left out: %s", message)

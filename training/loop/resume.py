@@ -92,7 +92,8 @@ def _is_lost(best: Path) -> bool:
     """Whether the best epoch has to be chosen anew. A best/ that is not what was written is moved aside, not replaced;
     where its weights are, it stays: somebody edited its config.json."""
     if not best.is_dir():
-        print(f"{best} is missing: the best epoch is chosen anew.", file=sys.stderr)
+        kept = f" ({move_aside(best, 'damaged').name} is no folder, and kept)" if best.exists() else ""
+        print(f"{best} is missing{kept}: the best epoch is chosen anew.", file=sys.stderr)
         return True
     try:
         verify(best)

@@ -57,17 +57,17 @@ def read(args: argparse.Namespace) -> Reading:
 def _read_yaml(path: Path) -> tuple[list[str], dict[str, list[Path]]]:
     """The names of the classes, and the images of each part."""
     try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+        content = yaml.load(read_text(path), yaml.BaseLoader)  # texts as they are written: `no` is a name, not False
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML ({' '.join(str(error).split())}); correct it.") from error
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        if names.keys() != set(map(str, range(len(names)))):
             raise ValueError(f"{path}: the keys of names are {list(names)!r:.80}, but must count from 0.")
-        names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list) or not names:
+        names = [names[str(number)] for number in range(len(names))]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} has no list of names; add the names of the classes.")
-    if content.get("nc", len(names)) != len(names):
+    if content.get("nc", str(len(names))) != str(len(names)):
         raise ValueError(f"{path} says nc: {content['nc']}, but names {len(names)} classes; correct one of them.")
     parts = {}
     for split in ("train", "val", "valid", "validation", "test"):
@@ -79,7 +79,7 @@ def _read_yaml(path: Path) -> tuple[list[str], dict[str, list[Path]]]:
             parts[split] = images
     if not parts:
         raise ValueError(f"{path} names no train, val or test; add the folders of images.")
-    return [str(name) for name in names], parts
+    return [name.strip() for name in names], parts
 
 
 def _images_of(path: Path, root: str, place: str, split: str) -> list[Path]:

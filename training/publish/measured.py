@@ -80,7 +80,7 @@ def read_raw_options(run: Path) -> dict:
     path = run / "config.yaml"
     try:
         options = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); write it again.") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} is damaged: it holds no options; write it again.")

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..checkpoint.atomic import write_file
+from ..options import plain
 
 SETTINGS_FILE, UNREADABLE_FILE = "tagging.json", "unreadable.txt"
 FORMATS = ("parquet", "jsonl")
@@ -44,10 +45,16 @@ class Results:
 
     def read(self, part: Path, columns: list[str] | None = None) -> list[dict]:
         """The records of a part."""
-        if self.format == "parquet":
-            return pq.read_table(part, columns=columns).to_pylist()
-        with part.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        try:
+            if self.format == "parquet":
+                return pq.read_table(part, columns=columns).to_pylist()
+            with part.open(encoding="utf-8") as lines:
+                records = [json.loads(line) for line in lines]
+            return [{name: record[name] for name in columns} if columns else record for record in records]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{part} is damaged ({error!r:.200}): move it away, and its images are tagged again."
+            ) from error
 
     def done(self) -> set:
         """The keys of all images that have a record."""
@@ -55,7 +62,8 @@ class Results:
 
     def next_run(self) -> int:
         """A number that no part of an earlier run has."""
-        return 1 + max((int(part.name.split("-")[1]) for part in self.parts()), default=0)
+        numbers = (part.name.split("-")[1] for part in self.parts())
+        return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
 
     def write(self, name: str, records: list[dict]) -> None:
         """Writes a part."""
@@ -96,8 +104,11 @@ class Results:
                 raise ValueError(f"{parts[0]} is of no known run; choose another OUTPUT, or pass --overwrite.")
             self._write_settings(settings | {"images": count, "data": data(count)})
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict) or type(before.get("images", 0)) is not int:
             raise ValueError(f"{path} is damaged; choose another OUTPUT, or pass --overwrite to begin again.")
         settings |= {"data": data(before.get("images", count))}  # more may have come since
         for name, value in settings.items():
@@ -142,14 +153,9 @@ def summarise(results: Results, name: Callable[[object], str]) -> tuple[int, int
         for record in results.read(part, [results.key_name, "error"]):
             total += 1
             if record["error"] is not None:
-                lines.append(f"{_plain(name(record[results.key_name]))}\t{_plain(' '.join(record['error'].split()))}\n")
+                lines.append(f"{plain(name(record[results.key_name]))}\t{plain(' '.join(record['error'].split()))}\n")
     write_file(results.folder / UNREADABLE_FILE, "".join(sorted(lines)).encode())
     return total, len(lines)
-
-
-def _plain(text: str) -> str:
-    """On one line and in one column, whatever a file is called."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def fingerprint(text: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from modeling_hsvlt.load_image import load_image
 
 from ..checkpoint.loading import load_checkpoint
+from ..options import plain
 from ..say import counted
 
 AT_LEAST = 5  # labels of a table, if so many are not found
@@ -35,6 +36,8 @@ def show_labels(args) -> None:
         rows = sorted(zip(scores, names, thresholds, strict=True), reverse=True)
         rows.sort(key=lambda row: row[0] < row[2])
         found = sum(score >= least for score, _, least in rows)
-        print(f"\n{file}: {found} of {counted(len(names), 'label')} found\n  {'label':<{width}}  score  threshold")
+        print(
+            f"\n{plain(file)}: {found} of {counted(len(names), 'label')} found\n  {'label':<{width}}  score  threshold"
+        )
         for score, name, least in rows[: args.top_k or max(found, AT_LEAST)]:
             print(f"{'*' if score >= least else ' '} {name:<{width}}  {score:>5.2f}  {least:>9.2f}")

@@ -11,7 +11,7 @@ from PIL import Image
 from modeling_hsvlt import HSVLTConfig
 from training.check_data import main as check_data
 from training.checkpoint.loading import load_checkpoint
-from training.data.label_cells import read_cell
+from training.data.label_cells import clean_names, read_cell, split_text
 from training.data.label_name_files import read_label_names
 from training.data.load import load
 from training.options import CheckpointOptions
@@ -40,6 +40,10 @@ from ..tiny_checkpoint import save_checkpoint
         (" haze  primary ", " ", ["haze", "primary"]),
         ("a\t\tb\t", "\t", ["a", "b"]),
         ("(o)_(o), :3", ",", ["(o)_(o)", ":3"]),
+        ('\\(^o^)/, x_(y), b-side, 5" pipe', ",", ["\\(^o^)/", "x_(y)", "b-side", '5" pipe']),
+        ("<NA>", ",", None),
+        (r"\N", ",", None),
+        ("NA", ",", None),
         ("'90s", ",", ["'90s"]),
     ],
 )
@@ -63,11 +67,35 @@ def test_a_cell_is_read_as_what_it_is(text, separator, labels):
         '["null"]',
         "[" * 100_000,
         '{"choices": [{"x": 1}]}',
+        "array(['cat', 'dog'], dtype=object)",
+        "tensor([0, 1])",
+        "set()",
+        "frozenset({'cat'})",
+        "OrderedDict([('cat', 1)])",
+        "Series([], dtype: object)",
+        "[np.str_('cat'), np.str_('dog')]",
+        "np.str_('cat')",
+        "\"['cat', 'dog']\"",
+        "b'cat'",
+        "cat, #N/A",
     ],
 )
 def test_a_cell_that_is_no_list_is_refused(text):
     with pytest.raises(ValueError, match=r"list|label"):
         read_cell(text)
+
+
+@pytest.mark.parametrize("name", ["['cat'", "'dog']", "['cat', 'dog']", "set()", "b'cat'", "\ufeffcat", "\u200b"])
+def test_a_name_in_a_list_is_no_piece_of_a_list_and_can_be_seen(name):
+    with pytest.raises(ValueError, match="row 1: it lists"):
+        clean_names(pa.array([["cat"], [name]]), "row {}".format)
+    assert clean_names(pa.array([["it's (5')", "[x]", "a\u200cb"]]), "row {}".format).to_pylist()
+
+
+@pytest.mark.parametrize("cell", ["cat;dog", "cat | dog", "dog\uff0ccat"])
+def test_two_labels_with_another_separator_between_them_are_refused_by_row(cell):
+    with pytest.raises(ValueError, match=r"row 2: .* is 2 labels of other rows in one"):
+        split_text(pa.chunked_array([pa.array(["cat, bird", "dog", cell])]))
 
 
 def test_names_that_are_given_are_labels_whatever_they_look_like():

@@ -239,8 +239,15 @@ def write_isic(root):
 
 
 def write_yolo(root, layout):
-    """`ultralytics`: images/SPLIT and names by number; `roboflow`: SPLIT/images and ../; `label_studio`: one part."""
+    """`ultralytics`: images/SPLIT and names by number; `roboflow`: SPLIT/images and ../; `label_studio`: one part;
+    `darknet`: boxes beside the images."""
     for split, row, labels, content in each():
+        if layout == "darknet":
+            write(root / split / f"{row}.jpg", content)
+            lines = [f"{NAMES.index(label)} 0.5 0.5 0.25 0.25" for label in labels]
+            write(root / split / f"{row}.txt", "\n".join(lines))
+            write(root / split / "_darknet.labels", "\n".join(NAMES))
+            continue
         if layout == "label_studio" and split == "test":
             continue
         folder = {"ultralytics": f"%s/{split}", "roboflow": f"{split}/%s", "label_studio": "%s"}[layout]
@@ -251,6 +258,8 @@ def write_yolo(root, layout):
     if layout == "ultralytics":
         names = "".join(f"  {index}: {name}\n" for index, name in enumerate(NAMES))
         write(root / "data.yaml", f"path: ../datasets/x\ntrain: images/train\nval:\ntest: images/test\nnames:\n{names}")
+    elif layout == "darknet":
+        pass
     elif layout == "roboflow":
         write(root / "data.yaml", f"train: ../train/images\ntest: ../test/images\nnc: 3\nnames: {NAMES}\n")
     else:
@@ -260,9 +269,16 @@ def write_yolo(root, layout):
 
 
 def write_tag_files(root, layout):
-    """`kohya`: commas in .txt; `caption`; `lines`: one a line in 1.jpg.txt, as booru downloaders write."""
+    """`kohya`: commas in .txt; `caption`; `lines`: one a line in 1.jpg.txt, as booru downloaders write; `meta_lat`: one
+    json of all."""
+    entries = {}
     for split, row, labels, content in each():
         write(root / split / "10_all" / f"{row}.jpg", content)
+        if layout == "meta_lat":
+            entry = {"caption": "a photo", "tags": ", ".join(labels), "train_resolution": [64, 64]}
+            entries[f"/home/me/set/{split}/10_all/{row}.jpg"] = entry
+            write(root / "meta_lat.json", json.dumps(entries))
+            continue
         name = {"kohya": f"{row}.txt", "caption": f"{row}.caption", "lines": f"{row}.jpg.txt"}[layout]
         write(root / split / "10_all" / name, ("\n" if layout == "lines" else ", ").join(labels))
     return root

@@ -6,6 +6,7 @@ import re
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
+from training.data.formats import recognise
 from training.data.load import load
 from training.prepare.__main__ import KINDS, main
 
@@ -63,11 +64,11 @@ EXPORTS = {
     "isic": ("isic", exports.write_isic, []),
     **{
         f"yolo_{layout}": ("yolo", of(exports.write_yolo, layout), [])
-        for layout in ("ultralytics", "roboflow", "label_studio")
+        for layout in ("ultralytics", "roboflow", "label_studio", "darknet")
     },
     **{
         f"tags_{layout}": ("tag_files", of(exports.write_tag_files, layout), [])
-        for layout in ("kohya", "caption", "lines")
+        for layout in ("kohya", "caption", "lines", "meta_lat")
     },
     "label_folders": ("label_folders", exports.write_label_folders, []),
     **{
@@ -243,6 +244,32 @@ DAMAGED = [
         lambda s: (s / "train/10_all/0.txt").unlink(),
         r"1 image \(train/10_all/0.jpg\) that nothing labels",
     ),
+    (
+        "tags_meta_lat",
+        lambda s: edit(s / "meta_lat.json", "train/10_all/1.jpg", "train/10_all/0.jpg"),
+        r"meta_lat.json is not valid JSON \('/home/me/set/train/10_all/0.jpg' stands twice",
+    ),
+    (
+        "tags_meta_lat",
+        lambda s: edit(s / "meta_lat.json", '"tags"', '"tag"'),
+        r"1 image \(train/10_all/0.jpg\) that nothing labels",
+    ),
+    (
+        "tags_meta_lat",
+        lambda s: edit_json(s / "meta_lat.json", lambda c: next(iter(c.values())).update(tags=["cat"])),
+        r"meta_lat.json, '/home/me/set/train/10_all/0.jpg' is .*must be an object with a text 'tags'",
+    ),
+    (
+        "tags_kohya",
+        lambda s: write(s / "train/10_all/0.txt", "0 0.5 0.5 0.1 0.1"),
+        r"10_all/0.txt, line 1 is a box of YOLO",
+    ),
+    ("yolo_darknet", lambda s: edit(s / "test/_darknet.labels", "dog", "cow"), r"other names than"),
+    (
+        "webdataset_json",
+        lambda s: edit(s / "test-000000.tar", b'{"labels": ["cat"]', b'{"labels":{"cat":1'),
+        r"test-000000.tar, 00000.json is not valid JSON",
+    ),
     ("label_folders", lambda s: write(s / "train/9.jpg", b"x"), r"format|train/9.jpg"),
     (
         "webdataset_json",
@@ -290,6 +317,16 @@ def test_auto_says_what_it_does_not_know_and_what_may_be_several(tmp_path, capsy
     assert "YOLO (data.yaml) (yolo) and PASCAL VOC's xml" in capsys.readouterr().err
     assert run("auto", tmp_path / "gone", tmp_path / "target") == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beside", ["labels.json", "pictures/1.json", "pictures/1.xml", "text/1.txt"])
+def test_folders_beside_annotations_that_are_not_known_are_no_labels(beside, tmp_path, capsys):
+    for folder in ("pictures", "more"):
+        write(tmp_path / "source" / folder / "1.jpg", IMAGES["train"][0])
+    assert recognise(tmp_path / "source").keys() == {"label_folders"}
+    write(tmp_path / "source" / beside, "{}")
+    assert run("auto", tmp_path / "source", tmp_path / "target") == 2
+    assert "is in no format that is known here" in capsys.readouterr().err
 
 
 def test_every_kind_has_an_export_to_test_it():
