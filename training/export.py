@@ -33,7 +33,6 @@ come. Scores move a little with that, so its thresholds are fitted again on DATA
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import tempfile
@@ -142,11 +141,13 @@ WD_SIZE = 448  # what kohya's script resizes to, whatever the model takes
 
 def _positives(checkpoint: str, num_labels: int) -> list[int] | None:
     """How many images of train show each label, where the run or the published folder says it."""
+    from .publish.measured import read_json
+
     for path in (Path(checkpoint) / "results.json", Path(checkpoint).parent / "results.json"):
         if path.is_file():
-            counts = json.loads(path.read_text(encoding="utf-8")).get("positives_in_train")
-            if counts is not None and len(counts) == num_labels:
-                return list(counts)
+            counts = read_json(path).get("positives_in_train")
+            if isinstance(counts, list) and len(counts) == num_labels:
+                return counts
     return None
 
 

@@ -1,8 +1,8 @@
 """Every kind of attack, and whether it succeeded before its fix: `make attacks`, or `python -m tests.attacks`.
 
-Runs the tests of this folder on the code as it is, and on that of an older commit, in a worktree of its own. A line a
-kind: on how many variants of it the old code failed, and the code as it is. The exit status is 0 when nothing fails
-now, and everything did before.
+Runs the tests of this folder on the code as it is, and on that of an older commit, in a worktree of its own, so it
+needs the whole history. A line a kind: on how many variants of it the old code failed, and the code as it is. The exit
+status is 0 when nothing fails now; kinds that never succeeded are named.
 """
 
 import argparse
@@ -32,7 +32,8 @@ def run(root: Path, chosen: list[str]) -> dict[str, list[bool]]:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [sys.executable, "-m", "pytest", "tests/attacks", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        command += ["--timeout=300", "--timeout-method=signal", *chosen]  # a test that hangs fails, and the next begins
+        # A test that hangs, or takes its process down, fails, and the next begins.
+        command += ["--timeout=300", "--timeout-method=signal", "-n", "2", "--max-worker-restart=1000", *chosen]
         done = subprocess.run(
             command, cwd=root, env={**os.environ, "TQDM_DISABLE": "1"}, preexec_fn=_limit_memory, capture_output=True
         )
@@ -52,10 +53,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-k", help="only the attacks that this chooses, as pytest's -k")
     args = parser.parse_args(argv)
     chosen = ["-k", args.k] if args.k else []
+    known = ["git", "rev-parse", "--quiet", "--verify", f"{args.before}^{{commit}}"]
+    if subprocess.run(known, cwd=ROOT, capture_output=True).returncode:
+        print(
+            f"error: there is no commit {args.before} here to compare with; get the whole history with `git fetch "
+            "--unshallow`, or run the attacks on the code as it is: pytest tests/attacks.",
+            file=sys.stderr,
+        )
+        return 2
     with tempfile.TemporaryDirectory() as scratch:
         old = Path(scratch) / "before"
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, args.before], cwd=ROOT, check=True)
         try:
+            subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, args.before], cwd=ROOT, check=True)
             for name in TAKEN_ALONG:
                 if (ROOT / name).is_dir():
                     shutil.copytree(ROOT / name, old / name, dirs_exist_ok=True)
@@ -70,11 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{sum(before.get(kind, [])):>10} of {len(failed):<4}{sum(failed):>6} of {len(failed):<2}  {kind}")
     held = [kind for kind in now if not any(before.get(kind, []))]
     fails = [kind for kind, failed in now.items() if any(failed)]
+    if held:
+        print(f"held before as well: {', '.join(held)}")
     print(
         f"attacks: {len(now)} kinds, {sum(map(len, now.values()))} variants; succeeded before: {len(now) - len(held)}; "
         f"succeed now: {len(fails)}"
     )
-    return 1 if fails or held else 0
+    return 1 if fails else 0
 
 
 if __name__ == "__main__":

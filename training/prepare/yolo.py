@@ -72,7 +72,7 @@ def _read_yaml(path: Path) -> tuple[list[str], dict[str, list[Path]]]:
     parts = {}
     for split in ("train", "val", "valid", "validation", "test"):
         places = content.get(split)
-        if places:
+        if places and places not in ("null", "~"):
             images = []
             for place in places if isinstance(places, list) else [places]:
                 images += _images_of(path, str(content.get("path") or ""), str(place), split)

@@ -97,7 +97,10 @@ def is_hub_id(text: str) -> bool:
 
 
 def read_json(path: Path) -> dict:
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); write it again.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(values).__name__}; write it again.")
     return values

@@ -22,7 +22,7 @@ from modeling_hsvlt import (
     MultiLabelImageProcessor,
     label_heat_maps,
 )
-from training.export import main
+from training.export import _positives, main
 from training.publish.to_onnx import compare, export_onnx, image_size
 
 from ...tiny_clip import tiny_clip, tiny_clip_tokenizer
@@ -193,6 +193,8 @@ def test_files_that_other_programs_read(tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--overwrite", "--quantize", "int8"]) == 2
     assert "needs --dataset" in capsys.readouterr().err
 
+    results = tmp_path / "checkpoint" / "results.json"  # as in a published folder; of a run it is one folder above
+    results.write_text(json.dumps({"positives_in_train": [5, 6, 7]}))
     assert main([*arguments, "--overwrite", "--layout", "wd_tagger"]) == 0
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     (wanted,) = session.get_inputs()
@@ -203,7 +205,8 @@ def test_files_that_other_programs_read(tmp_path, capsys, monkeypatch):
     assert found.shape == (2, 4 + len(NAMES))
     with (tmp_path / "onnx" / "selected_tags.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
-    assert header[:3] == ["tag_id", "name", "category"]
+    assert header == ["tag_id", "name", "category", "count"]
+    assert [row[3] for row in rows] == ["0", "0", "0", "0", "5", "6", "7"]
     for scores in found:
         # By index, as kohya's and toriato's programs read it: four ratings, then tags in the order of category 0.
         general = [row[1] for row in rows if row[2] == "0"]
@@ -218,6 +221,23 @@ def test_files_that_other_programs_read(tmp_path, capsys, monkeypatch):
     assert json.loads(facts["labels"]) == [row[1] for row in rows]
     assert "programs for WD taggers resize to 448 px" in capsys.readouterr().out
     assert not list((tmp_path / "onnx").glob(".export-*"))
+
+
+def test_counts_are_those_of_the_run_or_none(tmp_path):
+    (tmp_path / "best").mkdir()
+    results = tmp_path / "results.json"
+    assert _positives(str(tmp_path / "best"), 3) is None
+    for content, counts in (
+        ({"positives_in_train": [5, 6, 7]}, [5, 6, 7]),
+        ({"positives_in_train": [5, 6]}, None),  # of other labels
+        ({"positives_in_train": 7}, None),
+        ({}, None),
+    ):
+        results.write_text(json.dumps(content))
+        assert _positives(str(tmp_path / "best"), 3) == counts
+    results.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+        _positives(str(tmp_path / "best"), 3)
 
 
 def test_a_processor_without_one_size_is_refused():
