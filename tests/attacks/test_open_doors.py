@@ -130,6 +130,11 @@ def drop_weight(checkpoint):
     save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
 
 
+def scale_weights(checkpoint, factor):
+    tensors = {name: tensor * factor for name, tensor in load_file(checkpoint / WEIGHTS).items()}
+    save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
+
+
 NOT_NUMBERS = {
     "a weight": (lambda folder: set_weight(folder, float("nan")), "not finite"),
     "an infinite weight": (lambda folder: set_weight(folder, float("inf")), "not finite"),
@@ -137,6 +142,10 @@ NOT_NUMBERS = {
     "a threshold": (lambda folder: edit(folder / "config.json", thresholds=[0.5, float("nan"), 0.5]), "not finite"),
     "a mean": (lambda folder: edit_processor(folder, image_mean=[float("nan")] * 3), "image_mean"),
     "a standard deviation of 0": (lambda folder: edit_processor(folder, image_std=[0.2, 0.0, 0.2]), "image_std"),
+    "four means": (lambda folder: edit_processor(folder, image_mean=[0.5] * 4), "image_mean"),
+    "a word for a mean": (lambda folder: edit_processor(folder, image_mean="half"), "image_mean"),
+    "a standard deviation next to 0": (lambda folder: edit_processor(folder, image_std=[1e-300] * 3), "image_std"),
+    "weights that overflow": (lambda folder: scale_weights(folder, 1e30), "scores that are no numbers"),
     "a rescale factor": (lambda folder: edit_processor(folder, rescale_factor=float("inf")), "rescale_factor"),
 }
 
@@ -222,6 +231,8 @@ DAMAGE = {
     "null": b"null",
     "a number": b"7",
     "deep": b"[" * 100_000,
+    "a huge number": b'{"hidden_size": ' + b"9" * 5_000 + b"}",
+    "a key twice": b'{"model_type": "hsvlt", "model_type": "mltr"}',
     "latin-1": '{"model_type": "hsvlt\xe9"}'.encode("latin-1"),
 }
 

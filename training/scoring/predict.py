@@ -130,6 +130,8 @@ def score_split(
     )
     with accelerator.autocast():
         scores, labels = predict(model.to(accelerator.device), loader, accelerator)
+    if np.isnan(scores).any():
+        raise ValueError(f"{args.checkpoint} gives scores that are no numbers: its weights are damaged or too large.")
     counts = None if count_split is None else loaded.splits[count_split].labels.positives()[order]
     return ScoredSplit(label_names, scores, labels[:, order], dataset.split.images, counts)
 

@@ -114,6 +114,11 @@ def tag(
         clock.enter("model")  # waits for the device
         logits = None if logits is None else logits.cpu()
         clock.enter("writing")
+        if logits is not None and logits.isnan().any():
+            raise ValueError(
+                f"The model gives {batch.keys[0]} or an image after it scores that are no numbers: its weights are "
+                f"damaged, or too large for {str(dtype).removeprefix('torch.')}."
+            )
         found = iter(
             []
             if logits is None
