@@ -46,6 +46,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     removes what was written, so that a full disk is not left full.
     """
     target = target.resolve()  # through a link, which stays one
+    if os.path.ismount(target):
+        raise OSError(f"{target} is a mount point, which cannot be replaced in one step: mount the folder above it.")
     written, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     recover(target)
     shutil.rmtree(written, ignore_errors=True)

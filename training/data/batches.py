@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import shutil
 import signal
@@ -118,6 +120,9 @@ def build_dataloader(
     Args:
         processor, sparse_labels: See `MultiLabelCollator`.
     """
+    if num_workers:
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)
     collate = MultiLabelCollator(len(dataset.label_names), processor, sparse_labels)
     return torch.utils.data.DataLoader(
         dataset,
@@ -181,6 +186,15 @@ def naming_dead_workers() -> Iterator[None]:
             f"The processes that decode images died or gave nothing for {WORKER_TIMEOUT} s "
             f"({str(error).splitlines()[0]}): look at memory and {SHARED_MEMORY}, or set num_workers to 0."
         ) from error
+
+
+def _kill_workers() -> None:
+    """At the end of the process. Python itself sends them a SIGTERM, which they do not heed, and waits: for one that
+    hangs, for ever."""
+    if workers := [child for child in multiprocessing.active_children() if child.daemon]:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's own complains of workers that die
+        for worker in workers:
+            worker.kill()
 
 
 def leave_signals_to_parent(worker_id: int) -> None:
