@@ -1,6 +1,5 @@
 """Folders, disks and memory that are not what a program expects."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -64,7 +63,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(checkpoint, 
             lambda: fit_thresholds.main([str(checkpoint), str(photos)]),
             lambda: calibrate.main([str(checkpoint), str(photos)]),
             lambda: train.main([recipe, "--output_dir", str(checkpoint / "run")]),
-            lambda: tag.main([str(checkpoint), f"{photos}/validation", str(checkpoint / "tags")]),
+            lambda: tag.main([str(checkpoint), f"{photos}/validation", str(checkpoint / "tags"), "--threshold", "0"]),
         ):
             assert call() == 2
             error = capsys.readouterr().err
@@ -80,7 +79,7 @@ def test_a_file_where_a_folder_should_be_is_refused_and_stays(checkpoint, photos
         lambda: train.main([recipe, "--output_dir", str(out), "--overwrite"]),
         lambda: train.main([recipe, "--output_dir", str(out), "--resume"]),
         lambda: train.main([recipe, "--output_dir", str(out / "below")]),
-        lambda: tag.main([str(checkpoint), f"{photos}/validation", str(out)]),
+        lambda: tag.main([str(checkpoint), f"{photos}/validation", str(out), "--threshold", "0"]),
         lambda: fit_thresholds.main([str(out), str(photos)]),
     ):
         assert call() == 2
@@ -178,10 +177,18 @@ def test_json_of_a_run_that_was_damaged_is_told_and_kept(finished, capsys):
         path.write_bytes(whole)
 
 
-def test_a_folder_becomes_a_file_while_it_is_tagged(checkpoint, photos, tmp_path, capsys):
-    source = photos / "validation"
-    assert tag.main([str(checkpoint), str(source), str(tmp_path / "out"), "--num_workers", "0"]) == 0
-    (tmp_path / "out").rename(tmp_path / "kept")
-    (tmp_path / "out").write_text(json.dumps("precious"))
-    assert tag.main([str(checkpoint), str(source), str(tmp_path / "out"), "--num_workers", "0"]) == 2
-    assert (tmp_path / "out").read_text() == '"precious"'
+def test_a_folder_of_tags_that_became_a_file_stays(checkpoint, photos, tmp_path, capsys):
+    command = [str(checkpoint), f"{photos}/validation", str(tmp_path / "out"), "--num_workers", "0", "--threshold", "0"]
+    assert tag.main(command) == 0
+    for name in ("tagging.json", "part-0001-0000-000000.parquet"):
+        path = tmp_path / "out" / name
+        whole = path.read_bytes()
+        for damage in (b"", b"[" * 100_000, whole[: len(whole) // 2], b"\xff\xfe"):
+            path.write_bytes(damage)
+            assert tag.main(command) == 2
+            assert f"{path} is damaged" in capsys.readouterr().err
+        path.write_bytes(whole)
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").write_text("precious")
+    assert tag.main(command) == 2
+    assert (tmp_path / "out").read_text() == "precious"

@@ -1,6 +1,7 @@
 """Files and folders that a kill at any moment leaves whole, and a thread that writes them beside the training."""
 
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -46,8 +47,6 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     removes what was written, so that a full disk is not left full.
     """
     target = target.resolve()  # through a link, which stays one
-    if os.path.ismount(target):
-        raise OSError(f"{target} is a mount point, which cannot be replaced in one step: mount the folder above it.")
     written, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     recover(target)
     shutil.rmtree(written, ignore_errors=True)
@@ -62,7 +61,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         elif _exchange(written, target):
             old = written
         else:
-            target.rename(old)
+            try:
+                target.rename(old)
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.EXDEV):
+                    raise
+                raise OSError(f"{target} is a mount point and cannot be replaced: mount the folder above it.") from None
             written.rename(target)
     except BaseException:
         recover(target)
