@@ -26,7 +26,10 @@ def find(source: Path) -> tuple[str, str]:
     found = recognise(source)
     if not found:
         kinds = ", ".join(RECOGNISERS)
-        raise ValueError(f"{source} is in no format that is known here ({kinds}); see training/prepare/README.md.")
+        raise ValueError(
+            f"{source} is in no format that is known here ({kinds}); see training/prepare/README.md. Where every folder "
+            "is a label, say so: hsvlt prepare label_folders."
+        )
     if len(found) > 1:
         words = " and ".join(f"{words} ({kind})" for kind, words in found.items())
         raise ValueError(f"{source} may be {words}; say which: hsvlt prepare {next(iter(found))} ...")
