@@ -27,8 +27,8 @@ def find(source: Path) -> tuple[str, str]:
     if not found:
         kinds = ", ".join(RECOGNISERS)
         raise ValueError(
-            f"{source} is in no format that is known here ({kinds}); see training/prepare/README.md. Where every folder "
-            "is a label, say so: hsvlt prepare label_folders."
+            f"{source} is in no format that is known here ({kinds}); see training/prepare/README.md. Where every "
+            "folder is a label, say so: hsvlt prepare label_folders."
         )
     if len(found) > 1:
         words = " and ".join(f"{words} ({kind})" for kind, words in found.items())
