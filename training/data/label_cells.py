@@ -25,7 +25,7 @@ _QUOTES = "'\""
 # What others put between labels where we expect a comma; the last three are Chinese.
 _OTHER_SEPARATORS = "|;\uff0c\u3001\uff1b"
 # How Python prints an object that holds texts, `array(['cat'`, `set()`, `b'cat'`; a list in quotes; pieces of a list.
-_PRINTED = re.compile(r"[A-Za-z_][\w.]*\(([\[{('\"]|\)$)|[bu]r?['\"]|['\"]+[\[{(]")
+_PRINTED = re.compile(r"[A-Za-z_][\w.]*\(([\[{('\"]|\)$)|[bu]('.*'|\".*\")$|['\"]+[\[{(]")
 _PIECE = re.compile(rf"{_PRINTED.pattern}|[\[{{(]\s*['\"]|.*['\"]\s*[\]}}]$", re.S)
 
 
