@@ -169,7 +169,7 @@ class _Guarded:
         return data
 
 
-def _check_scans(image: Image.Image, name: str, max_pixels: int) -> None:
+def _check_scans(image: Any, name: str, max_pixels: int) -> None:
     """Each scan of a JPEG goes over all pixels, and a scan of a few bytes is enough for that. Pillow has just read the
     header of the first; one that holds all colours is the only one, unless it is progressive."""
     file, layers = image.fp, image.layers

@@ -155,7 +155,8 @@ def test_numbers_that_are_not_finite_and_missing_tensors_are_refused(checkpoint,
     hurt, words = NOT_NUMBERS[what]
     hurt(checkpoint)
     refused(lambda: evaluate.main([str(checkpoint), str(photos)]), capsys, words)
-    refused(lambda: tag.main([str(checkpoint), f"{photos}/validation", str(tmp_path / "out")]), capsys, words)
+    arguments = [str(checkpoint), f"{photos}/validation", str(tmp_path / "out"), "--threshold", "0.5"]
+    refused(lambda: tag.main(arguments), capsys, words)
     assert not list(tmp_path.glob("out/part-*"))
 
 
