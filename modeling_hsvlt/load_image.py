@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
