@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast test-cpus crash-test attacks fuzz hub-test peer-test space-test web-test timm-test lint format clean
+.PHONY: quickstart test test-fast test-cpus gpu crash-test attacks fuzz hub-test peer-test space-test web-test timm-test lint format clean
 
 quickstart: .venv/installed
 	$(LAUNCH) -m training.train training/configs/quickstart.yaml --output_dir $(RUN) --overwrite true
@@ -26,6 +26,10 @@ test-fast: .venv/installed
 # The numerical tests as on other CPUs: a line for each setting.
 test-cpus: .venv/installed
 	$(BIN)/python -m tests.cpus
+
+# All figures that take a GPU, within ten minutes; GPU_DATA=FOLDER adds the accuracy table on photographs. PARTS chooses.
+gpu: .venv/installed
+	$(BIN)/python -m benchmarks.gpu --page benchmarks/README.md $(if $(PARTS),--parts $(PARTS))
 
 hub-test: .venv/installed
 	@$(BIN)/python -m tests.hub_table

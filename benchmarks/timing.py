@@ -1,5 +1,6 @@
 """What the benchmarks measure with: a step timed, multiply-adds counted, the device named."""
 
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -47,12 +48,39 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(step: Callable[[], None], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+def timed(
+    step: Callable[[], None],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+    repeats: int = 1,
+) -> float:
+    """Seconds of a step, from an idle device to an idle device; of `repeats` steps in a row, their mean."""
     synchronise(device)
     start = clock()
-    step()
+    for _ in range(repeats):
+        step()
     synchronise(device)
-    return clock() - start
+    return (clock() - start) / repeats
+
+
+def repeats_of(step: Callable[[], None], device: torch.device, seconds: float = 0.05) -> int:
+    """How many steps in a row are timed at once: on a GPU so many that waiting for it is none of their time."""
+    return 1 if device.type == "cpu" else math.ceil(seconds / timed(step, device))
+
+
+def warm_up(step: Callable[[], None], device: torch.device, compiled: bool) -> None:
+    """Runs the step until it takes as long as it will: compilers and CUDA graphs need three."""
+    for _ in range(3 if compiled or device.type == "cuda" else 1):
+        step()
+
+
+def arithmetic(device: torch.device) -> str:
+    """How fp32 products are computed: TF32 has fp32's range and ten bits of its precision."""
+    if device.type != "cuda":
+        return "fp32 as such"
+    words = {True: "TF32", False: "fp32"}
+    products = words[torch.get_float32_matmul_precision() != "highest"]
+    return f"fp32 products in {products}, convolutions in {words[torch.backends.cudnn.allow_tf32]}"
 
 
 def device_name(device: torch.device) -> str:

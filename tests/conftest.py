@@ -23,6 +23,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if marked and not has_cuda():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def has_cuda() -> bool:
+    import torch  # not before it is known that a test needs it
+
+    return torch.cuda.is_available()
+
+
 def pytest_collection_finish():
     """What was imported lives until the end: a collector that looks through it again and again takes minutes in all."""
     gc.collect()

@@ -252,7 +252,7 @@ def test_half_precision_models(dtype, image_processor):
         assert scores[label["label"]] == pytest.approx(label["score"], abs=0.03)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu(dtype, image_processor):
     expected = by_hand(tiny_model(), image_processor, image(0))

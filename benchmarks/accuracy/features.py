@@ -66,20 +66,21 @@ class FeatureCache:
 
 
 class ImageCache:
-    """Decoded images of a split in memory, where the backbone is trained as well; read as a `FeatureCache` is."""
+    """Decoded images of a split on a device, where the backbone is trained as well; read as a `FeatureCache` is."""
 
-    def __init__(self, dataset: MultiLabelDataset):
-        self.labels = dense_labels(dataset)
-        self.dataset = MultiLabelDataset(
-            dataset.split, dataset.label_names, dataset.image_processor, cache_images="memory"
+    def __init__(self, dataset: MultiLabelDataset, device: torch.device | str = "cpu", num_workers: int = 0):
+        self.labels, self.processor = dense_labels(dataset), dataset.image_processor
+        kept = MultiLabelDataset(
+            dataset.split, dataset.label_names, self.processor, cache_images="memory", num_workers=num_workers
         )
+        self.pixels = kept.cached.to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, rows: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised images (B, 3, H, W) of some rows, those in `mirrored` (B,) as mirror images."""
-        pixels = torch.stack([self.dataset[row]["pixel_values"] for row in rows.tolist()])
+        pixels = self.pixels[rows.to(self.pixels.device)]
         if mirrored is not None:
-            pixels[mirrored] = pixels[mirrored].flip(-1)
-        return normalize_pixels(pixels, self.dataset.image_processor)
+            pixels = torch.where(mirrored.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
+        return normalize_pixels(pixels, self.processor)

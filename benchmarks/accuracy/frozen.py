@@ -101,8 +101,8 @@ def freeze_backbone(model: PreTrainedModel) -> None:
 def run_head(model: PreTrainedModel, maps: tuple[torch.Tensor, ...] | torch.Tensor, labels: torch.Tensor | None = None):
     """The model's output, with the loss where labels are given, from the backbone's maps or images (B, 3, H, W)."""
     if isinstance(maps, torch.Tensor):
-        return model(pixel_values=maps, labels=labels)
-    return model(feature_maps=maps, labels=labels)
+        return model(pixel_values=maps.to(model.device), labels=labels)
+    return model(feature_maps=tuple(each.to(model.device) for each in maps), labels=labels)
 
 
 def train_head(model: PreTrainedModel, recipe: Recipe, cache, rows: torch.Tensor, seed: int):
@@ -132,8 +132,8 @@ def train_head(model: PreTrainedModel, recipe: Recipe, cache, rows: torch.Tensor
     for _ in range(recipe.epochs):
         for batch in rows[torch.randperm(len(rows), generator=generator)].split(recipe.batch_size):
             maps = cache.batch(batch, torch.rand(len(batch), generator=generator) < 0.5)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = run_head(model, maps, cache.labels[batch]).loss
+            with torch.autocast(model.device.type, dtype=torch.bfloat16):
+                loss = run_head(model, maps, cache.labels[batch].to(model.device, non_blocking=True)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -146,4 +146,5 @@ def train_head(model: PreTrainedModel, recipe: Recipe, cache, rows: torch.Tensor
 def score_head(model: PreTrainedModel, cache, rows: torch.Tensor | None = None) -> np.ndarray:
     """Sigmoid scores (len(rows), num_labels) of a trained head; None: of all rows."""
     rows = torch.arange(len(cache)) if rows is None else rows
-    return torch.cat([run_head(model, cache.batch(each)).logits.float().sigmoid() for each in rows.split(128)]).numpy()
+    scores = [run_head(model, cache.batch(each)).logits.float().sigmoid() for each in rows.split(128)]
+    return torch.cat(scores).cpu().numpy()

@@ -15,8 +15,10 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -111,11 +113,11 @@ def read_label_texts(label_names: list[str]) -> torch.Tensor:
     return encode_labels(label_names, *encoder, pooling="mean", template=DEFAULT_TEMPLATE)
 
 
-def save_run(model, folder: Path, label_names: list[str], thresholds: np.ndarray) -> None:
+def save_run(model, folder: Path, label_names: list[str], thresholds: np.ndarray, image_size: int) -> None:
     """A checkpoint; that of a peer loads only where `benchmarks.peers.efficientnet_lite` is imported."""
     model.config.thresholds = thresholds.tolist()
     model.save_pretrained(folder)
-    image_processor().save_pretrained(folder)
+    image_processor(image_size).save_pretrained(folder)
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
 
 
@@ -145,80 +147,111 @@ def print_table(results: dict[str, dict], details: dict[str, dict]) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def run(args: argparse.Namespace) -> dict[str, dict]:
-    """Trains and measures; returns what the JSON file holds."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    cache_folder = args.cache or default_cache()
-    loaded = load(args.dataset, splits=["train", "validation"])
-    splits, label_names = loaded.splits, loaded.label_names
-    measured = "validation"
-    if args.test is not None:
-        splits["test"], measured = load_test(args.test, label_names), "test"
-    label_embeddings = read_label_texts(label_names)
-    backbone = load_backbone(OUT_FEATURES)
-    datasets = {name: MultiLabelDataset(split, label_names, image_processor()) for name, split in splits.items()}
-    print(f"{args.dataset}: " + ", ".join(f"{name} {len(each):,} images" for name, each in datasets.items()))
-    if args.budget == "frozen":
-        caches = {name: FeatureCache(each, backbone, cache_folder, name) for name, each in datasets.items()}
-    else:
-        caches = {name: ImageCache(each) for name, each in datasets.items()}
-    counts = (caches["train"].labels == 1).sum(0).numpy()
-    groups = label_groups(counts)
-    for name, group in groups.items():
-        print(f"{name}: " + ", ".join(f"{label_names[i]} {counts[i]}" for i in group))
+class Comparison:
+    """What all heads share: the backbone, images or its maps of them, the texts, and how one seed is measured.
 
-    # Peers read no text, so what is transferred by text is HSVLT's; what it gives to the linear head is an ablation.
-    variants = {name: Ablation(head=name, text_classifier=name == "hsvlt") for name in args.heads}
-    if args.ablation is not None:
-        variants = {name: ABLATIONS[name] for name in args.ablation or ABLATIONS}
-    if any(ablation.text_classifier for ablation in variants.values()):
+    Args:
+        args (`argparse.Namespace`): of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, torch.device(args.device)
+        loaded = load(args.dataset, splits=["train", "validation"])
+        splits, self.label_names = loaded.splits, loaded.label_names
+        self.measured = "validation"
+        if args.test is not None:
+            splits["test"], self.measured = load_test(args.test, self.label_names), "test"
+        self.label_embeddings = read_label_texts(self.label_names)
+        self.backbone = load_backbone(OUT_FEATURES)
+        processor = image_processor(args.image_size)
+        datasets = {name: MultiLabelDataset(split, self.label_names, processor) for name, split in splits.items()}
+        print(f"{args.dataset}: " + ", ".join(f"{name} {len(each):,} images" for name, each in datasets.items()))
+        if args.budget == "frozen":
+            folder = args.cache or default_cache()
+            self.caches = {name: FeatureCache(each, self.backbone, folder, name) for name, each in datasets.items()}
+        else:
+            workers = torch.get_num_threads()
+            self.caches = {name: ImageCache(each, self.device, workers) for name, each in datasets.items()}
+        counts = (self.caches["train"].labels == 1).sum(0).numpy()
+        self.groups = label_groups(counts)
+        for name, group in self.groups.items():
+            print(f"{name}: " + ", ".join(f"{self.label_names[i]} {counts[i]}" for i in group))
+
+    @cached_property
+    def text_classifier(self) -> torch.Tensor:
         weight, class_names = load_classifier()
-        text_classifier = transfer_classifier(weight, read_label_texts(class_names), label_embeddings)
-    results, details = {}, {}
-    for variant, ablation in variants.items():
-        name, recipe = ablation.head, RECIPES[ablation.head]
+        return transfer_classifier(weight, read_label_texts(class_names), self.label_embeddings)
+
+    def train(self, ablation: Ablation, seed: int):
+        """The trained model of one seed, its row, and validation's scores and labels."""
+        args, name = self.args, ablation.head
+        recipe = RECIPES[name]
         recipe = replace(recipe, model={**recipe.model, **ablation.model}, **ablation.recipe)
         if args.budget == "finetune":
             recipe = replace(recipe, epochs=FINETUNE_EPOCHS)
         if args.epochs is not None:
             recipe = replace(recipe, epochs=args.epochs)
-        embeddings = label_embeddings if ablation.embeddings is None else ablation.embeddings(label_embeddings)
-        text = text_classifier if ablation.text_classifier else None
+        embeddings = self.label_embeddings
+        if ablation.embeddings is not None:
+            embeddings = ablation.embeddings(embeddings)
+        text = self.text_classifier if ablation.text_classifier else None
+        train = self.caches["train"]
+        model = build_head(name, recipe, self.backbone, self.label_names, embeddings, seed, text)
+        if ablation.tweak is not None:
+            ablation.tweak(model)
+        model.to(self.device)
+        if args.budget == "frozen":
+            freeze_backbone(model)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        model = train_head(model, recipe, train, torch.arange(len(train)), seed)
+        scores = {split: score_head(model, self.caches[split]) for split in {"validation", self.measured}}
+        labels = {split: self.caches[split].labels.numpy() for split in scores}
+        fitted = (scores["validation"], labels["validation"])
+        row = measure(
+            scores[self.measured], labels[self.measured], self.groups, fitted if args.test is not None else None
+        )
+        return model, row, fitted, parameters
+
+
+def head_variants(heads: Iterable[str]) -> dict[str, Ablation]:
+    """Peers read no text, so what is transferred by text is HSVLT's; its gift to the linear head is an ablation."""
+    return {name: Ablation(head=name, text_classifier=name == "hsvlt") for name in heads}
+
+
+def run(args: argparse.Namespace) -> dict[str, dict]:
+    """Trains and measures; returns what the JSON file holds."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    comparison = Comparison(args)
+    variants = head_variants(args.heads)
+    if args.ablation is not None:
+        variants = {name: ABLATIONS[name] for name in args.ablation or ABLATIONS}
+    results, details = {}, {}
+    for variant, ablation in variants.items():
         rows, begin = [], time.perf_counter()
         for seed in tqdm(range(args.seeds), desc=variant):
-            model = build_head(name, recipe, backbone, label_names, embeddings, seed, text)
-            if ablation.tweak is not None:
-                ablation.tweak(model)
-            if args.budget == "frozen":
-                freeze_backbone(model)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            model = train_head(model, recipe, caches["train"], torch.arange(len(caches["train"])), seed)
-            scores = {split: score_head(model, caches[split]) for split in {"validation", measured}}
-            labels = {split: caches[split].labels.numpy() for split in scores}
-            fitted = (scores["validation"], labels["validation"])
-            rows.append(measure(scores[measured], labels[measured], groups, fitted if args.test else None))
-            tqdm.write(f"{variant}, seed {seed}: " + ", ".join(f"{key} {100 * rows[-1][key]:.1f}" for key in METRICS))
+            model, row, fitted, parameters = comparison.train(ablation, seed)
+            rows.append(row)
+            tqdm.write(f"{variant}, seed {seed}: " + ", ".join(f"{key} {100 * row[key]:.1f}" for key in METRICS))
             if args.save is not None and seed == 0:
-                save_run(model, args.save / variant, label_names, fit_thresholds(*fitted))
+                save_run(model, args.save / variant, comparison.label_names, fit_thresholds(*fitted), args.image_size)
         results[variant] = summarise(rows)
         details[variant] = {
-            "parameters": trained,
-            "macs": multiply_adds(lambda m=model: type(m)(m.config), IMAGE_SIZE),
+            "parameters": parameters,
+            "macs": multiply_adds(lambda m=model: type(m)(m.config), args.image_size),
             "seconds": (time.perf_counter() - begin) / args.seeds,
         }
         print_table({variant: results[variant]}, details)
     date = datetime.now(UTC).date().isoformat()
     print(
-        f"\n{args.dataset}, EfficientNet-Lite0 at {IMAGE_SIZE} px, {args.budget}, {args.seeds} seeds, measured on "
-        f"{args.test or 'validation'}, {device_name(torch.device('cpu'))}, torch {torch.__version__}, {date}"
+        f"\n{args.dataset}, EfficientNet-Lite0 at {args.image_size} px, {args.budget}, {args.seeds} seeds, measured on "
+        f"{args.test or 'validation'}, {device_name(comparison.device)}, torch {torch.__version__}, {date}"
     )
     print_table(results, details)
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused."""
+def build_parser() -> argparse.ArgumentParser:
     parser = benchmark_parser("accuracy.heads", __doc__)
     parser.add_argument("--dataset", required=True, help="imagefolder with the splits train and validation")
     parser.add_argument("--test", help="imagefolder split that is measured in place of validation")
@@ -235,8 +268,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="in place of the recipes' own")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write a checkpoint of each head's first seed")
     parser.add_argument("--cache", type=Path, metavar="DIR", help=f"of feature maps; default: {default_cache()}")
+    parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="side in px")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    return run_benchmark(run, parser, argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when all is done, 2 when something was refused."""
+    return run_benchmark(run, build_parser(), argv)
 
 
 if __name__ == "__main__":

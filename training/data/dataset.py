@@ -93,9 +93,9 @@ class MultiLabelDataset(torch.utils.data.Dataset):
         if partial_labels:
             split = replace(split, labels=split.labels.partially_known(**partial_labels))
         self.split, self.sparse_labels = split, split.labels
-        self._cache = None
+        self.cached = None  # (n, 3, height, width)
         if cache_images == "memory":
-            self._cache = self._fill_cache(num_workers)
+            self.cached = self._fill_cache(num_workers)
         elif cache_images is not None:
             raise ValueError(f"cache_images={cache_images!r} must be 'memory' or None.")
 
@@ -103,10 +103,10 @@ class MultiLabelDataset(torch.utils.data.Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict:
-        if self._cache is None:
+        if self.cached is None:
             row = self.split[index]
             return {"pixel_values": self._read(index, row["image"]), "labels": row["labels"], "index": index}
-        return {"pixel_values": self._cache[index], "labels": self.sparse_labels.tensor(index), "index": index}
+        return {"pixel_values": self.cached[index], "labels": self.sparse_labels.tensor(index), "index": index}
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch to a split that changes with it."""

@@ -100,8 +100,8 @@ def test_cached_text_benchmark_runs(monkeypatch, tmp_path, capsys):
     tokenizer = scene_clip.word_tokenizer(("a", "photo", "of", "label0", "label1"))
     small = cached_text.build
 
-    def build(num_labels, device):
-        clip, model, tower, _, names = small(num_labels, device)
+    def build(num_labels, device, layers):
+        clip, model, tower, _, names = small(num_labels, device, 1)
         return clip, model, tower, tokenizer, names
 
     config = cached_text.CLIPConfig
