@@ -64,16 +64,20 @@ class Suite:
         """Of the tests, those that need a CUDA device."""
         files = sorted((ROOT / "tests").rglob("test_*.py"))
         files = [str(file.relative_to(ROOT)) for file in files if "mark.cuda" in file.read_text(encoding="utf-8")]
-        command = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", *files]
 
-        def run() -> dict:
-            done = launched(command)
-            last = done.stdout.strip().splitlines()[-1]
-            if done.returncode:
-                raise RuntimeError(f"{last}\n{done.stdout[-3000:]}")
-            return {"line": last, "table": last}
+        def unit(name: str, marks: str) -> Unit:
+            command = ["-m", "pytest", "-m", marks, "-p", "no:cacheprovider", *files]
 
-        return [Unit("tests that need CUDA", shlex.join(["python", *command]), run)]
+            def run() -> dict:
+                done = launched(command)
+                last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
+                if done.returncode:
+                    raise RuntimeError(f"{last}\n{done.stdout[-3000:]}")
+                return {"line": last, "table": last}
+
+            return Unit(name, shlex.join(["python", *command]), run)
+
+        return [unit("quick", "cuda and not slow"), unit("compiled", "cuda and slow")]
 
     # --- cost
 
@@ -114,9 +118,9 @@ class Suite:
         plain, step = "inference", "training"
         return [
             unit("small", "64", "bf16", "eager", plain, FORWARD),
-            unit("small", "64", "bf16", "eager", step, TRAIN),
             unit("small", "64", "bf16", "compiled", plain, ("bare", "hsvlt")),
             unit("small", "64", "bf16", "compiled", step, ("linear", "hsvlt")),
+            unit("small", "64", "bf16", "eager", step, TRAIN),
             unit("small", "1 8", "bf16", "eager", plain, FORWARD),
             unit("small", "1 8 64", "fp32", "eager", plain, FORWARD),
             unit("base", "1 8 64", "bf16", "eager", plain, FORWARD),
@@ -207,9 +211,8 @@ class Suite:
 
     def training(self) -> list[Unit]:
         """`accelerate launch` of training itself: bf16, fp16 with the scaler, FSDP2."""
-        gpus = torch.cuda.device_count()
-        size = ["--preset", "small", "--image_size", "448", "--batch_size", "32", "--max_steps", "40"]
-        scenes = "{num_scenes: {train: 1280, validation: 64, test: 64}, image_size: 64}"
+        size = ["--preset", "tiny", "--image_size", "224", "--batch_size", "32", "--max_steps", "30"]
+        scenes = "{num_scenes: {train: 1920, validation: 64, test: 64}, image_size: 64}"
         if self.smoke:
             size = ["--preset", "nano", "--image_size", "64", "--batch_size", "4", "--max_steps", "4"]
             scenes = "{num_scenes: {train: 16, validation: 8, test: 8}, image_size: 64}"
@@ -217,7 +220,7 @@ class Suite:
         common += ["--log_every_steps", "2", "--overwrite", "true", "--check_images", "false"]
 
         def unit(name: str, config: str, processes: int, *argv: str) -> Unit:
-            run_folder = self.folder / name.replace(" ", "_")
+            run_folder = self.folder / name.partition(",")[0].replace(" ", "_")
             file = f"training/configs/accelerate/{config}.yaml"
             launch = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", str(processes)]
             command = [*launch, "-m", "training.train", *common, *argv, "--output_dir", str(run_folder)]
@@ -240,15 +243,13 @@ class Suite:
 
         if self.smoke:
             return [unit("one process", "one_gpu", 1, "--mixed_precision", "no")]
-        units = [
-            unit("bf16", "one_gpu", 1, "--mixed_precision", "bf16"),
+        ranks = min(torch.cuda.device_count(), 2) or 1
+        sharded = ("--mixed_precision", "bf16", "--compile", "true")
+        return [
             unit("fp16 with the scaler", "one_gpu", 1, "--mixed_precision", "fp16"),
-            unit("FSDP2, bf16, compiled", "fsdp2", 1, "--mixed_precision", "bf16", "--compile", "true"),
+            unit(f"FSDP2, bf16, compiled, ranks: {ranks}", "fsdp2", ranks, *sharded),
+            unit("bf16", "one_gpu", 1, "--mixed_precision", "bf16"),
         ]
-        if gpus > 1:
-            options = ("--mixed_precision", "bf16", "--compile", "true")
-            units.insert(1, unit("FSDP2 on two ranks, bf16, compiled", "fsdp2", 2, *options))
-        return units
 
     # --- accuracy
 
@@ -258,7 +259,6 @@ class Suite:
 
     def _comparison(self, size: int, argv: list[str]) -> heads.Comparison:
         if size not in self._comparisons:
-            self._comparisons.clear()  # the other size's images leave the device
             self._comparisons[size] = heads.Comparison(heads.build_parser().parse_args(argv))
         return self._comparisons[size]
 
