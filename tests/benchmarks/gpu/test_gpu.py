@@ -11,6 +11,7 @@ from benchmarks.accuracy import heads
 from benchmarks.cost import cached_text, speed
 from benchmarks.cost import input as inputs
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import parts
 from benchmarks.gpu.parts import GOALS, Suite, Unit, accuracy_table
 from benchmarks.gpu.record import MARKS, Goal, Record
 from training.config import parse_config
@@ -168,6 +169,8 @@ def test_refusals(argv, words, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke run is for machines without a GPU")
 def test_smoke(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("GPU_DATA", raising=False)
+    monkeypatch.setattr(parts, "HEADS", ("linear",))
+    monkeypatch.setattr(heads, "read_label_texts", lambda names: torch.randn(len(names), 8))
     page = tmp_path / "README.md"
     page.write_text("\n".join(MARKS))
     argv = ["--smoke", "--parts", "labels", "input", "accuracy", "--output", str(tmp_path), "--page", str(page)]
@@ -187,5 +190,5 @@ def test_smoke(tmp_path, monkeypatch, capsys):
         and reached["loader, to what the model takes"] > 0
     )
     printed = capsys.readouterr().out
-    assert "accuracy: hsvlt, 32 px, seed 0: mAP" in printed and "| 32 | hsvlt | 1 |" in printed
+    assert "accuracy: linear, 32 px, seed 0: mAP" in printed and "| 32 | linear | 1 |" in printed
     assert "A smoke run" in page.read_text() and os.listdir(tmp_path) and "not measured" in printed
