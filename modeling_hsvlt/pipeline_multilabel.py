@@ -1,6 +1,7 @@
 """The `multi-label-image-classification` pipeline, which every checkpoint carries."""
 
 import inspect
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import GeneratorType
@@ -14,18 +15,23 @@ from transformers.utils import logging
 from .heat_maps_multilabel import image_box, resize_to_image, scored_heat_maps
 from .label_context import LabelContext, count_context_tokens
 from .label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder
-from .load_image import is_many, load_image, undecoded
+from .load_image import describe, is_many, load_image, undecoded
 from .load_pretrained import load_pretrained
+from .load_video import MAX_FRAMES, check_sampling, is_video, sample_video
 from .processing_multilabel import (
     MultiLabelProcessor,
     post_process_multi_label_classification,
     resolve_threshold,
     resolve_top_k,
 )
+from .video_labels import check_pooling, label_video
 
 logger = logging.get_logger(__name__)
 
 LOAD_PARAMETERS = ("max_pixels", "max_bytes", "size_hint", "timeout", "allow_private_addresses")  # of load_image
+SAMPLING = {"frames_per_second": 1.0, "max_frames": MAX_FRAMES}  # of a video, and their defaults
+POOLING = {"pooling": "max", "pooling_k": 5}
+FRAMES_AT_ONCE = 8  # of a video, where no batch_size is given
 
 
 class MultiLabelImageClassificationPipeline(Pipeline):
@@ -48,7 +54,19 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             Whether each label gets a `"heat_map"` as well: which pixels spoke for it, see [`label_heat_maps`]. HSVLT,
             MlTr and HP-DVAL have such maps; other models are refused.
         max_pixels, max_bytes, size_hint, timeout, allow_private_addresses (*optional*):
-            As in [`load_image`].
+            As in [`load_image`]; of them videos know `max_pixels`, of a frame.
+        frames_per_second (`float`, *optional*, defaults to 1.0):
+            How many frames of a video are looked at; needs PyAV, `pip install av`. See [`sample_video`].
+        max_frames (`int`, *optional*, defaults to 600):
+            At most so many of a video, evenly spaced beyond.
+        pooling (`str`, *optional*, defaults to `"max"`):
+            Of a label's scores in the frames the `"max"`, the `"mean"`, or the mean of the `pooling_k` highest,
+            `"top_k_mean"`. Thresholds are compared with that.
+        pooling_k (`int`, *optional*, defaults to 5):
+            See there.
+        intervals (`bool`, *optional*):
+            Whether each label of a video gets `"intervals"` as well: a list of (start, end) in seconds within which its
+            frames reach the threshold; without one, the checkpoint's own or 0.5.
 
     Example:
 
@@ -59,6 +77,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
     >>> tagger("photo.jpg")  # [{"label": "dog", "score": 0.98}, ...]
     >>> tagger(["a.jpg", "b.jpg"], batch_size=2)  # a list of such lists
     >>> tagger("photo.jpg", labels=["dog", "cat"], explain=True)[0]["heat_map"]  # float32 array (height, width)
+    >>> tagger("clip.mp4", intervals=True)  # [{"label": "dog", "score": 0.98, "intervals": [(3.0, 7.0)]}, ...]
     ```
     """
 
@@ -77,35 +96,50 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             )
 
     def __call__(self, inputs, image_column: str = "image", **kwargs):
-        """Labels images.
+        """Labels images and videos.
 
         Args:
-            inputs: Whatever [`load_image`] reads, a list or batch of it, a generator or torch `Dataset` of it, or a
-                `datasets.Dataset` or a column of one, whose images are decoded here and not by datasets.
+            inputs: Whatever [`load_image`] reads, or a video (a path, bytes or an open file), a list or batch of it, a
+                generator or torch `Dataset` of it, or a `datasets.Dataset` or a column of one, whose images are decoded
+                here and not by datasets.
             image_column: The image column of a `datasets.Dataset`.
-            kwargs: The pipeline's parameters, `batch_size`, and `num_workers` for a dataset.
+            kwargs: The pipeline's parameters, `batch_size`, and `num_workers` for a dataset. Of a video, `batch_size`
+                is how many frames are computed at once.
 
         Returns:
-            For one image, `{"label": ..., "score": ...}` from the highest score to the lowest; with `explain=True`
-            also `"heat_map"`, a float32 array of the decoded image's height and width from 0 to 1, where 1 is the
-            place that spoke most for this label. For a list a list of these; for a generator, dataset or column an
-            iterator over them, which runs as it is asked.
+            For one image or video, `{"label": ..., "score": ...}` from the highest score to the lowest; with
+            `explain=True` also `"heat_map"`, a float32 array of the decoded image's height and width from 0 to 1, where
+            1 is the place that spoke most for this label. For a list a list of these; for a generator, dataset or
+            column an iterator over them, which runs as it is asked.
 
         Raises:
-            ValueError: an image cannot be read (the message names it), or a parameter is wrong.
+            ValueError: an image or video cannot be read (the message names it), or a parameter is wrong.
         """
+        batch_size = kwargs.get("batch_size") or self._batch_size
         inputs = _stream(inputs, image_column)
         if is_many(inputs) and not isinstance(inputs, (Dataset, GeneratorType)):
             inputs = list(inputs)
         if isinstance(inputs, (Dataset, list)) and hasattr(inputs, "__len__") and not len(inputs):
             return [] if isinstance(inputs, list) else iter(())  # transformers would look at the first
-        return super().__call__(inputs, **kwargs)
+        batched = (batch_size or 1) > 1
+        if isinstance(inputs, list) and batched:  # a video makes no batch with others
+            videos = {place for place, source in enumerate(inputs) if is_video(source)}
+            images = [source for place, source in enumerate(inputs) if place not in videos]
+            if videos:
+                found = iter(self(images, image_column, **kwargs))
+                return [
+                    self(source, image_column, **kwargs) if place in videos else next(found)
+                    for place, source in enumerate(inputs)
+                ]
+        batched = batched and isinstance(inputs, (Dataset, GeneratorType))
+        return super().__call__(inputs, batched=batched, frames_at_once=batch_size or FRAMES_AT_ONCE, **kwargs)
 
     def _sanitize_parameters(self, **parameters):
         # Only what was given: a call's None must override a number given before.
-        preprocess = {key: parameters.pop(key) for key in LOAD_PARAMETERS if key in parameters}
-        postprocess = {key: parameters.pop(key) for key in ("threshold", "top_k") if key in parameters}
-        forward = {}
+        preprocess = {key: parameters.pop(key) for key in (*LOAD_PARAMETERS, *SAMPLING, "batched") if key in parameters}
+        names = ("threshold", "top_k", *POOLING, "intervals")
+        postprocess = {key: parameters.pop(key) for key in names if key in parameters}
+        forward = {key: parameters.pop(key) for key in ("frames_at_once",) if key in parameters}
         if "labels" in parameters:
             forward["class_ids"] = postprocess["class_ids"] = self._class_ids(parameters.pop("labels"))
         if "explain" in parameters:
@@ -113,12 +147,16 @@ class MultiLabelImageClassificationPipeline(Pipeline):
         if parameters:
             raise ValueError(
                 f"Unknown parameter {', '.join(parameters)}; there are threshold, top_k, labels, explain, "
-                f"batch_size, num_workers, image_column, {', '.join(LOAD_PARAMETERS[:-1])} and {LOAD_PARAMETERS[-1]}."
+                f"batch_size, num_workers, image_column, {', '.join((*SAMPLING, *POOLING))}, intervals, "
+                f"{', '.join(LOAD_PARAMETERS[:-1])} and {LOAD_PARAMETERS[-1]}."
             )
         # Told before the first image and not after the last.
         given = {**getattr(self, "_postprocess_params", {}), **postprocess}
         self._cuts(given.get("threshold"), given.get("class_ids"))
         resolve_top_k(given.get("top_k"))
+        check_pooling(**{name: given.get(name, usual) for name, usual in POOLING.items()})
+        loading = {**getattr(self, "_preprocess_params", {}), **preprocess}
+        check_sampling(**{name: loading.get(name, usual) for name, usual in SAMPLING.items()})
         return preprocess, forward, postprocess
 
     def _class_ids(self, names: Sequence[str] | None) -> list[int] | None:
@@ -149,8 +187,15 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             threshold = {name: number for name, number in threshold.items() if name not in others}
         return resolve_threshold(threshold, None, len(names), names)
 
-    def preprocess(self, image, explain: bool = False, **load_kwargs):
-        image = load_image(image, **load_kwargs)
+    def preprocess(self, image, explain: bool = False, batched: bool = False, **load_kwargs):
+        if is_video(image):
+            if batched:
+                raise ValueError(f"{describe(image)} is a video in a stream; give batch_size=1, or a list.")
+            if explain:
+                raise ValueError(f"{describe(image)} is a video, and heat maps are of images; leave out explain.")
+            given = (*SAMPLING, "max_pixels")
+            return {"video": image, "options": {key: load_kwargs[key] for key in given if key in load_kwargs}}
+        image = load_image(image, **{key: value for key, value in load_kwargs.items() if key not in SAMPLING})
         inputs = self.image_processor(images=image, return_tensors="pt")
         inputs = inputs.to(self.dtype)  # fp16 and bf16 models take no fp32 pixels.
         if explain:
@@ -158,22 +203,43 @@ class MultiLabelImageClassificationPipeline(Pipeline):
             inputs["image"] = torch.tensor([[*image.size, *box]], dtype=torch.float32)
         return inputs
 
-    def _forward(self, inputs, class_ids: list[int] | None = None, explain: bool = False):
+    def _forward(self, inputs, class_ids=None, explain: bool = False, frames_at_once: int = FRAMES_AT_ONCE):
         chosen = None if class_ids is None else torch.tensor(class_ids, device=self.device)
+        if "video" in inputs:
+            return self._forward_frames(sample_video(inputs["video"], **inputs["options"]), chosen, frames_at_once)
         if explain:
             logits, maps, scored = scored_heat_maps(self.model, inputs["pixel_values"], chosen)
             return {"logits": logits, "maps": maps, "maps_of": scored, "image": inputs["image"]}
+        return {"logits": self._logits(inputs, chosen)}
+
+    def _forward_frames(self, frames, chosen, frames_at_once: int):
+        """A batch of frames after the other: of the video itself nothing stays but logits and times."""
+        logits, times = [], []
+        while batch := list(itertools.islice(frames, frames_at_once)):
+            times += [(frame.start, frame.end) for frame in batch]
+            inputs = self.image_processor(images=[frame.image for frame in batch], return_tensors="pt").to(self.dtype)
+            logits.append(self._logits(self._ensure_tensor_on_device(inputs, device=self.device), chosen).cpu())
+        return {"logits": torch.cat(logits), "times": times}
+
+    def _logits(self, inputs, chosen: torch.Tensor | None) -> torch.Tensor:
         # The logits alone: feature maps would be copied to the CPU for nothing.
         if chosen is not None and "class_ids" in inspect.signature(self.model.forward).parameters:
-            return {"logits": self.model(**inputs, class_ids=chosen).logits}
+            return self.model(**inputs, class_ids=chosen).logits
         logits = self.model(**inputs).logits
-        return {"logits": logits if chosen is None else logits[:, chosen]}
+        return logits if chosen is None else logits[:, chosen]
 
-    def postprocess(self, outputs, threshold=None, top_k=None, class_ids: list[int] | None = None):
+    def postprocess(self, outputs, threshold=None, top_k=None, class_ids=None, intervals: bool = False, **pooling):
         config = self.model.config
         cuts = self._cuts(threshold, class_ids)
-        class_ids = list(range(config.num_labels)) if class_ids is None else class_ids
-        names = {place: config.id2label[label] for place, label in enumerate(class_ids)}
+        labels = list(range(config.num_labels)) if class_ids is None else class_ids
+        names = {place: config.id2label[label] for place, label in enumerate(labels)}
+        if "times" in outputs:
+            seen_from = cuts
+            if cuts is None:
+                seen_from = 0.5 if getattr(config, "thresholds", None) is None else self._cuts("auto", class_ids)
+            seen_from = seen_from if intervals else None
+            times, top_k = outputs["times"], resolve_top_k(top_k)
+            return label_video(outputs["logits"], times, names, cuts, top_k, seen_from=seen_from, **pooling)
         results = post_process_multi_label_classification(outputs["logits"], names, None, cuts, top_k)[0]
         if "maps" in outputs:
             place = {config.id2label[label]: index for index, label in enumerate(outputs["maps_of"][0].tolist())}

@@ -296,18 +296,20 @@ def post_process_multi_label_classification(
         raise ValueError(f"logits must be of shape (batch, {len(id2label)}), but they are {tuple(logits.shape)}.")
     names = [id2label[index] for index in range(len(id2label))]
     cuts = resolve_threshold(threshold, thresholds, len(names), names)
-    top_k = resolve_top_k(top_k)
-    scores = logits.sigmoid()
-    chosen = logits > NOT_EVALUATED  # and no NaN
+    return best_labels(logits.sigmoid(), logits > NOT_EVALUATED, id2label, cuts, resolve_top_k(top_k))  # and no NaN
+
+
+def best_labels(scores, chosen, id2label: Mapping[int, str], cuts, top_k: int | None) -> list[list[dict]]:
+    """Of scores of shape (batch, labels) those chosen and not below their cut, by name, from the highest on."""
     if cuts is not None:
-        chosen &= scores >= torch.tensor(cuts, device=scores.device)
+        chosen = chosen & (scores >= torch.tensor(cuts, device=scores.device))
     order = scores.argsort(dim=1, descending=True, stable=True)
     results = []
     for row_scores, row_chosen, row_order in zip(scores.cpu(), chosen.cpu(), order.cpu(), strict=True):
         labels = row_order[row_chosen[row_order]][:top_k]
         results.append(
             [
-                {"label": names[index], "score": score}
+                {"label": id2label[index], "score": score}
                 for index, score in zip(labels.tolist(), row_scores[labels].tolist(), strict=True)
             ]
         )
