@@ -130,16 +130,17 @@ def test_what_is_cut_off_is_refused(container, codec, kept, tmp_path):
 def test_damage_within_is_refused_or_survived(tmp_path):
     data = index_in_front(clip(noisy()))
     rng, refused = np.random.default_rng(0), 0
-    for _ in range(20):
+    for _ in range(8):
         broken = bytearray(data)
-        for place in rng.integers(0, len(data), 30):
+        for place in rng.integers(0, len(data), 100):
             broken[place] = rng.integers(256)
+        (tmp_path / "broken.mp4").write_bytes(broken)
         try:
-            assert list(sample_video(bytes(broken)))
+            assert list(sample_video(tmp_path / "broken.mp4"))
         except ValueError as error:
-            assert "video" not in str(error) or str(error).endswith("."), error
+            assert "broken.mp4" in str(error) and str(error).endswith("."), error
             refused += 1
-    assert refused > 5
+    assert refused
     (tmp_path / "text.mp4").write_text("no video at all\n" * 100)
     one_sentence(tmp_path / "text.mp4", "text.mp4", "cannot be decoded")
     (tmp_path / "empty.mov").write_bytes(b"")
@@ -173,7 +174,7 @@ def test_a_file_that_cannot_be_had_has_the_reason_as_its_cause(tmp_path, monkeyp
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(modeling_hsvlt.load_video, "open", refuse, raising=False)
-    with pytest.raises(ValueError, match="clip.mp4 cannot be decoded \\(Permission denied\\)") as caught:
+    with pytest.raises(ValueError, match=r"clip.mp4 cannot be decoded \(Permission denied\)") as caught:
         list(sample_video(path))
     assert isinstance(caught.value.__cause__, OSError)
 

@@ -1,16 +1,22 @@
-"""Label images: a few in the terminal, or any number, on all devices, in a run that may be killed and started again.
+"""Label images and videos: a few in the terminal, or any number, on all devices, in a run that may be killed and
+started again.
 
     hsvlt tag photo.jpg                      a table, by the newest run below runs/
+    hsvlt tag clip.mp4 --frames_per_second 2
     hsvlt tag CHECKPOINT 1.jpg 2.jpg --top_k 3
     hsvlt tag CHECKPOINT SOURCE OUTPUT
     hsvlt tag CHECKPOINT photos tags --threshold 0.5 --top_k 20 --format jsonl
     hsvlt tag CHECKPOINT photos tags --sidecars txt xmp
 
-SOURCE is a folder of images (with the folders in it), one image, a text file that names one a line, or a data set (a
-folder that `datasets` wrote, a folder of parquet files, or a Hub id). OUTPUT gets part files, complete or not there:
-`file_name` (or `row`, for a data set), `labels` and `scores` from the highest score on, and `error` for an image that
-cannot be read; those are listed in `unreadable.txt` as well. Read them all with
+SOURCE is a folder of images and videos (with the folders in it), one of them, a text file that names one a line, or a
+data set of images (a folder that `datasets` wrote, a folder of parquet files, or a Hub id). OUTPUT gets part files,
+complete or not there: `file_name` (or `row`, for a data set), `labels` and `scores` from the highest score on, and
+`error` for an image that cannot be read; those are listed in `unreadable.txt` as well. Read them all with
 `datasets.load_dataset("parquet", data_files="OUTPUT/part-*.parquet")`.
+
+A video (pip install av) is one record: --frames_per_second are looked at, at most --max_frames in all, and --pooling
+makes one score of theirs for each label, which the threshold is compared with. Beside each part, `intervals-*` has a
+row for each time that one of these labels was seen: `file_name`, `label`, `start` and `end`, in seconds.
 
 An image that is not there any more, or whose disk fails, is none that cannot be read: nothing is written about it, the
 exit status is 1, and the same command tries it again.
@@ -39,16 +45,24 @@ WRITERS = ("txt", "xmp")
 
 
 @dataclass(kw_only=True)
-class ShowOptions(CheckpointOptions):
-    """Of images whose labels are printed."""
+class VideoOptions:
+    frames_per_second: float = option(1.0, "of a video to look at")
+    max_frames: int = option(600, "at most so many of a video, evenly spaced beyond")
+    pooling: Literal["max", "mean", "top_k_mean"] = option("max", "one score of those of all frames, for each label")
+    pooling_k: int = option(5, "of top_k_mean: how many of the highest scores")
 
-    images: list[str] = option(reason="image files, or addresses", positional=True, metavar="IMAGE")
+
+@dataclass(kw_only=True)
+class ShowOptions(VideoOptions, CheckpointOptions):
+    """Of images and videos whose labels are printed."""
+
+    images: list[str] = option(reason="image or video files, or addresses of images", positional=True, metavar="IMAGE")
     threshold: float | str = option("auto", "a number, or auto: the checkpoint's, or 0.5", read=number_or_auto)
     top_k: int | None = option(None, "labels to print; null: those found, and others up to five")
 
 
 @dataclass(kw_only=True)
-class TagOptions(ImageOptions, CheckpointOptions):
+class TagOptions(VideoOptions, ImageOptions, CheckpointOptions):
     source: str = option(reason="folder, list of files, or dataset", positional=True, metavar="SOURCE")
     output: Path = option(reason="folder to write into", positional=True, metavar="OUTPUT")
     threshold: float | str = option("auto", "a number, or auto: the thresholds in the checkpoint", read=number_or_auto)
@@ -83,11 +97,13 @@ def few_images(argv: list[str]) -> list[str] | None:
 
 
 def is_image(word: str) -> bool:
-    """Whether a word of the command line is an image, and not a list of images."""
+    """Whether a word of the command line is an image or a video, and not a list of them."""
     if word.startswith(("http://", "https://")):
         return True
+    from modeling_hsvlt.load_video import is_video
+
     kind = mimetypes.guess_type(word, strict=False)[0] or ""
-    return Path(word).is_file() and kind.startswith("image/")
+    return Path(word).is_file() and (kind.startswith("image/") or is_video(word))
 
 
 def run(args: ShowOptions | TagOptions) -> int:

@@ -38,6 +38,9 @@ class ImageResizer:
         )
         return batch["pixel_values"][0]
 
+    def bytes_of_one(self) -> int:
+        return self(PILImage.new("RGB", (64, 64))).nbytes
+
     def stored(self, image: dict | PILImage.Image) -> torch.Tensor:
         """Of a `datasets.Image`, decoded or not. Raises a ValueError that says why it cannot be read."""
         return self(load_image(image, size_hint=self._size_hint))

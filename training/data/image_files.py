@@ -1,4 +1,4 @@
-"""The image files below a folder: all of them, each by its name, with what was left out and why."""
+"""The image files below a folder, and its videos: all of them, by name, with what was left out and why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from modeling_hsvlt.load_video import is_video
 
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS) - {".mpg", ".mpeg"} | {".avif", ".heic", ".heif", ".hif"}
 # Where programs keep small copies: desktops, Synology, Windows, and what macOS leaves in archives.
@@ -23,15 +25,17 @@ class ImageTree(NamedTuple):
 
     names: list[str]
     left_out: Counter
+    videos: list[str]  # where they were asked for
 
 
-def find_images(folder: Path, *, sniff: bool = False) -> ImageTree:
+def find_images(folder: Path, *, sniff: bool = False, videos: bool = False) -> ImageTree:
     """All images in a folder and the folders in it, links followed, no folder twice.
 
     Args:
         sniff: Look into files that are not called like an image, and take those that begin like one.
+        videos: Take the videos as well.
     """
-    names, left_out, seen = [], Counter(), set()
+    names, moving, left_out, seen = [], [], Counter(), set()
     for root, folders, files in os.walk(folder, followlinks=True):
         try:
             at = os.stat(root)
@@ -53,11 +57,15 @@ def find_images(folder: Path, *, sniff: bool = False) -> ImageTree:
             image = _called_like_an_image(name)
             if name.startswith("."):
                 left_out["hidden files"] += image
-            elif image or (sniff and _begins_like_an_image(Path(root, name))):
-                names.append(name if relative == "." else os.path.join(relative, name).replace(os.sep, "/"))
+                continue
+            below = name if relative == "." else os.path.join(relative, name).replace(os.sep, "/")
+            if image or (sniff and _begins_like_an_image(Path(root, name))):
+                names.append(below)
+            elif videos and is_video(Path(root, name)):
+                moving.append(below)
             else:
                 left_out["no images"] += 1
-    return ImageTree(sorted(names), +left_out)
+    return ImageTree(sorted(names), +left_out, sorted(moving))
 
 
 def is_image(path: Path) -> bool:

@@ -11,16 +11,13 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from PIL import Image as PILImage
-from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from modeling_hsvlt.processing_multilabel import post_process_multi_label_classification
 
-from ..data.batches import WORKER_TIMEOUT, naming_dead_workers, normalize_pixels, prefetch_that_fits
+from ..data.batches import normalize_pixels
 from ..data.dataset import ImageResizer
 from ..say import counted
-from .results import PartWriter
 from .sources import DatasetSource, FileSource
 
 
@@ -38,25 +35,22 @@ class Images(torch.utils.data.Dataset):
     """Decodes and resizes images; what cannot be read is told, not raised."""
 
     def __init__(self, source: FileSource | DatasetSource, keys: list, processor: BaseImageProcessor):
-        self.source, self.keys, self._resize = source, keys, ImageResizer(processor)
+        self.source, self.keys, self.resize = source, keys, ImageResizer(processor)
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def bytes_of_one(self) -> int:
-        return self._resize(PILImage.new("RGB", (64, 64))).nbytes
 
     def __getitem__(self, index: int) -> tuple:
         key, begin, pixels, problem, gone = self.keys[index], time.perf_counter(), None, None, False
         image = self.source.image(key)
         try:
-            pixels = self._resize.stored(image)
+            pixels = self.resize.stored(image)
         except ValueError as error:
-            problem, gone = str(error), _is_gone(image, error)
+            problem, gone = str(error), is_gone(image, error)
         return key, pixels, problem, gone, time.perf_counter() - begin
 
 
-def _is_gone(image: Path | str | dict | None, error: Exception) -> bool:
+def is_gone(image: Path | str | dict | None, error: Exception) -> bool:
     """Whether the operating system did not give the file, so that nothing is known about the image."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno is not None:
@@ -105,7 +99,7 @@ def tag(
     While a GPU computes one batch the next is fetched and sent. Every batch has the same size, padded if need be, so
     that an image's scores do not depend on who else was left to be tagged.
     """
-    config, dtype = model.config, next(model.parameters()).dtype
+    config = model.config
     thresholds = getattr(config, "thresholds", None)
     under_way: deque[tuple[Batch, torch.Tensor | None]] = deque()
 
@@ -114,11 +108,8 @@ def tag(
         clock.enter("model")  # waits for the device
         logits = None if logits is None else logits.cpu()
         clock.enter("writing")
-        if logits is not None and logits.isnan().any():
-            raise ValueError(
-                f"The model gives {batch.keys[0]} or an image after it scores that are no numbers: its weights are "
-                f"damaged, or too large for {str(dtype).removeprefix('torch.')}."
-            )
+        if logits is not None:
+            check_scores(logits, model, f"{batch.keys[0]} or an image after it")
         found = iter(
             []
             if logits is None
@@ -140,11 +131,7 @@ def tag(
         clock.seconds["decoding"] += batch.seconds
         logits = None
         if batch.pixels is not None:
-            count = len(batch.pixels)
-            padding = batch.pixels[-1:].expand(loader.batch_size - count, *batch.pixels.shape[1:])
-            pixels = torch.cat([batch.pixels, padding]).to(accelerator.device, non_blocking=True)
-            with torch.inference_mode(), accelerator.autocast():
-                logits = model(pixel_values=normalize_pixels(pixels, processor).to(dtype)).logits[:count]
+            logits = padded_logits(model, processor, batch.pixels, loader.batch_size, accelerator)
         under_way.append((batch, logits))
         if len(under_way) > 1:
             yield records()
@@ -154,7 +141,29 @@ def tag(
     clock.enter(None)
 
 
-def report(clock: Clock, count: int, workers: int, accelerator: Accelerator) -> None:
+def padded_logits(model, processor, pixels: torch.Tensor, batch_size: int, accelerator: Accelerator) -> torch.Tensor:
+    """Of at most `batch_size` images, computed as that many, on the device."""
+    count = len(pixels)
+    padding = pixels[-1:].expand(batch_size - count, *pixels.shape[1:])
+    pixels = torch.cat([pixels, padding]).to(accelerator.device, non_blocking=True)
+    with torch.inference_mode(), accelerator.autocast():
+        pixels = normalize_pixels(pixels, processor).to(next(model.parameters()).dtype)
+        return model(pixel_values=pixels).logits[:count]
+
+
+def check_scores(logits: torch.Tensor, model: PreTrainedModel, of: str) -> None:
+    """
+    Raises:
+        ValueError: some are NaN.
+    """
+    if logits.isnan().any():
+        raise ValueError(
+            f"The model gives {of} scores that are no numbers: its weights are damaged, or too large for "
+            f"{str(model.dtype).removeprefix('torch.')}."
+        )
+
+
+def report(clock: Clock, count: int, workers: int, accelerator: Accelerator, noun: str = "image") -> None:
     """Prints the speed, and whether the model or the decoding was what took the time."""
     parts = ("model", "images", "writing", "decoding")
     values = torch.tensor([*(clock.seconds[part] for part in parts), count], device=accelerator.device)
@@ -166,7 +175,7 @@ def report(clock: Clock, count: int, workers: int, accelerator: Accelerator) -> 
     shares = {part: seconds[part] / total for part in parts[:3]}
     elapsed = total / accelerator.num_processes
     accelerator.print(
-        f"{counted(int(count), 'image')} in {elapsed:.1f} s, {count / elapsed:.1f} a second on "
+        f"{counted(int(count), noun)} in {elapsed:.1f} s, {count / elapsed:.1f} a second on "
         f"{counted(accelerator.num_processes, 'process')}. Time: model {shares['model']:.0%}, waiting for "
         f"images {shares['images']:.0%}, labels and files {shares['writing']:.0%}. Decoding one takes "
         f"{1000 * seconds['decoding'] / count:.1f} ms; workers a process: {workers}."
@@ -175,36 +184,3 @@ def report(clock: Clock, count: int, workers: int, accelerator: Accelerator) -> 
         accelerator.print("The model is the bottleneck, not decoding.")
     else:
         accelerator.print("Decoding is the bottleneck: raise --num_workers, or store smaller images.")
-
-
-def tag_share(
-    args, model, processor, source, results, share, run_number, accelerator: Accelerator
-) -> tuple[Clock, list[str]]:
-    """Tags one process's images; beside the time, why there is no record of those that could not be got at."""
-    images = Images(source, share, processor)
-    loader = torch.utils.data.DataLoader(
-        images,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=prefetch_that_fits(args.batch_size * images.bytes_of_one(), args.num_workers),
-        timeout=WORKER_TIMEOUT if args.num_workers else 0,
-    )
-    writer = PartWriter(results, run_number, accelerator.process_index, args.part_size)
-    clock, gone = Clock(), []
-    words = "Tagging" if accelerator.num_processes == 1 else f"Tagging, process 1 of {accelerator.num_processes}"
-    bar = tqdm(total=len(share), desc=words, unit="img", disable=not accelerator.is_main_process or not share)
-    try:
-        with naming_dead_workers():
-            for records in tag(model, processor, loader, accelerator, args.threshold, args.top_k, clock):
-                for record in records:
-                    if record.pop("gone"):
-                        gone.append(record["error"])
-                    else:
-                        writer.add({source.key_name: record.pop("key"), **record})
-                bar.update(len(records))
-    finally:
-        bar.close()
-        writer.flush()  # after Ctrl-C as well
-    return clock, gone

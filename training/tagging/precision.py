@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -37,7 +38,8 @@ def choose_precision(args, model: PreTrainedModel, processor: BaseImageProcessor
     if own != "fp32" or fast == "no":
         print(f"--dtype auto: {own}, " + ("as the checkpoint." if own != "fp32" else "no faster instructions here."))
         return own
-    images = Images(source, source.keys[:IMAGES], processor)
+    keys = itertools.islice((key for key in source.keys if key not in source.videos), IMAGES)
+    images = Images(source, list(keys), processor)
     pixels = collate([images[index] for index in range(len(images))]).pixels if len(images) else None
     if pixels is None:
         print("--dtype auto: fp32, none of the first images can be read.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +26,8 @@ class Results:
     """The parts of a folder.
 
     Records are dictionaries: `file_name` (or `row`, for a data set), `labels` and `scores` from the highest score to
-    the lowest, and `error`, which says why an image could not be read and is otherwise None.
+    the lowest, and `error`, which says why an image could not be read and is otherwise None. Beside a part stands,
+    under its name with `intervals` for `part`, when labels were seen in its videos, if it has any.
     """
 
     def __init__(self, folder: Path, key_name: str, file_format: str):
@@ -39,6 +40,8 @@ class Results:
                 "error": pa.string(),
             }
         )
+        seconds = {"label": pa.string(), "start": pa.float64(), "end": pa.float64()}
+        self.intervals_schema = pa.schema({key_name: self.schema.field(key_name).type, **seconds})
 
     def parts(self) -> list[Path]:
         return sorted(self.folder.glob(f"part-*.{self.format}"))
@@ -65,15 +68,20 @@ class Results:
         numbers = (part.name.split("-")[1] for part in self.parts())
         return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
 
-    def write(self, name: str, records: list[dict]) -> None:
-        """Writes a part."""
+    def write(self, name: str, records: list[dict], intervals: list[dict]) -> None:
+        """Writes a part; its intervals first, which count for nothing until it is there."""
+        if intervals:
+            self._write(f"intervals-{name}", intervals, self.intervals_schema)
+        self._write(f"part-{name}", records, self.schema)
+
+    def _write(self, name: str, rows: list[dict], schema: pa.Schema) -> None:
         if self.format == "parquet":
             sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pylist(records, self.schema), sink, compression="zstd")
+            pq.write_table(pa.Table.from_pylist(rows, schema), sink, compression="zstd")
             data = sink.getvalue().to_pybytes()
         else:
-            data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        write_file(self.folder / f"part-{name}.{self.format}", data)
+            data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        write_file(self.folder / f"{name}.{self.format}", data)
 
     def begun_with(self, name: str) -> str | None:
         """A setting of the run that began the folder, if one did."""
@@ -97,8 +105,12 @@ class Results:
             # The settings go last: a kill in between leaves parts that still belong to settings.
             for old in [*self._all_parts(), self.folder / UNREADABLE_FILE, path]:
                 old.unlink(missing_ok=True)
-        for unfinished in self.folder.glob(".part-*.new"):
+        for unfinished in [*self.folder.glob(".part-*.new"), *self.folder.glob(".intervals-*.new")]:
             unfinished.unlink()
+        parts = {part.name.removeprefix("part-") for part in self._all_parts()}
+        for old in self._all_parts("intervals"):
+            if old.name.removeprefix("intervals-") not in parts:  # killed before its part was written
+                old.unlink()
         if not path.is_file():
             if parts := self._all_parts():
                 raise ValueError(f"{parts[0]} is of no known run; choose another OUTPUT, or pass --overwrite.")
@@ -124,8 +136,8 @@ class Results:
     def _write_settings(self, settings: dict) -> None:
         write_file(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
 
-    def _all_parts(self) -> list[Path]:
-        return sorted(part for file_format in FORMATS for part in self.folder.glob(f"part-*.{file_format}"))
+    def _all_parts(self, kind: str = "part") -> list[Path]:
+        return sorted(part for file_format in FORMATS for part in self.folder.glob(f"{kind}-*.{file_format}"))
 
 
 class PartWriter:
@@ -133,17 +145,18 @@ class PartWriter:
 
     def __init__(self, results: Results, run: int, process: int, part_size: int):
         self.results, self.prefix, self.part_size = results, f"{run:04d}-{process:04d}", part_size
-        self.count, self.records = 0, []
+        self.count, self.records, self.intervals = 0, [], []
 
-    def add(self, record: dict) -> None:
+    def add(self, record: dict, intervals: Sequence[dict] = ()) -> None:
         self.records.append(record)
+        self.intervals += intervals
         if len(self.records) >= self.part_size:
             self.flush()
 
     def flush(self) -> None:
         if self.records:
-            self.results.write(f"{self.prefix}-{self.count:06d}", self.records)
-            self.count, self.records = self.count + 1, []
+            self.results.write(f"{self.prefix}-{self.count:06d}", self.records, self.intervals)
+            self.count, self.records, self.intervals = self.count + 1, [], []
 
 
 def summarise(results: Results, name: Callable[[object], str]) -> tuple[int, int]:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from modeling_hsvlt.load_video import check_sampling
 from modeling_hsvlt.processing_multilabel import resolve_threshold
+from modeling_hsvlt.video_labels import check_pooling
 
 from ..checkpoint.loading import load_checkpoint
 from ..checkpoint.lock import FolderLock, check_launch
+from ..data.batches import WORKER_TIMEOUT, naming_dead_workers, prefetch_that_fits
 from ..options import ImageOptions
 from ..say import counted, say_next
-from .loop import report, tag_share
+from .loop import Clock, Images, collate, report, tag
 from .precision import DTYPES, choose_precision, precision_of
-from .results import UNREADABLE_FILE, Results, fingerprint, fingerprint_weights, summarise
+from .results import UNREADABLE_FILE, PartWriter, Results, fingerprint, fingerprint_weights, summarise
 from .sidecars import check_sidecars, write_sidecars
 from .sources import DatasetSource, open_source
+from .videos import tag_videos
 
 
 def tag_source(args) -> int:
@@ -46,6 +53,8 @@ def tag_source(args) -> int:
     resolve_threshold(args.threshold, thresholds, model.config.num_labels)
     if min(args.batch_size, args.part_size, args.top_k or 1) < 1 or args.num_workers < 0:
         raise ValueError("--batch_size, --part_size and --top_k must be at least 1, --num_workers at least 0.")
+    check_sampling(args.frames_per_second, args.max_frames)
+    check_pooling(args.pooling, args.pooling_k)
     with accelerator.main_process_first():  # the others find a downloaded data set
         source = open_source(
             args.source,
@@ -73,14 +82,15 @@ def tag_source(args) -> int:
         share = todo[accelerator.process_index :: accelerator.num_processes]
         clock, gone = tag_share(args, model, processor, source, results, share, run_number, accelerator)
         accelerator.wait_for_everyone()
-        report(clock, len(share), args.num_workers, accelerator)
+        report(clock, len(share), args.num_workers, accelerator, "file" if source.videos else "image")
         if accelerator.is_main_process:
             name = str if isinstance(source, DatasetSource) else source.where
             total, unreadable = summarise(results, name)
             left_out = ", ".join(f"{count:,} {why}" for why, count in sorted(source.left_out.items()))
             left_out = f"; left out: {left_out}" if left_out else ""
             of_them = f"{unreadable:,} of them unreadable ({UNREADABLE_FILE})"
-            print(f"{args.output}: {counted(total, 'image')}, {of_them}{left_out}.")
+            noun = "file" if source.videos else "image"
+            print(f"{args.output}: {counted(total, noun)}, {of_them}{left_out}.")
             say_next("demo", args.checkpoint)
         if args.sidecars:
             write_sidecars(source, results, args, accelerator)
@@ -95,6 +105,44 @@ def tag_source(args) -> int:
         )
     accelerator.end_training()
     return len(gone)
+
+
+def tag_share(
+    args, model, processor, source, results, share, run_number, accelerator: Accelerator
+) -> tuple[Clock, list[str]]:
+    """Tags one process's images and videos; beside the time, why there is no record of those that could not be got
+    at."""
+    images = Images(source, [key for key in share if key not in source.videos], processor)
+    videos = [key for key in share if key in source.videos]
+    loader = torch.utils.data.DataLoader(
+        images,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=prefetch_that_fits(args.batch_size * images.resize.bytes_of_one(), args.num_workers),
+        timeout=WORKER_TIMEOUT if args.num_workers else 0,
+    )
+    writer = PartWriter(results, run_number, accelerator.process_index, args.part_size)
+    clock, gone = Clock(), []
+    words = "Tagging" if accelerator.num_processes == 1 else f"Tagging, process 1 of {accelerator.num_processes}"
+    bar = tqdm(total=len(share), desc=words, unit="img", disable=not accelerator.is_main_process or not share)
+    try:
+        with naming_dead_workers():
+            of_images = tag(model, processor, loader, accelerator, args.threshold, args.top_k, clock)
+            of_videos = tag_videos(args, model, processor, source, videos, accelerator, clock) if videos else ()
+            for records in itertools.chain(of_images, of_videos):
+                for record in records:
+                    key, seen = {source.key_name: record.pop("key")}, record.pop("intervals", ())
+                    if record.pop("gone"):
+                        gone.append(record["error"])
+                    else:
+                        writer.add({**key, **record}, [{**key, **interval} for interval in seen])
+                bar.update(len(records))
+    finally:
+        bar.close()
+        writer.flush()  # after Ctrl-C as well
+    return clock, gone
 
 
 def _plan(args, model: PreTrainedModel, processor, source, results: Results, lock: FolderLock) -> list:
@@ -117,6 +165,10 @@ def _plan(args, model: PreTrainedModel, processor, source, results: Results, loc
         "top_k": args.top_k,
         "format": args.format,
         "dtype": args.dtype or precision_of(model),
+        "frames_per_second": args.frames_per_second,
+        "max_frames": args.max_frames,
+        "pooling": args.pooling,
+        "pooling_k": args.pooling_k,
     }
     try:
         if settings["dtype"] == "auto":
@@ -127,5 +179,7 @@ def _plan(args, model: PreTrainedModel, processor, source, results: Results, loc
     except (ValueError, OSError) as error:
         return [str(error), None, None]
     todo = [key for key in source.keys if key not in done]
-    print(f"{args.source}: {counted(len(source.keys), 'image')}, {len(todo):,} of them to be tagged.")
+    images = counted(len(source.keys) - len(source.videos), "image")
+    videos = f" and {counted(len(source.videos), 'video')}" if source.videos else ""
+    print(f"{args.source}: {images}{videos}, {len(todo):,} of them to be tagged.")
     return [todo, results.next_run(), settings["dtype"]]

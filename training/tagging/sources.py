@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset
+
+from modeling_hsvlt.load_video import NEEDS_PYAV, can_read_videos, is_video
 
 from ..data.image_files import find_images, is_image
 from ..data.load import load_images
@@ -24,14 +26,21 @@ class FileSource:
     A name that is not UTF-8 is known by itself with `\\xe9` for such a byte: no file of results could hold it.
 
     Attributes:
-        keys: What the images are known by.
+        keys: What the images and videos are known by.
+        videos: Which of them are videos.
         left_out: How many files took no part, by the reason.
     """
 
     key_name = "file_name"
 
-    def __init__(self, root: Path, names: Sequence[str], left_out: Mapping[str, int] | None = None):
-        self.root, self.left_out = root, dict(left_out or {})
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        left_out: Mapping[str, int] | None = None,
+        videos: Collection[str] = (),
+    ):
+        self.root, self.left_out, self.videos = root, dict(left_out or {}), set()
         self._names: dict[str, str] = {}  # of those whose key is another
         keys: dict[str, None] = {}
         for name in names:
@@ -41,6 +50,8 @@ class FileSource:
             if key != name:
                 self._names[key] = name
             keys[key] = None
+            if name in videos:
+                self.videos.add(key)
         self.keys = list(keys)
 
     def path(self, key: str) -> Path:
@@ -68,7 +79,7 @@ class DatasetSource:
     key_name = "row"
 
     def __init__(self, rows: Dataset):
-        self.rows, self.keys, self.left_out = rows, range(len(rows)), {}
+        self.rows, self.keys, self.left_out, self.videos = rows, range(len(rows)), {}, set()
 
     def image(self, key: int) -> dict | None:
         return self.rows[key]["image"]
@@ -79,8 +90,8 @@ class DatasetSource:
 
 
 def open_source(source: str, *, split: str | None = None, **options) -> FileSource | DatasetSource:
-    """The images of a folder (with the folders in it), of a text file that names one a line, or of a data set; or one
-    image. A name may be a URL.
+    """The images and videos of a folder (with the folders in it), or of a text file that names one a line; the images
+    of a data set; or one image or video. A name may be a URL.
 
     A folder that `datasets` wrote, or of parquet files, is a data set; so is what is no path, an id on the Hub. In a
     list, relative names start where the list is, and what follows a tab is left out, so that the `unreadable.txt` of
@@ -91,21 +102,37 @@ def open_source(source: str, *, split: str | None = None, **options) -> FileSour
     """
     path = Path(source)
     if source.startswith(_URLS):
-        return FileSource(Path(), [source])
-    if path.is_file() and is_image(path):
-        return FileSource(path.parent, [path.name])
+        return _named(Path(), [source])
+    if path.is_file() and (is_image(path) or is_video(path)):
+        return _named(path.parent, [path.name])
     if path.is_file():
         written = (name for line in read_text(path).split("\n") if (name := line.partition("\t")[0].strip()))
         names = list(dict.fromkeys(_one_spelling(name, path.parent) for name in written))
         if not names:
             raise ValueError(f"{path} names no image; write one path a line.")
-        return FileSource(path.parent, names)
+        return _named(path.parent, names)
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in DATASET_FILES):
-        found = find_images(path, sniff=True)
-        if not found.names:
-            raise ValueError(f"{path} holds no images; give another folder, a list, or a data set.")
-        return FileSource(path, found.names, found.left_out)
+        found = find_images(path, sniff=True, videos=True)
+        videos = found.videos if can_read_videos() else []
+        if len(videos) < len(found.videos):
+            found.left_out["videos (pip install av)"] = len(found.videos)
+        if not found.names and not videos:
+            why = "; for its videos install PyAV, pip install av, or" if found.videos else ";"
+            raise ValueError(f"{path} holds no images{why} give another folder, a list, or a data set.")
+        return FileSource(path, [*found.names, *videos], found.left_out, videos)
     return DatasetSource(load_images(source, split, **options))
+
+
+def _named(root: Path, names: Sequence[str]) -> FileSource:
+    """
+    Raises:
+        ValueError: a video among them, and no PyAV.
+    """
+    source = FileSource(root, names)
+    source.videos = {key for key in source.keys if is_video(source.image(key)) and not is_image(source.path(key))}
+    if source.videos and not can_read_videos():
+        raise ValueError(f"{min(source.videos)} {NEEDS_PYAV}, or leave it out.")
+    return source
 
 
 def _one_spelling(name: str, root: Path) -> str:

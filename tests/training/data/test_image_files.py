@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from training.data.image_files import ImageFinder, find_images
+from modeling_hsvlt.load_video import VIDEO_SUFFIXES
+from training.data.image_files import IMAGE_SUFFIXES, ImageFinder, find_images
 
 JPEG = b"\xff\xd8\xff\xe0 and so on"
 
@@ -71,3 +72,15 @@ def test_names_that_are_no_utf8_are_found(tmp_path):
     with open(os.fsencode(tmp_path) + b"/aab\xe9.jpg", "wb") as file:
         file.write(JPEG)
     assert [os.fsencode(name) for name in find_images(tmp_path).names] == [b"aab\xe9.jpg"]
+
+
+def test_videos_are_found_where_asked_for(tmp_path):
+    assert not VIDEO_SUFFIXES & IMAGE_SUFFIXES
+    for name in ("b/clip.MP4", "a.mov", "moving.gif", "photo.jpg", "code.ts", ".hidden.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"whatever it is")
+    (tmp_path / "no_suffix").write_bytes(b"\0\0\0\x18ftypisom")
+    found = find_images(tmp_path, sniff=True, videos=True)
+    assert found.names == ["moving.gif", "photo.jpg"] and found.videos == ["a.mov", "b/clip.MP4", "no_suffix"]
+    assert found.left_out == {"no images": 1}
+    assert find_images(tmp_path, sniff=True).left_out == {"no images": 4}
