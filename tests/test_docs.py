@@ -34,7 +34,8 @@ def test_a_command_of_a_readme_can_be_read(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my_photos", "FOLDER"):
         (tmp_path / name).mkdir()
-    (tmp_path / "photo.jpg").touch()
+    for name in ("photo.jpg", "clip.mp4"):
+        (tmp_path / name).touch()
     (tmp_path / "runs" / "photos" / "best").mkdir(parents=True)
     (tmp_path / "runs" / "photos" / "config.yaml").write_text("epochs: 1\n")
     (tmp_path / "runs" / "photos" / "best" / "config.json").touch()
