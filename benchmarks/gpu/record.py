@@ -90,7 +90,8 @@ class Record:
 
     def goal_table(self) -> str:
         rows = [goal.line(self.parts.get(goal.part, {}).get("units", {})) for goal in self.goals]
-        return "\n".join(["| goal | | reached | |", "|---|---|---|---|", *rows])
+        note = ["A smoke run: tiny models, whose figures mean nothing.", ""] if self.about["smoke"] else []
+        return "\n".join([*note, "| goal | | reached | |", "|---|---|---|---|", *rows])
 
     def table(self) -> str:
         """All that was found, in Markdown."""
@@ -98,8 +99,6 @@ class Record:
         lines = [
             f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}; {about['arithmetic']}."
         ]
-        if about["smoke"]:
-            lines.append("A smoke run: tiny models, whose figures mean nothing.")
         lines += ["", self.goal_table()]
         for part, found in self.parts.items():
             lines += ["", f"### {part}"]
