@@ -214,7 +214,6 @@ class HSVLTConfig(MultiLabelConfig):
         # CLIP and SigLIP with both towers stand for the one that sees.
         if getattr(self.backbone_config, "vision_config", None) is not None:
             self.backbone_config = self.backbone_config.vision_config
-            self._refuse_kernel_repositories()
         backbone = self.backbone_config
         if backbone.model_type == "timm_backbone" and not re.fullmatch(r"[\w.-]+", str(backbone.backbone)):
             raise ValueError(

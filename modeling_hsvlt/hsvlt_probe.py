@@ -51,8 +51,8 @@ def retire(module: nn.Module, names: set[str]) -> None:
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        weight = owner._parameters.pop(leaf)
-        owner.register_buffer(leaf, weight.detach(), persistent=False)
+        # zeros, since nothing may ever fill what no checkpoint holds
+        owner.register_buffer(leaf, torch.zeros_like(owner._parameters.pop(leaf)), persistent=False)
 
 
 class NormsAfter:

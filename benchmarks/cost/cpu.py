@@ -92,7 +92,7 @@ def build(way: str, model, processor, folder: Path):
             quantize_int8(path, folder / "int8.onnx")
             path = folder / "int8.onnx"
         return OnnxClassifier(path, model.config)
-    own = copy.deepcopy(model.backbone if way.startswith("bare") else model)
+    own = copy.deepcopy(model.hsvlt.backbone if way.startswith("bare") else model)
     own = own.to(torch.bfloat16 if "bf16" in way else torch.float32)
     if way.endswith("compiled"):
         own.compile(dynamic=False)

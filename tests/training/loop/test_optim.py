@@ -188,7 +188,8 @@ def test_muon_steps_as_written_by_hand():
             weight = weight * (1 - lr * decay) - lr * 0.2 * math.sqrt(max(weight.shape)) * x
         moved = dict(model.named_parameters())[name].detach().flatten(1)
         assert not torch.equal(moved, start[name].flatten(1))
-        torch.testing.assert_close(moved.double(), torch.from_numpy(weight), rtol=1e-4, atol=1e-5, msg=name)
+        # Five steps make a rounding error of a small singular value up to 3.4445 ** 5 times as large.
+        torch.testing.assert_close(moved.double(), torch.from_numpy(weight), rtol=1e-3, atol=1e-4, msg=name)
 
     torch.manual_seed(0)
     reference = Matrices()
@@ -234,7 +235,7 @@ def test_muon_changes_the_weight_itself_whatever_its_memory_looks_like():
     last, _, _ = matrices_after(2, lambda model: model.to(memory_format=torch.channels_last), optimizer="muon")
     assert last.backbone.full.weight.is_contiguous(memory_format=torch.channels_last)
     for (name, expected), (_, found) in zip(plain.named_parameters(), last.named_parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_muon_leaves_out_a_step_that_overflowed():
