@@ -164,14 +164,22 @@ def run(args) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when the parts were run, 2 when something was refused."""
+    """The command line: 0 when the parts were run, 1 when something in them failed, 2 when something was refused."""
+    failed = []
+
+    def run_and_count(args) -> dict:
+        figures = run(args)
+        units = [unit for part in args.parts for unit in figures["parts"].get(part, {"units": {}})["units"].values()]
+        failed.extend(unit["error"] for unit in units if "error" in unit)
+        return figures
+
     parser = benchmark_parser("gpu", __doc__)
     parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES))
     parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
     parser.add_argument("--smoke", action="store_true", help="tiny models, without a GPU as well; figures mean nothing")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), metavar="DIR")
     parser.add_argument("--page", type=Path, help="Markdown that takes the tables in, between its two marks")
-    return run_benchmark(run, parser, argv)
+    return run_benchmark(run_and_count, parser, argv) or int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ class Suite:
             options = list(argv)
             if self.smoke:
                 options = [word for word in options if word not in ("--compile", "--cuda_graphs")]
-                options += ["--preset", "nano", "--image_size", "64", "--batch_size", "2", "--rounds", "1"]
+                side = "224" if "swin_t" in options else "64"  # transformers' Swin needs a window a stage
+                options += ["--preset", "nano", "--image_size", side, "--batch_size", "2", "--rounds", "1"]
                 options += ["--candidate_labels", "4", "--no_memory", "--threads", str(torch.get_num_threads())]
                 if "10000" in options:
                     options += ["--num_labels", "8", "40"]
