@@ -3,14 +3,16 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .configuration_multilabel import MultiLabelConfig, auto_map_of, preset_of
 
 PHASES = ("phase1", "phase2", "joint")
-# Image towers that give a class token and one token a patch, without others between.
-STUDENT_TYPES = ("clip_vision_model", "vit")
+# Image towers that give one token a patch, and for the whole image a class token in front or a pooling head.
+STUDENT_TYPES = ("clip_vision_model", "vit", "siglip_vision_model")
+HEADS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+TEXT_TYPES = {"clip_text_model": "clip_vision_model", "siglip_text_model": "siglip_vision_model"}  # and their teachers
 
 # "vit-b-16": the published CLIP. "nano": this package's own, for tests and small data. Vocabularies are those of the
 # text tower without context tokens, whose rows are added behind.
@@ -53,13 +55,14 @@ class HPDVALConfig(MultiLabelConfig):
     Args:
         > Published
 
-        text_config (`dict` or `CLIPTextConfig`, *optional*):
+        text_config (`dict`, `CLIPTextConfig` or `SiglipTextConfig`, *optional*):
             Text tower. Its `vocab_size` counts the reserved context tokens.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Image tower that is trained, the student: `clip_vision_model` (the released code) or `vit` (the paper starts
-            from an ImageNet ViT). Default: CLIP's ViT-B/16.
-        teacher_config (`dict` or `CLIPVisionConfig`, *optional*):
-            CLIP's own image tower, the frozen teacher of phase 1. None: like the student.
+            from an ImageNet ViT), or `siglip_vision_model`: SigLIP, and SigLIP 2 of fixed size. Default: CLIP's
+            ViT-B/16.
+        teacher_config (`dict`, `CLIPVisionConfig` or `SiglipVisionConfig`, *optional*):
+            The CLIP's own image tower, the frozen teacher of phase 1. None: like the student.
         projection_dim (`int`, defaults to 512):
             Width of the space that images and texts share.
         image_size (`int`, *optional*):
@@ -80,8 +83,9 @@ class HPDVALConfig(MultiLabelConfig):
             Hand-written prompt. What follows `{}` also follows the name in the learned prompts.
         embedding_head (`str`, *optional*):
             From student tokens to the shared space: `"clip"`, CLIP's visual projection (the code), or `"mlp"`, two
-            linear layers with a tanh between (the paper's two layers; the tanh is the code's). None: `"clip"` for a
-            student that is a CLIP, else `"mlp"`.
+            linear layers with a tanh between (the paper's two layers; the tanh is the code's), or `"siglip"` (not
+            published): its attention pooling head, for the local view over each patch alone. None: that of the
+            student's kind, for a ViT `"mlp"`.
         score_normalization (`str`, defaults to `"cosine"`):
             `"cosine"` (paper), or `"class_l2"` (code): dot products, each view's scores divided by their norm over the
             labels; then a label's logit depends on the other labels, and any logit scale cancels.
@@ -97,7 +101,7 @@ class HPDVALConfig(MultiLabelConfig):
         logit_scale (`float`, defaults to 1.0), logit_bias (`float`, defaults to 0.0):
             `logit = scale * score + bias`. The paper has neither, so its logits lie within [-1, 1]. A larger scale
             gives the loss more range; then choose a bias that puts the mean logit near what label frequency asks for,
-            or the first steps go into moving all scores down.
+            or the first steps go into moving all scores down. A SigLIP brings both.
         learn_logit_scale (`bool`, defaults to `False`):
             Whether factor and bias are trained, in every phase. Read when a model is built, which then has two
             parameters more, without a dimension: FSDP2 does not take those.
@@ -126,9 +130,11 @@ class HPDVALConfig(MultiLabelConfig):
         "attentions",
     ]
     sub_configs_defaults = {
-        "text_config": SubConfigSpec(CLIPTextConfig, init_kwargs={"vocab_size": 49408 + 2 * 4}),
+        "text_config": SubConfigSpec(
+            AutoConfig, model_type="clip_text_model", init_kwargs={"vocab_size": 49408 + 2 * 4}
+        ),
         "vision_config": SubConfigSpec(AutoConfig, model_type="clip_vision_model", init_kwargs={"patch_size": 16}),
-        "teacher_config": SubConfigSpec(CLIPVisionConfig, optional=True),
+        "teacher_config": SubConfigSpec(AutoConfig, model_type="clip_vision_model", optional=True),
     }
 
     # Published
@@ -183,14 +189,21 @@ class HPDVALConfig(MultiLabelConfig):
         if "stage" in kwargs:  # its name before 0.1; for one release
             self.phase = kwargs.pop("stage").replace("stage", "phase")
         super().__post_init__(**kwargs)
-        if self.has_teacher and self.teacher_config is None and self.vision_config.model_type == "clip_vision_model":
-            self.teacher_config = CLIPVisionConfig(**self.vision_config.to_dict())
+        if self.has_teacher and self.teacher_config is None and self.vision_config.model_type in HEADS:
+            self.teacher_config = type(self.vision_config)(**self.vision_config.to_dict())
         if not self.has_teacher:
             self.teacher_config = None
+        if self.is_siglip:
+            self.prompt_length = self.text_config.max_position_embeddings
         if self.image_size is None:
             self.image_size = self.vision_config.image_size
         if self.embedding_head is None:
-            self.embedding_head = "clip" if self.vision_config.model_type == "clip_vision_model" else "mlp"
+            self.embedding_head = HEADS.get(self.vision_config.model_type, "mlp")
+
+    @property
+    def is_siglip(self) -> bool:
+        """Whether the text tower is a SigLIP's, which reads every prompt at its last place, padded to that."""
+        return self.text_config.model_type == "siglip_text_model"
 
     @property
     def num_reserved_tokens(self) -> int:
@@ -213,26 +226,37 @@ class HPDVALConfig(MultiLabelConfig):
     def validate_architecture(self):
         """As transformers calls it, when made and before saving; a ValueError names the field and what it may be."""
         self._check_choices(
-            embedding_head=("clip", "mlp"),
+            embedding_head=("clip", "mlp", "siglip"),
             score_normalization=("cosine", "class_l2"),
             context_init=("random", "template"),
             phase=PHASES,
         )
         if self.vision_config.model_type not in STUDENT_TYPES:
             raise ValueError(
-                f"vision_config is of type {self.vision_config.model_type!r}, but the student must give a class token "
-                f"and one token a patch: choose one of {STUDENT_TYPES}."
+                f"vision_config is of type {self.vision_config.model_type!r}, but the student must give one token for "
+                f"the image and one a patch: choose one of {STUDENT_TYPES}; of SigLIP 2 take one of fixed size."
+            )
+        if (self.embedding_head == "siglip") != (self.vision_config.model_type == "siglip_vision_model"):
+            raise ValueError(
+                f"embedding_head={self.embedding_head!r} does not go with a {self.vision_config.model_type}: leave it "
+                "out."
+            )
+        if self.text_config.model_type not in TEXT_TYPES:
+            raise ValueError(
+                f"text_config is of type {self.text_config.model_type!r}; choose one of {tuple(TEXT_TYPES)}."
             )
         if self.has_teacher and self.teacher_config is None:
             raise ValueError("teacher_config is missing: a student that is no CLIP needs its teacher described.")
-        widths = {"text_config": self.text_config.projection_dim}
+        widths = {"text_config": embedding_width(self.text_config)}
         if self.teacher_config is not None:
-            widths["teacher_config"] = self.teacher_config.projection_dim
+            if self.teacher_config.model_type != TEXT_TYPES[self.text_config.model_type]:
+                raise ValueError("teacher_config and text_config must be the two towers of one CLIP or SigLIP.")
+            widths["teacher_config"] = embedding_width(self.teacher_config)
+        if self.embedding_head == "siglip":
+            widths["vision_config"] = embedding_width(self.vision_config)
         for field, width in widths.items():
             if width != self.projection_dim:
-                raise ValueError(
-                    f"{field}.projection_dim is {width}, but must be projection_dim={self.projection_dim}."
-                )
+                raise ValueError(f"{field} gives {width} numbers, but must give projection_dim={self.projection_dim}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be within [0, 1], but it is {self.alpha}.")
         num_patches = (self.image_size // self.vision_config.patch_size) ** 2
@@ -248,18 +272,33 @@ class HPDVALConfig(MultiLabelConfig):
         if self.label_template.count("{}") != 1:
             raise ValueError(f"label_template must hold {{}} once, but it is {self.label_template!r}.")
         shortest, longest = self.num_context_tokens + 3, self.text_config.max_position_embeddings
+        if self.is_siglip and self.prompt_length != longest:
+            raise ValueError(
+                f"prompt_length must be {longest}, all positions of a SigLIP's text tower, but it is "
+                f"{self.prompt_length}."
+            )
         if not shortest <= self.prompt_length <= longest:
             raise ValueError(
                 f"prompt_length must be from {shortest} (start, context, one token of a name, end) to {longest} (the "
                 f"positions of the text tower), but it is {self.prompt_length}."
             )
-        if self.text_config.eos_token_id == 2:
+        if self.text_config.eos_token_id == 2 and not self.is_siglip:
             raise ValueError(
                 "text_config.eos_token_id is 2, the mark of early CLIP configurations: texts would be read at their "
                 "highest token id, which is a context token; set the tokenizer's own end token (49407 in CLIP)."
             )
-        if self.context_token_ids[0] <= max(self.text_config.bos_token_id, self.text_config.eos_token_id):
+        special = (self.text_config.bos_token_id, self.text_config.eos_token_id, self.text_config.pad_token_id)
+        if self.context_token_ids[0] <= max(
+            token for token in special[: 3 if self.is_siglip else 2] if token is not None
+        ):
             raise ValueError(
                 f"text_config.vocab_size ({self.text_config.vocab_size}) leaves no room for {self.num_reserved_tokens} "
                 "context tokens behind the tokenizer's own; HPDVALForImageClassification.from_clip adds them."
             )
+
+
+def embedding_width(tower: PreTrainedConfig) -> int:
+    """How many numbers a tower of CLIP or SigLIP gives a text or an image."""
+    if tower.model_type.startswith("siglip"):
+        return getattr(tower, "projection_size", None) or tower.hidden_size
+    return tower.projection_dim

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, SiglipTextModel
 
 from .configuration_hp_dval import HPDVALConfig
 
@@ -33,18 +33,21 @@ class HPDVALPrompts(nn.Module):
 
 
 def build_prompts(config: HPDVALConfig, template: list[int], names: list[list[int]]) -> torch.Tensor:
-    """Token ids (3, N, L) of `[start] template name [end]`, and of the same with each view's context for the template.
+    """Token ids (3, N, L) of `[start] template name [end]`, and of the same with each view's context for the template;
+    start and end where the tokenizer writes them.
 
     Contexts take the place of words, so positions are those of a normal sentence (CoOp). Ends fill what is left: the
-    text tower reads a prompt at its first end.
+    text tower reads a prompt at its first end. A SigLIP's reads it at its last place, behind padding.
     """
+    text = config.text_config
+    start, end = ([] if token is None else [token] for token in (text.bos_token_id, text.eos_token_id))
     contexts = torch.tensor(config.context_token_ids, device="cpu").view(2, -1, config.num_context_tokens)
     contexts = contexts.expand(-1, len(names), -1).tolist()  # (2, N, M)
     shape = (3, len(names), config.prompt_length)
-    prompts = torch.full(shape, config.text_config.eos_token_id, device="cpu")
+    prompts = torch.full(shape, text.pad_token_id if config.is_siglip else text.eos_token_id, device="cpu")
     for label, name in enumerate(names):
         for view, words in enumerate((template, contexts[0][label], contexts[1][label])):
-            tokens = [config.text_config.bos_token_id, *words, *name]
+            tokens = [*start, *words, *name, *end]
             prompts[view, label, : len(tokens)] = torch.tensor(tokens, device="cpu")
     return prompts
 
@@ -55,7 +58,7 @@ def placeholder_prompts(config: HPDVALConfig) -> torch.Tensor:
     words = min(2, config.prompt_length - config.num_context_tokens - 2)
     size = (config.num_labels + 1, max(words, config.num_context_tokens))
     tokens = torch.randint(config.context_token_ids[0], size, generator=generator, device="cpu")
-    tokens[tokens == config.text_config.eos_token_id] = config.text_config.bos_token_id
+    tokens[tokens == config.text_config.eos_token_id] = config.text_config.bos_token_id or 0
     template, *names = tokens.tolist()
     return build_prompts(config, template[: config.num_context_tokens], [name[:words] for name in names])
 
@@ -70,7 +73,19 @@ def choose_prompts(prompt_ids: torch.Tensor, context_rows: torch.Tensor) -> torc
 def encode_in_parts(text: nn.Module, prompt_ids: torch.Tensor) -> torch.Tensor:
     """Text embeddings `(..., E)` of prompts `(..., L)`, not normalised."""
     parts = prompt_ids.flatten(0, -2).split(PROMPT_BATCH)
-    return torch.cat([text(part).text_embeds for part in parts]).unflatten(0, prompt_ids.shape[:-1])
+    outputs = (text(part) for part in parts)
+    embeddings = [output.text_embeds if "text_embeds" in output else output.pooler_output for output in outputs]
+    return torch.cat(embeddings).unflatten(0, prompt_ids.shape[:-1])
+
+
+def build_text_tower(config: HPDVALConfig) -> nn.Module:
+    tower = SiglipTextModel if config.is_siglip else CLIPTextModelWithProjection
+    return tower._from_config(config.text_config)
+
+
+def text_embeddings_of(text: nn.Module) -> nn.Module:
+    """The module with the tables of tokens and positions, in CLIP's text tower or SigLIP's."""
+    return getattr(text, "text_model", text).embeddings
 
 
 @torch.no_grad()
@@ -85,7 +100,7 @@ def encode_prompts_of(state_dict: dict[str, torch.Tensor], config: HPDVALConfig)
     weights = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}text.")}
     weights = {key.removeprefix(f"{prefix}text."): value for key, value in weights.items()}
     with torch.device("meta"):  # draws no random numbers
-        tower = CLIPTextModelWithProjection._from_config(config.text_config)
+        tower = build_text_tower(config)
     if weights.keys() != tower.state_dict().keys():
         other = min(weights.keys() ^ tower.state_dict().keys())
         raise ValueError(
@@ -93,14 +108,14 @@ def encode_prompts_of(state_dict: dict[str, torch.Tensor], config: HPDVALConfig)
             "merge its adapters first, or save without state_dict."
         )
     tower.load_state_dict(weights, assign=True)
-    places = torch.arange(config.text_config.max_position_embeddings, device=tower.text_projection.weight.device)
-    tower.text_model.embeddings.position_ids = places[None]
+    embeddings = text_embeddings_of(tower)
+    places = torch.arange(config.text_config.max_position_embeddings, device=embeddings.token_embedding.weight.device)
+    embeddings.position_ids = places[None]
     prompts = state_dict[f"{prefix}prompts.prompt_ids"]
-    contexts = tower.text_model.embeddings.token_embedding.weight[config.context_token_ids]
+    contexts = embeddings.token_embedding.weight[config.context_token_ids]
     prompts = torch.cat((prompts[:1], choose_prompts(prompts, contexts)))
-    embeddings = encode_in_parts(tower.eval(), prompts)
     key = f"{prefix}prompts.text_embeddings"
-    state_dict[key] = embeddings.to(state_dict[key])
+    state_dict[key] = encode_in_parts(tower.eval(), prompts).to(state_dict[key])
 
 
 def fold_token_adapter(state_dict: dict[str, torch.Tensor], name: str, layer: nn.Module) -> None:

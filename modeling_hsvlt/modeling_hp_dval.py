@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     CLIPModel,
-    CLIPTextModelWithProjection,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    SiglipModel,
+    SiglipVisionModel,
     ViTModel,
 )
 from transformers import initialization as init
@@ -32,17 +33,19 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
 
-from .configuration_hp_dval import PHASES, HPDVALConfig
+from .configuration_hp_dval import PHASES, HPDVALConfig, embedding_width
 from .hp_dval_prompts import (
     HANDWRITTEN,
     HPDVALPrompts,
     adapter_parameters,
     build_prompts,
+    build_text_tower,
     choose_prompts,
     encode_in_parts,
     encode_prompts_of,
     fold_token_adapter,
     placeholder_prompts,
+    text_embeddings_of,
 )
 from .kept_embeddings import KeptEmbeddings
 from .label_prompts import _label_texts
@@ -103,16 +106,23 @@ class HPDVALImageClassifierOutput(ModelOutput):
 
 
 class HPDVALImageEncoder(nn.Module):
-    """The student: an image tower whose class token and patches are both mapped into the shared space."""
+    """The student: an image tower whose class token and patches are both mapped into the shared space.
+
+    SigLIP has no class token: its pooling head reads all patches, and for the local view each patch alone.
+    """
 
     def __init__(self, config: HPDVALConfig):
         super().__init__()
         vision = config.vision_config
         if vision.model_type == "clip_vision_model":
             self.backbone = CLIPVisionModel._from_config(vision)
+        elif vision.model_type == "siglip_vision_model":
+            self.backbone = SiglipVisionModel._from_config(vision)
         else:
             self.backbone = ViTModel._from_config(vision, add_pooling_layer=False)
-        if config.embedding_head == "clip":
+        if config.embedding_head == "siglip":
+            self.projection = nn.Identity()
+        elif config.embedding_head == "clip":
             self.projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
         else:
             self.projection = nn.Sequential(
@@ -126,6 +136,12 @@ class HPDVALImageEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None, tuple | None]:
         """Image `(B, E)`, patches `(B, P, E)` where asked for, hidden states and attentions."""
         output = self.backbone(pixel_values, interpolate_pos_encoding=True, return_dict=True, **kwargs)
+        if self.backbone.config.model_type == "siglip_vision_model":
+            local = None
+            if patches:
+                states = output.last_hidden_state  # (B, P, E)
+                local = self.backbone.head(states.flatten(0, 1)[:, None]).view_as(states)
+            return output.pooler_output, local, output.hidden_states, output.attentions
         states = output.last_hidden_state if patches else output.last_hidden_state[:, :1]
         if self.backbone.config.model_type == "clip_vision_model":
             states = self.backbone.post_layernorm(states)  # transformers applies it to the class token alone
@@ -158,7 +174,7 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
         r"hp_dval\.(prompt_ids|text_embeddings)$": r"hp_dval.prompts.\1",
         r"^(logit_scale|logit_bias)$": r"scale.\1",
     }
-    _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]
+    _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "SiglipEncoderLayer", "SiglipVisionEmbeddings"]
     _supports_flash_attn = True
     _supports_flex_attn = True
 
@@ -243,14 +259,16 @@ class HPDVALModel(HPDVALPreTrainedModel):
     def __init__(self, config: HPDVALConfig):
         super().__init__(config)
         self.student = HPDVALImageEncoder(config)
-        self.teacher = CLIPVisionModelWithProjection._from_config(config.teacher_config) if config.has_teacher else None
-        self.text = CLIPTextModelWithProjection._from_config(config.text_config) if config.has_text_model else None
+        teacher = SiglipVisionModel if config.is_siglip else CLIPVisionModelWithProjection
+        self.teacher = teacher._from_config(config.teacher_config) if config.has_teacher else None
+        self.text = build_text_tower(config) if config.has_text_model else None
         self.prompts = HPDVALPrompts(config)
         self._views, self._handwritten = KeptEmbeddings(), KeptEmbeddings()
         self.post_init()
         # Contexts are read from the token table outside CLIP's module around it, so FSDP2 must not wrap that module:
         # accelerate then wraps the table, which `get_input_embeddings` names.
-        self._no_split_modules = set(self._no_split_modules) - {"CLIPTextEmbeddings"}  # type: ignore[assignment]  # a set here
+        text_tables = {"CLIPTextEmbeddings", "SiglipTextEmbeddings"}
+        self._no_split_modules = set(self._no_split_modules) - text_tables  # type: ignore[assignment]  # a set here
         self._freeze()
 
     def _freeze(self) -> None:
@@ -259,10 +277,10 @@ class HPDVALModel(HPDVALPreTrainedModel):
                 tower.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        return None if self.text is None else self.text.text_model.embeddings.token_embedding
+        return None if self.text is None else text_embeddings_of(self.text).token_embedding
 
     def set_input_embeddings(self, value: nn.Module):
-        self.text.text_model.embeddings.token_embedding = value
+        text_embeddings_of(self.text).token_embedding = value
 
     def train(self, mode: bool = True):
         """As in torch; what the phase keeps frozen stays in evaluation mode."""
@@ -389,7 +407,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
     @classmethod
     def from_clip(
         cls,
-        clip_model: CLIPModel,
+        clip_model: CLIPModel | SiglipModel,
         tokenizer,
         label_names: Sequence[str],
         *,
@@ -400,7 +418,8 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         """A model that starts as `clip_model` zero-shot: its towers are copied, the teacher included.
 
         Args:
-            clip_model (`CLIPModel`): any size; left untouched, nothing is shared with it.
+            clip_model (`CLIPModel` or `SiglipModel`): any size; left untouched, nothing is shared with it. A SigLIP, or
+                a SigLIP 2 of fixed size, brings scale and bias of its scores.
             tokenizer: its tokenizer, left untouched. `tokenizer.add_tokens(model.config.context_tokens,
                 special_tokens=True)` would give it the context tokens, under the ids that the model has for them.
             label_names (sequence of `str`), label_text (`Mapping`, *optional*): see [`set_labels`].
@@ -418,20 +437,26 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 f"the tokenizer has {num_tokens} tokens, but the text tower knows "
                 f"{clip_config.text_config.vocab_size}: they are not of one model."
             )
-        text_config = {
-            **clip_config.text_config.to_dict(),
-            "projection_dim": clip_config.projection_dim,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
+        siglip = clip_config.model_type == "siglip"
+        width = embedding_width(clip_config.text_config) if siglip else clip_config.projection_dim
+        text_config = {**clip_config.text_config.to_dict(), "projection_dim": width}
+        if siglip:
+            written = tokenizer("")["input_ids"]  # SigLIP has no start, and SigLIP 2 either
+            special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+            text_config |= {name: token if token in written else None for name, token in special.items()}
+            text_config["pad_token_id"] = tokenizer.pad_token_id
+            config_kwargs.setdefault("logit_scale", clip_model.logit_scale.exp().item())
+            config_kwargs.setdefault("logit_bias", clip_model.logit_bias.item())
+        else:
+            text_config |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         contexts = 2 * (len(label_names) if config_kwargs.get("class_specific") else 1)
         contexts *= config_kwargs.get("num_context_tokens", HPDVALConfig.num_context_tokens)
-        teacher_config = {**clip_config.vision_config.to_dict(), "projection_dim": clip_config.projection_dim}
+        teacher_config = {**clip_config.vision_config.to_dict(), "projection_dim": width}
         config = HPDVALConfig(
             text_config={**text_config, "vocab_size": num_tokens + contexts},
             vision_config=teacher_config if student is None else student.config.to_dict(),
             teacher_config=teacher_config,
-            projection_dim=clip_config.projection_dim,
+            projection_dim=width,
             id2label=dict(enumerate(label_names)),
             label2id={name: index for index, name in enumerate(label_names)},
             **config_kwargs,
@@ -439,13 +464,13 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         model = cls(config)
 
         weights = clip_model.state_dict()
-        projection = {"visual_projection.weight": weights["visual_projection.weight"]}
         vision = {key: value for key, value in weights.items() if key.startswith("vision_model.")}
+        bare = {key.removeprefix("vision_model."): value for key, value in vision.items()}
+        projection = {key: value for key, value in weights.items() if key.startswith("visual_projection.")}  # CLIP's
         if model.hp_dval.teacher is not None:
-            model.hp_dval.teacher.load_state_dict({**vision, **projection})
+            model.hp_dval.teacher.load_state_dict(bare if siglip else {**vision, **projection})
         if student is None:
-            vision = {key.removeprefix("vision_model."): value for key, value in vision.items()}
-            model.hp_dval.student.backbone.load_state_dict(vision)
+            model.hp_dval.student.backbone.load_state_dict(bare)
             if config.embedding_head == "clip":
                 model.hp_dval.student.projection.load_state_dict({"weight": projection["visual_projection.weight"]})
         else:
@@ -453,9 +478,11 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             model.hp_dval.student.backbone.load_state_dict(backbone)
         if model.hp_dval.text is not None:
             text = {key: value for key, value in weights.items() if key.startswith(("text_model.", "text_projection."))}
-            table = text["text_model.embeddings.token_embedding.weight"][:num_tokens]
-            reserved = table.new_zeros(contexts, table.shape[1])
-            text["text_model.embeddings.token_embedding.weight"] = torch.cat((table, reserved))
+            name = "text_model.embeddings.token_embedding.weight"
+            table = text[name][:num_tokens]
+            text[name] = torch.cat((table, table.new_zeros(contexts, table.shape[1])))
+            if siglip:
+                text = {key.removeprefix("text_model."): value for key, value in text.items()}
             model.hp_dval.text.load_state_dict(text)
             model.set_labels(label_names, tokenizer, label_text=label_text)
         return model
@@ -465,7 +492,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
 
         Args:
             label_names (sequence of `str`): names; underscores are read as spaces.
-            tokenizer: CLIP's tokenizer.
+            tokenizer: the tokenizer of the CLIP or SigLIP.
             label_text (`Mapping`, *optional*): what to write in place of a name, for example
                 `label_prompts.VOC_LABEL_TEXT`.
 
@@ -484,7 +511,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             raise ValueError("this model has a context for each of its labels: other labels need a new model.")
         texts = _label_texts(names, label_text or {})
         before, after = config.label_template.split("{}")
-        template = tokenizer(before, add_special_tokens=False)["input_ids"]
+        template = tokenizer(before.rstrip(), add_special_tokens=False)["input_ids"]
         if config.context_init == "template" and len(template) != config.num_context_tokens:
             raise ValueError(
                 f"context_init='template' needs as many words in front of {{}} as num_context_tokens "
@@ -493,13 +520,18 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         longest = config.text_config.max_position_embeddings - 2 - max(len(template), config.num_context_tokens)
         tokens = []
         for name, text in zip(names, texts, strict=True):
-            tokens.append(tokenizer(f"{text}{after}", add_special_tokens=False)["input_ids"])
+            # As it stands in the sentence, where SentencePiece writes a word otherwise than alone.
+            whole = tokenizer(f"{before}{text}{after}", add_special_tokens=False)["input_ids"]
+            if whole[: len(template)] != template:
+                raise ValueError(f"{before!r} and the label {name!r} are read as one word; leave a blank before {{}}.")
+            tokens.append(whole[len(template) :])
             if len(tokens[-1]) > longest:
                 raise ValueError(f"label {name!r} has {len(tokens[-1])} tokens, but a prompt has room for {longest}.")
 
         config.set_label_names(names)
         self.num_labels = len(names)
-        config.prompt_length = 2 + max(len(template), config.num_context_tokens) + max(map(len, tokens))
+        if not config.is_siglip:
+            config.prompt_length = 2 + max(len(template), config.num_context_tokens) + max(map(len, tokens))
         base.prompts.prompt_ids = build_prompts(config, template, tokens).to(base.prompts.prompt_ids.device)
         base.store_text_embeds()
 
@@ -553,7 +585,8 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         adapter = self.prompt_adapter_config()
         adapter.inference_mode = True
         adapter.save_pretrained(save_directory)
-        table = "base_model.model.hp_dval.text.text_model.embeddings.token_embedding"
+        names = {module: name for name, module in self.named_modules()}
+        table = f"base_model.model.{names[self.hp_dval.get_input_embeddings()]}"
         rows = {f"{table}.trainable_tokens_delta": rows}
         save_file(rows, os.path.join(save_directory, "adapter_model.safetensors"), metadata={"format": "pt"})
 
@@ -695,7 +728,8 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 with torch.no_grad():
                     teacher = self.hp_dval.teacher(pixel_values, interpolate_pos_encoding=True, return_dict=True)
                 # Eq. 2: |teacher(x) - f_cls| in the shared space; a mean over its entries, as in the code.
-                distance = (output.image_embeds.float() - teacher.image_embeds.to(logits.device).float()).abs()
+                seen = teacher.pooler_output if config.is_siglip else teacher.image_embeds
+                distance = (output.image_embeds.float() - seen.to(logits.device).float()).abs()
                 distillation_loss = share @ distance.mean(-1)
                 loss = loss + config.distillation_weight * distillation_loss
             if self.training and config.phase != "phase1" and config.semantic_consistency_weight:

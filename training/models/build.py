@@ -3,7 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForImageClassification, AutoTokenizer, CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -276,10 +283,19 @@ def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
 
 
 def _from_clip(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
-    """HP-DVAL on the CLIP that `backbone` names; its size is the CLIP's, whatever the preset."""
+    """HP-DVAL on the CLIP or SigLIP that `backbone` names; its size is that one's, whatever the preset.
+
+    Raises:
+        ValueError: it is neither, or a SigLIP 2 that reads patches of any aspect ratio (NaFlex).
+    """
     check_pinned("backbone", config.backbone, config.backbone_revision)
     load = {"revision": config.backbone_revision}
-    clip = load_pretrained(CLIPModel, config.backbone, dtype=torch.float32, **load)
+    kind = load_pretrained(AutoConfig, config.backbone, **load).model_type
+    if kind not in ("clip", "siglip"):
+        raise ValueError(
+            f"{config.backbone} is of type {kind!r}; HP-DVAL stands on a CLIP, a SigLIP, or a SigLIP 2 of fixed size."
+        )
+    clip = load_pretrained(AutoModel, config.backbone, dtype=torch.float32, **load)
     config.backbone_revision = commit_of(clip.config) or config.backbone_revision
     tokenizer = load_pretrained(AutoTokenizer, config.backbone, **load)
     fields = {name: value for name, value in overrides.items() if name not in ("id2label", "label2id")}
