@@ -247,16 +247,19 @@ class HPDVALConfig(MultiLabelConfig):
             )
         if self.has_teacher and self.teacher_config is None:
             raise ValueError("teacher_config is missing: a student that is no CLIP needs its teacher described.")
-        widths = {"text_config": embedding_width(self.text_config)}
+        towers = {"text_config": self.text_config}
         if self.teacher_config is not None:
             if self.teacher_config.model_type != TEXT_TYPES[self.text_config.model_type]:
                 raise ValueError("teacher_config and text_config must be the two towers of one CLIP or SigLIP.")
-            widths["teacher_config"] = embedding_width(self.teacher_config)
+            towers["teacher_config"] = self.teacher_config
         if self.embedding_head == "siglip":
-            widths["vision_config"] = embedding_width(self.vision_config)
-        for field, width in widths.items():
-            if width != self.projection_dim:
-                raise ValueError(f"{field} gives {width} numbers, but must give projection_dim={self.projection_dim}.")
+            towers["vision_config"] = self.vision_config
+        for name, tower in towers.items():
+            field = width_field(tower)
+            if getattr(tower, field) != self.projection_dim:
+                raise ValueError(
+                    f"{name}.{field} is {getattr(tower, field)}, but must be projection_dim={self.projection_dim}."
+                )
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be within [0, 1], but it is {self.alpha}.")
         num_patches = (self.image_size // self.vision_config.patch_size) ** 2
@@ -297,8 +300,8 @@ class HPDVALConfig(MultiLabelConfig):
             )
 
 
-def embedding_width(tower: PreTrainedConfig) -> int:
-    """How many numbers a tower of CLIP or SigLIP gives a text or an image."""
-    if tower.model_type.startswith("siglip"):
-        return getattr(tower, "projection_size", None) or tower.hidden_size
-    return tower.projection_dim
+def width_field(tower: PreTrainedConfig) -> str:
+    """Which field of a tower of CLIP or SigLIP says how many numbers it gives a text or an image."""
+    return {"siglip_text_model": "projection_size", "siglip_vision_model": "hidden_size"}.get(
+        tower.model_type, "projection_dim"
+    )

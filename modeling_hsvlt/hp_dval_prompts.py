@@ -32,12 +32,14 @@ class HPDVALPrompts(nn.Module):
         return self.prompt_ids, self.text_embeddings
 
 
-def build_prompts(config: HPDVALConfig, template: list[int], names: list[list[int]]) -> torch.Tensor:
+def build_prompts(
+    config: HPDVALConfig, template: list[int], names: list[list[int]], padding_side: str = "right"
+) -> torch.Tensor:
     """Token ids (3, N, L) of `[start] template name [end]`, and of the same with each view's context for the template;
     start and end where the tokenizer writes them.
 
     Contexts take the place of words, so positions are those of a normal sentence (CoOp). Ends fill what is left: the
-    text tower reads a prompt at its first end. A SigLIP's reads it at its last place, behind padding.
+    text tower reads a prompt at its first end. A SigLIP's reads it at its last place, padded on the tokenizer's side.
     """
     text = config.text_config
     start, end = ([] if token is None else [token] for token in (text.bos_token_id, text.eos_token_id))
@@ -48,7 +50,8 @@ def build_prompts(config: HPDVALConfig, template: list[int], names: list[list[in
     for label, name in enumerate(names):
         for view, words in enumerate((template, contexts[0][label], contexts[1][label])):
             tokens = [*start, *words, *name, *end]
-            prompts[view, label, : len(tokens)] = torch.tensor(tokens, device="cpu")
+            place = slice(len(tokens)) if padding_side == "right" else slice(-len(tokens), None)
+            prompts[view, label, place] = torch.tensor(tokens, device="cpu")
     return prompts
 
 
@@ -58,7 +61,8 @@ def placeholder_prompts(config: HPDVALConfig) -> torch.Tensor:
     words = min(2, config.prompt_length - config.num_context_tokens - 2)
     size = (config.num_labels + 1, max(words, config.num_context_tokens))
     tokens = torch.randint(config.context_token_ids[0], size, generator=generator, device="cpu")
-    tokens[tokens == config.text_config.eos_token_id] = config.text_config.bos_token_id or 0
+    if not config.is_siglip:  # a CLIP would read the prompt there
+        tokens[tokens == config.text_config.eos_token_id] = config.text_config.bos_token_id
     template, *names = tokens.tolist()
     return build_prompts(config, template[: config.num_context_tokens], [name[:words] for name in names])
 

@@ -33,7 +33,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
 
-from .configuration_hp_dval import PHASES, HPDVALConfig, embedding_width
+from .configuration_hp_dval import PHASES, HPDVALConfig
 from .hp_dval_prompts import (
     HANDWRITTEN,
     HPDVALPrompts,
@@ -438,7 +438,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 f"{clip_config.text_config.vocab_size}: they are not of one model."
             )
         siglip = clip_config.model_type == "siglip"
-        width = embedding_width(clip_config.text_config) if siglip else clip_config.projection_dim
+        width = clip_config.text_config.projection_size if siglip else clip_config.projection_dim
         text_config = {**clip_config.text_config.to_dict(), "projection_dim": width}
         if siglip:
             written = tokenizer("")["input_ids"]  # SigLIP has no start, and SigLIP 2 either
@@ -523,7 +523,7 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
             # As it stands in the sentence, where SentencePiece writes a word otherwise than alone.
             whole = tokenizer(f"{before}{text}{after}", add_special_tokens=False)["input_ids"]
             if whole[: len(template)] != template:
-                raise ValueError(f"{before!r} and the label {name!r} are read as one word; leave a blank before {{}}.")
+                whole = template + tokenizer(f"{text}{after}", add_special_tokens=False)["input_ids"]
             tokens.append(whole[len(template) :])
             if len(tokens[-1]) > longest:
                 raise ValueError(f"label {name!r} has {len(tokens[-1])} tokens, but a prompt has room for {longest}.")
@@ -532,7 +532,8 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         self.num_labels = len(names)
         if not config.is_siglip:
             config.prompt_length = 2 + max(len(template), config.num_context_tokens) + max(map(len, tokens))
-        base.prompts.prompt_ids = build_prompts(config, template, tokens).to(base.prompts.prompt_ids.device)
+        side = tokenizer.padding_side if config.is_siglip else "right"
+        base.prompts.prompt_ids = build_prompts(config, template, tokens, side).to(base.prompts.prompt_ids.device)
         base.store_text_embeds()
 
     # --- phases
