@@ -262,7 +262,8 @@ def label_folders(files: Files) -> bool:
     depths, folders = set(), set()
     for name in files.images:
         parts = name.split("/")[:-1]
-        parts = parts[1:] if parts and parts[0].lower() in SPLIT_NAMES else parts
+        if len(parts) > 1 and parts[0].lower() in SPLIT_NAMES:  # train/1.jpg shows a train
+            parts = parts[1:]
         depths.add(len(parts))
         folders.update(parts[-1:])
     return depths == {1} and not {folder.lower() for folder in folders} & NOT_LABELS

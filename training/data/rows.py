@@ -175,7 +175,8 @@ def splits_by_folder(names: Sequence[str], where: Callable[[int], str]) -> list[
 
 
 def no_such_split(name: str, there: Iterable[str], source: str | Path) -> ValueError:
-    return ValueError(f"{source} has no split {name!r}, only {', '.join(there)}; add it or choose another.")
+    remedy = f"add it, divide what is there with hsvlt split {source} TARGET --fractions 0.8 0.1 0.1, or choose another"
+    return ValueError(f"{source} has no split {name!r}, only {', '.join(there)}; {remedy}.")
 
 
 def check_policies(unlisted_images: str, missing_images: str) -> None:

@@ -75,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return refuse(error)
     print(f"Written to {args.target}; load_dataset({str(args.target)!r}) and --dataset {args.target} read it.")
-    say_next("check", args.target)
+    if "validation" in reading.splits:
+        say_next("check", args.target)
+    else:
+        say_next("split", args.target, f"{args.target}-split", "--fractions", 0.8, 0.1, 0.1)
     return 0
 
 

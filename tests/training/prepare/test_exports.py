@@ -319,6 +319,14 @@ def test_auto_says_what_it_does_not_know_and_what_may_be_several(tmp_path, capsy
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_a_label_may_have_the_name_of_a_split(tmp_path):
+    for row, folder in enumerate(("train", "bus", "car")):
+        write(tmp_path / "source" / folder / "1.jpg", IMAGES["train"][row])
+    assert recognise(tmp_path / "source").keys() == {"label_folders"}
+    assert run("auto", tmp_path / "source", tmp_path / "target") == 0
+    assert load(str(tmp_path / "target"), splits=["train"]).label_names == ["bus", "car", "train"]
+
+
 @pytest.mark.parametrize("beside", ["labels.json", "pictures/1.json", "pictures/1.xml", "text/1.txt"])
 def test_folders_beside_annotations_that_are_not_known_are_no_labels(beside, tmp_path, capsys):
     for folder in ("pictures", "more"):
