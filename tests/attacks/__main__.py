@@ -2,7 +2,7 @@
 
 Runs the tests of this folder on the code as it is, and on that of an older commit, in a worktree of its own, so it
 needs the whole history. A line a kind: on how many variants of it the old code failed, and the code as it is. The exit
-status is 0 when nothing fails now; kinds that never succeeded are named.
+status is 0 when all ran and nothing fails now; kinds that never succeeded are named.
 """
 
 import argparse
@@ -35,7 +35,11 @@ def run(root: Path, chosen: list[str]) -> dict[str, list[bool]]:
         # A test that hangs, or takes its process down, fails, and the next begins.
         command += ["--timeout=300", "--timeout-method=signal", "-n", "2", "--max-worker-restart=1000", *chosen]
         done = subprocess.run(
-            command, cwd=root, env={**os.environ, "TQDM_DISABLE": "1"}, preexec_fn=_limit_memory, capture_output=True
+            command,
+            cwd=root,
+            env={**os.environ, "TQDM_DISABLE": "1", "ATTACKS": "1"},
+            preexec_fn=_limit_memory,
+            capture_output=True,
         )
         if not report.is_file():
             raise SystemExit(f"pytest died in {root}: {done.stdout.decode()[-2000:]}")
@@ -77,15 +81,19 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'failed at ' + args.before:>18}{'fails now':>11}  kind")
     for kind, failed in now.items():
         print(f"{sum(before.get(kind, [])):>10} of {len(failed):<4}{sum(failed):>6} of {len(failed):<2}  {kind}")
-    held = [kind for kind in now if not any(before.get(kind, []))]
+    held = [kind for kind in now if kind in before and not any(before[kind])]
+    not_run = [kind for kind in now if kind not in before]
     fails = [kind for kind, failed in now.items() if any(failed)]
     if held:
         print(f"held before as well: {', '.join(held)}")
+    succeeded = len(now) - len(held) - len(not_run)
     print(
-        f"attacks: {len(now)} kinds, {sum(map(len, now.values()))} variants; succeeded before: {len(now) - len(held)}; "
+        f"attacks: {len(now)} kinds, {sum(map(len, now.values()))} variants; succeeded before: {succeeded}; "
         f"succeed now: {len(fails)}"
     )
-    return 1 if fails else 0
+    if not_run:
+        print(f"not run on {args.before}: {', '.join(not_run)}")
+    return 1 if fails or not_run else 0
 
 
 if __name__ == "__main__":
