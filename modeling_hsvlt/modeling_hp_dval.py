@@ -174,7 +174,6 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
         r"hp_dval\.(prompt_ids|text_embeddings)$": r"hp_dval.prompts.\1",
         r"^(logit_scale|logit_bias)$": r"scale.\1",
     }
-    _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "SiglipEncoderLayer", "SiglipVisionEmbeddings"]
     _supports_flash_attn = True
     _supports_flex_attn = True
 
@@ -265,10 +264,11 @@ class HPDVALModel(HPDVALPreTrainedModel):
         self.prompts = HPDVALPrompts(config)
         self._views, self._handwritten = KeptEmbeddings(), KeptEmbeddings()
         self.post_init()
-        # Contexts are read from the token table outside CLIP's module around it, so FSDP2 must not wrap that module:
-        # accelerate then wraps the table, which `get_input_embeddings` names.
-        text_tables = {"CLIPTextEmbeddings", "SiglipTextEmbeddings"}
-        self._no_split_modules = set(self._no_split_modules) - text_tables  # type: ignore[assignment]  # a set here
+        # Those that are there: accelerate refuses others. Contexts are read from the token table outside CLIP's module
+        # around it, so FSDP2 must not wrap that module: accelerate wraps the table, which `get_input_embeddings` names.
+        whole = {"CLIPEncoderLayer", "CLIPVisionEmbeddings", "SiglipEncoderLayer", "SiglipVisionEmbeddings"}
+        whole |= set(self._no_split_modules or ()) - {"CLIPTextEmbeddings", "SiglipTextEmbeddings"}
+        self._no_split_modules = whole & {type(module).__name__ for module in self.modules()}  # type: ignore[assignment]
         self._freeze()
 
     def _freeze(self) -> None:
