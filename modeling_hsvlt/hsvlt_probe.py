@@ -51,8 +51,9 @@ def retire(module: nn.Module, names: set[str]) -> None:
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        # zeros, since nothing may ever fill what no checkpoint holds
-        owner.register_buffer(leaf, torch.zeros_like(owner._parameters.pop(leaf)), persistent=False)
+        # What norms start with, since nothing else may ever fill what no checkpoint holds.
+        start = torch.ones_like if leaf == "weight" and "Norm" in type(owner).__name__ else torch.zeros_like
+        owner.register_buffer(leaf, start(owner._parameters.pop(leaf)), persistent=False)
 
 
 class NormsAfter:

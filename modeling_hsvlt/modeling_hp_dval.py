@@ -267,8 +267,9 @@ class HPDVALModel(HPDVALPreTrainedModel):
         # Those that are there: accelerate refuses others. Contexts are read from the token table outside CLIP's module
         # around it, so FSDP2 must not wrap that module: accelerate wraps the table, which `get_input_embeddings` names.
         whole = {"CLIPEncoderLayer", "CLIPVisionEmbeddings", "SiglipEncoderLayer", "SiglipVisionEmbeddings"}
-        whole |= set(self._no_split_modules or ()) - {"CLIPTextEmbeddings", "SiglipTextEmbeddings"}
-        self._no_split_modules = whole & {type(module).__name__ for module in self.modules()}  # type: ignore[assignment]
+        whole |= set(getattr(self, "_no_split_modules", None) or ()) - {"CLIPTextEmbeddings", "SiglipTextEmbeddings"}
+        there = {type(module).__name__ for module in self.modules()}
+        setattr(self, "_no_split_modules", whole & there)  # noqa: B010  (a list in the class)
         self._freeze()
 
     def _freeze(self) -> None:
