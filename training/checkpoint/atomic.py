@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -45,13 +46,17 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     The old `target` exists until the new one is complete and on disk. Linux exchanges the two in one step; elsewhere a
     kill between two renames leaves the old one under `.{name}.old`, from where `recover` brings it back. An error
     removes what was written, so that a full disk is not left full.
+
+    Raises:
+        BlockingIOError: another process writes the same folder.
     """
     target = target.resolve()  # through a link, which stays one
     written, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    recover(target)
-    shutil.rmtree(written, ignore_errors=True)
-    written.mkdir(parents=True)
+    held = _folder_of_our_own(written, target)
     try:
+        recover(target)
+        for left in written.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield written
         same_modes(written)
         for path in [*written.rglob("*"), written]:
@@ -72,9 +77,28 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         recover(target)
         shutil.rmtree(written, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
     for folder in (target.parent, target.parent.parent):  # the name in its folder, and that folder's in its own
         _sync(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _folder_of_our_own(written: Path, target: Path) -> int:
+    """Make `written`, or take what a killed process left; returns a descriptor, whose lock ends with the process."""
+    while True:
+        written.mkdir(parents=True, exist_ok=True)
+        held = os.open(written, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise BlockingIOError(f"Another process writes {target}; wait for its end, or choose another.") from None
+        except OSError:  # a file system that has no such locks
+            pass
+        if written.exists() and os.path.samestat(os.fstat(held), written.stat()):  # not renamed by its writer since
+            return held
+        os.close(held)
 
 
 def same_modes(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,8 +37,6 @@ def write_dataset(
         FileExistsError: `target` exists.
         ValueError: nothing to write, or a name that a line of labels.txt cannot hold.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists: delete it, or choose another TARGET.")
     for name in label_names:
         if not name or name != name.strip() or "\n" in name or "\r" in name:
             raise ValueError(f"The label name {name!r} is empty, or has blanks around it or a line break; rename it.")
@@ -48,8 +45,10 @@ def write_dataset(
         if len(split) == 0:
             raise ValueError(f"The split {name!r} has no images left; take it out with --split, or add some.")
     total = sum(len(split) for split in splits.values())
-    try:
-        with atomic_folder(target) as folder, tqdm(total=total, desc="Writing", unit="img") as progress:
+    with atomic_folder(target) as folder:
+        if target.exists():
+            raise FileExistsError(f"{target} exists: delete it, or choose another TARGET.")
+        with tqdm(total=total, desc="Writing", unit="img") as progress:
             (folder / "data").mkdir()
             (folder / "labels.txt").write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
             # One form for all splits, which `datasets` asks for.
@@ -66,9 +65,6 @@ def write_dataset(
                 _check_shard(shard, path, label_names, as_ids)
             if read_label_names(folder / "labels.txt") != list(label_names):
                 raise ValueError("labels.txt does not read back as it was written; give the labels plainer names.")
-    except BaseException:
-        shutil.rmtree(target.with_name(f".{target.name}.new"), ignore_errors=True)
-        raise
 
 
 def _check_shard(shard: Split, path: Path, label_names: list[str], as_ids: bool) -> None:

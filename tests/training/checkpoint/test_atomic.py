@@ -50,6 +50,19 @@ def test_a_save_that_fails_leaves_the_old_folder(tmp_path):
     assert contents(target) == ["file"] and contents(tmp_path) == ["last"]
 
 
+def test_two_writers_of_one_folder_do_not_mix(tmp_path):
+    target, left = tmp_path / "out", tmp_path / ".out.new"
+    left.mkdir()
+    (left / "of a killed process").touch()
+    (left / "link").symlink_to(tmp_path)
+    with atomic_folder(target) as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(BlockingIOError, match="Another process writes .*out; wait"), atomic_folder(target):
+            pass
+        (folder / "more").write_text("first")
+    assert contents(target) == ["file", "more"] and contents(tmp_path) == ["out"]
+
+
 def test_a_kill_between_the_renames_is_undone(tmp_path):
     target, old = tmp_path / "last", tmp_path / ".last.old"
     old.mkdir()
