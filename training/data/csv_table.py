@@ -161,6 +161,20 @@ def read_csv_tables(
     )
 
 
+def csv_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV (`.tsv`: with tabs) that are not blank, with their lines.
+
+    Raises:
+        ValueError: not CSV or not UTF-8, with the line.
+    """
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(decode(path.read_bytes(), path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is not valid CSV ({error}); correct it.") from error
+
+
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header and the rows of a CSV (`.tsv`: with tabs) with their lines; blank lines are none.
 
@@ -170,15 +184,7 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     Raises:
         ValueError: not CSV or not UTF-8, a header that is not one name a column, a row of another length; with line.
     """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = []
-    reader = csv.reader(io.StringIO(decode(path.read_bytes(), path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                rows.append((reader.line_num, row))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is not valid CSV ({error}); correct it.") from error
+    rows = csv_rows(path)
     if not rows:
         raise ValueError(f"{path} is empty; write a header and one line an image.")
     header, rows = [name.strip() for name in rows[0][1]], rows[1:]

@@ -9,7 +9,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -56,15 +56,17 @@ class Files:
             if size > _PEEK:
                 file.seek(max(_PEEK, size - _PEEK))
                 data += b"\n" + file.read(_PEEK)
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return data.decode("utf-16", errors="replace")
-        return data.decode("utf-8", errors="replace").lstrip("\ufeff")
+        encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        return re.sub("\r\n?", "\n", data.decode(encoding, errors="replace"))
 
     def header(self, name: str) -> list[str]:
         """The names of the columns of a CSV."""
         line = self.peek(name).partition("\n")[0]
         delimiter = "\t" if name.lower().endswith(".tsv") else ","
-        return [cell.strip() for cell in next(csv.reader(io.StringIO(line), delimiter=delimiter), [])]
+        try:
+            return [cell.strip() for cell in next(csv.reader(io.StringIO(line), delimiter=delimiter), [])]
+        except csv.Error:  # its reader says what is wrong
+            return []
 
     @cached_property
     def tables(self) -> dict[str, list[str]]:
@@ -72,6 +74,19 @@ class Files:
         names = [*self.by_suffix.get(".csv", ()), *self.by_suffix.get(".tsv", ())]
         names = [name for name in names if name.count("/") <= 2 and not name.endswith("selected_tags.csv")]
         return {name: self.header(name) for name in names[:100]}
+
+
+def with_other_splits(found: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The files found, and those called like one of them but for the split: one that is empty or damaged is to be read
+    as well, and refused, so that it does not pass for absent."""
+
+    def bare(name: str) -> list[str]:
+        words = re.findall(r"[a-z]+|.", name.lower())
+        return ["split" if word in SPLIT_NAMES else word for word in words]
+
+    found = list(found)
+    wanted = [bare(name) for name in found]
+    return found + [name for name in names if name not in found and bare(name) in wanted]
 
 
 def coco_files(files: Files) -> list[str]:
@@ -85,7 +100,7 @@ def coco_files(files: Files) -> list[str]:
         text = files.peek(name)
         if text.lstrip()[:1] == "{" and sum(bool(re.search(rf'"{key}"\s*:\s*\[', text)) for key in keys) >= 2:
             found.append(name)
-    return found
+    return with_other_splits(found, names)
 
 
 def _coco(files: Files) -> str | None:
@@ -172,7 +187,8 @@ OBJECT_COLUMNS = ({"ImageID", "LabelName"}, {"filename", "class", "xmin"}, {"ima
 
 def object_tables(files: Files) -> list[str]:
     """Tables with a row an object."""
-    return [name for name, header in files.tables.items() if any(want <= set(header) for want in OBJECT_COLUMNS)]
+    found = [name for name, header in files.tables.items() if any(want <= set(header) for want in OBJECT_COLUMNS)]
+    return with_other_splits(found, files.tables)
 
 
 def _objects(files: Files) -> str | None:
@@ -196,7 +212,7 @@ def isic_tables(files: Files) -> list[str]:
             numbers = all(re.fullmatch(r"-?\d*\.?\d*", cell) for cell in cells)
             if numbers and os.path.splitext(first)[1].lower() not in IMAGE_SUFFIXES:
                 found.append(name)
-    return found
+    return with_other_splits(found, files.tables)
 
 
 def _isic(files: Files) -> str | None:

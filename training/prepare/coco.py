@@ -108,7 +108,7 @@ class _File:
                     f"{where}: the category {entry['id']} is {self.names[number]!r} as well; give each its own id."
                 )
             self.names[number], self.where[number] = name, where
-            parents.add(entry.get("supercategory"))
+            parents.add(str(entry.get("supercategory") or "none"))
         self.present: dict[str, set[str]] = {}
         self.images: dict[str, tuple[str, str, dict]] = {}
         for where, entry in self._entries("images"):
@@ -144,7 +144,7 @@ class _File:
         roots = {name for name in self.names.values() if name in parents and name not in self.used}
         numbers = sorted(self.names, key=int) if all(number.isdecimal() for number in self.names) else self.names
         listed = dict.fromkeys(self.names[number] for number in numbers)
-        own_root = roots if len(parents - {"none", None, ""}) == 1 and len(listed) > 1 else set()
+        own_root = roots if len(parents - {"none"}) == 1 and len(listed) > 1 else set()
         self.listed = [name for name in listed if name and name not in own_root]
 
     def add_rows(self, rows: Rows, split: str, below: str, label_names: list[str], unjudged: str) -> None:

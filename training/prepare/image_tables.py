@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..data.csv_table import read_table
-from ..data.formats import Files, isic_tables
+from ..data.formats import Files, isic_tables, with_other_splits
 from ..data.label_cells import read_cell, read_number
 from ..data.rows import SPLIT_NAMES
 from ..options import option
-from .objects import _split_of
+from .objects import _split_of, check_columns
 from .reading import Reading, Rows, SourceOptions, text_lines
 
 
@@ -62,6 +62,7 @@ def read(args: argparse.Namespace) -> Reading:
     files, kind = Files(args.source), KINDS[args.kind]
     wanted = {*kind.image, *([kind.text] if kind.text else ())}
     names = kind.tables(files) if kind.tables else [name for name, head in files.tables.items() if wanted <= set(head)]
+    names = with_other_splits(names, files.tables)
     if not names:
         raise FileNotFoundError(f"{args.source} has no table with the columns {', '.join(sorted(wanted))}; give one.")
     rows, label_names = Rows(Path(args.image_folder) if args.image_folder else files.root, args), None
@@ -71,6 +72,7 @@ def read(args: argparse.Namespace) -> Reading:
     for name in names:
         path, (split, below) = files.root / name, _split_of(name)
         header, lines = read_table(path)
+        check_columns(path, header, wanted)
         image = next(header.index(column) for column in kind.image if column in header)
         columns = [
             (index, column)

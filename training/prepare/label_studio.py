@@ -80,10 +80,11 @@ def _tasks(path: Path, label_column: str | None) -> Iterator[tuple[str, str, lis
             raise ValueError(f"{where} must hold data and a list of annotations.")
         readings = []
         for annotation in annotations:
-            if not isinstance(annotation, dict) or not isinstance(annotation.get("result"), list):
+            results = annotation.get("result") if isinstance(annotation, dict) else None
+            if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
                 raise ValueError(f"{where}: an annotation has no list of results; export it again.")
             if not (annotation.get("was_cancelled") or annotation.get("skipped")):
-                values = (result.get("value") for result in annotation["result"] if isinstance(result, dict))
+                values = (result.get("value") for result in results)
                 readings.append({name for value in values for name in _names(value, where)})
         yield where, _image_of(task["data"], where), readings
 

@@ -6,16 +6,15 @@ absent; --unjudged unknown. SOURCE: the folder with the tables and the images, o
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..data.csv_table import read_table
-from ..data.formats import Files, object_tables
+from ..data.csv_table import csv_rows, read_table
+from ..data.formats import OBJECT_COLUMNS, Files, object_tables
 from ..data.rows import SPLIT_NAMES
-from ..data.text import read_text
 from ..options import option
 from .reading import Reading, Rows, SourceOptions, usual_name
 
@@ -45,6 +44,8 @@ def read(args: argparse.Namespace) -> Reading:
     for name in names:
         split, below = _split_of(name)
         header, lines = read_table(files.root / name)
+        known = next((columns for columns in OBJECT_COLUMNS if columns & set(header)), OBJECT_COLUMNS[0])
+        check_columns(files.root / name, header, known)
         image, label = (next(header.index(key) for key in keys if key in header) for keys in (_IMAGE, _LABEL))
         confidence = header.index("Confidence") if "Confidence" in header else None
         for line, cells in lines:
@@ -77,6 +78,15 @@ def read(args: argparse.Namespace) -> Reading:
     return rows.reading(also=every)
 
 
+def check_columns(path: Path, header: Collection[str], wanted: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: a column that is not there.
+    """
+    if gone := sorted(set(wanted) - set(header)):
+        raise ValueError(f"{path}, line 1 has no column {gone[0]!r}; correct it, or take the file away.")
+
+
 def _split_of(name: str) -> tuple[str, str]:
     """The split of a table, and the folder that its images are in where that is the split's."""
     folder, _, file = name.rpartition("/")
@@ -92,9 +102,9 @@ def _descriptions(files: Files) -> dict[str, str]:
     for name in files.by_suffix.get(".csv", ()):
         if "class-descriptions" in name.rpartition("/")[2]:
             path = files.root / name
-            for line, row in enumerate(csv.reader(read_text(path).split("\n")), 1):
+            for line, row in csv_rows(path):
                 if len(row) == 2 and row[0].startswith("/"):
                     words[row[0].strip()] = row[1].strip()
-                elif row and line > 1:
+                elif line > 1:
                     raise ValueError(f"{path}, line {line} is {','.join(row)!r}, but must be a code and a name.")
     return words

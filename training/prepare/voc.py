@@ -38,7 +38,7 @@ def read(args: argparse.Namespace) -> Reading:
     """Raises ValueError or FileNotFoundError, in one sentence with file and line."""
     root = args.source
     if not (root / "ImageSets" / "Main").is_dir():
-        years = sorted(path.parent.parent for path in root.glob("*/ImageSets/Main"))
+        years = sorted(path.parent.parent for path in root.rglob("ImageSets/Main"))
         if not years and any(root.rglob("*.xml")):
             return _read_beside(args)
         if len(years) != 1:

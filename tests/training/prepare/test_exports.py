@@ -155,6 +155,21 @@ DAMAGED = [
         r"categories\[2\]: the category 5 is 'tvmonitor' as well",
     ),
     ("coco_label_studio", lambda s: truncate(s / "test/result.json"), r"result.json"),
+    # What of one split is empty or of no use must not pass for absent.
+    *(
+        (name, lambda s, file=file: (s / file).write_text(""), rf"{file} is (empty|not valid JSON)")
+        for name, file in (
+            ("coco_label_studio", "train/result.json"),
+            ("coco_fiftyone", "test/labels.json"),
+            ("coco_lvis", "lvis_v1_train.json"),
+            ("open_images", "oidv7-test-annotations-human-imagelabels.csv"),
+            ("chexpert", "test.csv"),
+            ("planet", "test_v2.csv"),
+            ("isic", "ISIC_test_GroundTruth.csv"),
+        )
+    ),
+    ("planet", lambda s: edit(s / "test_v2.csv", "tags", "tag"), r"test_v2.csv, line 1 has no column 'tags'"),
+    ("annotations_csv", lambda s: edit(s / "test/_annotations.csv", "class", "kind"), r"line 1 has no column 'class'"),
     (
         "label_studio_json",
         lambda s: edit(s / "project-1.json", '"result": [{', '"result": {"a": [{'),
@@ -164,6 +179,16 @@ DAMAGED = [
         "label_studio_json",
         lambda s: edit_json(s / "project-1.json", lambda c: c[1]["annotations"][0].pop("result")),
         r"project-1.json, task 1: an annotation has no list of results",
+    ),
+    (
+        "label_studio_json",
+        lambda s: edit_json(s / "project-1.json", lambda c: c[0]["annotations"][0]["result"].append("cat")),
+        r"project-1.json, task 0: an annotation has no list of results",
+    ),
+    (
+        "open_images",
+        lambda s: write(s / "oidv7-class-descriptions.csv", "/m/00," + "x" * 200_000),
+        r"class-descriptions.csv, line 1 is not valid CSV",
     ),
     ("label_studio_csv", lambda s: edit(s / "project-1.csv", '[""dog', '[""dog"" ""'), r"project-1.csv, line 4"),
     ("label_studio_min", lambda s: (s / "images/1.jpg").unlink(), r"project-1.json, task 1"),
@@ -317,6 +342,30 @@ def test_auto_says_what_it_does_not_know_and_what_may_be_several(tmp_path, capsy
     assert "YOLO (data.yaml) (yolo) and PASCAL VOC's xml" in capsys.readouterr().err
     assert run("auto", tmp_path / "gone", tmp_path / "target") == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_folder_above_merges_no_splits(tmp_path):
+    write_voc(tmp_path / "source")  # in VOCdevkit/VOC2007
+    assert run("voc", tmp_path / "source", tmp_path / "target") == 0
+    assert load(str(tmp_path / "target")).splits.keys() == {"train", "test"}
+
+
+def test_a_supercategory_may_be_anything(tmp_path):
+    source = exports.write_coco_roboflow(tmp_path / "source")
+    for split in LABELS:
+        path = source / split / "_annotations.coco.json"
+        edit_json(path, lambda c: [entry.update(supercategory=["a", {}]) for entry in c["categories"]])
+    assert run("coco", source, tmp_path / "target") == 0
+
+
+@pytest.mark.parametrize("name", ["label_studio_csv", "planet"])
+def test_lines_may_end_as_old_machines_end_them(name, tmp_path):
+    kind, build, options = EXPORTS[name]
+    source = build(tmp_path / "source")
+    for path in source.glob("*.csv"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
+    assert run("auto", source, tmp_path / "target", *options) == 0
+    assert kind in recognise(source)
 
 
 def test_a_label_may_have_the_name_of_a_split(tmp_path):
