@@ -57,7 +57,7 @@ def test_two_writers_of_one_folder_do_not_mix(tmp_path):
     (left / "link").symlink_to(tmp_path)
     with atomic_folder(target) as folder:
         (folder / "file").write_text("first")
-        with pytest.raises(BlockingIOError, match="Another process writes .*out; wait"), atomic_folder(target):
+        with pytest.raises(BlockingIOError, match=r"Another process writes .*out; wait"), atomic_folder(target):
             pass
         (folder / "more").write_text("first")
     assert contents(target) == ["file", "more"] and contents(tmp_path) == ["out"]
