@@ -1,12 +1,17 @@
 """Runs and checkpoints are found by the names that a user has for them."""
 
 import os
+import platform
+import resource
 
 import pytest
+import torch
 
 from training import evaluate, tag
 from training.options import CommandParser, ScoringOptions
-from training.places import checkpoint_folder, last_run, run_of
+from training.places import checkpoint_folder, keep_freed_memory, last_run, run_of
+
+from ..forked import forked
 
 
 @pytest.fixture
@@ -47,3 +52,20 @@ def test_no_run_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no run below runs/"):
         last_run()
+
+
+def print_faults():
+    """Page faults of twenty tensors of 16 MiB, one after the other, as they come and as training sets it."""
+    for setting in (lambda: None, keep_freed_memory):
+        setting()
+        torch.ones(2**22)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.ones(2**22)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_training_takes_freed_memory_again():
+    plain, kept = map(int, forked(print_faults).stdout.split())
+    assert plain > 20 * 100 > 1000 > kept  # a page is 4 KiB, or 64 elsewhere

@@ -38,7 +38,7 @@ from ..data.load import load
 from ..data.rows import Loaded, fingerprint_images
 from ..models.build import build_model, read_backbone_statistics
 from ..options import dataset_options
-from ..places import native_precision
+from ..places import keep_freed_memory, native_precision
 from ..say import counted
 from .advice import advice
 from .frozen import feature_loaders
@@ -73,6 +73,8 @@ def setup(config: TrainingConfig) -> Run:
         raise ValueError(
             f"The tracker {min(missing)!r} is not installed: pip install {min(missing)}, or leave it out of trackers."
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         configure_zero(accelerator, config.max_grad_norm, config.optimizer)
     held = ExitStack()
