@@ -42,6 +42,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+# A test's files need not outlive a loss of power; a checkpoint's twenty take a tenth of a second to reach the disk.
+os.fsync = lambda descriptor: None
+
+
 @pytest.fixture(autouse=True)
 def own_accelerate_state():
     """accelerate keeps its state for the process; each test, like each command, gets one of its own."""

@@ -119,7 +119,7 @@ class LoopbackHub:
         self.storage = f"http://localhost:{self.server.server_port}"
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *exception):
@@ -152,6 +152,7 @@ class LoopbackHub:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: LoopbackHub
+    disable_nagle_algorithm = True  # or each answer waits for the 40 ms of a delayed acknowledgement
 
     def log_message(self, *args):
         pass

@@ -181,7 +181,7 @@ class Slow(BaseHTTPRequestHandler):
 def site():
     server = HTTPServer(("127.0.0.1", 0), Slow)
     server.image, server.released = encoded(Image.fromarray(noise(6, 9))), threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.released.set()
     server.shutdown()

@@ -425,7 +425,7 @@ class Answer(BaseHTTPRequestHandler):
 
 def test_images_by_url(tagger):
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/image.png"
         # This very computer is refused unless allowed: a stranger's URL must not lead into a network.
         local = {"allow_private_addresses": True} if "allow_private_addresses" in LOAD_PARAMETERS else {}
