@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from .fresh import python
+
 ROOT = Path(__file__).parents[1]
 PACKED = ("modeling_hsvlt", "training", "model_cards", "space")
 
@@ -69,17 +71,16 @@ class Wheel:
     file: Path
     site: Path
 
-    def run(self, command: list, folder: Path, *, status: int = 0, **environment) -> subprocess.CompletedProcess:
-        """Runs `command` in `folder`, away from the checkout, with the installed package."""
+    def run(self, *command, folder: Path, status: int = 0, **environment) -> subprocess.CompletedProcess:
+        """Runs `python *command` in `folder`, away from the checkout, with the installed package."""
         added = {name: str(value) for name, value in environment.items()}
         environment = {**os.environ, "PYTHONPATH": str(self.site), "HF_HUB_OFFLINE": "1", **added}
-        command = [*map(str, command)]
-        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+        ran = python(*command, cwd=folder, env=environment)
         assert ran.returncode == status, ran.stdout + ran.stderr
         return ran
 
     def hsvlt(self, *arguments, folder: Path, status: int = 0) -> subprocess.CompletedProcess:
-        return self.run([sys.executable, self.site / "bin" / "hsvlt", *arguments], folder, status=status)
+        return self.run(self.site / "bin" / "hsvlt", *arguments, folder=folder, status=status)
 
 
 @pytest.fixture(scope="session")

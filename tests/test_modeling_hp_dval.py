@@ -3,8 +3,6 @@
 import copy
 import logging
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -30,6 +28,7 @@ from modeling_hsvlt import (
 )
 from modeling_hsvlt.hp_dval_prompts import GLOBAL, HANDWRITTEN, LOCAL, encode_in_parts
 
+from .fresh import python
 from .tiny_clip import tiny_clip, tiny_clip_tokenizer
 from .tolerance import assert_close_outputs, close_outputs
 
@@ -1115,13 +1114,7 @@ def test_a_saved_folder_works_in_a_clean_process_with_and_without_adapter(tmp_pa
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     arguments = [tmp_path / "base", tmp_path / "adapter", tmp_path / "expected.pt"]
-    done = subprocess.run(
-        [sys.executable, "-c", CLEAN_PROCESS, *map(str, arguments)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", CLEAN_PROCESS, *arguments, cwd=tmp_path, env=environment)
     assert done.returncode == 0 and done.stdout.strip().endswith("same"), done.stderr[-2000:]
 
 

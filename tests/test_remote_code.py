@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,7 @@ from modeling_hsvlt import (
     MultiLabelProcessor,
 )
 
+from .fresh import python
 from .loopback_hub import LoopbackHub
 from .tolerance import assert_close_outputs
 
@@ -92,12 +91,11 @@ def use(repo, **kwargs):
 def run(script, folder, *arguments, package=False, **environment):
     """Runs a script in `folder`, by itself, and gives what it printed last as JSON."""
     script = USE + script if package else WITHOUT_THE_PACKAGE + USE + script
-    command = [sys.executable, "-c", script, *map(str, arguments)]
     settings = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
     settings = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings
     if package:
         settings["PYTHONPATH"] = str(PACKAGE.parent)  # this tree's, whatever is installed
-    result = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=1800)
+    result = python("-c", script, *arguments, cwd=folder, env=settings)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
 

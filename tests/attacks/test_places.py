@@ -1,10 +1,12 @@
 """Folders, disks and memory that are not what a program expects."""
 
+import inspect
+import os
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from training import calibrate, fit_thresholds, tag, train
 from training.checkpoint.folder import verify
 from training.data import batches
 
+from ..fresh import python
 from .conftest import files
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 
 
@@ -132,9 +136,10 @@ class Stuck(torch.utils.data.Dataset):
 
 
 def test_a_worker_that_hangs_ends_the_run_with_a_sentence(monkeypatch):
-    monkeypatch.setattr(batches, "WORKER_TIMEOUT", 2)
+    monkeypatch.setattr(batches, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long torch waits for it to end
     loader = batches.build_dataloader(Stuck(), batch_size=1, num_workers=1)
-    with pytest.raises(OSError, match=r"gave nothing for 2 s .*set num_workers to 0"), batches.naming_dead_workers():
+    with pytest.raises(OSError, match=r"gave nothing for 1 s .*set num_workers to 0"), batches.naming_dead_workers():
         list(loader)
 
 
@@ -142,12 +147,13 @@ def test_a_worker_that_hangs_ends_the_run_with_a_sentence(monkeypatch):
 def test_a_worker_that_hangs_does_not_keep_the_process(tmp_path):
     """It heeds no SIGTERM, which Python sends it at the end, and then waits."""
     code = (
-        "from training.data import batches; from tests.attacks.test_places import Stuck\n"
-        "batches.WORKER_TIMEOUT = 1\n"
+        "import time, torch; from training.data import batches\n"
+        f"{inspect.getsource(Stuck)}\n"
+        "batches.WORKER_TIMEOUT, torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1, 0.1\n"
         "with batches.naming_dead_workers():\n"
         "    list(batches.build_dataloader(Stuck(), batch_size=1, num_workers=1))"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    ended = python("-c", code, cwd=ROOT, env=dict(os.environ))
     assert ended.returncode == 1 and "set num_workers to 0" in ended.stderr.splitlines()[-1]
 
 

@@ -1,8 +1,6 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from PIL import Image
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor, MultiLabelProcessor
 from training.publish.try_checkpoint import draw
 
+from ...fresh import python
 from ...test_remote_code import WITHOUT_THE_PACKAGE
 
 SCRIPT = Path(__file__).parents[3] / "training" / "publish" / "try_checkpoint.py"
@@ -37,8 +36,8 @@ def test_a_checkpoint_is_tried_without_the_package(tmp_path):
 
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     script = f"{WITHOUT_THE_PACKAGE}\nimport runpy\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    command = [sys.executable, "-c", script, str(checkpoint), str(images), "--output", str(tmp_path / "grid.png")]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    arguments = [checkpoint, images, "--output", tmp_path / "grid.png"]
+    result = python("-c", script, *arguments, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     with torch.inference_mode():
         first = Image.open(images / "0.png")
