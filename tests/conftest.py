@@ -26,6 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
+    # Files with long tests first, or a worker would wait for another's last one.
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
     marked = [item for item in items if item.get_closest_marker("cuda")]
     if marked and not has_cuda():
         for item in marked:

@@ -31,10 +31,15 @@ from .training.tiny_checkpoint import NAMES, save_checkpoint, save_images
 RAN = "HOSTILE_CODE_RAN"
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    save_checkpoint(folder := tmp_path_factory.mktemp("saved"))
+    return folder
+
+
 @pytest.fixture
-def checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+def checkpoint(saved_once, tmp_path):
+    return shutil.copytree(saved_once, tmp_path / "checkpoint")
 
 
 @pytest.fixture(autouse=True)

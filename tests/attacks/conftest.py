@@ -31,16 +31,22 @@ def finished(finished_once, tmp_path):
     return run
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+@pytest.fixture(scope="session")
+def saved_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save_checkpoint(folder / "checkpoint")
+    save_images(folder / "photos")
+    return folder
 
 
 @pytest.fixture
-def photos(tmp_path):
-    save_images(tmp_path / "photos")
-    return tmp_path / "photos"
+def checkpoint(saved_once, tmp_path):
+    return shutil.copytree(saved_once / "checkpoint", tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def photos(saved_once, tmp_path):
+    return shutil.copytree(saved_once / "photos", tmp_path / "photos")
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import http.client
 import io
 import json
 import re
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import httpx2
 import numpy as np
@@ -26,6 +24,7 @@ from modeling_hsvlt import MultiLabelImageClassificationPipeline, MultiLabelImag
 from training.serve import ServeOptions, main
 from training.tagging import server as serving
 
+from ..forked import SERVER, free_port
 from .tiny_checkpoint import NAMES, save_checkpoint, tiny_model
 
 
@@ -342,15 +341,24 @@ def test_what_cannot_be_served_is_said(argv, words, tmp_path, monkeypatch, capsy
     assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.slow
+def serve(arguments):
+    sys.exit(main(arguments))
+
+
 def test_sigterm_ends_it_when_what_it_took_is_answered(tmp_path):
     """A process of its own. One image waits for a second one, of which half has come when the signal does."""
     save_checkpoint(tmp_path / "checkpoint")
-    command = [sys.executable, "-m", "training", "serve", str(tmp_path / "checkpoint"), "--port", "0"]
-    command += ["--batch_size", "2", "--wait_ms", "1000000", "--timeout", "500"]
+    host = f"127.0.0.1:{free_port()}"
+    options = ["--port", host.partition(":")[2], "--batch_size", "2", "--wait_ms", "1000000", "--timeout", "500"]
     body = json.dumps({"inputs": as_text(photo())}).encode()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        host = re.search(r"http://([^/]+)/predict", process.stdout.readline())[1]
+    process = SERVER.Process(target=serve, args=([str(tmp_path / "checkpoint"), *options],))
+    process.start()
+    try:
+        while True:
+            with suppress(ConnectionRefusedError), socket.create_connection(host.split(":"), timeout=1):
+                break
+            assert process.is_alive()
+            time.sleep(0.02)
         clients = [http.client.HTTPConnection(host, timeout=500) for _ in range(2)]
         for client in clients:
             client.putrequest("POST", "/predict")
@@ -360,11 +368,14 @@ def test_sigterm_ends_it_when_what_it_took_is_answered(tmp_path):
         clients[0].send(body[50:])
         assert json.load(urllib.request.urlopen(f"http://{host}/health")) == {"status": "ready"}
         while "hsvlt_images_taken 2.0" not in urllib.request.urlopen(f"http://{host}/metrics").read().decode():
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+            time.sleep(0.02)
+        process.terminate()
         time.sleep(0.5)
         clients[1].send(body[50:])
         for client in clients:
             assert {label["label"] for label in json.load(client.getresponse())} == set(NAMES)
             client.close()
-        assert process.wait(300) == 0
+        process.join(300)
+        assert process.exitcode == 0
+    finally:
+        process.kill()

@@ -3,15 +3,20 @@
 import errno
 import json
 import math
+import os
+import runpy
 import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands import launch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
@@ -433,7 +438,32 @@ def test_every_recipe_reads(path):
     parse_config([str(path)])
 
 
+class Forked:
+    """What `accelerate launch` starts, in a fork of the launcher, which imported all of it."""
+
+    def __init__(self, command, env):
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.environ.clear()
+            os.environ.update(env)
+            python, flag, module, *arguments = command
+            assert (python, flag) == (sys.executable, "-m")
+            sys.argv = [module, *arguments]
+            status = 1
+            try:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                status = end.code or 0
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+
+    def wait(self):
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
 def accelerate_launch(arguments):
+    launch.subprocess = SimpleNamespace(Popen=Forked)
     launch_command(launch_command_parser().parse_args(arguments))
 
 

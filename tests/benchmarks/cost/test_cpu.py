@@ -9,7 +9,8 @@ from ...training.tiny_checkpoint import save_checkpoint, save_images
 
 
 @pytest.mark.slow
-def test_the_table_of_a_small_run(tmp_path, capsys):
+def test_the_table_of_a_small_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "SIDE", 256)
     save_checkpoint(tmp_path / "checkpoint")
     save_images(tmp_path / "data")
     threads = torch.get_num_threads()
