@@ -59,6 +59,16 @@ def own_accelerate_state():
     reset_accelerate()
 
 
+@pytest.fixture(autouse=True)
+def own_threads():
+    """Commands set how many threads torch takes; with two in each worker, all that comes after waits for the cores."""
+    torch = sys.modules.get("torch")
+    threads = torch and torch.get_num_threads()
+    yield
+    if torch:
+        torch.set_num_threads(threads)
+
+
 def reset_accelerate() -> None:
     state = sys.modules.get("accelerate.state")
     if state is not None:
@@ -105,7 +115,7 @@ def wheel(tmp_path_factory) -> Wheel:
                 "space",
             ):
                 os.symlink(ROOT / name, source / name)
-            pip = [sys.executable, "-m", "pip", "--quiet"]
+            pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
             build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", shared, source]
             subprocess.run([*pip, *build], check=True)
             install = ["install", "--no-deps", "--target", shared / "site", *shared.glob("*.whl")]
