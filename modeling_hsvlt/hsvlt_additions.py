@@ -11,9 +11,8 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .configuration_hsvlt import HSVLTConfig
-from .label_context import LabelContext
 from .losses_multilabel import NOT_EVALUATED
-from .modeling_multilabel import as_dtype_of, no_fp16_autocast, widened
+from .modeling_multilabel import MultiLabelPreTrainedModel, as_dtype_of, no_fp16_autocast, widened
 
 
 class HSVLTCandidateScorer(nn.Module):
@@ -56,17 +55,6 @@ class HSVLTResidualAttention(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_labels, hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_labels))
         self.register_buffer("text_weight", torch.zeros(config.num_labels, hidden_size))
-
-    def set_text_weight(self, weight: torch.Tensor) -> None:
-        """See [`HSVLTForImageClassification.set_text_classifier`]."""
-        shape = self.text_weight.shape
-        if weight.shape != shape or not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"the text classifier must be finite numbers of shape {tuple(shape)} (labels, channels of the last "
-                f"map), but it is {tuple(weight.shape)}"
-                + ("." if weight.shape != shape else " with values that are not finite.")
-            )
-        self.text_weight.copy_(weight)
 
     def forward(self, feature_map: torch.Tensor, class_ids: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -151,49 +139,72 @@ def in_chunks(read, feature_maps, text_embeddings, class_ids, chunk: int | None,
     return whole
 
 
-def read_with_additions(
-    model, feature_maps, text_embeddings, class_ids, labels, num_items_in_batch, **asked
-) -> ModelOutput:
-    """The forward pass of [`HSVLTForImageClassification`], from the feature maps on, with candidates or residual
-    attention."""
-    feature_maps = list(feature_maps)  # the last one is read once more
-    num_labels = len(text_embeddings if class_ids is None else class_ids)
-    proposals = candidates = None
-    if model.candidate_scorer is not None and class_ids is None and num_labels == model.num_labels:
-        proposals = model.candidate_scorer(feature_maps[-1])
-        class_ids = candidates = model.candidate_scorer.choose(proposals)
-    scales = model.hsvlt.scales(feature_maps)
-    output = in_chunks(model._read, scales, text_embeddings, class_ids, model.config.label_chunk_size, **asked)
-    logits, paths = output.logits, [output.logits]
-    if model.residual_attention is not None:
-        paths.append(model.residual_attention(feature_maps[-1], class_ids))
-        logits = model.residual_attention.join(*paths)
+class HSVLTAdditions(MultiLabelPreTrainedModel):
+    """What a classifier does with the additions that it has."""
 
-    loss = None
-    if labels is not None and candidates is not None:  # of the candidates alone: a mean of their own
-        loss = model._loss(logits, labels.to(candidates.device).gather(1, candidates))
-    elif labels is not None and not model.training:
-        loss = model._loss(logits, labels, num_items_in_batch)
-    elif labels is not None:
-        # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has seen
-        # so fast that the pixel scores learn little.
-        loss = sum(model._loss(path, labels, num_items_in_batch) for path in paths) / len(paths)
-        if proposals is not None:
-            loss = loss + model.config.candidate_loss_weight * model._loss(proposals, labels, num_items_in_batch)
-    if candidates is not None:
-        logits = logits.new_full((len(logits), num_labels), NOT_EVALUATED).scatter(1, candidates, logits)
-    return type(output)(**{**output, "loss": loss, "logits": logits, "class_ids": candidates})
+    def set_text_classifier(self, weight: torch.Tensor) -> None:
+        """Sets what `residual_attention` starts from and decays to; see `label_prompts.transfer_classifier`.
 
+        Args:
+            weight (`torch.Tensor` of shape `(num_labels, C)`): C channels of the backbone's last map.
 
-def fold_label_context(model, state_dict: dict | None) -> tuple[LabelContext | None, dict | None]:
-    """The label context of a model, or None, and the weights of a plain checkpoint: in its place the label embeddings
-    that it gives with the weights in `state_dict`, by default the model's."""
-    if model.label_context is None:
-        return None, state_dict
-    state_dict = model.state_dict() if state_dict is None else state_dict
-    prefix = "label_context."
-    learned = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    context = model.label_context.with_weights(learned)
-    state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
-    state_dict["hsvlt.label_embeddings.weight"] = context()
-    return context, state_dict
+        Raises:
+            ValueError: a model without `residual_attention`, another shape, or values that are not finite.
+        """
+        if self.residual_attention is None:
+            raise ValueError("a text classifier belongs to residual_attention, and this model's config has it off.")
+        text_weight = self.residual_attention.text_weight
+        if weight.shape != text_weight.shape or not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"the text classifier must be finite numbers of shape {tuple(text_weight.shape)} (labels, channels of "
+                f"the last map), but it is {tuple(weight.shape)}"
+                + ("." if weight.shape != text_weight.shape else " with values that are not finite.")
+            )
+        text_weight.copy_(weight)
+
+    @torch.no_grad()
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
+        """As in transformers. A learned label context leaves a plain checkpoint, with the label embeddings that its
+        weights (or those of `state_dict`) give, and its adapter in the folder `label_context`."""
+        context = self.label_context
+        if context is not None:
+            prefix, weights = "label_context.", self.state_dict() if state_dict is None else state_dict
+            learned = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+            context = context.with_weights(learned)
+            state_dict = {key: value for key, value in weights.items() if not key.startswith(prefix)}
+            state_dict["hsvlt.label_embeddings.weight"] = context()
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        if context is not None and is_main_process:
+            context.save_adapter(f"{save_directory}/label_context")
+
+    def _read_with_additions(
+        self, feature_maps, text_embeddings, class_ids, labels, num_items_in_batch, **asked
+    ) -> ModelOutput:
+        """The forward pass, from the feature maps on, with candidates or residual attention."""
+        feature_maps = list(feature_maps)  # the last one is read once more
+        num_labels = len(text_embeddings if class_ids is None else class_ids)
+        proposals = candidates = None
+        if self.candidate_scorer is not None and class_ids is None and num_labels == self.num_labels:
+            proposals = self.candidate_scorer(feature_maps[-1])
+            class_ids = candidates = self.candidate_scorer.choose(proposals)
+        scales = self.hsvlt.scales(feature_maps)
+        output = in_chunks(self._read, scales, text_embeddings, class_ids, self.config.label_chunk_size, **asked)
+        logits, paths = output.logits, [output.logits]
+        if self.residual_attention is not None:
+            paths.append(self.residual_attention(feature_maps[-1], class_ids))
+            logits = self.residual_attention.join(*paths)
+
+        loss = None
+        if labels is not None and candidates is not None:  # of the candidates alone: a mean of their own
+            loss = self._loss(logits, labels.to(candidates.device).gather(1, candidates))
+        elif labels is not None and not self.training:
+            loss = self._loss(logits, labels, num_items_in_batch)
+        elif labels is not None:
+            # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has
+            # seen so fast that the pixel scores learn little.
+            loss = sum(self._loss(path, labels, num_items_in_batch) for path in paths) / len(paths)
+            if proposals is not None:
+                loss = loss + self.config.candidate_loss_weight * self._loss(proposals, labels, num_items_in_batch)
+        if candidates is not None:
+            logits = logits.new_full((len(logits), num_labels), NOT_EVALUATED).scatter(1, candidates, logits)
+        return type(output)(**{**output, "loss": loss, "logits": logits, "class_ids": candidates})

@@ -17,11 +17,11 @@ from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2Embeddi
 from .configuration_hsvlt import BLOCK_BACKBONES, HSVLTConfig
 from .convnext_in_rows import convnext_layer_in_rows, runs_in_rows
 from .hsvlt_probe import NormsAfter, retire, without_data
-from .hsvlt_timm import build_timm, gives_channels_last, load_timm
+from .hsvlt_timm import backbone_config_of, build_timm, gives_channels_last, load_timm
 from .load_pretrained import load_pretrained
 from .modeling_efficientnet_lite import EfficientNetLiteBackbone
 from .modeling_mltr import MlTrBackbone
-from .modeling_multilabel import is_plain
+from .modeling_multilabel import MultiLabelPreTrainedModel, is_plain
 
 # AutoBackbone does not know a class that was downloaded with a checkpoint.
 OWN_BACKBONES: dict[str, Any] = {"mltr": MlTrBackbone, "efficientnet_lite": EfficientNetLiteBackbone}
@@ -33,6 +33,53 @@ def build_backbone(config: HSVLTConfig) -> "HSVLTBlockBackbone | HSVLTStageBackb
         return HSVLTBlockBackbone(config)
     has_stages = isinstance(config.backbone_config, BackboneConfigMixin)
     return HSVLTStageBackbone(config) if has_stages else HSVLTTowerBackbone(config)
+
+
+class HSVLTOnBackbone(MultiLabelPreTrainedModel):
+    """What a model does with its backbone, whatever that is."""
+
+    @classmethod
+    def from_backbone(
+        cls, source: str, *, revision: str | None = None, config: HSVLTConfig | None = None, **config_kwargs
+    ):
+        """A new model on a pretrained backbone.
+
+        Args:
+            source (`str`): folder or Hub id of a backbone or vision tower in transformers' format, or in timm's where
+                timm is installed ("timm/NAME"); safetensors alone.
+            revision (`str`, *optional*): commit or tag on the Hub.
+            config ([`HSVLTConfig`], *optional*): configuration whose `backbone_config` is replaced by the source's.
+            config_kwargs: fields of a new [`HSVLTConfig`], where `config` is None.
+
+        Raises:
+            ValueError: where the backbone's weights do not fit those of the source.
+        """
+        backbone_config = backbone_config_of(source, revision)
+        if config is None:
+            config = HSVLTConfig(backbone_config=backbone_config, **config_kwargs)
+        else:
+            config = HSVLTConfig.from_dict({**config.to_dict(), "backbone_config": backbone_config.to_dict()})
+        model = cls(config)
+        model._backbone().load_pretrained(source, revision=revision)
+        return model
+
+    def _backbone(self) -> "HSVLTBlockBackbone | HSVLTStageBackbone":
+        return getattr(self, self.base_model_prefix, self).backbone
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        """As in transformers, except that a backbone without that attention (a ConvNeXt has none) keeps its own."""
+        if attn_implementation == "sdpa" and not self._backbone().body._supports_sdpa:
+            attn_implementation = {"": "sdpa", "backbone_config": "eager"}
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The backbone's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
+        return getattr(self._backbone().embeddings, "patch_embeddings", None)
+
+    def set_input_embeddings(self, value: nn.Module):
+        if self.get_input_embeddings() is None:
+            raise ValueError("this backbone has no module patch_embeddings to set.")
+        self._backbone().embeddings.patch_embeddings = value
 
 
 class HSVLTBlockBackbone(nn.Module):

@@ -26,18 +26,15 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_hsvlt import HSVLTConfig
 from .hsvlt_additions import (
+    HSVLTAdditions,
     HSVLTCandidateScorer,
     HSVLTResidualAttention,
     HSVLTTopDownAggregation,
-    fold_label_context,
     in_chunks,
-    read_with_additions,
 )
-from .hsvlt_backbones import build_backbone
+from .hsvlt_backbones import HSVLTOnBackbone, build_backbone
 from .hsvlt_pyramid import build_pyramid
-from .hsvlt_timm import backbone_config_of
 from .modeling_multilabel import (
-    MultiLabelPreTrainedModel,
     as_dtype_of,
     autocasts_to_fp16,
     chosen_states,
@@ -379,7 +376,7 @@ class HSVLTLabelEmbeddings(nn.Module):
         return self.weight
 
 
-class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
+class HSVLTPreTrainedModel(HSVLTOnBackbone):
     """What HSVLT's models share: initialisation, attention choice, what stays in fp32."""
 
     config: HSVLTConfig
@@ -408,13 +405,6 @@ class HSVLTPreTrainedModel(MultiLabelPreTrainedModel):
         if isinstance(module, HSVLTLabelEmbeddings):
             init.copy_(module.weight, module.create().to(module.weight))
 
-    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
-        """As in transformers, except that a backbone without that attention (a ConvNeXt has none) keeps its own."""
-        backbone = getattr(self, self.base_model_prefix, self).backbone
-        if attn_implementation == "sdpa" and not backbone.body._supports_sdpa:
-            attn_implementation = {"": "sdpa", "backbone_config": "eager"}
-        super().set_attn_implementation(attn_implementation, **kwargs)
-
 
 class HSVLTModel(HSVLTPreTrainedModel):
     """Backbone, label stream and cross-scale aggregation, without a classifier."""
@@ -437,15 +427,6 @@ class HSVLTModel(HSVLTPreTrainedModel):
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
         # ConvNeXt the blocks are called one by one here, never a stage.
         self._no_split_modules |= set(self.backbone.body._no_split_modules or ()) - {"ConvNextStage"}  # type: ignore[operator]  # a set here
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The backbone's patch embeddings, None where it has no module of that name; accelerate asks for FSDP2."""
-        return getattr(self.backbone.embeddings, "patch_embeddings", None)
-
-    def set_input_embeddings(self, value: nn.Module):
-        if self.get_input_embeddings() is None:
-            raise ValueError("this backbone has no module patch_embeddings to set.")
-        self.backbone.embeddings.patch_embeddings = value
 
     def scales(self, feature_maps: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
         """The maps that the labels meet: those of the backbone, or of the pyramid on its last one."""
@@ -499,7 +480,7 @@ class HSVLTModel(HSVLTPreTrainedModel):
         )
 
 
-class HSVLTForImageClassification(HSVLTPreTrainedModel):
+class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
     """HSVLT with its per-label (published) or shared linear classifier: multi-label scores of an image.
 
     Example:
@@ -529,31 +510,6 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         self.candidate_scorer = HSVLTCandidateScorer(config, last) if config.candidate_labels is not None else None
         self.residual_attention = HSVLTResidualAttention(config, last) if config.residual_attention else None
         self.post_init()
-
-    @classmethod
-    def from_backbone(
-        cls, source: str, *, revision: str | None = None, config: HSVLTConfig | None = None, **config_kwargs
-    ) -> "HSVLTForImageClassification":
-        """A new model on a pretrained backbone.
-
-        Args:
-            source (`str`): folder or Hub id of a backbone or vision tower in transformers' format, or in timm's where
-                timm is installed ("timm/NAME"); safetensors alone.
-            revision (`str`, *optional*): commit or tag on the Hub.
-            config ([`HSVLTConfig`], *optional*): configuration whose `backbone_config` is replaced by the source's.
-            config_kwargs: fields of a new [`HSVLTConfig`], where `config` is None.
-
-        Raises:
-            ValueError: where the backbone's weights do not fit those of the source.
-        """
-        backbone_config = backbone_config_of(source, revision)
-        if config is None:
-            config = HSVLTConfig(backbone_config=backbone_config, **config_kwargs)
-        else:
-            config = HSVLTConfig.from_dict({**config.to_dict(), "backbone_config": backbone_config.to_dict()})
-        model = cls(config)
-        model.hsvlt.backbone.load_pretrained(source, revision=revision)
-        return model
 
     def set_label_embeddings(
         self,
@@ -599,28 +555,6 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         self.config.label_pooling = pooling
         self.config.label_template = template
 
-    def set_text_classifier(self, weight: torch.Tensor) -> None:
-        """Sets what `residual_attention` starts from and decays to; see `label_prompts.transfer_classifier`.
-
-        Args:
-            weight (`torch.Tensor` of shape `(num_labels, C)`): C channels of the backbone's last map.
-
-        Raises:
-            ValueError: a model without `residual_attention`, another shape, or values that are not finite.
-        """
-        if self.residual_attention is None:
-            raise ValueError("a text classifier belongs to residual_attention, and this model's config has it off.")
-        self.residual_attention.set_text_weight(weight)
-
-    @torch.no_grad()
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
-        """As in transformers. A learned label context leaves a plain checkpoint, with the label embeddings that its
-        weights (or those of `state_dict`) give, and its adapter in the folder `label_context`."""
-        context, state_dict = fold_label_context(self, state_dict)
-        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-        if context is not None and is_main_process:
-            context.save_adapter(f"{save_directory}/label_context")
-
     @can_return_tuple
     def forward(
         self,
@@ -655,7 +589,7 @@ class HSVLTForImageClassification(HSVLTPreTrainedModel):
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         if self.candidate_scorer is not None or self.residual_attention is not None:
             of_labels = (text_embeddings, class_ids, labels)
-            return read_with_additions(self, feature_maps, *of_labels, num_items_in_batch, **asked)
+            return self._read_with_additions(feature_maps, *of_labels, num_items_in_batch, **asked)
         scales = self.hsvlt.scales(feature_maps)  # once for all chunks
         output = in_chunks(self._read, scales, text_embeddings, class_ids, self.config.label_chunk_size, **asked)
         loss = None if labels is None else self._loss(output.logits, labels, num_items_in_batch)
