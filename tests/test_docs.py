@@ -8,7 +8,7 @@ import pytest
 
 from training.__main__ import COMMANDS as HSVLT
 from training.config import parse_config
-from training.options import CommandParser
+from training.options import CommandParser, NewestOptions
 from training.places import recipes
 from training.prepare.__main__ import build_parser
 
@@ -47,7 +47,7 @@ def test_a_command_of_a_readme_can_be_read(line, tmp_path, monkeypatch):
     elif name == "tag" and (images := import_command("tag").few_images(words)) is not None:
         CommandParser(import_command("tag").ShowOptions).read(images)
     elif name == "demo":
-        CommandParser(import_command("demo").DemoOptions).read(words)
+        CommandParser(NewestOptions).read(words)
     else:
         module = MODULES.get(name, name)
         CommandParser(getattr(import_command(module), COMMANDS[module])).read(words)

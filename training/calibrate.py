@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .options import ScoringOptions, option, run_command
+from .options import ScoringOptions, command, option
 from .say import counted, say_next
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ def _calibrate(args: CalibrateOptions, folder: Path, accelerator: Accelerator) -
     return new
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused."""
-    return run_command(run, CalibrateOptions, "calibrate", __doc__, argv)
+main = command(run, CalibrateOptions, "calibrate", __doc__)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .options import DatasetOptions, option, refuse_to_replace, run_command
+from .options import DatasetOptions, command, option, refuse_to_replace
 from .say import counted, say_next
 
 REPORT_FILES = ("report.json", "imbalance.png", "exclude.txt")
@@ -60,9 +60,7 @@ def run(args: CheckOptions) -> bool:
     return not broken
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when clean, 1 when something would break training, 2 when there is nothing to check."""
-    return run_command(run, CheckOptions, "check", __doc__, argv, status=lambda clean: 0 if clean else 1)
+main = command(run, CheckOptions, "check", __doc__, status=lambda clean: 0 if clean else 1)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .options import option, run_command
+from .options import command, option
 from .say import say_next
 
 
@@ -100,9 +100,7 @@ def check_target(target: Path, overwrite: bool, is_checkpoint: bool = True) -> N
         raise FileExistsError(f"'{target}' is no checkpoint folder, so it is not replaced: choose another TARGET.")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused."""
-    return run_command(run, ConvertOptions, "convert", __doc__, argv, (ValueError, OSError, RuntimeError))
+main = command(run, ConvertOptions, "convert", __doc__, (ValueError, OSError, RuntimeError))
 
 
 if __name__ == "__main__":

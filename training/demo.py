@@ -12,25 +12,13 @@ import os
 import runpy
 import shlex
 import sys
-from dataclasses import dataclass
 from importlib.util import find_spec
 
-from .options import option, run_command
-from .places import checkpoint_folder, last_run, shipped
+from .options import NewestOptions, command
+from .places import last_run, shipped
 
 
-@dataclass(kw_only=True)
-class DemoOptions:
-    checkpoint: str | None = option(
-        None,
-        "folder or Hub id; left out: the newest run",
-        positional=True,
-        read=checkpoint_folder,
-        metavar="CHECKPOINT",
-    )
-
-
-def run(args: DemoOptions) -> None:
+def run(args: NewestOptions) -> None:
     """Runs the Space's app.
 
     Raises:
@@ -49,9 +37,7 @@ def run(args: DemoOptions) -> None:
     runpy.run_path(str(app), run_name="__main__")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when it was closed, 2 when something was refused."""
-    return run_command(run, DemoOptions, "demo", __doc__, argv)
+main = command(run, NewestOptions, "demo", __doc__)
 
 
 if __name__ == "__main__":

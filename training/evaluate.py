@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .metrics.glossary import AP_DEFINITION, FIGURES, shown
-from .options import ScoringOptions, number_or_auto, option, refuse_to_replace, run_command
+from .options import ScoringOptions, command, number_or_auto, option, refuse_to_replace
 from .places import run_of
 from .say import counted, say_next
 
@@ -128,9 +128,7 @@ def run(args: EvaluateOptions) -> dict:
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused."""
-    return run_command(run, EvaluateOptions, "evaluate", __doc__, argv)
+main = command(run, EvaluateOptions, "evaluate", __doc__)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .options import ScoringOptions, option, refuse_to_replace, run_command
+from .options import ScoringOptions, command, option, refuse_to_replace
 from .places import run_of
 from .say import say_next
 
@@ -151,9 +151,7 @@ def _positives(checkpoint: str, num_labels: int) -> list[int] | None:
     return None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused."""
-    return run_command(run, ExportOptions, "export", __doc__, argv, (ValueError, OSError, RuntimeError))
+main = command(run, ExportOptions, "export", __doc__, (ValueError, OSError, RuntimeError))
 
 
 if __name__ == "__main__":

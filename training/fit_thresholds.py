@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .metrics.glossary import FIGURES
-from .options import ScoringOptions, option, run_command
+from .options import ScoringOptions, command, option
 from .say import counted, say_next
 
 if TYPE_CHECKING:
@@ -87,9 +87,7 @@ def _fit(args: FitOptions, folder: Path, accelerator: Accelerator) -> np.ndarray
     return thresholds
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused."""
-    return run_command(run, FitOptions, "thresholds", __doc__, argv)
+main = command(run, FitOptions, "thresholds", __doc__)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,17 @@ from .places import checkpoint_folder, free_cores
 
 
 def option(default: Any = dataclasses.MISSING, reason: str = "", *, positional: bool = False, **more) -> Any:
-    """A field of a command's options; default `list` or `dict`: a new one each time; `more` goes to `add_argument`.
+    """A field of a command's options; default `list` or `dict`: a new one each time.
 
-    `path=True` where it may hold a path of this machine: no push publishes that.
+    Args:
+        more: `metavar` and `choices` as of argparse; `read`, what makes the value of a word; `path=True` where it may
+            hold a path of this machine: no push publishes that.
     """
     which = "default_factory" if default in (list, dict) else "default"
     return dataclasses.field(**{which: default}, metadata={"help": reason, "positional": positional, **more})
 
 
+SHOWN = ("help", "metavar", "choices")  # what argparse is told of an option's metadata
 LABEL_NAMES = "class order: names, or one file of them, a labels.txt or a tagger's selected_tags.csv"
 
 
@@ -89,6 +92,19 @@ class CheckpointOptions:
         metavar="CHECKPOINT",
     )
     revision: str | None = option(None, "commit of a CHECKPOINT on the Hub")
+
+
+@dataclasses.dataclass(kw_only=True)
+class NewestOptions:
+    """A checkpoint, or where it is left out `places.last_run`."""
+
+    checkpoint: str | None = option(
+        None,
+        "folder or Hub id; left out: the newest run",
+        positional=True,
+        read=checkpoint_folder,
+        metavar="CHECKPOINT",
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -198,12 +214,13 @@ def _read_switch(text: str) -> bool:
     return value
 
 
-class _DataclassParser(argparse.ArgumentParser):
-    """An option for every field of a dataclass, as transformers' `HfArgumentParser`; to import that takes a second,
-    which every --help would wait for."""
+class CommandParser(argparse.ArgumentParser):
+    """An option for every field of a dataclass, as transformers' `HfArgumentParser` (to import that takes a second,
+    which every --help would wait for), with positional arguments, lists in both spellings, and defaults shown."""
 
     def __init__(self, dataclass_types: type | None = None, **kwargs):
-        super().__init__(**kwargs)
+        settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**settings | kwargs)
         self.options_type = dataclass_types
         hints = {} if dataclass_types is None else typing.get_type_hints(dataclass_types)
         for field in () if dataclass_types is None else dataclasses.fields(dataclass_types):
@@ -211,44 +228,29 @@ class _DataclassParser(argparse.ArgumentParser):
                 self._add_field(field, *value_kind(hints[field.name]))
 
     def _add_field(self, field: dataclasses.Field, kind: Any, item: Any) -> None:
-        kwargs: dict[str, Any] = dict(field.metadata)
-        if kind is Literal:
-            kwargs |= {"choices": typing.get_args(item), "type": str}
+        kwargs: dict[str, Any] = {key: field.metadata[key] for key in SHOWN if key in field.metadata}
+        read, positional = field.metadata.get("read"), field.metadata.get("positional")
+        has_factory = field.default_factory is not dataclasses.MISSING
+        needed = not has_factory and field.default is dataclasses.MISSING
+        if not needed:
+            kwargs["default"] = field.default_factory() if has_factory else field.default
+        if kind is list:
+            kwargs |= {"nargs": "+", "action": partial(_ReadList, kind=item, allowed=kwargs.pop("choices", None))}
         elif kind is bool:
             kwargs |= {"nargs": "?", "const": True, "type": _read_switch}
+        elif kind is Literal:
+            kwargs |= {"choices": typing.get_args(item), "type": read_text}
         else:
-            kwargs |= {"type": item} | ({"nargs": "+"} if kind is list else {})
-        if field.default_factory is not dataclasses.MISSING:
-            kwargs["default"] = field.default_factory()
-        elif field.default is not dataclasses.MISSING:
-            kwargs["default"] = field.default
-        else:
-            kwargs["required"] = True
-        self.add_argument(*dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}")), **kwargs)
-
-
-class CommandParser(_DataclassParser):
-    """Knows positional arguments, takes lists in both spellings, and shows defaults."""
-
-    def __init__(self, dataclass_types=None, **kwargs):
-        settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-        super().__init__(dataclass_types, **settings | kwargs)
-
-    def add_argument(self, *names, positional: bool = False, path: bool = False, read: Any = None, **kwargs):
+            kwargs["type"] = read or {str: read_text, dict: read_yaml}.get(item, item)
         if positional:
-            names = (names[0].removeprefix("--"),)
-            if not kwargs.pop("required", False):
-                kwargs["nargs"] = "?"
-        default = kwargs.get("default")
-        if kwargs.get("nargs") == "+":
-            kwargs["action"] = partial(_ReadList, kind=kwargs.pop("type", str), allowed=kwargs.pop("choices", None))
-        elif read is not None:  # a type in the metadata would give way to the annotation
-            kwargs["type"] = read
-        elif kwargs.get("type") is str:
-            kwargs["type"] = read_text
-        elif kwargs.get("type") is dict:
-            kwargs["type"] = read_yaml
+            self.add_argument(field.name, **kwargs if needed else kwargs | {"nargs": "?"})
+        else:
+            names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+            self.add_argument(*names, required=needed, **kwargs)
+
+    def add_argument(self, *names, **kwargs):
         if "help" in kwargs and names[0] not in ("-h", "--help"):
+            default = kwargs.get("default")
             shown = "" if default in (None, False, [], {}) else f"; default: {default}"
             kwargs["help"] = (kwargs["help"] + shown).removeprefix("; ").replace("%", "%%")
         return super().add_argument(*names, **kwargs)
@@ -298,27 +300,30 @@ def refuse(error: Exception) -> int:
     return 2
 
 
-def run_command(
+def command(
     run: Callable[[Any], Any],
     kind: type,
-    command: str,
+    name: str,
     description: str | None,
-    argv: Sequence[str] | None,
     refused: tuple[type[Exception], ...] = (ValueError, OSError),
     *,
     status: Callable[[Any], int] = lambda result: 0,
     stopped: str = "Stopped.",
-) -> int:
-    """A command line: `run` on its options.
+) -> Callable[[Sequence[str] | None], int]:
+    """The `main` of a command: `run` on its options.
 
     Returns:
-        `status` of what it returned, 0 by default; 2 when one of `refused` was raised, which is printed; 130 after
-        Ctrl-C, when `stopped` is.
+        A function of the command line: `status` of what `run` returned, 0 by default; 2 when one of `refused` was
+        raised, which is printed; 130 after Ctrl-C, when `stopped` is.
     """
-    try:
-        return status(run(CommandParser(kind, prog=f"hsvlt {command}", description=description).read(argv)))
-    except (*refused, SafetensorError) as error:  # of which a full disk is one
-        return refuse(error)
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        return 130
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        try:
+            return status(run(CommandParser(kind, prog=f"hsvlt {name}", description=description).read(argv)))
+        except (*refused, SafetensorError) as error:  # of which a full disk is one
+            return refuse(error)
+        except KeyboardInterrupt:
+            print(stopped, file=sys.stderr)
+            return 130
+
+    return main

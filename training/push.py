@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .options import option, run_command
+from .options import command, option
 from .say import say_next
 
 
@@ -57,9 +57,7 @@ def run(options: PushOptions) -> None:
         say_next("tag", repo_id, "photo.jpg")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused or did not arrive, 130 after Ctrl-C."""
-    return run_command(run, PushOptions, "push", __doc__, argv, stopped="Stopped; the repository is as it was.")
+main = command(run, PushOptions, "push", __doc__, stopped="Stopped; the repository is as it was.")
 
 
 if __name__ == "__main__":

@@ -15,19 +15,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from .options import option, run_command
-from .places import checkpoint_folder, last_run
+from .options import NewestOptions, command, option
+from .places import last_run
 
 
 @dataclass(kw_only=True)
-class ServeOptions:
-    checkpoint: str | None = option(
-        None,
-        "folder or Hub id; left out: the newest run",
-        positional=True,
-        read=checkpoint_folder,
-        metavar="CHECKPOINT",
-    )
+class ServeOptions(NewestOptions):
     revision: str | None = option(None, "commit of a CHECKPOINT on the Hub")
     host: str = option("127.0.0.1", "0.0.0.0: for other machines too")
     port: int = option(8000, "0: any that is free")
@@ -62,9 +55,7 @@ def run(args: ServeOptions) -> None:
     serve(args)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when it was closed, 2 when something was refused."""
-    return run_command(run, ServeOptions, "serve", __doc__, argv)
+main = command(run, ServeOptions, "serve", __doc__)
 
 
 if __name__ == "__main__":

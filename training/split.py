@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import DatasetOptions, dataset_options, option, run_command
+from .options import DatasetOptions, command, dataset_options, option
 from .say import say_next
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ def _duplicate_groups(report: Path, splits: dict[str, Split]) -> np.ndarray:
     return groups
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all is done, 2 when something was refused."""
-    return run_command(run, SplitOptions, "split", __doc__, argv)
+main = command(run, SplitOptions, "split", __doc__)
 
 
 if __name__ == "__main__":

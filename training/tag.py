@@ -38,7 +38,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from .options import CheckpointOptions, ImageOptions, number_or_auto, option, refuse, run_command
+from .options import CheckpointOptions, ImageOptions, command, number_or_auto, option, refuse
 from .places import free_cores, last_run
 
 WRITERS = ("txt", "xmp")
@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     kind, stopped = ShowOptions, "Stopped."
     if images is None:
         kind, stopped = TagOptions, "Stopped; what is tagged is kept, and the same command goes on from there."
-    return run_command(run, kind, "tag", __doc__, images or argv, status=lambda left: 1 if left else 0, stopped=stopped)
+    label = command(run, kind, "tag", __doc__, status=lambda left: 1 if left else 0, stopped=stopped)
+    return label(images or argv)
 
 
 if __name__ == "__main__":

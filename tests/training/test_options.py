@@ -21,7 +21,6 @@ from training.options import (
     dataset_options,
     option,
     refuse,
-    run_command,
 )
 from training.prepare import __main__ as prepare
 from training.prepare import long_tail
@@ -279,5 +278,5 @@ def test_commands_end_alike(outcome, status, words, capsys):
         return outcome
 
     argv = ["scenes", "--image_column", "photo"]
-    ended = run_command(run, DatasetOptions, "NAME", None, argv, status=int, stopped="Stopped; all is kept.")
+    ended = options.command(run, DatasetOptions, "NAME", None, status=int, stopped="Stopped; all is kept.")(argv)
     assert (ended, capsys.readouterr().err) == (status, words)
