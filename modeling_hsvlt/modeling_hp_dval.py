@@ -740,13 +740,6 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
                 distance = F.l1_loss(output.text_embeds[0].float(), handwritten.float())
                 semantic_consistency_loss = share.sum() * distance
                 loss = loss + config.semantic_consistency_weight * semantic_consistency_loss
-        return HPDVALImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            distillation_loss=distillation_loss,
-            semantic_consistency_loss=semantic_consistency_loss,
-            image_embeds=output.image_embeds,
-            patch_embeds=output.patch_embeds,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        found = {name: value for name, value in output.items() if name != "text_embeds"}
+        losses = {"distillation_loss": distillation_loss, "semantic_consistency_loss": semantic_consistency_loss}
+        return HPDVALImageClassifierOutput(loss=loss, logits=logits, **losses, **found)

@@ -597,22 +597,11 @@ class MlTrForImageClassification(MlTrPreTrainedModel):
         """See [`MultiLabelPreTrainedModel`]; images may have any size."""
         warn_of_unknown_arguments(self, kwargs)
         labels = self._check_labels(labels, self.num_labels)
-        output = self.mltr(
-            pixel_values,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
+        output = self.mltr(pixel_values, output_hidden_states, output_attentions, return_dict=True)
         logits = self.classifier(output.pooler_output)
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
-        return MlTrImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=output.hidden_states,
-            reshaped_hidden_states=output.reshaped_hidden_states,
-            attentions=output.attentions,
-            cross_attentions=output.cross_attentions,
-        )
+        states = {name: value for name, value in output.items() if name not in ("last_hidden_state", "pooler_output")}
+        return MlTrImageClassifierOutput(loss=loss, logits=logits, **states)
 
 
 class MlTrBackbone(BackboneMixin, MlTrPreTrainedModel):

@@ -33,10 +33,10 @@ class EvaluateOptions(ScoringOptions):
     overwrite: bool = option(False, "replace results that are in FOLDER")
 
 
-def format_report(report: dict, threshold_words: str, absent: Sequence[str], top_k: int = 3) -> str:
+def format_report(report: dict, threshold_words: str, absent: Sequence[str]) -> str:
     """A table that fits a terminal."""
     columns = ("CP", "CR", "CF1", "OP", "OR", "OF1", "CF1_per_class")
-    rows = {threshold_words: "", f"top {top_k} of these": f"_top{top_k}"}
+    rows = {threshold_words: "", "top 3 of these": "_top3"}
     width = max(map(len, rows))
     lines = [
         f"{shown(report, 'mAP')} ({AP_DEFINITION}); "

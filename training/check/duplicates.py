@@ -74,13 +74,9 @@ def perceptual_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
-def near_pairs(
-    phashes: np.ndarray,
-    thumbnails: np.ndarray,
-    max_distance: int = MAX_DISTANCE,
-    max_difference: float = MAX_DIFFERENCE,
-) -> np.ndarray:
-    """Pairs of images whose hashes differ in at most `max_distance` bits and whose thumbnails look alike.
+def near_pairs(phashes: np.ndarray, thumbnails: np.ndarray, max_distance: int = MAX_DISTANCE) -> np.ndarray:
+    """Pairs of images whose hashes differ in at most `max_distance` bits and whose thumbnails look alike: their mean
+    absolute difference is at most `MAX_DIFFERENCE`.
 
     The 64 bits are cut into `max_distance` + 2 bands. At most `max_distance` bands hold a difference, so that two are
     equal: images are sorted by the bits of each two bands in turn and compared within equal keys (Manku, Jain and Das
@@ -91,7 +87,6 @@ def near_pairs(
         phashes: (n,) uint64.
         thumbnails: (n, pixels) uint8.
         max_distance: Between 0 and 8.
-        max_difference: Largest mean absolute difference of two thumbnails, of 255.
 
     Returns:
         (pairs, 2) int64 indices; the first of a pair is the lower one.
@@ -118,21 +113,19 @@ def near_pairs(
             a, b = order[left], order[left + offset]
             near = _distance(phashes[a], phashes[b]) <= max_distance
             a, b = a[near], b[near]
-            alike = _difference(thumbnails[a], thumbnails[b]) <= max_difference
+            alike = _difference(thumbnails[a], thumbnails[b]) <= MAX_DIFFERENCE
             found.append(np.sort(np.stack([a[alike], b[alike]], axis=1), axis=1))
     return np.unique(np.concatenate(found), axis=0)
 
 
-def group_duplicates(
-    prints: Fingerprints, max_distance: int = MAX_DISTANCE, max_difference: float = MAX_DIFFERENCE
-) -> list[np.ndarray]:
+def group_duplicates(prints: Fingerprints, max_distance: int = MAX_DISTANCE) -> list[np.ndarray]:
     """Groups of images that are equal or near, also by way of others; each the rising indices of at least two."""
     # Equal images, perhaps many thousand white ones, enter the index once.
     seen: dict[bytes, int] = {}
     records = zip(prints.phashes.tolist(), map(bytes, prints.thumbnails), strict=True)
     item = np.array([seen.setdefault(record, len(seen)) for record in records], dtype=np.int64)
     first = np.unique(item, return_index=True)[1]
-    pairs = near_pairs(prints.phashes[first], prints.thumbnails[first], max_distance, max_difference)
+    pairs = near_pairs(prints.phashes[first], prints.thumbnails[first], max_distance)
     links = csr_array((np.ones(len(pairs), dtype=bool), pairs.T), shape=(len(first), len(first)))
     group = connected_components(links, directed=False)[1][item]
     order = np.argsort(group, kind="stable")

@@ -113,29 +113,14 @@ def parameter_groups(
 
 
 def build_optimizer(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    backbone_lr_multiplier: float = 1.0,
-    parts: Mapping[str, Mapping[str, float]] | None = None,
-    betas: tuple[float, float] = (0.9, 0.999),
-    decay_all: bool = False,
-    optimizer: str = "adamw",
+    model: nn.Module, *, learning_rate: float, optimizer: str = "adamw", **how
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`, with the fused kernel where the parameters' device has one; or `Muon`."""
-    groups = parameter_groups(
-        model,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        backbone_lr_multiplier=backbone_lr_multiplier,
-        parts=parts,
-        decay_all=decay_all,
-        muon=optimizer == "muon",
-    )
+    """AdamW over `parameter_groups`, which takes `how`, with the fused kernel where the parameters' device has one; or
+    `Muon`."""
+    groups = parameter_groups(model, learning_rate=learning_rate, muon=optimizer == "muon", **how)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     kind = Muon if optimizer == "muon" else torch.optim.AdamW
-    return kind(groups, lr=learning_rate, betas=betas, fused=devices <= {"cpu", "cuda", "mps", "xpu"})
+    return kind(groups, lr=learning_rate, fused=devices <= {"cpu", "cuda", "mps", "xpu"})
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:

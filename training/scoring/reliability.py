@@ -14,7 +14,7 @@ NUM_BINS = 15  # Guo et al.
 class Reliability(NamedTuple):
     """What scores promise and what comes true, in bins of equal width over [0, 1].
 
-    Each is (num_labels, num_bins): `count`, known entries whose score lies in the bin (a score on an edge in the upper
+    Each is (num_labels, NUM_BINS): `count`, known entries whose score lies in the bin (a score on an edge in the upper
     one); `promised`, the sum of their scores; `came_true`, how many of them are positives.
     """
 
@@ -34,7 +34,7 @@ class Reliability(NamedTuple):
         return np.where(count > 0, gaps / np.maximum(count, 1), np.nan)
 
 
-def reliability(scores: np.ndarray, labels: np.ndarray, num_bins: int = NUM_BINS) -> Reliability:
+def reliability(scores: np.ndarray, labels: np.ndarray) -> Reliability:
     """Counts for the calibration error and its plot.
 
     Args:
@@ -46,14 +46,14 @@ def reliability(scores: np.ndarray, labels: np.ndarray, num_bins: int = NUM_BINS
     """
     scores, labels = check_inputs(scores, labels)
     check_range(scores)
-    bins = Reliability(*np.zeros((3, scores.shape[1], num_bins)))
+    bins = Reliability(*np.zeros((3, scores.shape[1], NUM_BINS)))
     for part, block, positive, known in iterate_blocks(scores, labels, "label"):
         row, column = np.nonzero(known)
         score = block[row, column].astype(np.float64)
-        place = row * num_bins + np.minimum((score * num_bins).astype(np.int64), num_bins - 1)
+        place = row * NUM_BINS + np.minimum((score * NUM_BINS).astype(np.int64), NUM_BINS - 1)
         for field, weights in zip(bins, (None, score, positive[row, column]), strict=True):
-            sums = np.bincount(place, weights, minlength=len(block) * num_bins)
-            field[part] = sums.reshape(len(block), num_bins)
+            sums = np.bincount(place, weights, minlength=len(block) * NUM_BINS)
+            field[part] = sums.reshape(len(block), NUM_BINS)
     return bins
 
 

@@ -25,7 +25,7 @@ from modeling_hsvlt import (
 from training.config import TrainingConfig
 from training.metrics.functional import multilabel_report, per_label_report
 from training.metrics.glossary import HEAT_MAPS
-from training.publish.card import escape, main, render_card
+from training.publish.card import escape, render_card
 from training.publish.card_page import card_page
 from training.scoring.measured_with import fingerprints
 
@@ -251,13 +251,11 @@ def test_scenes_are_this_project_s_own(run):
     assert (folder / "figures" / "heat_maps.png").is_file()
 
 
-def test_a_checkpoint_alone_has_a_card_too(run, tmp_path, capsys):
+def test_a_checkpoint_alone_has_a_card_too(run):
     folder = checkpoint(run, "hsvlt", classifier="shared", label_text_encoder="org/encoder")
-    assert main([str(folder), "org/name"]) == 0
-    text = capsys.readouterr().out
+    text = render_card(folder, folder, repo_id="org/name").content
     assert "No results came with this checkpoint" in text and "without the options of its run" in text
     assert "set_labels" in text and "model-index" not in text and tables(text)[0][1][1] == "0.1000"
-    assert main([str(tmp_path), "org/name"]) == 2
 
 
 EXCLUSIVE = [  # of each, a card may say one
