@@ -65,7 +65,7 @@ def run(args: EvaluateOptions) -> dict:
     from .check.imbalance import long_tail_groups
     from .checkpoint.loading import load_checkpoint
     from .checkpoint.lock import check_launch
-    from .metrics.functional import multilabel_report, per_label_report
+    from .metrics.functional import multilabel_report
     from .report.page import result_record, write_report
     from .scoring.predict import score_split
 
@@ -82,9 +82,8 @@ def run(args: EvaluateOptions) -> dict:
             )
     accelerator = Accelerator()
     check_launch(accelerator)
-    label_names, scores, labels, images, counts = score_split(
-        model, processor, args, accelerator, count_split=args.count_split
-    )
+    scored = score_split(model, processor, args, accelerator, count_split=args.count_split)
+    label_names, scores, labels, _, counts = scored
     accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
@@ -95,7 +94,6 @@ def run(args: EvaluateOptions) -> dict:
         groups=None if counts is None else long_tail_groups(counts),
         label_names=label_names,
     )
-    per_label = per_label_report(scores, labels, threshold, label_names=label_names)
     results = result_record(
         report,
         model.config,
@@ -107,18 +105,14 @@ def run(args: EvaluateOptions) -> dict:
         count_split=args.count_split,
         threshold=args.threshold,
     )
-    absent = [name for name, positives in zip(label_names, per_label["positives"], strict=True) if not positives]
+    absent = [name for name, shown in zip(label_names, (labels == 1).any(0), strict=True) if not shown]
     words = "fitted thresholds" if args.threshold == "auto" else f"score >= {args.threshold:g}"
     print(
         f"{args.checkpoint} on {args.dataset}, split {args.split}: {counted(len(scores), 'image')}, "
         f"{counted(len(label_names), 'label')}\n" + format_report(report, words, absent)
     )
     if args.output is not None:
-        named_counts = None if counts is None else (args.count_split, counts)
-        write_report(
-            args.output, results, label_names, scores, labels, images, per_label, model.config, named_counts,
-            explained_by=(model, processor),
-        )  # fmt: skip
+        write_report(args.output, results, scored, model, processor)
         print(f"Written: {', '.join(str(args.output / name) for name in RESULT_FILES)}")
         say_next("push", run_of(args.checkpoint), "org/name", "--dry_run")
     else:

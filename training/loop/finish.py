@@ -10,10 +10,11 @@ from modeling_hsvlt.load_pretrained import load_pretrained
 
 from ..checkpoint.atomic import atomic_folder, write_file
 from ..checkpoint.folder import save_checkpoint, verify_if_sealed, write_marker
-from ..metrics.functional import multilabel_report, per_label_report
+from ..metrics.functional import multilabel_report
 from ..publish.hub import push_run
 from ..report.page import result_record, write_report
 from ..scoring.measured_with import fingerprints, weights_of
+from ..scoring.predict import ScoredSplit
 from ..scoring.thresholds import fit_thresholds, store_thresholds, threshold_info
 from .frozen import loader_of_best
 from .run import Run
@@ -67,8 +68,7 @@ def finish(run: Run) -> dict:
 
 
 def _write_report(run: Run, model, scores: np.ndarray, labels: np.ndarray, metrics: dict) -> None:
-    names, config = run.train_data.label_names, run.config
-    counted = None if run.groups is None else ("train", run.train_data.sparse_labels.positives())
+    config, counts = run.config, None if run.groups is None else run.train_data.sparse_labels.positives()
     record = result_record(
         metrics,
         model.config,
@@ -77,12 +77,9 @@ def _write_report(run: Run, model, scores: np.ndarray, labels: np.ndarray, metri
         dataset_revision=config.dataset_revision,
         split="validation",
         threshold="auto",
-        count_split=counted and counted[0],
+        count_split=None if counts is None else "train",
     )
-    per_label = per_label_report(scores, labels, np.array(model.config.thresholds), label_names=names)
     images = run.loaders["validation"].dataset.split.images
-    write_report(
-        run.folder / "report", record, names, scores, labels, images, per_label, model.config, counted,
-        explained_by=(model, run.processor.image_processor),
-    )  # fmt: skip
+    scored = ScoredSplit(run.train_data.label_names, scores, labels, images, counts)
+    write_report(run.folder / "report", record, scored, model, run.processor.image_processor)
     run.accelerator.print(f"The report is {run.folder / 'report' / 'report.html'}.")

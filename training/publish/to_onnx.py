@@ -6,16 +6,17 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import torch
-from onnx import compose, helper, numpy_helper
+from onnx import compose, helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from PIL import Image
 from torch.export import Dim
@@ -223,40 +224,27 @@ def to_wd_tagger(proto: onnx.ModelProto) -> onnx.ModelProto:
     props = {prop.key: prop.value for prop in proto.metadata_props}
     mean, std = (np.float32(json.loads(props[name])) for name in ("image_mean", "image_std"))
     scale = np.float32(json.loads(props["rescale_factor"])) / std
-    size = [json.loads(props[name]) for name in ("image_height", "image_width")]
-    names = ("wd_order", "wd_scale", "wd_shift")
-    tensors = (np.array([2, 1, 0]), scale, -mean / std)
-    images = helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["batch", *size, 3])
-    nodes = [
-        helper.make_node("Gather", ["input", "wd_order"], ["wd_rgb"], axis=3),
-        helper.make_node("Mul", ["wd_rgb", "wd_scale"], ["wd_scaled"]),
-        helper.make_node("Add", ["wd_scaled", "wd_shift"], ["wd_normalised"]),
-        helper.make_node("Transpose", ["wd_normalised"], ["wd_pixels"], perm=[0, 3, 1, 2]),
-    ]
-    pixels = helper.make_tensor_value_info("wd_pixels", onnx.TensorProto.FLOAT, ["batch", 3, *size])
-    initializers = [numpy_helper.from_array(tensor, name) for tensor, name in zip(tensors, names, strict=True)]
-    before = helper.make_graph(nodes, "wd_tagger_input", [images], [pixels], initializers)
+    scale, shift = (_listed(np.broadcast_to(values, 3)) for values in (scale, -mean / std))
+    height, width = (json.loads(props[name]) for name in ("image_height", "image_width"))
     labels = json.loads(props["labels"])
-    count, outputs = len(labels), wd_outputs(labels)
-    place = {name: index for index, name in enumerate(labels)}
-    logits, output = (
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", width])
-        for name, width in (("wd_logits", count), ("output", len(outputs)))
-    )
-    tensors = {
-        "wd_first": np.array([0]),
-        "wd_zero": np.zeros(1, np.float32),
-        "wd_places": np.array([place.get(name, count) for name in outputs]),
-    }
-    nodes = [
-        helper.make_node("Sigmoid", ["wd_logits"], ["wd_scores"]),
-        helper.make_node("Gather", ["wd_scores", "wd_first"], ["wd_column"], axis=1),
-        helper.make_node("Mul", ["wd_column", "wd_zero"], ["wd_zeros"]),
-        helper.make_node("Concat", ["wd_scores", "wd_zeros"], ["wd_all"], axis=1),
-        helper.make_node("Gather", ["wd_all", "wd_places"], ["output"], axis=1),
-    ]
-    initializers = [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()]
-    after = helper.make_graph(nodes, "scores", [logits], [output], initializers)
+    outputs, place = wd_outputs(labels), {name: index for index, name in enumerate(labels)}
+    before = f"""wd_input (float[batch, {height}, {width}, 3] input) => (float[batch, 3, {height}, {width}] wd_pixels)
+        <int64[3] wd_order = {{2, 1, 0}}, float[3] wd_scale = {scale}, float[3] wd_shift = {shift}>
+        {{
+            wd_rgb = Gather <axis = 3> (input, wd_order)
+            wd_scaled = Mul (wd_rgb, wd_scale)
+            wd_normalised = Add (wd_scaled, wd_shift)
+            wd_pixels = Transpose <perm = [0, 3, 1, 2]> (wd_normalised)
+        }}"""
+    places = [place.get(name, len(labels)) for name in outputs]
+    after = f"""wd_scores (float[batch, {len(labels)}] wd_logits) => (float[batch, {len(outputs)}] output)
+        <int64[4] wd_pads = {{0, 0, 0, 1}}, int64[{len(places)}] wd_places = {_listed(places)}>
+        {{
+            wd_scores = Sigmoid (wd_logits)
+            wd_all = Pad (wd_scores, wd_pads)
+            output = Gather <axis = 1> (wd_all, wd_places)
+        }}"""
+    before, after = map(onnx.parser.parse_graph, (before, after))
     options = {"opset_imports": proto.opset_import, "ir_version": proto.ir_version}
     joined = compose.merge_models(helper.make_model(before, **options), proto, [("wd_pixels", "pixel_values")])
     joined = compose.merge_models(joined, helper.make_model(after, **options), [("logits", "wd_logits")])
@@ -267,6 +255,10 @@ def to_wd_tagger(proto: onnx.ModelProto) -> onnx.ModelProto:
     write_metadata(joined, {**props, **facts})
     onnx.checker.check_model(joined, full_check=True)
     return joined
+
+
+def _listed(numbers: Iterable) -> str:
+    return f"{{{', '.join(repr(number) for number in np.asarray(numbers).tolist())}}}"
 
 
 def quantize_int8(source: Path, target: Path) -> None:

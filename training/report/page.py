@@ -16,16 +16,16 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..checkpoint.atomic import write_file
-from ..metrics.functional import decision_report
+from ..metrics.functional import decision_report, per_label_report
 from ..metrics.glossary import AP_DEFINITION, FIGURES, HEAT_MAPS
 from ..say import counted
 from ..scoring.calibration import stored_calibration
 from ..scoring.held_out import held_out_decisions
 from ..scoring.measured_with import fingerprints, weights_of
+from ..scoring.predict import ScoredSplit
 from ..scoring.reliability import NUM_BINS, Reliability, reliability
 from ..scoring.thresholds import fit_record
 from .heat_maps import SCALE_WORDS, draw_explained, explain_found_labels, heat_map_page
@@ -83,28 +83,19 @@ def write_tables(folder: Path, results: dict, label_names: Sequence[str], column
 
 
 def write_report(
-    folder: Path,
-    results: dict,
-    label_names: Sequence[str],
-    scores: np.ndarray,
-    labels: np.ndarray,
-    rows: Dataset,
-    per_label: Mapping[str, list],
-    config,
-    counts: tuple[str, np.ndarray] | None = None,
-    explained_by: tuple[PreTrainedModel, BaseImageProcessor] | None = None,
+    folder: Path, results: dict, scored: ScoredSplit, model: PreTrainedModel, image_processor: BaseImageProcessor
 ) -> None:
     """Writes results.json, per_label.csv and report.html into `folder`; heat_maps.png where there are heat maps.
 
     Args:
-        results: What results.json is to hold; the comparison of thresholds and the calibration error are added.
-        scores, labels: (n, num_labels).
-        rows: Of the images, in the same order; with undecoded `image`s.
-        per_label: Of `per_label_report`, at the thresholds in use.
-        config: Of the model, for its `thresholds`, `threshold_info` and `calibration_info`.
-        counts: Name of a split and its positives (num_labels,), for the long-tail plot; None: of the scored split.
-        explained_by: The model and its image processor, to show what spoke for labels that were found rightly.
+        results: Of `result_record`, for results.json; the comparison of thresholds and the calibration error are added.
+        scored: The split, with undecoded images; its `counts` are for the long-tail plot, of the split `count_split`,
+            or without them those of the split itself.
+        model, image_processor: What scored it; shows what spoke for labels that were found rightly.
     """
+    (label_names, scores, labels, rows, counts), config = scored, model.config
+    threshold = config.thresholds if results["threshold"] == "auto" else results["threshold"]
+    per_label = per_label_report(scores, labels, threshold, label_names=label_names)
     thresholds = np.array(per_label["threshold"], dtype=scores.dtype)
     comparison = compare_thresholds(scores, labels, config, results["threshold"])
     stages = calibration_stages(scores, labels, config)
@@ -114,12 +105,13 @@ def write_report(
         for words, bins in stages.items()
     }
     average_precision = np.array(per_label["AP"], dtype=np.float64)
-    counted_in, positives = counts or (results["split"], np.array(per_label["positives"]))
+    counted_in, positives = results["split"], np.array(per_label["positives"])
     columns = {"positives": per_label["positives"], **per_label}
     if counts is not None:
+        counted_in, positives = results["count_split"], counts
         columns = {f"positives in {counted_in}": positives.tolist(), **columns}
     columns["ECE"] = list(stages.values())[-1].ece_per_label().tolist()
-    explained = [] if explained_by is None else explain_found_labels(*explained_by, rows, scores, labels, thresholds)
+    explained = explain_found_labels(model, image_processor, rows, scores, labels, thresholds)
     page = {
         "heat_maps": heat_map_page(explained),
         "heat_map_meaning": HEAT_MAPS.get(config.model_type),
