@@ -465,26 +465,27 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         model = cls(config)
 
         weights = clip_model.state_dict()
-        vision = {key: value for key, value in weights.items() if key.startswith("vision_model.")}
-        bare = {key.removeprefix("vision_model."): value for key, value in vision.items()}
-        projection = {key: value for key, value in weights.items() if key.startswith("visual_projection.")}  # CLIP's
-        if model.hp_dval.teacher is not None:
-            model.hp_dval.teacher.load_state_dict(bare if siglip else {**vision, **projection})
+
+        def part(*prefixes: str, bare: bool) -> dict[str, torch.Tensor]:
+            found = {key: value for key, value in weights.items() if key.startswith(prefixes)}
+            return {key.removeprefix(prefixes[0]): value for key, value in found.items()} if bare else found
+
+        base = model.hp_dval
+        if base.teacher is not None:
+            base.teacher.load_state_dict(part("vision_model.", "visual_projection.", bare=siglip))
         if student is None:
-            model.hp_dval.student.backbone.load_state_dict(bare)
+            base.student.backbone.load_state_dict(part("vision_model.", bare=True))
             if config.embedding_head == "clip":
-                model.hp_dval.student.projection.load_state_dict({"weight": projection["visual_projection.weight"]})
+                base.student.projection.load_state_dict(part("visual_projection.", bare=True))
         else:
             backbone = {key: value for key, value in student.state_dict().items() if not key.startswith("pooler.")}
-            model.hp_dval.student.backbone.load_state_dict(backbone)
-        if model.hp_dval.text is not None:
-            text = {key: value for key, value in weights.items() if key.startswith(("text_model.", "text_projection."))}
-            name = "text_model.embeddings.token_embedding.weight"
+            base.student.backbone.load_state_dict(backbone)
+        if base.text is not None:
+            text = part("text_model.", "text_projection.", bare=siglip)
+            name = next(name for name in text if name.endswith("token_embedding.weight"))
             table = text[name][:num_tokens]
             text[name] = torch.cat((table, table.new_zeros(contexts, table.shape[1])))
-            if siglip:
-                text = {key.removeprefix("text_model."): value for key, value in text.items()}
-            model.hp_dval.text.load_state_dict(text)
+            base.text.load_state_dict(text)
             model.set_labels(label_names, tokenizer, label_text=label_text)
         return model
 

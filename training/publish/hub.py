@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -112,9 +113,10 @@ def push_folder(folder: Path, repo_id: str, *, private: bool, tag: str, api: HfA
         PushError: the Hub did not take it.
         KeyboardInterrupt: SIGINT or SIGTERM; what had arrived is taken back first.
     """
-    api = api or HfApi()
-    with _terminations_raise():
-        return _push(api, folder, repo_id, private, tag)
+    # SIGTERM by itself would end the process, unless somebody else takes care of it.
+    mine = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []
+    with _signals(signal.default_int_handler, *mine):
+        return _push(api or HfApi(), folder, repo_id, private, tag)
 
 
 def _push(api: HfApi, folder: Path, repo_id: str, private: bool, tag: str) -> str:
@@ -133,7 +135,7 @@ def _push(api: HfApi, folder: Path, repo_id: str, private: bool, tag: str) -> st
         return revision
     except BaseException as error:
         message = f"{repo_id} was not pushed: {_one_line(error)}"
-        with _undisturbed():
+        with _signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
             try:
                 _retry(lambda: _undo(api, repo_id, existed, parent, folder, None if tag in tags else tag))
             except Exception as second:
@@ -146,30 +148,17 @@ def _push(api: HfApi, folder: Path, repo_id: str, private: bool, tag: str) -> st
 
 
 @contextmanager
-def _terminations_raise() -> Iterator[None]:
-    """SIGTERM is a KeyboardInterrupt, unless somebody else takes care of it: by itself it would end the process."""
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No signal interrupts the block."""
+def _signals(handler: Any, *numbers: int) -> Iterator[None]:
+    """Within the block these signals have this handler; Python gives them to the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _commit(api: HfApi, repo_id: str, folder: Path, paths: list[str], shadows: list[str], parent: str) -> str:
