@@ -10,8 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
@@ -81,27 +80,35 @@ class Suite:
 
     # --- cost
 
-    def _speed(self, name: str, *argv: str, goals: Callable[[dict], dict] | None = None) -> Unit:
+    def _unit(self, benchmark: ModuleType, name: str, argv: Iterable[str], smoke: list[str], read: Callable) -> Unit:
+        """Of another benchmark: what it prints, all its figures, and what `read` makes of them; a smoke run has the
+        options `smoke` and compiles nothing."""
+        argv = list(argv)
+
         def run() -> dict:
-            options = list(argv)
+            options = argv
             if self.smoke:
-                options = [word for word in options if word not in ("--compile", "--cuda_graphs")]
-                side = "224" if "swin_t" in options else "64"  # transformers' Swin needs a window a stage
-                options += ["--preset", "nano", "--image_size", side, "--batch_size", "2", "--rounds", "1"]
-                options += ["--candidate_labels", "4", "--no_memory", "--threads", str(torch.get_num_threads())]
-                if "10000" in options:
-                    options += ["--num_labels", "8", "40"]
-            result, table = measured(speed, options)
+                options = [word for word in argv if word not in ("--compile", "--cuda_graphs")] + smoke
+            with contextlib.redirect_stdout(StringIO()) as printed:
+                figures = benchmark.run(benchmark.build_parser().parse_args(options))
+            return {"table": printed.getvalue().strip(), **read(figures), **figures}
+
+        return Unit(name, shlex.join(["python", "-m", benchmark.__name__, *argv]), run)
+
+    def _speed(self, name: str, *argv: str, goals: Callable[[dict], dict] = lambda figures: {}) -> Unit:
+        def read(figures: dict) -> dict:
             line = ", ".join(
                 f"{row['model']} ({row['num_labels']} labels, batch {row['batch_size']}) {row['ratio']:.2f}"
-                for row in result["rows"]
-                if row["model"] != result["reference"] or row["num_labels"] != result["rows"][0]["num_labels"]
+                for row in figures["rows"]
+                if row["model"] != figures["reference"] or row["num_labels"] != figures["rows"][0]["num_labels"]
             )
-            found = goals(result) if goals is not None else {}
-            return {"line": f"to {result['reference']}: {line}", "table": table, "goals": found, **result}
+            return {"line": f"to {figures['reference']}: {line}", "goals": goals(figures)}
 
-        argv = (*argv, "--rounds", "9")
-        return Unit(name, shlex.join(["python", "-m", "benchmarks.cost.speed", *argv]), run)
+        side = "224" if "swin_t" in argv else "64"  # transformers' Swin needs a window a stage
+        smoke = ["--preset", "nano", "--image_size", side, "--batch_size", "2", "--rounds", "1"]
+        smoke += ["--candidate_labels", "4", "--no_memory", "--threads", str(torch.get_num_threads())]
+        smoke += ["--num_labels", "8", "40"] if "10000" in argv else []
+        return self._unit(speed, name, [*argv, "--rounds", "9"], smoke, read)
 
     def speed(self) -> list[Unit]:
         """HSVLT beside its bare backbone and the peers' heads. What a compiler needs a minute for comes after what
@@ -154,20 +161,15 @@ class Suite:
     def hp_dval(self) -> list[Unit]:
         """HP-DVAL on CLIP's ViT-B/16 beside its bare image tower and the zero-shot pipeline."""
 
+        def read(figures: dict) -> dict:
+            rows = [row for row in figures["rows"] if row["model"] == "hp_dval"]
+            line = ", ".join(f"batch {row['batch_size']} {row['ratio']:.2f}" for row in rows)
+            return {"line": f"to the image tower: {line}"}
+
         def unit(name: str, *argv: str) -> Unit:
-            argv = ("--batch_size", "1", "8", "64", *argv)
+            return self._unit(cached_text, name, ["--batch_size", "1", "8", "64", *argv], smoke, read)
 
-            def run() -> dict:
-                options = [word for word in argv if not self.smoke or word != "--compile"]
-                if self.smoke:
-                    options += ["--batch_size", "1", "--layers", "1", "--num_labels", "4", "--rounds", "1"]
-                result, table = measured(cached_text, options)
-                rows = [row for row in result["rows"] if row["model"] == "hp_dval"]
-                line = ", ".join(f"batch {row['batch_size']} {row['ratio']:.2f}" for row in rows)
-                return {"line": f"to the image tower: {line}", "table": table, **result}
-
-            return Unit(name, shlex.join(["python", "-m", "benchmarks.cost.cached_text", *argv]), run)
-
+        smoke = ["--batch_size", "1", "--layers", "1", "--num_labels", "4", "--rounds", "1"]
         half = ("--dtype", "bfloat16")
         return [
             unit("bf16, eager", *half),
@@ -191,22 +193,20 @@ class Suite:
         argv = ["--images", images, "--image_size", "448", "--preset", "small", "--batch_size", "32", *BF16[:2]]
         argv += ["--compile", "--limit", "2048", "--rounds", "2", "--workers", "0", str(max(cores // 2, 1)), str(cores)]
 
+        smoke = ["--image_size", "64", "--preset", "nano", "--batch_size", "2", "--workers", "0", "--limit", "4"]
+        smoke += ["--rounds", "1"]
+
+        def read(figures: dict) -> dict:
+            best = max(times for name, times in figures["times_the_model"].items() if name.endswith("workers"))
+            return {"line": f"the loader gives {best:.2f} times what the model takes", "goals": {"loader": best}}
+
         def run() -> dict:
-            options = list(argv)
             if self.data is None:
                 make_photographs(Path(images), 4 if self.smoke else 1024)
-            if self.smoke:
-                options = [word for word in options if word != "--compile"]
-                options += ["--image_size", "64", "--preset", "nano", "--batch_size", "2", "--workers", "0"]
-                options += ["--limit", "4", "--rounds", "1"]
-            result, table = measured(input, options)
-            best = max(times for name, times in result["times_the_model"].items() if name.endswith("workers"))
-            line = f"the loader gives {best:.2f} times what the model takes"
-            return {"line": line, "table": table, "goals": {"loader": best}, **result}
+            return unit.run()
 
-        return [
-            Unit("small, 448 px, bf16, compiled", shlex.join(["python", "-m", "benchmarks.cost.input", *argv]), run)
-        ]
+        unit = self._unit(input, "small, 448 px, bf16, compiled", argv, smoke, read)
+        return [replace(unit, run=run)]
 
     # --- training as users start it
 
@@ -254,15 +254,6 @@ class Suite:
 
     # --- accuracy
 
-    @cached_property
-    def _comparisons(self) -> dict[int, heads.Comparison]:
-        return {}
-
-    def _comparison(self, size: int, argv: list[str]) -> heads.Comparison:
-        if size not in self._comparisons:
-            self._comparisons[size] = heads.Comparison(heads.build_parser().parse_args(argv))
-        return self._comparisons[size]
-
     def accuracy(self) -> list[Unit]:
         """Backbone and head fine-tuned on photographs; seed by seed, so that what there was time for can be compared.
 
@@ -275,13 +266,15 @@ class Suite:
             data = data or str(make_squares(self.folder / "squares"))
         if data is None:
             raise ValueError("GPU_DATA is not set: an imagefolder with the splits train and validation.")
+        comparisons: dict[int, heads.Comparison] = {}
 
         def unit(head: str, size: int, seed: int) -> Unit:
             argv = ["--dataset", data, "--budget", "finetune", "--image_size", str(size), "--epochs", str(epochs)]
 
             def run() -> dict:
-                comparison = self._comparison(size, argv)
-                _, row, *_ = comparison.train(heads.head_variants([head])[head], seed)
+                if size not in comparisons:
+                    comparisons[size] = heads.Comparison(heads.build_parser().parse_args(argv))
+                _, row, *_ = comparisons[size].train(heads.head_variants([head])[head], seed)
                 line = ", ".join(f"{key} {100 * row[key]:.1f}" for key in heads.METRICS)
                 return {"line": line, "table": line, "row": row, "head": head, "size": size, "seed": seed}
 
@@ -289,13 +282,6 @@ class Suite:
             return Unit(f"{head}, {size} px, seed {seed}", shlex.join(command), run)
 
         return [unit(head, size, seed) for seed in range(seeds) for size in sizes for head in HEADS]
-
-
-def measured(benchmark: ModuleType, options: list[str]) -> tuple[dict, str]:
-    """Figures of another benchmark's command line, and what it prints."""
-    with contextlib.redirect_stdout(StringIO()) as printed:
-        figures = benchmark.run(benchmark.build_parser().parse_args(options))
-    return figures, printed.getvalue().strip()
 
 
 def hsvlt_to_reference(result: dict) -> dict:
