@@ -41,17 +41,12 @@ EXTRAS = {
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # a launcher sets one of these
 
 
-def overview() -> str:
-    width = max(map(len, COMMANDS)) + 2
-    return f"{__doc__}\n" + "\n".join(f"    {name:<{width}}{words}" for name, (_, words) in COMMANDS.items())
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: the exit status of the command; 2 for what cannot be read, and for an extra that is missing."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     name = arguments[0] if arguments else ""
     if name in ("", "-h", "--help"):
-        print(overview())
+        print(__doc__, *(f"    {command:<12}{words}" for command, (_, words) in COMMANDS.items()), sep="\n")
         return 0 if name else 2
     if name == "--version":
         print(f"hsvlt {metadata.version('hsvlt')}")

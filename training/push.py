@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .options import command, option
-from .say import say_next
+from .say import option_words, say_next
 
 
 @dataclass(kw_only=True)
@@ -25,22 +25,12 @@ class PushOptions:
     repo_id: str = option(reason="where to", positional=True, metavar="org/name")
     tag: str | None = option(None, "name of this version; null: the next free of v1, v2, ...")
     public: bool = option(False, "make a new repository public; it is private otherwise")
-    license: str | None = option(None, "of the weights, as the Hub names it: apache-2.0, mit, ...")
+    license: str | None = option(None, "of the weights, as the Hub names it; null: unknown, or apache-2.0 for scenes")
     adapter_of: str | None = option(None, "push the learned contexts alone, as its adapter", metavar="org/base")
     adapter_revision: str | None = option(None, "commit or tag of org/base to check the adapter on")
     images: bool = option(False, "images of the dataset may be shown on the card")
     dry_run: bool = option(False, "build, check and list; leave the card as a page, card.html in the run; send nothing")
     folder: Path | None = option(None, "leave what was built here; null: nowhere")
-
-
-def _options_of_a_push(options: PushOptions) -> list[str]:
-    """The words of a dry run's command line that the push itself needs too."""
-    words = []
-    for name in ("tag", "public", "license", "adapter_of", "adapter_revision", "images"):
-        value = getattr(options, name)
-        if value:
-            words += [f"--{name}"] if value is True else [f"--{name}", value]
-    return words
 
 
 def run(options: PushOptions) -> None:
@@ -52,7 +42,8 @@ def run(options: PushOptions) -> None:
     folder, repo_id = args.pop("run"), args.pop("repo_id")
     push_run(folder, repo_id, private=private, licence=licence, **args)
     if options.dry_run:
-        say_next("push", folder, repo_id, *_options_of_a_push(options))
+        kept = ("tag", "public", "license", "adapter_of", "adapter_revision", "images")
+        say_next("push", folder, repo_id, *option_words(options, kept))
     elif options.adapter_of is None:
         say_next("tag", repo_id, "photo.jpg")
 

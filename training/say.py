@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Collection
 from typing import Any
 
-from .options import DatasetOptions
+from .options import dataset_options
 
 
 def counted(count: int, noun: str) -> str:
@@ -19,18 +20,17 @@ def counted(count: int, noun: str) -> str:
 
 def say_next(*words: object, like: Any = None) -> None:
     """Prints a command to go on with, and with it the options in `like` that say how its dataset is read."""
-    print(f"Next: hsvlt {shlex.join([*map(str, words), *([] if like is None else dataset_words(like))])}")
+    dataset = [] if like is None else option_words(like, dataset_options(like))
+    print(f"Next: hsvlt {shlex.join([*map(str, words), *dataset])}")
 
 
-def dataset_words(options: Any) -> list[str]:
-    """What a command line says of how its dataset is read; nothing where that is as usual."""
+def option_words(options: Any, names: Collection[str]) -> list[str]:
+    """What a command line says of these options; nothing of those that are as usual."""
     words = []
-    shared = {field.name: field for field in dataclasses.fields(DatasetOptions) if field.name != "dataset"}
     for field in dataclasses.fields(options):
-        value, usual = getattr(options, field.name), shared.get(field.name)
-        if usual is None or not field.init:
+        if field.name not in names or not field.init:
             continue
-        factory = usual.default_factory
-        if value != (usual.default if factory is dataclasses.MISSING else factory()):
+        value, factory = getattr(options, field.name), field.default_factory
+        if value != (field.default if factory is dataclasses.MISSING else factory()):
             words += [f"--{field.name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
     return words

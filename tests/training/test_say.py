@@ -6,7 +6,7 @@ import pytest
 
 from training import push
 from training.options import CommandParser, DatasetOptions, ScoringOptions, dataset_options
-from training.say import counted, dataset_words, say_next
+from training.say import counted, say_next
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,9 @@ def test_one_is_singular(count, noun, words):
     assert counted(count, noun) == words
 
 
-def test_a_dataset_that_is_read_as_usual_needs_no_words():
-    assert dataset_words(DatasetOptions(dataset="photos")) == []
+def test_a_dataset_that_is_read_as_usual_needs_no_words(capsys):
+    say_next("check", "photos", like=DatasetOptions(dataset="photos"))
+    assert capsys.readouterr().out == "Next: hsvlt check photos\n"
 
 
 @pytest.mark.parametrize(

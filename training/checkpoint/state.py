@@ -76,7 +76,8 @@ def copy_training_state(
     }
     copies = {}
     for name, tensor in tensors.items():
-        whole = _whole(tensor)
+        whole = tensor.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         if keep:
             copies[name] = whole.to("cpu", copy=True)
     return TrainingState(copies, json.loads(json.dumps(values)))
@@ -144,10 +145,6 @@ def load_training_state(
 
 def _read_values(folder: Path) -> dict:
     return json.loads((folder / STATE_FOLDER / "state.json").read_text())
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _like(tensor: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:

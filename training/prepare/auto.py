@@ -3,16 +3,12 @@ it with its own options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.formats import RECOGNISERS, recognise
 from .reading import SourceOptions
 
-
-@dataclass(kw_only=True)
-class Options(SourceOptions):
-    pass
+Options = SourceOptions
 
 
 def find(source: Path) -> tuple[str, str]:

@@ -6,17 +6,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.image_files import find_images
 from ..data.rows import SPLIT_NAMES
 from .reading import Reading, Rows, SourceOptions
 
-
-@dataclass(kw_only=True)
-class Options(SourceOptions):
-    pass
+Options = SourceOptions
 
 
 def read(args: argparse.Namespace) -> Reading:

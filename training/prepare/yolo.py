@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -22,9 +21,7 @@ from .reading import Reading, Rows, SourceOptions, first_folder, text_lines, usu
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class Options(SourceOptions):
-    pass
+Options = SourceOptions
 
 
 def read(args: argparse.Namespace) -> Reading:

@@ -131,7 +131,8 @@ def collect(run: Path, folder: Path) -> dict:
     splits = {name: results[name] for name in SPLITS if name in results}
     at_thresholds = {name: results[name + AT_THRESHOLDS] for name in splits if name + AT_THRESHOLDS in results}
     measured_on = public_name(evaluation.get("dataset") or "") or options.get("dataset")
-    log = [json.loads(line) for line in _lines(run / "log.jsonl")]
+    lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").is_file() else []
+    log = [json.loads(line) for line in lines if line.strip()]
     seen = [line["train/images_per_second"] for line in log if "train/images_per_second" in line]
     return {
         "base": adapter.get("base_model_name_or_path") if adapter else None,
@@ -159,10 +160,6 @@ def collect(run: Path, folder: Path) -> dict:
         and evaluation["metrics"]["mAP"] == splits[evaluation["split"]]["mAP"],
         "evaluation_dataset": None if measured_on == options.get("dataset") else measured_on,
     }
-
-
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
 
 
 def _num_parameters(folder: Path) -> int:

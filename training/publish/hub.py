@@ -47,18 +47,10 @@ def push_run(
     """Builds, checks and pushes a run.
 
     Args:
-        run: Of `training.train`, or the folder of a checkpoint or of an adapter.
-        repo_id: "org/name".
-        private: Whether a repository that this makes is private; one that exists keeps what it has.
-        tag: Name of the version; None: the next free of v1, v2, ...
-        licence: Of the weights, as the Hub names it; None: Apache-2.0 where everything is this project's own (built-in
-            scenes, random weights), else "unknown".
-        adapter_of: Hub id of a checkpoint with the same text tower: pushes only the contexts that an HP-DVAL run
-            learned, as an adapter of that. An adapter folder names its base itself.
-        adapter_revision: Commit or tag of the base to check the adapter on.
-        images: Whether images of the data set may go on the card. Images of the built-in scenes always do.
-        dry_run: Stop before the first byte leaves, and print what would; the card is left as card.html in the run.
-        folder: Where to leave what was built; None: nowhere.
+        run: Of `training.train`, or the folder of a checkpoint or of an adapter, which names its base itself.
+        licence: None: Apache-2.0 where everything is this project's own (built-in scenes, random weights), else
+            "unknown".
+        The others are those of `training.push.PushOptions`.
 
     Returns:
         The commit's id, or None for a dry run.

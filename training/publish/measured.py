@@ -60,12 +60,16 @@ def evaluation_file(run: Path, name: str) -> Path:
 
 def read_options(run: Path) -> dict:
     """The options of a run as others may see them: of each folder and file its last name."""
+
+    def unless_hub_id(text: str) -> str:
+        return text if is_hub_id(text) else last_name(text)
+
     raw = read_raw_options(run)
     options = without_paths(raw)
     for name in PATH_OPTIONS:
         if name in raw:
             is_folder = name in PINNED and not raw.get(f"{name}_revision")
-            options[name] = without_paths(raw[name], last_name if is_folder else _unless_hub_id)
+            options[name] = without_paths(raw[name], last_name if is_folder else unless_hub_id)
     if options.get("dataset") in BUILT_IN and raw["dataset"] != options["dataset"]:  # a folder of that name is another
         options["dataset"] = f"./{options['dataset']}"
     return options
@@ -85,10 +89,6 @@ def read_raw_options(run: Path) -> dict:
     if not isinstance(options, dict):
         raise ValueError(f"{path} is damaged: it holds no options; write it again.")
     return options
-
-
-def _unless_hub_id(text: str) -> str:
-    return text if is_hub_id(text) else last_name(text)
 
 
 def is_hub_id(text: str) -> bool:

@@ -36,17 +36,16 @@ def runtime_files(source: Path | None = None) -> dict[str, bytes]:
     source = _downloaded() if source is None else source
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; give --onnxruntime_web the package's folder or .tgz.")
-    found = _in_folder(source) if source.is_dir() else _in_archive(source)
+    if source.is_dir():
+        folder = source / "dist" if (source / "dist").is_dir() else source
+        found = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    else:
+        found = _in_archive(source)
     for name, known in FILES.items():
         if name not in found or hashlib.sha256(found[name]).hexdigest() != known:
             what = "is not the file that is known" if name in found else "is missing"
             raise ValueError(f"{name} of {source} {what}: it must be onnxruntime-web {VERSION} as npm has it.")
     return found
-
-
-def _in_folder(folder: Path) -> dict[str, bytes]:
-    folder = folder / "dist" if (folder / "dist").is_dir() else folder
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
 
 def _in_archive(path: Path) -> dict[str, bytes]:
