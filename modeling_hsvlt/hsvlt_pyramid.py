@@ -2,22 +2,18 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 
 from .configuration_hsvlt import HSVLTConfig
 from .modeling_multilabel import as_dtype_of
 
 STRIDES = (4, 8, 16, 32)
 WIDTH = 256  # of each map; less on a narrower ViT
-
-
-class _ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of a map (B, C, H, W)."""
-
-    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        return super().forward(feature_map.movedim(1, -1)).movedim(-1, 1)
+_ChannelNorm = partial(ConvNextLayerNorm, eps=1e-5, data_format="channels_first")
 
 
 class HSVLTSimplePyramid(nn.Module):
