@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def benchmark_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Of `python -m benchmarks.NAME`, with `--json`."""
@@ -20,17 +22,25 @@ def benchmark_parser(name: str, description: str | None) -> argparse.ArgumentPar
     return parser
 
 
+def machine_options(parser: argparse.ArgumentParser, *, rounds: int, dtype: str, compiled: str) -> None:
+    """What several benchmarks ask alike: rounds, threads, device, data type and whether to compile."""
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help=dtype)
+    parser.add_argument("--compile", action="store_true", help=compiled)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of this process")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def run_benchmark(
     run: Callable[[argparse.Namespace], Any],
     parser: argparse.ArgumentParser,
     argv: list[str] | None,
-    refused: tuple[type[Exception], ...] = (ValueError, OSError, ImportError),
 ) -> int:
-    """What `run` gives, written where `--json` says. 0, or 2 when one of `refused` was raised; it is printed."""
+    """What `run` gives, written where `--json` says. 0, or 2 when something was refused, which is printed."""
     args = parser.parse_args(argv)
     try:
         figures = run(args)
-    except refused as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json is not None:

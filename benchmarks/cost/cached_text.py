@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection
 from transformers.pipelines import ZeroShotImageClassificationPipeline
 
-from benchmarks.command import benchmark_parser, run_benchmark
+from benchmarks.command import benchmark_parser, machine_options, run_benchmark
 from benchmarks.peers.scene_clip import word_tokenizer
 from benchmarks.timing import arithmetic, device_name, repeats_of, timed, warm_up
 from modeling_hsvlt import (
@@ -127,15 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_labels", type=int, default=80)
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--layers", type=int, default=12, help="of each tower; fewer to try the command")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on a GPU")
     parser.add_argument(
         "--max_length", action="store_true", help="pad texts to CLIP's 77 tokens, as some processors do"
     )
     parser.add_argument("--pipelines", action="store_true", help="time the two pipelines on a photograph as well")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine_options(parser, rounds=9, dtype="of the weights", compiled="torch.compile, with CUDA graphs on a GPU")
     return parser
 
 

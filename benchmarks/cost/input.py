@@ -19,7 +19,7 @@ from datasets import Dataset, Image
 from tqdm import tqdm
 from transformers import ConvNextImageProcessorPil
 
-from benchmarks.command import benchmark_parser, run_benchmark
+from benchmarks.command import benchmark_parser, machine_options, run_benchmark
 from benchmarks.timing import device_name, synchronise, warm_up
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor, load_image
 from training.data.augment import build_augmentation
@@ -121,12 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--preset", default="tiny", help="the model whose speed is to be reached")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the main process")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine_options(parser, rounds=3, dtype="of the weights", compiled="torch.compile the model")
     return parser
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel, ConvNextForImageClassification, SwinConfig, ViTConfig
 
-from benchmarks.command import benchmark_parser, run_benchmark
+from benchmarks.command import benchmark_parser, machine_options, run_benchmark
 from benchmarks.peers.heads import HEADS
 from benchmarks.timing import arithmetic, device_name, multiply_adds, repeats_of, synchronise, timed, warm_up
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MlTrConfig, MlTrForImageClassification
@@ -291,16 +291,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(DEFAULT_MODELS))
     parser.add_argument("--candidate_labels", type=int, default=128, help="for the model hsvlt_candidates")
     parser.add_argument("--label_chunk_size", type=int, help="labels at a time, bounds memory")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="autocast")
     parser.add_argument("--cast_weights", action="store_true", help="inference: weights in --dtype, no autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every model but bare_eager")
     parser.add_argument("--cuda_graphs", action="store_true", help="torch.compile in the mode reduce-overhead")
     parser.add_argument("--train", action="store_true", help="time training steps in place of inference")
     parser.add_argument("--reference", choices=MODELS, help="what ratios are to; default: bare, or linear in training")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: time of this process's threads")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine_options(parser, rounds=7, dtype="autocast", compiled="torch.compile every model but bare_eager")
     parser.add_argument("--no_memory", action="store_true", help="skip the measurement of memory")
     return parser
 
