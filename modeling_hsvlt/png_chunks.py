@@ -62,6 +62,3 @@ def _zlib_starts(content: bytes) -> list[int]:
     language = content.find(b"\0", first + 3)
     translated = content.find(b"\0", language + 1) if language >= 0 else -1
     return [first + 2, *([translated + 1] if translated >= 0 else [])]
-
-
-__all__ = ["SIGNATURE", "readable_png"]
