@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from training.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 # From the ground up. A room imports its own floor and those below; rooms of one floor not in a circle.
 FLOORS = [
@@ -114,3 +116,11 @@ def test_a_wrong_way_is_named(source, words):
     }
     problems = wrong_ways({name: imports(name, text, set(known)) for name, text in known.items()})
     assert problems and any(words in problem for problem in problems), problems
+
+
+def test_on_top_of_training_stand_commands_and_no_file_is_long():
+    top = {file.stem for file in (ROOT / "training").glob("*.py")}
+    commands = {module for module, _ in COMMANDS.values() if "." not in module}
+    assert top == commands | {"options", "config", "places", "say", "__init__", "__main__"} and len(commands) <= 12
+    long = [name for name, file in modules().items() if len(file.read_text(encoding="utf-8").splitlines()) > 400]
+    assert [name for name in long if name.startswith("training.")] == []

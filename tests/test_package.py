@@ -39,6 +39,11 @@ def test_the_package_s_names_are_those_it_lists():
     assert names == set(modeling_hsvlt.__all__)
 
 
+def test_no_other_file_lists_public_names():
+    files = (ROOT / "modeling_hsvlt").glob("*.py")
+    assert {file.name for file in files if "\n__all__" in file.read_text()} == {"__init__.py"}
+
+
 def test_public_names_exist_and_are_documented():
     for name in modeling_hsvlt.__all__:
         item = getattr(modeling_hsvlt, name)
