@@ -11,13 +11,11 @@ Shapes: B images, P patches, N labels, M context tokens, L tokens of a prompt, E
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     CLIPModel,
@@ -35,24 +33,21 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple, may
 
 from .configuration_hp_dval import PHASES, HPDVALConfig
 from .hp_dval_prompts import (
-    HANDWRITTEN,
+    HPDVALContexts,
     HPDVALPrompts,
+    HPDVALTexts,
     adapter_parameters,
     build_prompts,
     build_text_tower,
-    choose_prompts,
-    encode_in_parts,
     encode_prompts_of,
     fold_token_adapter,
     placeholder_prompts,
-    text_embeddings_of,
 )
 from .kept_embeddings import KeptEmbeddings
 from .label_prompts import _label_texts
 from .losses_multilabel import UNKNOWN_LABEL, items_in_step
 from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
-    load_peft,
     require_images,
 )
 
@@ -252,7 +247,7 @@ class HPDVALPreTrainedModel(MultiLabelPreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
 
-class HPDVALModel(HPDVALPreTrainedModel):
+class HPDVALModel(HPDVALTexts, HPDVALPreTrainedModel):
     """Student, teacher and text tower, and the text embeddings of the labels."""
 
     def __init__(self, config: HPDVALConfig):
@@ -277,12 +272,6 @@ class HPDVALModel(HPDVALPreTrainedModel):
             if tower is not None:
                 tower.requires_grad_(False)
 
-    def get_input_embeddings(self) -> nn.Module | None:
-        return None if self.text is None else text_embeddings_of(self.text).token_embedding
-
-    def set_input_embeddings(self, value: nn.Module):
-        text_embeddings_of(self.text).token_embedding = value
-
     def train(self, mode: bool = True):
         """As in torch; what the phase keeps frozen stays in evaluation mode."""
         super().train(mode)
@@ -291,66 +280,6 @@ class HPDVALModel(HPDVALPreTrainedModel):
             if tower is not None:
                 tower.eval()
         return self
-
-    # --- text embeddings that fit the text tower
-
-    def has_text_adapter(self) -> bool:
-        """Whether an adapter of peft is attached to the text tower."""
-        return self.text is not None and any(hasattr(m, "adapter_layer_names") for m in self.text.modules())
-
-    def text_embeds(self) -> torch.Tensor:
-        """Text embeddings `(2, N, E)` of the global and the local view, not normalised; gradients reach whatever of the
-        text tower requires them.
-
-        A checkpoint without text tower holds them. Else the text tower runs, unless [`KeptEmbeddings`] proves that it
-        would give what it gave before. In a graph (`torch.compile`, exports) it always runs:
-        [`~HPDVALForImageClassification.drop_text_model`] makes the embeddings constants.
-        """
-        prompt_ids, stored = self.prompts()
-        if self.text is None:
-            return stored[1:]
-        return self._encode(choose_prompts(prompt_ids, self.context_rows()), self._views)
-
-    @torch.no_grad()
-    def handwritten_embeds(self) -> torch.Tensor:
-        """Text embeddings `(N, E)` of the hand-written prompts, likewise; without gradients."""
-        prompt_ids, stored = self.prompts()
-        if self.text is None:
-            return stored[HANDWRITTEN]
-        return self._encode(prompt_ids[HANDWRITTEN], self._handwritten)
-
-    def _encode(self, prompt_ids: torch.Tensor, keep: KeptEmbeddings) -> torch.Tensor:
-        def encode():
-            return encode_in_parts(self.text, prompt_ids)
-
-        with_gradients = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.text.parameters())
-        if with_gradients or torch.compiler.is_compiling():
-            return encode()
-        return keep(self.text, self.get_input_embeddings(), prompt_ids, encode)
-
-    @torch.no_grad()
-    def store_text_embeds(self) -> None:
-        """Writes the text embeddings of now where a checkpoint without text tower reads them."""
-        stored = self.prompts.text_embeddings
-        if self.text is not None and stored.device.type != "meta":  # there where they are offloaded
-            embeddings = torch.cat((self.handwritten_embeds()[None], self.text_embeds()))
-            self.prompts.text_embeddings = embeddings.to(stored)
-
-    def context_rows(self) -> torch.Tensor:
-        """The context tokens' embeddings as the text tower sees them, `(context tokens, width)`: global, then local."""
-        ids = torch.tensor(self.config.context_token_ids, device=self.prompts()[0].device)
-        rows = self.get_input_embeddings()(ids)
-        if rows.device.type == "meta" != ids.device.type:
-            raise ValueError(
-                "the text tower's table is offloaded, which peft's adapter of the contexts cannot read there: save the "
-                "model, which writes them into the table, and offload what from_pretrained gives."
-            )
-        return rows
-
-    @torch.no_grad()
-    def has_learned_context(self) -> bool:
-        """Whether phase 2 has started: the reserved rows are zeros before."""
-        return bool((self.context_rows() != 0).any())
 
     @can_return_tuple
     def forward(
@@ -381,7 +310,7 @@ class HPDVALModel(HPDVALPreTrainedModel):
         )
 
 
-class HPDVALForImageClassification(HPDVALPreTrainedModel):
+class HPDVALForImageClassification(HPDVALContexts, HPDVALPreTrainedModel):
     """HP-DVAL's fused scores of an image's labels, and the two phases of its training.
 
     Example:
@@ -569,30 +498,6 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         self._freeze()
         self.train(self.training)
 
-    def prompt_adapter_config(self):
-        """peft's `TrainableTokensConfig` of the context tokens, for `get_peft_model`."""
-        return load_peft().TrainableTokensConfig(
-            token_indices=self.config.context_token_ids,
-            target_modules=["token_embedding"],
-            base_model_name_or_path=self.name_or_path or None,
-        )
-
-    @torch.no_grad()
-    def save_prompt_adapter(self, save_directory: str | os.PathLike, is_main_process: bool = True) -> None:
-        """Writes the contexts as an adapter of kilobytes, for `PeftModel.from_pretrained` on any checkpoint with this
-        text tower and number of contexts: what `PeftModel.save_pretrained` writes, from a model that is in no
-        `PeftModel`."""
-        rows = self.hp_dval.context_rows().contiguous().cpu()  # where weights are divided, on every process
-        if not is_main_process:
-            return
-        adapter = self.prompt_adapter_config()
-        adapter.inference_mode = True
-        adapter.save_pretrained(save_directory)
-        names = {module: name for name, module in self.named_modules()}
-        table = f"base_model.model.{names[self.hp_dval.get_input_embeddings()]}"
-        rows = {f"{table}.trainable_tokens_delta": rows}
-        save_file(rows, os.path.join(save_directory, "adapter_model.safetensors"), metadata={"format": "pt"})
-
     def drop_teacher(self) -> None:
         """Leaves the teacher out of this model and its checkpoints; only phase 1 needs it."""
         self.hp_dval.teacher = None
@@ -603,28 +508,6 @@ class HPDVALForImageClassification(HPDVALPreTrainedModel):
         self.hp_dval.store_text_embeds()
         self.hp_dval.text = None
         self.config.has_text_model = False
-
-    @torch.no_grad()
-    def _start_contexts(self) -> None:
-        """Gives contexts that are still zeros their first value, and an adapter to train them."""
-        base, config = self.hp_dval, self.config
-        layer = next((m for m in base.get_input_embeddings().modules() if hasattr(m, "token_indices")), None)
-        table = (base.get_input_embeddings() if layer is None else layer.base_layer).weight
-        if not base.has_learned_context():
-            ids = config.context_token_ids
-            if config.context_init == "template":
-                words = table[base.prompts.prompt_ids[HANDWRITTEN, 0, 1 : 1 + config.num_context_tokens]]
-                rows = words.repeat(len(ids) // len(words), 1)
-            else:
-                rows = torch.empty(len(ids), table.shape[1], dtype=table.dtype, device=table.device).normal_(std=0.02)
-            if layer is None:
-                table[ids] = rows
-            else:
-                for adapter in layer.active_adapters:
-                    place = torch.tensor([ids.index(token) for token in layer.token_indices[adapter]])
-                    layer.trainable_tokens_delta[adapter].copy_(rows[place])
-        if layer is None:
-            load_peft().inject_adapter_in_model(self.prompt_adapter_config(), self, adapter_name="prompts")
 
     def _phase_parameters(self) -> list[nn.Parameter]:
         """Parameters that the phase trains."""
