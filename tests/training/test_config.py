@@ -62,7 +62,7 @@ def test_values_are_read_as_their_type():
         (["--epochs", "0"], "epochs is 0, but must be at least 1"),
         (["--compile", "2"], "compile is 2, but must be a value of type bool"),
         (["--seed", "true"], "seed is True, but must be a value of type int"),
-        (["--scheduler", "step"], "scheduler is 'step': choose 'cosine' or 'plateau'"),
+        (["--scheduler", "step"], "scheduler is 'step': choose 'cosine' or 'wsd' or 'plateau'"),
         (["--dataset", "null"], "dataset is None"),
         (["--seed", "1", "2"], "'2' follows no option"),
         (["--resume", "--overwrite"], "contradict"),

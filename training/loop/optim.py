@@ -1,7 +1,8 @@
 """Optimizer, learning-rate schedule and weight average of a training run.
 
 `build_optimizer`  AdamW, or Muon for matrices and AdamW for the rest, with groups: backbone or rest, decayed or not.
-`build_scheduler`  linear warm-up, then cosine to zero (our default) or reduce-on-plateau (published HSVLT).
+`build_scheduler`  linear warm-up, then cosine to zero (our default), constant with a linear end, or reduce-on-plateau
+                   (published HSVLT).
 `build_ema`        exponential moving average of the weights, with its own warm-up.
 """
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
 NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
 # Tables and tokens that are raw parameters of two or more dimensions (Swin's bias table, ViT's positions and class
@@ -249,10 +250,11 @@ def build_scheduler(
     """Linear warm-up from 0 over `warmup_steps` optimizer steps, then `schedule`.
 
     With w = warmup_steps and T = total_steps, the factor of step s is s / w before w, and after it for "cosine"
-    0.5 * (1 + cos(pi * (s - w) / (T - w))); for "plateau" see `WarmupPlateau`. All groups keep their ratio.
+    0.5 * (1 + cos(pi * (s - w) / (T - w))); for "wsd" (warm-up, stable, decay) 1 up to 0.6 T, then linear to zero; for
+    "plateau" see `WarmupPlateau`. All groups keep their ratio.
 
     Raises:
-        ValueError: `schedule` is neither "cosine" nor "plateau", or the warm-up is as long as the whole run.
+        ValueError: `schedule` is none of "cosine", "wsd" and "plateau", or the warm-up is as long as the whole run.
     """
     if warmup_steps and warmup_steps >= total_steps:
         raise ValueError(
@@ -260,9 +262,12 @@ def build_scheduler(
         )
     if schedule == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    if schedule == "wsd":
+        decay_steps = min(round(0.4 * total_steps), total_steps - warmup_steps)
+        return get_wsd_schedule(optimizer, warmup_steps, decay_steps, total_steps, decay_type="linear")
     if schedule == "plateau":
         return WarmupPlateau(optimizer, warmup_steps=warmup_steps, factor=plateau_factor, patience=plateau_patience)
-    raise ValueError(f"scheduler is {schedule!r}: choose 'cosine' or 'plateau'.")
+    raise ValueError(f"scheduler is {schedule!r}: choose 'cosine', 'wsd' or 'plateau'.")
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:

@@ -282,6 +282,16 @@ def test_warmup_and_cosine_by_formula(warmup):
         assert rates == pytest.approx([factor, 0.1 * factor], abs=1e-12)
 
 
+@pytest.mark.parametrize("warmup", [0, 4, 15])
+def test_warmup_stable_and_decay_by_formula(warmup):
+    optimizer = optimizer_of()
+    scheduler = build_scheduler(optimizer, schedule="wsd", warmup_steps=warmup, total_steps=20)
+    start = max(warmup, 12)
+    for step, rates in enumerate(run(optimizer, scheduler, 21)):
+        factor = step / warmup if step < warmup else min(1, (20 - step) / (20 - start))
+        assert rates == pytest.approx([factor, 0.1 * factor], abs=1e-12)
+
+
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_warmup_and_plateau_as_published(warmup):
     optimizer = optimizer_of()
@@ -299,7 +309,7 @@ def test_warmup_and_plateau_as_published(warmup):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)  # it fell three times
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "plateau"])
 @pytest.mark.parametrize("stop", [2, 7])
 def test_schedule_continues_from_its_state(schedule, stop):
     def build():
@@ -324,7 +334,7 @@ def test_schedule_continues_from_its_state(schedule, stop):
 def test_schedules_refuse_what_cannot_work():
     with pytest.raises(ValueError, match="shorten the warm-up"):
         build_scheduler(optimizer_of(), schedule="cosine", warmup_steps=10, total_steps=10)
-    with pytest.raises(ValueError, match="'cosine' or 'plateau'"):
+    with pytest.raises(ValueError, match="'cosine', 'wsd' or 'plateau'"):
         build_scheduler(optimizer_of(), schedule="step", warmup_steps=0, total_steps=10)
 
 
