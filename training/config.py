@@ -121,8 +121,8 @@ class TrainingConfig(DatasetOptions):
     parts: dict = field(default_factory=dict)  # learning_rate and weight_decay of a module of its own, by name:
     # {residual_attention: {learning_rate: 0.01, weight_decay: 8}}
     decay_all: bool = False  # true decays norms, biases and scales as well, as the official run did
-    # cosine needs no luck with patience; wsd stays at the full rate for 0.6 of the steps, then falls in a line, for short
-    # runs from random weights; plateau is as published
+    # cosine needs no luck with patience; wsd, for short runs from random weights, stays at the full rate for 0.6 of the
+    # steps and falls in a line; plateau is as published
     scheduler: Literal["cosine", "wsd", "plateau"] = "cosine"
     warmup_epochs: float = 2.0  # as published; cut to half of a short run
     warmup_steps: int | None = None  # in place of warmup_epochs
