@@ -1,0 +1,198 @@
+"""webdataset shards: tar files in which the members of one key are a sample, an image and a file of its labels."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from modeling_hsvlt.load_image import MAX_BYTES
+
+from .image_files import IMAGE_SUFFIXES
+from .label_cells import read_cell, read_number
+from .rows import SPLIT_ALIASES, SPLIT_NAMES
+from .text import decode, parse_json
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# Fields of a sample's json that hold its labels, where none is named.
+_FIELDS = ("labels", "tags", "label", "classes", "class", "categories", "category", "cls", "tag_string")
+
+
+def split_of(shard: str) -> str:
+    """The split that a folder or file is called after, `train-000000.tar` or `val/0.tar`; "" where there is none."""
+    words = shard.lower().replace("-", "/").replace("_", "/").replace(".", "/").split("/")
+    bare = (word.rstrip("0123456789") for word in words)
+    return next((SPLIT_ALIASES.get(word, word) for word in bare if word in SPLIT_NAMES), "")
+
+
+def read_samples(path: Path | str, *, images: bool = True) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The members of each key by suffix; a key is what stands before the first dot of a file's name.
+
+    Args:
+        path: A file, or an address that `fsspec` opens.
+        images: False leaves the images unread, `b""`.
+
+    Raises:
+        ValueError: no whole tar file, a key twice, a member too large; with the shard and the key.
+    """
+    seen, key, parts = set(), None, {}
+    try:
+        with fsspec.open(str(path), "rb") as file, tarfile.open(fileobj=file, mode="r:*") as shard:
+            for member in shard:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.removeprefix("./").rpartition("/")
+                stem, dot, suffix = name.partition(".")
+                if not stem or not dot:
+                    continue  # hidden files, and those of no sample
+                name = f"{folder}/{stem}".lstrip("/")
+                if name != key:
+                    if key is not None:
+                        yield key, parts
+                    if name in seen:
+                        raise ValueError(f"{path}: the key {name} comes twice; give each sample its own.")
+                    seen.add(name)
+                    key, parts = name, {}
+                if member.size > MAX_BYTES:
+                    raise ValueError(f"{path}, {member.name} has {member.size:,} bytes, more than {MAX_BYTES:,}.")
+                suffix, data = f".{suffix.lower()}", b""
+                if images or not is_image_suffix(suffix):
+                    data = shard.extractfile(member).read()
+                    if len(data) != member.size:
+                        raise tarfile.ReadError("unexpected end of data")
+                parts[suffix] = data
+                shard.members = []  # tarfile keeps them all
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is not a whole tar file ({error}, after {key}); fetch or write it again.") from error
+    if key is not None:
+        yield key, parts
+
+
+def is_image_suffix(suffix: str) -> bool:
+    """Of a member, `.jpg` or `.seg.png`."""
+    return f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES
+
+
+def image_suffix(parts: dict[str, bytes], where: str) -> str | None:
+    """The suffix of a sample's image; None where it has none.
+
+    Raises:
+        ValueError: several.
+    """
+    images = [suffix for suffix in parts if is_image_suffix(suffix)]
+    if len(images) > 1:
+        raise ValueError(f"{where} has several images ({', '.join(images)}); keep one a key.")
+    return images[0] if images else None
+
+
+def sample_labels(
+    parts: dict[str, bytes], label_column: str | None, separator: str, names: Sequence[str] | None, where: str
+) -> list[str] | None:
+    """The names of a sample's labels; None where its json says null.
+
+    Args:
+        label_column: The field of the json that holds them; None: the usual ones.
+        separator: Between the labels of a text.
+        names: What class numbers stand for.
+
+    Raises:
+        ValueError: none, or what cannot be read as labels; with the sample.
+    """
+    try:
+        if ".json" in parts:
+            content = read_json(parts, where)
+            value = _field(content, label_column)
+            separator = " " if isinstance(content, dict) and "tag_string" in content else separator
+        elif ".cls" in parts or ".txt" in parts:
+            suffix = ".cls" if ".cls" in parts else ".txt"
+            value = decode(parts[suffix], f"{where}{suffix}").strip()
+            if suffix == ".cls":
+                value = [int(number) for number in value.replace(",", " ").split()]
+        else:
+            raise ValueError("has no .json, .txt or .cls with its labels; add one")
+        if isinstance(value, str):
+            value = read_cell(value, separator)
+        value = [value] if isinstance(value, int) else value
+        if value is None:
+            return None
+        if not isinstance(value, list):
+            raise ValueError(f"has {value!r:.60} where its labels should be; write a list or a text")
+        return [_name(item, names) for item in value]
+    except (ValueError, TypeError) as error:
+        raise _with_place(error, where) from error
+
+
+def sample_numbers(parts: dict[str, bytes], label_column: str | None, where: str) -> list[float | None] | None:
+    """One number a label, of the json's field; null is unknown. Raises a ValueError as `sample_labels` does."""
+    try:
+        value = _field(read_json(parts, where), label_column)
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"has {value!r:.60} where one number a label should be")
+        return value if value is None else [None if item is None else float(item) for item in value]
+    except (ValueError, TypeError) as error:
+        raise _with_place(error, where) from error
+
+
+def sample_columns(parts: dict[str, bytes], columns: Sequence[str], where: str) -> dict[str, float]:
+    """The json's field of each label, of which null and an empty text are unknown (NaN). Raises as `sample_labels`."""
+    try:
+        content = read_json(parts, where)
+        lacking = [name for name in columns if not isinstance(content, dict) or name not in content]
+        if lacking:
+            raise ValueError(f"its json has no {lacking[0]!r}; add it, or leave it out of label_columns")
+        return {name: read_number("" if content[name] is None else str(content[name])) for name in columns}
+    except (ValueError, TypeError) as error:
+        raise _with_place(error, where) from error
+
+
+def read_json(parts: dict[str, bytes], where: str) -> Any:
+    """
+    Raises:
+        ValueError: none, or damage.
+    """
+    if ".json" not in parts:
+        raise ValueError("has no .json; add one")
+    try:
+        return parse_json(decode(parts[".json"], f"{where}.json"))
+    except ValueError as error:
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}.json {error}; correct it.") from error
+
+
+def _with_place(error: Exception, where: str) -> ValueError:
+    return ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}.")
+
+
+def _field(content: Any, label_column: str | None) -> Any:
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict):
+        raise ValueError(f"its json is {content!r:.60}, but must be an object with labels or tags")
+    if label_column:
+        if label_column not in content:
+            raise ValueError(f"its json has no {label_column!r}, only {', '.join(content)}; choose another")
+        return content[label_column]
+    there = [name for name in _FIELDS if name in content]
+    if len(there) > 1:
+        raise ValueError(f"its json holds {' and '.join(there)}; choose with --label_column")
+    if there:
+        return content[there[0]]
+    if isinstance(objects := content.get("objects", content.get("annotations")), list):
+        return [item.get("category", item.get("label")) if isinstance(item, dict) else item for item in objects]
+    raise ValueError(f"its json holds no labels, only {', '.join(content)}; name the field with --label_column")
+
+
+def _name(item: Any, names: Sequence[str] | None) -> str:
+    if isinstance(item, str):
+        return item.strip()
+    if isinstance(item, bool) or not isinstance(item, int):
+        raise ValueError(f"{item!r} is no label")
+    if names is None:
+        raise ValueError(f"class {item} has no name; put a labels.txt beside the shards, one name a line")
+    if not 0 <= item < len(names):
+        raise ValueError(f"class {item} is out of range; there are {len(names)} names")
+    return names[item]
