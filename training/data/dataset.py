@@ -38,8 +38,12 @@ class ImageResizer:
         )
         return batch["pixel_values"][0]
 
+    def blank(self) -> torch.Tensor:
+        """A black image."""
+        return self(PILImage.new("RGB", (64, 64)))
+
     def bytes_of_one(self) -> int:
-        return self(PILImage.new("RGB", (64, 64))).nbytes
+        return self.blank().nbytes
 
     def stored(self, image: dict | PILImage.Image) -> torch.Tensor:
         """Of a `datasets.Image`, decoded or not. Raises a ValueError that says why it cannot be read."""

@@ -1,23 +1,79 @@
-"""Images and labels of a streaming data set, which is never on disk as a whole.
+"""Images and labels of a streaming data set, row by row, for loops of one's own.
 
-For `transformers.Trainer` with `max_steps`, and for loops of one's own. `training.train` needs a data set with rows to
-count, check beforehand, shuffle exactly and score whole: write a stream to disk with `datasets`, or load it without
-`streaming=True`.
+For `transformers.Trainer` with `max_steps`, too. `hsvlt train --streaming` reads its shards through `stream_loader.py`,
+with the same labels.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import torch
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
+from ..options import DatasetOptions
 from .dataset import ImageResizer
-from .label_cells import clean_names, is_text, split_text, stack_columns
+from .label_column import LabelColumn
+from .rows import Table
 from .sparse_labels import SparseLabels, class_names
+
+
+class RowLabels:
+    """Labels of a few rows, read as `load` reads those of a whole table, but for what only a whole table tells.
+
+    Args:
+        options: How they are written.
+        label_names: The vocabulary in class order.
+        features: Of the rows; None: unknown.
+        label_column, label_columns: As in `rows.Table`.
+
+    Raises:
+        ValueError: (when called) a row outside the label contract, or integers that may be ids or multi-hot alike.
+    """
+
+    def __init__(
+        self,
+        options: DatasetOptions,
+        label_names: Sequence[str],
+        features: Features | None,
+        label_column: str,
+        label_columns: Sequence[str] | None,
+    ):
+        self.options, self.label_names = options, list(label_names)
+        self._column, self._columns = label_column, list(label_columns) if label_columns else None
+        roots = self._columns or [label_column]
+        if features is not None:
+            roots = [name if name in features else name.partition(".")[0] for name in roots]
+            self._features = Features({name: features[name] for name in roots})
+        else:
+            self._features = None
+        self._roots = roots
+
+    def __call__(self, rows: Sequence[dict], where: Callable[[int], str]) -> SparseLabels:
+        """
+        Args:
+            where: Words for a row, by its place among `rows`.
+        """
+        values = {name: [row[name] for row in rows] for name in self._roots}
+        table = Table({"": Dataset.from_dict(values, features=self._features)}, {"": where})
+        table.label_column, table.label_columns = self._column, self._columns
+        column = LabelColumn(table, self.options, self.label_names)
+        lists, own_names = column.lists(""), column.own_names("")
+        integers = pa.types.is_integer(getattr(lists.type, "value_type", lists.type))
+        if integers and not self._columns and own_names is None and self.options.label_format == "auto":
+            raise ValueError(f"{where(0)}: one list of integers may be ids or multi-hot alike; set label_format.")
+        return SparseLabels.from_arrow(
+            lists,
+            self.label_names,
+            class_names=own_names,
+            label_format="multi_hot" if self._columns else self.options.label_format,
+            where=where,
+            uncertain=self.options.uncertain,
+            blank=self.options.blank,
+        )
 
 
 class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
@@ -53,49 +109,33 @@ class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
         label_format: str = "auto",
         label_separator: str = ",",
     ):
-        self._own_names = None
+        own_names = None
         if source.features is not None and not label_columns:
-            self._own_names = class_names(source, label_column)
-        names = label_names or label_columns or self._own_names
+            own_names = class_names(source, label_column)
+        names = label_names or label_columns or own_names
         if names is None:
             raise ValueError("The features of the stream name no labels; give label_names in class order.")
         if label_columns and sorted(names) != sorted(label_columns):
             raise ValueError("label_columns and label_names differ; give the same labels in both.")
         self.label_names = list(names)
+        features = source.features
         self.source = source.cast_column(image_column, Image(decode=False))
         self._resize = ImageResizer(processor, margin)
-        self._image_column, self._label_column = image_column, label_column
-        self._columns = self.label_names if label_columns else None
-        self._format, self._separator = label_format, label_separator
+        self._image_column = image_column
+        options = DatasetOptions(dataset="", label_format=label_format, label_separator=label_separator)
+        self._labels = RowLabels(options, names, features, label_column, label_columns)
 
     def __iter__(self) -> Iterator[dict]:
         for index, row in enumerate(self.source):
             image = row[self._image_column]
             path = (image or {}).get("path")
             where = f"row {index} of the stream" + (f" ({path})" if path else "")
-            labels = self._labels(row, lambda _, where=where: where)
+            labels = self._labels([row], lambda _, where=where: where)
             try:
                 pixels = self._resize.stored(image)
             except ValueError as error:
                 raise ValueError(f"{where} cannot be read: {error}") from error
             yield {"pixel_values": pixels, "labels": labels.tensor(0), "index": index}
-
-    def _labels(self, row: dict, where) -> SparseLabels:
-        if self._columns:
-            cells = Dataset.from_dict({name: [row[name]] for name in self._columns})
-            column, label_format = stack_columns(cells, self._columns, where), "multi_hot"
-        else:
-            value, label_format = row[self._label_column], self._format
-            column = pa.array([value])
-            if isinstance(value, str):
-                column = split_text(pa.chunked_array([column]), self._separator, label_format, where)
-            elif self._own_names is None and label_format == "auto" and value and isinstance(value[0], int):
-                raise ValueError(f"{where(0)}: one list of integers may be ids or multi-hot alike; set label_format.")
-            if pa.types.is_nested(column.type) and is_text(column.type.value_type):
-                column = clean_names(column, where, known=self.label_names)
-        return SparseLabels.from_arrow(
-            column, self.label_names, class_names=self._own_names, label_format=label_format, where=where
-        )
 
     def for_process(self, rank: int, world_size: int) -> StreamingMultiLabelDataset:
         """The part of one of `world_size` processes; together they give every row once, however many they are.

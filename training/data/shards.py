@@ -1,0 +1,313 @@
+"""The shards of a streaming dataset, parquet or WebDataset, on disk or on the Hub: nothing of it is copied."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetBuilder, Features, Image, IterableDataset, List, Value, load_dataset_builder
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from ..options import DatasetOptions
+from .label_column import label_field
+from .label_name_files import given_names, read_label_names
+from .rows import SPLIT_ALIASES, no_such_split
+from .webdataset import (
+    SHARD_SUFFIXES,
+    image_suffix,
+    read_samples,
+    sample_columns,
+    sample_labels,
+    sample_numbers,
+    split_of,
+)
+
+ROW_BITS = 40  # of a number for a row: its shard stands above them
+
+
+class Row(NamedTuple):
+    """A row as it is stored."""
+
+    shard: int
+    row: int  # within the shard
+    values: dict  # by column
+
+    @property
+    def index(self) -> int:
+        return self.shard << ROW_BITS | self.row
+
+
+@dataclass
+class Shards:
+    """The shards of one split.
+
+    Attributes:
+        files: In the order of their names; files or addresses.
+        rows: Their rows, of one shard after another, images not decoded.
+        image_column, label_column, label_columns: Of `rows`.
+        held_out: How many rows at the beginning of a shard, by its number, belong to validation.
+    """
+
+    files: list[str]
+    rows: IterableDataset
+    image_column: str
+    label_column: str
+    label_columns: list[str] | None
+    held_out: dict[int, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        """Words for the row with this `Row.index`."""
+        return f"{self.files[index >> ROW_BITS]}, row {index & ((1 << ROW_BITS) - 1)}"
+
+    def read(self, shard: int, row: int = 0, state: dict | None = None) -> ShardReader:
+        """The rows of a shard, from where a reader had `row` and `state` on."""
+        return ShardReader(self, shard, row, state)
+
+    def count(self) -> int | None:
+        """Rows that are not held out; None where only reading it all would tell."""
+        if not self.files[0].endswith(".parquet"):
+            return None
+
+        def rows_of(file: str) -> int:
+            with fsspec.open(file, "rb") as opened:
+                return pq.read_metadata(opened).num_rows
+
+        with ThreadPoolExecutor(16) as pool:
+            counts = list(pool.map(rows_of, self.files))
+        return sum(max(0, count - self.held_out.get(shard, 0)) for shard, count in enumerate(counts))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short mark: names of the files with their sizes and times, or commits on the Hub, and what is held out."""
+        digest = hashlib.sha256(repr(sorted(self.held_out.items())).encode())
+        for file in self.files:
+            facts: Any = file
+            if "://" not in file:
+                stat = os.stat(file)
+                facts = (os.path.basename(file), stat.st_size, stat.st_mtime_ns)
+            digest.update(repr(facts).encode())
+        return f"{len(self)} shards, {digest.hexdigest()[:16]}"
+
+
+class ShardReader:
+    """Rows of one shard, with a state to go on from: `row`, and `state()` after the last row that was given.
+
+    Raises:
+        ValueError: (while it is read) what is wrong with the file, with its name.
+    """
+
+    def __init__(self, shards: Shards, shard: int, row: int, state: dict | None):
+        self.shards, self.shard, self.row = shards, shard, row
+        self._rows = shards.rows.shard(num_shards=len(shards), index=shard)
+        if state is not None:
+            self._rows.load_state_dict(state)
+        self._iterator = iter(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        try:
+            values = next(self._iterator)
+        except (StopIteration, ValueError):
+            raise
+        except Exception as error:  # damaged files make `datasets` raise nearly everything
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise ValueError(
+                f"{self.shards.files[self.shard]} cannot be read after row {self.row} ({type(error).__name__}: "
+                f"{reason}): fetch or write it again."
+            ) from error
+        self.row += 1
+        return Row(self.shard, self.row - 1, values)
+
+    def state(self) -> dict:
+        return self._rows.state_dict()
+
+
+def open_shards(options: DatasetOptions, *, labels_only: bool = False) -> tuple[dict[str, Shards], list[str] | None]:
+    """The shards of every split, under its usual name, and the vocabulary that is given or beside them (`labels.txt`).
+
+    Args:
+        options: How to read it.
+        labels_only: No images, for a quick look at the labels.
+
+    Raises:
+        ValueError, FileNotFoundError: neither parquet nor WebDataset shards, or no such dataset.
+    """
+    source = str(options.dataset)
+    path, names = Path(source), given_names(options.label_names)
+    if path.exists():
+        files = _local_files(path)
+        beside = (path if path.is_dir() else path.parent) / "labels.txt"
+        names = names or (read_label_names(beside) if beside.is_file() else None)
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"{source} does not exist; give a folder of shards, or the id of a dataset on the Hub.")
+    else:
+        files = _hub_files(options)
+        names = names or _hub_names(options)
+    if next(iter(files.values()))[0].endswith(".parquet"):
+        shards = _parquet(files, options, labels_only)
+    else:
+        shards = {split: _webdataset(of_split, options, names, labels_only) for split, of_split in files.items()}
+    return {SPLIT_ALIASES.get(split, split): of_split for split, of_split in shards.items()}, names
+
+
+def wanted(shards: dict[str, Shards], name: str, source: str) -> Shards:
+    """
+    Raises:
+        ValueError: no such split.
+    """
+    if name not in shards:
+        raise no_such_split(name, shards, source)
+    return shards[name]
+
+
+def _local_files(path: Path) -> dict[str, list[str]]:
+    """The shards by split, `train` where no file or folder is called like one."""
+    suffixes = (".parquet", *SHARD_SUFFIXES)
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    found = [file for file in found if file.name.endswith(suffixes) and not file.name.startswith(".")]
+    kinds = {file.suffix == ".parquet" for file in found}
+    if len(kinds) != 1:
+        what = "parquet files and .tar shards: give the folder of one kind" if kinds else "neither .parquet nor .tar"
+        raise ValueError(
+            f"{path} holds {what}; --streaming reads parquet and WebDataset shards"
+            + ("." if kinds else ", and all else is read as it is without it.")
+        )
+    files: dict[str, list[str]] = {}
+    for file in found:
+        name = file.name if path.is_file() else file.relative_to(path).as_posix()
+        files.setdefault(split_of(name) or "train", []).append(str(file))
+    return files
+
+
+def _hub_files(options: DatasetOptions) -> dict[str, list[str]]:
+    found = _builder(options).config.data_files or {}
+    files = {str(split): list(map(str, of_split)) for split, of_split in found.items()}
+    if {file.endswith((".parquet", *SHARD_SUFFIXES)) for of_split in files.values() for file in of_split} != {True}:
+        raise ValueError(
+            f"{options.dataset} does not consist of parquet files or .tar shards, which are what --streaming reads: "
+            "leave it out."
+        )
+    return files
+
+
+def _builder(options: DatasetOptions, **config) -> DatasetBuilder:
+    """Of a dataset on the Hub."""
+    where = {"name": options.dataset_config, "revision": options.dataset_revision}
+    try:
+        return load_dataset_builder(str(options.dataset), **where, **config)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{options.dataset} is neither a folder here nor a dataset within reach: {error}"
+        ) from error
+
+
+def _hub_names(options: DatasetOptions) -> list[str] | None:
+    try:
+        where = {"repo_type": "dataset", "revision": options.dataset_revision}
+        return read_label_names(Path(hf_hub_download(str(options.dataset), "labels.txt", **where)))
+    except EntryNotFoundError:
+        return None
+
+
+def _parquet(files: dict[str, list[str]], options: DatasetOptions, labels_only: bool) -> dict[str, Shards]:
+    label_column, label_columns = options.label_column, options.label_columns
+    for split, of_split in files.items():
+        there = _parquet_schema(of_split[0])
+        if label_column == "labels" and not label_columns:
+            label_column = label_field({split: there}) or label_column
+        for file in of_split[1:] if "://" not in of_split[0] else ():
+            _parquet_schema(file)
+        columns = [*(() if labels_only else (options.image_column,)), *(label_columns or [label_column])]
+        columns = list(dict.fromkeys(name if name in there.features else name.partition(".")[0] for name in columns))
+        for column in columns:
+            if column not in there.features:
+                raise ValueError(
+                    f"{of_split[0]} has no column {column!r}, only {', '.join(there.features)}; name the right one "
+                    "with image_column, label_column or label_columns."
+                )
+    if Path(options.dataset).exists():
+        builder = load_dataset_builder("parquet", data_files=files, columns=columns)
+    else:
+        builder = _builder(options, columns=columns)
+    shards = {}
+    for split, of_split in files.items():
+        rows = builder.as_streaming_dataset(split=split)
+        if not labels_only:
+            rows = rows.cast_column(options.image_column, Image(decode=False))
+        shards[split] = Shards(of_split, rows, options.image_column, label_column, label_columns)
+    return shards
+
+
+def _parquet_schema(file: str) -> Dataset:
+    """No rows, but the columns of a file.
+
+    Raises:
+        ValueError: no parquet, or not a whole file.
+    """
+    try:
+        with fsspec.open(file, "rb") as opened:
+            return Dataset(pq.read_schema(opened).empty_table())
+    except pa.ArrowException as error:
+        raise ValueError(f"{file} is not a whole parquet file ({error}); fetch or write it again.") from error
+
+
+def _webdataset(
+    files: list[str], options: DatasetOptions, names: Sequence[str] | None, labels_only: bool
+) -> Shards:
+    labels = Features({"labels": List(Value("float32" if options.label_format == "multi_hot" else "string"))})
+    if options.label_columns:
+        labels = Features({name: Value("float32") for name in options.label_columns})
+    read = {
+        "files": files,
+        "label_column": None if options.label_column == "labels" else options.label_column,
+        "label_columns": tuple(options.label_columns or ()),
+        "label_separator": options.label_separator,
+        "multi_hot": options.label_format == "multi_hot",
+        "names": None if names is None else tuple(names),
+        "images": not labels_only,
+    }
+    rows = IterableDataset.from_generator(
+        samples, features=Features({"image": Image(decode=False), **labels}), gen_kwargs=read
+    )
+    return Shards(files, rows, "image", "labels", options.label_columns)
+
+
+def samples(
+    files: Iterable[str],
+    label_column: str | None,
+    label_columns: Sequence[str],
+    label_separator: str,
+    multi_hot: bool,
+    names: Sequence[str] | None,
+    images: bool,
+) -> Iterator[dict]:
+    """The samples of WebDataset shards as rows `image`, `labels` (or `label_columns`)."""
+    for file in files:
+        shard = file.rpartition("/")[2]
+        for key, parts in read_samples(file, images=images):
+            where = f"{file}, {key}"
+            suffix = image_suffix(parts, where)
+            if label_columns:
+                labels = sample_columns(parts, label_columns, where)
+            elif multi_hot:
+                labels = {"labels": sample_numbers(parts, label_column, where)}
+            else:
+                labels = {"labels": sample_labels(parts, label_column, label_separator, names, where)}
+            image = None if suffix is None else {"bytes": parts[suffix], "path": f"{shard}/{key}{suffix}"}
+            yield {"image": image, **labels}
