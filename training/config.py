@@ -23,6 +23,7 @@ MAY_DIFFER = {
     *("overwrite", "resume", "resume_despite", "compare_bytes", "save_every_steps", "keep_checkpoints", "stop_timeout"),
     *("log_every_steps", "trackers", "project_name", "fresh_scenes", "check_images", "on_unreadable", "cache_images"),
     *("num_workers", "gradient_checkpointing", "compile", "epochs", "max_steps", "batch_size", "eval_batch_size"),
+    *("epoch_steps", "shuffle_buffer"),
     *("gradient_accumulation_steps", "seed", "mixed_precision", "early_stopping_patience", "threshold_objective"),
     *("threshold_target", "evaluate_test", "report", "push_to_hub", "hub_private"),
 }
@@ -62,6 +63,8 @@ class TrainingConfig(DatasetOptions):
     # {single_positive: true, seed: 0}, see training/data/sparse_labels.py; null: train on all labels there are
     cache_images: bool = False  # keep resized images in memory: faster where decoding is slower than the model
     num_workers: int | None = None  # decoding processes; null: by the cores of this machine; 0: the training process
+    shuffle_buffer: int = 1000  # with streaming: images that are held and shuffled, twice so many in memory as stored
+    epoch_steps: int | None = None  # with streaming: optimizer steps of an epoch; null: what the rows of parquet make
 
     # --- images
     image_size: int = 448  # side in px, as published; a multiple of the backbone's stride (32)
@@ -171,6 +174,7 @@ class TrainingConfig(DatasetOptions):
 
             check_augmentation_names(list(self.augmentation))
         self._check_frozen()
+        self._check_streaming()
 
     @property
     def can_transfer_classifier(self) -> bool:
@@ -203,6 +207,20 @@ class TrainingConfig(DatasetOptions):
                     f"have {changing[0]}: set it to {'null' if changing[0] == 'crop_scale' else '0'}, or leave "
                     "cache_features out."
                 )
+
+    def _check_streaming(self) -> None:
+        if not self.streaming:
+            if self.epoch_steps is not None:
+                raise ValueError("epoch_steps belongs to a stream: set streaming to true, or leave it out.")
+            return
+        if self.dataset == "scenes":
+            raise ValueError("The built-in scenes are no stream: leave out streaming, or name a dataset of shards.")
+        for key in ("cache_images", "cache_features", "partial_labels", "compare_bytes"):
+            if getattr(self, key):
+                raise ValueError(f"{key} needs a dataset that is read whole: leave it out, or streaming.")
+        for key in ("shuffle_buffer", "epoch_steps"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}, but must be at least 1.")
 
     @property
     def workers(self) -> int:

@@ -48,6 +48,7 @@ class ImageOptions:
     dataset_revision: str | None = option(None, "commit or tag of a dataset on the Hub; pin it, datasets change")
     dataset_config: str | None = option(None, "the configuration of a dataset on the Hub that has several")
     image_column: str = option("image", "the name that imagefolder gives")
+    streaming: bool = option(False, "read shards, parquet or WebDataset, as they come; nothing is copied to this disk")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -76,8 +77,17 @@ class DatasetOptions(ImageOptions):
     missing_images: Literal["error", "skip"] = option("error", "rows whose file does not exist; skip says how many")
     unlisted_images: Literal["error", "skip"] = option("error", "files that no row names; skip says how many")
     exclude: str | None = option(None, "list of rows to leave out: exclude.txt of hsvlt check", path=True)
+    validation_images: int = option(
+        5000, "with streaming: of validation and test at most so many, the same every time; train where there is none"
+    )
 
     def __post_init__(self):
+        if self.streaming and self.exclude is not None:
+            raise ValueError(
+                "exclude names rows by their numbers, which a stream does not have: leave out one of them."
+            )
+        if self.validation_images < 1:
+            raise ValueError(f"validation_images is {self.validation_images}, but must be at least 1.")
         if not self.label_separator:
             raise ValueError("label_separator is empty: give what stands between the labels of a text, quoted in YAML.")
         self.label_separator = self.label_separator.replace("\\t", "\t")

@@ -37,6 +37,7 @@ from .rows import (
     without_missing,
 )
 from .sparse_labels import SparseLabels
+from .stream_parts import load_streamed
 from .vocabulary import names_of_splits, names_outside, warn_without_positive
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,12 @@ def load(
     """
     if isinstance(source, IterableDataset | IterableDatasetDict):
         raise ValueError(
-            "A streaming data set has no rows to count and check: load it without streaming=True, or give its splits "
-            "to training.data.streaming.StreamingMultiLabelDataset."
+            "A streaming data set has no rows to count and check: load it without streaming=True, name it with the "
+            "option streaming, or give its splits to training.data.streaming.StreamingMultiLabelDataset."
         )
     options = DatasetOptions(dataset=source, **options)
+    if options.streaming:
+        return load_streamed(options, splits or ["train"])
     label_names, revision = given_names(options.label_names), options.dataset_revision
     source_words = source if isinstance(source, str | Path) else "the dataset"
     if str(source_words) in BUILT_IN:

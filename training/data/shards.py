@@ -267,9 +267,7 @@ def _parquet_schema(file: str) -> Dataset:
         raise ValueError(f"{file} is not a whole parquet file ({error}); fetch or write it again.") from error
 
 
-def _webdataset(
-    files: list[str], options: DatasetOptions, names: Sequence[str] | None, labels_only: bool
-) -> Shards:
+def _webdataset(files: list[str], options: DatasetOptions, names: Sequence[str] | None, labels_only: bool) -> Shards:
     labels = Features({"labels": List(Value("float32" if options.label_format == "multi_hot" else "string"))})
     if options.label_columns:
         labels = Features({name: Value("float32") for name in options.label_columns})

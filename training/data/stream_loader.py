@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import torch
@@ -13,9 +14,9 @@ from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
 from .batches import WORKER_TIMEOUT, MultiLabelCollator, leave_signals_to_parent, prefetch_that_fits
 from .dataset import ImageResizer
-from .shards import Row, Shards
+from .shards import Row
 from .stream_order import StreamOrder, divide_states
-from .streaming import RowLabels
+from .stream_parts import StreamSplit
 
 
 class RawBatch(list):
@@ -26,7 +27,7 @@ class RawBatch(list):
         self.state = state
 
 
-class BatchDecoder(torch.utils.data.Dataset):
+class StreamDataset(torch.utils.data.Dataset):
     """Makes a batch of a `RawBatch`, in a worker.
 
     What is wrong is told, not raised: images that cannot be read in `problems` (names and reasons), labels in `fault`.
@@ -34,32 +35,34 @@ class BatchDecoder(torch.utils.data.Dataset):
     for what cannot be read. So every batch has its size, and no process waits for another.
     """
 
-    def __init__(self, shards: Shards, labels: RowLabels, processor, margin: float = 0.0):
-        self._image_column, self._files = shards.image_column, shards.files
-        self._labels, self.resize = labels, ImageResizer(processor, margin)
-        self._collate = MultiLabelCollator(len(labels.label_names), sparse_labels=True)
+    sparse_labels = None  # nobody knows them beforehand
+
+    def __init__(self, split: StreamSplit, processor, margin: float = 0.0):
+        self.split, self.label_names = split, split.row_labels.label_names
+        self.resize = ImageResizer(processor, margin)
+        self._collate = MultiLabelCollator(len(self.label_names), sparse_labels=True)
 
     def __getitems__(self, rows: RawBatch) -> dict:
         """`pixel_values` (B, 3, height, width) uint8, `labels`, `index`, `problems`, `fault` and `state`."""
         labels, fault = None, None
         try:
-            labels = self._labels([row.values for row in rows], lambda place: self._name(rows[place]))
+            labels = self.split.row_labels([row.values for row in rows], partial(self.split.name_of, rows))
         except ValueError as error:
             fault = str(error)
         pixels: list[torch.Tensor | None] = []
         problems = []
-        for row in rows:
-            image = row.values[self._image_column]
+        for place, row in enumerate(rows):
+            image = row.values[self.split.shards.image_column]
             try:
                 if not (image or {}).get("bytes"):  # a path may lead anywhere on this machine
                     raise ValueError("The row holds no image.")
                 pixels.append(self.resize.stored(image))
             except ValueError as error:
                 pixels.append(None)
-                problems.append((self._name(row), str(error)))
+                problems.append((self.split.name_of(rows, place), str(error)))
         readable = [image for image in pixels if image is not None]
         stand_in = readable[0] if readable else self.resize.blank()
-        unknown = torch.full((len(self._labels.label_names),), float(UNKNOWN_LABEL))
+        unknown = torch.full((len(self.label_names),), float(UNKNOWN_LABEL))
         samples = [
             {
                 "pixel_values": stand_in if image is None else image,
@@ -70,17 +73,15 @@ class BatchDecoder(torch.utils.data.Dataset):
         ]
         return {**self._collate(samples), "problems": problems, "fault": fault, "state": rows.state}
 
-    def _name(self, row: Row) -> str:
-        path = (row.values.get(self._image_column) or {}).get("path")
-        return f"{self._files[row.shard]}, row {row.row}" + (f" ({path})" if path else "")
+    def set_epoch(self, epoch: int) -> None:
+        """An epoch is a number of steps, whatever of the stream they see."""
 
 
 class StreamLoader:
     """Batches of one process, without end; each row once a pass, over all processes and whatever the workers.
 
     Args:
-        shards: Of the training split.
-        decoder: What makes batches of its rows.
+        dataset: What makes batches of rows.
         batch_size: Images of a batch, of which each has as many.
         epoch_batches: What `len` says.
         seed, buffer: See `StreamOrder`.
@@ -90,13 +91,12 @@ class StreamLoader:
 
     Attributes:
         state: To go on from, after the last batch that was given; what workers have ready does not count.
-        problems, fault: Of the batches that were given, see `BatchDecoder`; for the caller to clear.
+        problems, fault: Of the batches that were given, see `StreamDataset`; for the caller to clear.
     """
 
     def __init__(
         self,
-        shards: Shards,
-        decoder: BatchDecoder,
+        dataset: StreamDataset,
         *,
         batch_size: int,
         epoch_batches: int,
@@ -107,7 +107,7 @@ class StreamLoader:
         processes: int = 1,
         device: torch.device | str = "cpu",
     ):
-        self.dataset, self.decoder, self.batch_size, self.device = shards, decoder, batch_size, torch.device(device)
+        self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
         self._epoch_batches, self._workers = epoch_batches, num_workers
         self._order = {"process": process, "processes": processes, "seed": seed, "buffer": buffer}
         self.state: dict = {"parts": [], "next": 0}
@@ -131,7 +131,8 @@ class StreamLoader:
         if self._batches is None:
             self._batches = iter(self._loader())
         for batch in islice(self._batches, count):
-            self.state, self.fault = batch.pop("state"), self.fault or batch.pop("fault")
+            self.state, fault = batch.pop("state"), batch.pop("fault")
+            self.fault = self.fault or fault
             self.problems += batch.pop("problems")
             yield send_to_device(batch, self.device, non_blocking=True)
 
@@ -140,10 +141,10 @@ class StreamLoader:
         self._batches = None
 
     def _loader(self) -> DataLoader:
-        order = StreamOrder(self.dataset, state=self.state, **self._order)
-        image_bytes = self.decoder.resize.bytes_of_one()
+        order = StreamOrder(self.dataset.split.shards, state=self.state, **self._order)
+        image_bytes = self.dataset.resize.bytes_of_one()
         return DataLoader(
-            self.decoder,
+            self.dataset,
             batch_sampler=(RawBatch(*batch) for batch in order.batches(self.batch_size)),
             num_workers=self._workers,
             collate_fn=_as_it_is,

@@ -57,10 +57,7 @@ class RowLabels:
         Args:
             where: Words for a row, by its place among `rows`.
         """
-        values = {name: [row[name] for row in rows] for name in self._roots}
-        table = Table({"": Dataset.from_dict(values, features=self._features)}, {"": where})
-        table.label_column, table.label_columns = self._column, self._columns
-        column = LabelColumn(table, self.options, self.label_names)
+        column = self._of(rows, where)
         lists, own_names = column.lists(""), column.own_names("")
         integers = pa.types.is_integer(getattr(lists.type, "value_type", lists.type))
         if integers and not self._columns and own_names is None and self.options.label_format == "auto":
@@ -74,6 +71,28 @@ class RowLabels:
             uncertain=self.options.uncertain,
             blank=self.options.blank,
         )
+
+    def names(self, rows: Sequence[dict], where: Callable[[int], str]) -> list[list[str] | None]:
+        """The names that each row lists, whatever the vocabulary.
+
+        Raises:
+            ValueError: labels that are no names.
+        """
+        column = self._of(rows, where)
+        lists = column.of_names().get("")
+        if lists is None:
+            kind = column.lists("").type
+            raise ValueError(
+                f"{where(0)}: the labels ({kind}) carry no names; give label_names, or write a labels.txt with one "
+                "name a line in class order."
+            )
+        return lists.to_pylist()
+
+    def _of(self, rows: Sequence[dict], where: Callable[[int], str]) -> LabelColumn:
+        values = {name: [row[name] for row in rows] for name in self._roots}
+        table = Table({"": Dataset.from_dict(values, features=self._features)}, {"": where})
+        table.label_column, table.label_columns = self._column, self._columns
+        return LabelColumn(table, self.options, self.label_names)
 
 
 class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):

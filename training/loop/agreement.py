@@ -25,6 +25,7 @@ class Found(NamedTuple):
     finite: bool
     stop: bool
     save_failed: bool
+    unreadable: bool  # images of a stream, or their labels
 
 
 def clip_gradients(run: Run) -> torch.Tensor:
@@ -41,9 +42,10 @@ def agree(run: Run, losses: list[BatchLoss], norm: torch.Tensor) -> Found:
     if run.accelerator.scaler is None:
         fine = fine & torch.isfinite(norm)
     flags = [~fine, run.stop.signal is not None, run.writer.error(wait=False) is not None]
+    flags.append(run.stream is not None and bool(run.stream.problems or run.stream.fault))
     flags = torch.stack([torch.as_tensor(flag, device=fine.device).float() for flag in flags])
-    broken, stop, failed = run.accelerator.reduce(flags, "sum").tolist()
-    return Found(finite=not broken, stop=bool(stop), save_failed=bool(failed))
+    broken, stop, failed, unreadable = run.accelerator.reduce(flags, "sum").tolist()
+    return Found(finite=not broken, stop=bool(stop), save_failed=bool(failed), unreadable=bool(unreadable))
 
 
 def leave_out(run: Run, losses: list[BatchLoss]) -> None:

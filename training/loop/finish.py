@@ -43,6 +43,8 @@ def finish(run: Run) -> dict:
         "validation": validation,
         "validation_at_thresholds": multilabel_report(scores, labels, fitted, groups=run.groups),
     }
+    if run.stream is not None:
+        results["unreadable_images"] = run.progress.unreadable
     if run.groups is not None:
         results["positives_in_train"] = run.train_data.sparse_labels.positives().tolist()
     if config.evaluate_test:

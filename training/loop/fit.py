@@ -14,6 +14,7 @@ from .interruption import Stopped
 from .run import Progress, Run
 from .saving import check_writer, save
 from .step import augmented, known_labels
+from .streams import leave_out_unreadable
 from .validation import validate
 
 
@@ -78,6 +79,8 @@ def train_epoch(run: Run, bar: tqdm) -> None:
         losses = backward(run, batches)
         norm = clip_gradients(run)
         found = agree(run, losses, norm)
+        if found.unreadable:
+            leave_out_unreadable(run)
         if found.finite:
             update_weights(run, norm)
         else:
@@ -98,12 +101,15 @@ def train_epoch(run: Run, bar: tqdm) -> None:
 
 def batches_of_steps(run: Run) -> Iterator[list[dict]]:
     """Gives for each remaining step of the epoch its list of `gradient_accumulation_steps` batches, or what is left."""
-    loader = run.loaders[loader_name(run, "train")]
-    if run.progress.batch:
-        loader = run.accelerator.skip_first_batches(loader, run.progress.batch)
-    loader.set_epoch(run.progress.epoch)
-    run.train_data.set_epoch(run.progress.epoch)
-    batches = iter(loader)
+    if run.stream is not None:
+        batches = run.stream.take(len(run.stream) - run.progress.batch)
+    else:
+        loader = run.loaders[loader_name(run, "train")]
+        if run.progress.batch:
+            loader = run.accelerator.skip_first_batches(loader, run.progress.batch)
+        loader.set_epoch(run.progress.epoch)
+        run.train_data.set_epoch(run.progress.epoch)
+        batches = iter(loader)
     return iter(lambda: list(islice(batches, run.config.gradient_accumulation_steps)), [])
 
 
@@ -156,6 +162,8 @@ class StepLog:
             "train/skipped_steps": progress.skipped_steps,
             "train/images_per_second": self.images * accelerator.num_processes / seconds,
         }
+        if run.stream is not None:
+            values["train/unreadable_images"] = progress.unreadable
         if accelerator.scaler is not None:
             values["train/grad_scale"] = accelerator.scaler.get_scale()
         accelerator.log(values, step=progress.step)

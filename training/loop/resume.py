@@ -62,6 +62,9 @@ def restore(run: Run, source: Path) -> None:
         run.progress.batch = images // (new.batches[0] * new.batches[1] * accumulated) * accumulated
     if saved["dataset"] != new.dataset:
         run.progress.batch = 0
+        run.progress.stream = None
+    if run.stream is not None and run.progress.stream:
+        run.stream.restore(run.progress.stream)
     lost = False
     if run.progress.best_epoch is not None and run.accelerator.is_main_process:
         lost = _is_lost(run.folder / "best")

@@ -19,6 +19,7 @@ from ..checkpoint.deepspeed import ZeroOptimizer
 from ..config import TrainingConfig
 from ..data.augment import BatchAugmentation
 from ..data.dataset import MultiLabelDataset
+from ..data.stream_loader import StreamDataset, StreamLoader
 from .interruption import StopRequest
 from .log import JsonLinesTracker
 from .optim import WarmupPlateau
@@ -43,6 +44,8 @@ class Progress:
     skipped_steps: int = 0  # those whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     log_bytes: int = 0  # of log.jsonl
+    unreadable: int = 0  # images of a stream that were left out
+    stream: list[dict] | None = None  # where each process is in it
 
 
 @dataclass(kw_only=True)
@@ -53,9 +56,9 @@ class Run:
     accelerator: Accelerator
     folder: Path
     processor: MultiLabelProcessor
-    train_data: MultiLabelDataset
+    train_data: MultiLabelDataset | StreamDataset
     groups: dict[str, np.ndarray] | None  # head, medium and tail labels, by their images in train
-    loaders: dict[str, DataLoader]  # "train", "validation" and, where asked for, "test"
+    loaders: dict[str, DataLoader | StreamLoader]  # "train", "validation" and, where asked for, "test"
     augmentation: BatchAugmentation | None
     plain_model: torch.nn.Module
     model: torch.nn.Module
@@ -69,6 +72,12 @@ class Run:
     stop: StopRequest
     held: ExitStack  # the lock of the folder
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
+
+    @property
+    def stream(self) -> StreamLoader | None:
+        """The loader of train where that is a stream."""
+        loader = self.loaders["train"]
+        return loader if isinstance(loader, StreamLoader) else None
 
     @property
     def evaluated_model(self) -> torch.nn.Module:

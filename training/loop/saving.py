@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import torch
+from accelerate.utils import gather_object
 
 from ..checkpoint.atomic import atomic_folder
 from ..checkpoint.folder import CheckpointError, save_checkpoint, write_marker
@@ -34,6 +35,8 @@ def save(run: Run, *, best: bool = False) -> None:
     config, model, processor = run.config, run.plain_model, run.processor
     if run.accelerator.is_main_process:
         run.progress.log_bytes = run.log.size()
+    if run.stream is not None:
+        run.progress.stream = gather_object([run.stream.state])
     keep = run.accelerator.is_main_process
     state = copy_training_state(**state_of(run), progress=asdict(run.progress), keep=keep)
     folders = [run.folder / f"checkpoint-{run.progress.step}"]

@@ -36,6 +36,8 @@ from ..data.dataset import MultiLabelDataset
 from ..data.leave_out import find_unreadable, leave_out_unreadable
 from ..data.load import load
 from ..data.rows import Loaded, fingerprint_images
+from ..data.stream_loader import StreamDataset, StreamLoader
+from ..data.stream_parts import StreamSplit
 from ..models.build import build_model, read_backbone_statistics
 from ..options import dataset_options
 from ..places import keep_freed_memory, native_precision
@@ -47,6 +49,7 @@ from .log import JsonLinesTracker
 from .optim import build_ema, build_optimizer, build_scheduler
 from .resume import find_source, restore
 from .run import Progress, Run
+from .streams import open_stream, stream_loader
 
 
 def setup(config: TrainingConfig) -> Run:
@@ -95,7 +98,7 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
             "--output_dir."
         )
 
-    loaded = load_splits(config, accelerator)
+    loaded = load_splits(config, accelerator, source)
     label_names = loaded.label_names
     if config.unfreeze_epochs and accelerator.num_processes > 1:
         raise ValueError(
@@ -106,10 +109,10 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         read_backbone_statistics(config)
     processor = build_processor(config, label_names)
     data = _build_datasets(config, loaded, processor)
-    loaders = _build_loaders(config, data, processor)
+    loaders = _build_loaders(config, data, processor, accelerator)
 
     positives = None if data["train"].sparse_labels is None else data["train"].sparse_labels.positives()
-    _count_for_loss(config, len(data["train"]), positives)
+    _count_for_loss(config, positives, data)
 
     set_seed(config.seed)
     plain_model = build_model(config, label_names, accelerator.print).to(accelerator.device)
@@ -130,14 +133,15 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
         optimizer=config.optimizer,
     )
     groups = [list(group["params"]) for group in optimizer.param_groups] if uses_zero else []
-    model, optimizer, *prepared = accelerator.prepare(plain_model, optimizer, *loaders.values())
+    to_prepare = {name: loader for name, loader in loaders.items() if not isinstance(loader, StreamLoader)}
+    model, optimizer, *prepared = accelerator.prepare(plain_model, optimizer, *to_prepare.values())
     stateful = scheduled = optimizer.optimizer
     if uses_zero:
         stateful = ZeroOptimizer(model, groups)
         scheduled = stateful.partitions
     if accelerator.is_fsdp2 and ema is not None:  # sharded like the weights that it averages
         ema.module = fsdp2_prepare_model(accelerator, ema.module)
-    loaders = dict(zip(loaders, prepared, strict=True))
+    loaders |= zip(to_prepare, prepared, strict=True)
 
     steps_per_epoch = math.ceil(len(loaders["train"]) / config.gradient_accumulation_steps)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
@@ -177,11 +181,14 @@ def _build(config: TrainingConfig, accelerator: Accelerator, log: JsonLinesTrack
 
 def _build_datasets(
     config: TrainingConfig, loaded: Loaded, processor: MultiLabelProcessor
-) -> dict[str, MultiLabelDataset]:
+) -> dict[str, MultiLabelDataset | StreamDataset]:
     crops = config.augmentation is not None and config.augmentation.get("crop_scale", True)
     data = {}
     for name, split in loaded.splits.items():
         margin = config.crop_margin if name == "train" and crops else 0.0
+        if isinstance(split, StreamSplit):
+            data[name] = StreamDataset(split, processor, margin)
+            continue
         cache = "memory" if config.cache_images and split.labels is not None else None
         data[name] = MultiLabelDataset(
             split,
@@ -198,10 +205,15 @@ def _build_datasets(
 
 
 def _build_loaders(
-    config: TrainingConfig, data: dict[str, MultiLabelDataset], processor: MultiLabelProcessor
-) -> dict[str, DataLoader]:
+    config: TrainingConfig,
+    data: dict[str, MultiLabelDataset | StreamDataset],
+    processor: MultiLabelProcessor,
+    accelerator: Accelerator,
+) -> dict[str, DataLoader | StreamLoader]:
     return {
-        name: build_dataloader(
+        name: stream_loader(config, dataset, accelerator)
+        if isinstance(dataset, StreamDataset)
+        else build_dataloader(
             dataset,
             batch_size=config.batch_size if name == "train" else config.eval_batch_size or config.batch_size,
             shuffle=name == "train",
@@ -214,15 +226,17 @@ def _build_loaders(
     }
 
 
-def _count_for_loss(config: TrainingConfig, num_samples: int, positives: np.ndarray | None) -> None:
+def _count_for_loss(
+    config: TrainingConfig, positives: np.ndarray | None, data: dict[str, MultiLabelDataset | StreamDataset]
+) -> None:
     """Give a loss that weights labels by their frequency the counts that it was not given."""
     if config.loss_type == "distribution_balanced" and "class_counts" not in (config.loss_kwargs or {}):
         if positives is None:
             raise ValueError(
-                "The loss weights labels by how often they occur, and scenes that are drawn afresh have no counts: set "
-                "fresh_scenes to false, or give class_counts and num_samples in loss_kwargs."
+                "The loss weights labels by how often they occur, and scenes that are drawn afresh have no counts, nor "
+                "has a stream: set fresh_scenes to false, or give class_counts and num_samples in loss_kwargs."
             )
-        counts = {"class_counts": positives.tolist(), "num_samples": num_samples}
+        counts = {"class_counts": positives.tolist(), "num_samples": len(data["train"])}
         config.loss_kwargs = {**(config.loss_kwargs or {}), **counts}
 
 
@@ -247,8 +261,12 @@ def _begin(run: Run, source: Path | None, positives: np.ndarray | None) -> None:
         )  # for `train.py RUN/config.yaml --resume`
         write_file(folder / "config.yaml", kept.to_yaml())
     accelerator.init_trackers(config.project_name, config={key: str(value) for key, value in vars(config).items()})
+    if run.stream is None:
+        to_train = counted(len(run.train_data), "image")
+    else:
+        to_train = f"A stream of {counted(len(run.train_data.split.shards), 'shard')}"
     accelerator.print(
-        f"{counted(len(run.train_data), 'image')} to train on, {validated:,} to validate, "
+        f"{to_train} to train on, {validated:,} to validate, "
         f"{counted(len(names), 'label')}; {run.plain_model.num_parameters():,} parameters; "
         f"{counted(run.total_steps, 'step')} of "
         f"{counted(config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes, 'image')} on "
@@ -266,12 +284,16 @@ def _check_measurable(split: str, values: np.ndarray) -> None:
         )
 
 
-def load_splits(config: TrainingConfig, accelerator: Accelerator) -> Loaded:
-    """The train and validation split (and test, where asked for) with only images that can be read."""
-    with accelerator.main_process_first():  # the others then find the cache
-        splits = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
-        options = dataset_options(config)
-        loaded = load(config.dataset, splits=splits, fresh_scenes=config.fresh_scenes, **options)
+def load_splits(config: TrainingConfig, accelerator: Accelerator, source: Path | None = None) -> Loaded:
+    """The train and validation split (and test, where asked for) with only images that can be read; train may be a
+    stream. `source` is a checkpoint to go on from."""
+    splits = ["train", "validation", "test"] if config.evaluate_test else ["train", "validation"]
+    if config.streaming:
+        loaded = open_stream(config, splits, accelerator, source)
+    else:
+        with accelerator.main_process_first():  # the others then find the cache
+            options = dataset_options(config)
+            loaded = load(config.dataset, splits=splits, fresh_scenes=config.fresh_scenes, **options)
     to_check = {name: split for name, split in loaded.splits.items() if config.check_images and not split.drawn}
     for name, split in to_check.items():
         count, rank = accelerator.num_processes, accelerator.process_index
@@ -298,11 +320,17 @@ def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabe
 def _fingerprint(config: TrainingConfig, data: dict[str, MultiLabelDataset]) -> str:
     """What tells a dataset from another under the same name: its images and their labels, in order."""
     digest = hashlib.sha256(json.dumps(config.scenes, sort_keys=True).encode())
+    if isinstance(data["train"], StreamDataset):
+        digest.update(data["train"].split.shards.fingerprint.encode())
     for name in ("train", "validation"):
+        if isinstance(data[name], StreamDataset):
+            continue
         labels = data[name].sparse_labels
         digest.update(f"{name} {len(data[name])}".encode())
         if labels is not None and not data[name].split.drawn:
             digest.update(fingerprint_images(data[name].split.images, every_byte=config.compare_bytes).encode())
         for array in () if labels is None else (labels.starts, labels.ids, labels.values, labels.default):
             digest.update(np.ascontiguousarray(array).tobytes())
-    return f"{len(data['train'])} + {len(data['validation'])} images, {digest.hexdigest()[:16]}"
+    train = data["train"]
+    count = counted(len(train.split.shards), "shard") if isinstance(train, StreamDataset) else len(train)
+    return f"{count} + {len(data['validation'])} images, {digest.hexdigest()[:16]}"

@@ -32,6 +32,8 @@ def augmented(run: Run, batch: dict, place: int) -> tuple[dict, torch.Tensor]:
 def _once(run: Run, labels: torch.Tensor, place: int) -> torch.Tensor:
     """Labels of batch `place` of the epoch, unknown where accelerate filled up the last batches of the processes with
     images from the first, so that no image counts twice."""
+    if run.stream is not None:
+        return labels
     count, index, size = run.accelerator.num_processes, run.accelerator.process_index, run.config.batch_size
     left = len(run.train_data) % (size * count)
     if count == 1 or not left or place < len(run.loaders["train"]) - 1:
