@@ -134,4 +134,4 @@ def divide_states(states: Sequence[dict], processes: int, process: int) -> dict:
     for old in range(process, len(states), processes):
         parts, later = states[old]["parts"], range(states[old]["next"], begun)
         mine += [*parts, *(asdict(Part(number, parts[-1]["seed"], old, len(states))) for number in later)]
-    return {"parts": mine, "next": begun}
+    return {"parts": sorted(mine, key=lambda part: part["number"]), "next": begun}
