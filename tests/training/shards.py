@@ -1,4 +1,4 @@
-"""Folders of shards, parquet or WebDataset, whose images tell their number: red and green are its digits to base 200."""
+"""Folders of shards, parquet or WebDataset, whose images tell their number: red and green are its digits, base 200."""
 
 import io
 import json

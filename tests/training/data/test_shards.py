@@ -155,11 +155,7 @@ def test_validation_is_its_own_split_or_the_first_rows_of_spaced_shards(tmp_path
 @pytest.mark.parametrize(
     ("make", "more", "message"),
     [
-        (
-            lambda f: write_shards(f, "tar", [1]) and write_shards(f, "parquet", [1]),
-            {},
-            "parquet files and .tar shards",
-        ),
+        (lambda f: [write_shards(f, kind, [1]) for kind in KINDS], {}, "parquet files and .tar shards"),
         (lambda f: (f / "a.jpg").write_bytes(png(1)), {}, "neither .parquet nor .tar"),
         (
             lambda f: write_shards(f, "parquet", [1]),

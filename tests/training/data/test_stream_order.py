@@ -115,8 +115,8 @@ def test_on_another_number_of_processes_each_row_still_comes_once_a_pass(old, ne
             seen[state["parts"][0]["number"], row.shard, row.row] += 1
         states.append(json.loads(json.dumps(state)))
     for process in range(new):
-        state = divide_states(states, new, process)
-        for (row,), state in order(shards, process, new, state=state).batches(1):
+        begin = divide_states(states, new, process)
+        for (row,), state in order(shards, process, new, state=begin).batches(1):
             if (number := state["parts"][0]["number"]) > 5:
                 break
             seen[number, row.shard, row.row] += 1
@@ -139,6 +139,6 @@ def test_a_damaged_shard_is_told_where_it_is_reached():
             return super().read(shard, row, state)
 
     batches = order(Broken([2, 2, 2]), buffer=1).batches(1)
-    with pytest.raises(ValueError, match="b.tar is not a whole"):
+    with pytest.raises(ValueError, match=r"b\.tar is not a whole"):
         for _, _ in zip(batches, count(), strict=False):
             pass
