@@ -2,6 +2,11 @@
 
     python -m benchmarks.cost.million_rows --rows 1000000 --labels 10000
 
+    python -m benchmarks.cost.million_rows --rows 0 --shards 100 --workers 2
+
+Then images a second from a hundred shards, decoded and resized: parquet and WebDataset as streams, and parquet map-style.
+A `--rows` or `--shards` of 0 leaves that part out.
+
 Prints the seconds of each step, those of work on all cores, and the peak memory of the process. Labels stay sparse
 throughout, and scores exist for one block of the matrix at a time. Scored is with the whole of `multilabel_report`. No
 image is decoded: the check's index is given fingerprints, a hundredth of them copies.
@@ -10,6 +15,7 @@ image is decoded: the check's index is given fingerprints, a hundredth of them c
 import argparse
 import os
 import resource
+import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -21,6 +27,7 @@ from scipy.sparse import csr_array
 from tqdm.auto import tqdm
 
 from benchmarks.command import benchmark_parser, run_benchmark
+from benchmarks.cost.streams import stream_speed
 from training.check.duplicates import Fingerprints, group_duplicates
 from training.check.findings import check_labels
 from training.check.imbalance import long_tail_groups
@@ -93,7 +100,30 @@ class SyntheticScores:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Does it all and prints a line a step; returns the figures."""
+    """Does both parts; returns the figures."""
+    figures = run_rows(args) if args.rows else {}
+    if args.shards:
+        speeds = figures["images_per_second"] = stream_speed(
+            shards=args.shards,
+            images=args.shard_images,
+            image_size=args.image_size,
+            workers=args.workers,
+            batch_size=32,
+            rounds=args.rounds,
+            seed=args.seed,
+            quiet=args.quiet,
+        )
+        reference = statistics.median(speeds["map-style"])
+        print(f"{args.shards} shards of {args.shard_images} JPEGs, 500 x 375 px to {args.image_size} px")
+        for name, values in speeds.items():
+            median = statistics.median(values)
+            span = f"{min(values):,.0f} to {max(values):,.0f}"
+            print(f"{name:<20}{median:>9,.0f} images/s ({span}), {median / reference:.2f} of map-style")
+    return figures
+
+
+def run_rows(args: argparse.Namespace) -> dict:
+    """A million rows: prints a line a step; returns the figures."""
     figures = {"rows": args.rows, "labels": args.labels, "threads": args.threads, "seconds": {}, "cpu_seconds": {}}
 
     @contextmanager
@@ -168,6 +198,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--per_row", type=float, default=4, help="labels of a row, on average; default: 4")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="blocks scored at once; default: all cores")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--shards", type=int, default=100, help="default: 100")
+    parser.add_argument("--shard_images", type=int, default=20, help="images of a shard; default: 20")
+    parser.add_argument("--image_size", type=int, default=224, help="default: 224")
+    parser.add_argument("--workers", type=int, default=0, help="that decode; default: 0, the process itself")
+    parser.add_argument("--rounds", type=int, default=3, help="all images so often, in turn; default: 3")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return run_benchmark(run, parser, argv)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import fsspec
 import pyarrow as pa
@@ -69,6 +69,14 @@ class Shards:
     def __len__(self) -> int:
         return len(self.files)
 
+    def short_names(self, source: str) -> list[str]:
+        """Of the files: their paths in a folder `source` or a repository, which do not change where it is moved."""
+        root = os.path.join(source, "") if os.path.isdir(source) else ""
+        return [
+            re.sub(r"^\w+://[^@]*@[^/]+/", "", file) if "://" in file else file.removeprefix(root)
+            for file in self.files
+        ]
+
     def name(self, index: int) -> str:
         """Words for the row with this `Row.index`."""
         return f"{self.files[index >> ROW_BITS]}, row {index & ((1 << ROW_BITS) - 1)}"
@@ -79,6 +87,13 @@ class Shards:
 
     def count(self) -> int | None:
         """Rows that are not held out; None where only reading it all would tell."""
+        counts = self.counts()
+        if counts is None:
+            return None
+        return sum(max(0, count - self.held_out.get(shard, 0)) for shard, count in enumerate(counts))
+
+    def counts(self) -> list[int] | None:
+        """Rows of each shard; None where only reading it all would tell."""
         if not self.files[0].endswith(".parquet"):
             return None
 
@@ -87,20 +102,19 @@ class Shards:
                 return pq.read_metadata(opened).num_rows
 
         with ThreadPoolExecutor(16) as pool:
-            counts = list(pool.map(rows_of, self.files))
-        return sum(max(0, count - self.held_out.get(shard, 0)) for shard, count in enumerate(counts))
+            return list(pool.map(rows_of, self.files))
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """A short mark: names of the files with their sizes and times, or commits on the Hub, and what is held out."""
+    def fingerprint(self, count: int | None = None) -> str:
+        """A short mark: names of the files (of the first `count`) with their sizes and times, or their addresses with
+        the commit on the Hub, and what is held out."""
         digest = hashlib.sha256(repr(sorted(self.held_out.items())).encode())
-        for file in self.files:
+        for file in self.files[:count]:
             facts: Any = file
             if "://" not in file:
                 stat = os.stat(file)
                 facts = (os.path.basename(file), stat.st_size, stat.st_mtime_ns)
             digest.update(repr(facts).encode())
-        return f"{len(self)} shards, {digest.hexdigest()[:16]}"
+        return digest.hexdigest()[:16]
 
 
 class ShardReader:
@@ -138,12 +152,14 @@ class ShardReader:
         return self._rows.state_dict()
 
 
-def open_shards(options: DatasetOptions, *, labels_only: bool = False) -> tuple[dict[str, Shards], list[str] | None]:
+def open_shards(
+    options: DatasetOptions, only: Literal["labels", "images"] | None = None
+) -> tuple[dict[str, Shards], list[str] | None]:
     """The shards of every split, under its usual name, and the vocabulary that is given or beside them (`labels.txt`).
 
     Args:
         options: How to read it.
-        labels_only: No images, for a quick look at the labels.
+        only: What of the rows is needed; None: both.
 
     Raises:
         ValueError, FileNotFoundError: neither parquet nor WebDataset shards, or no such dataset.
@@ -160,9 +176,9 @@ def open_shards(options: DatasetOptions, *, labels_only: bool = False) -> tuple[
         files = _hub_files(options)
         names = names or _hub_names(options)
     if next(iter(files.values()))[0].endswith(".parquet"):
-        shards = _parquet(files, options, labels_only)
+        shards = _parquet(files, options, only)
     else:
-        shards = {split: _webdataset(of_split, options, names, labels_only) for split, of_split in files.items()}
+        shards = {split: _webdataset(of_split, options, names, only) for split, of_split in files.items()}
     return {SPLIT_ALIASES.get(split, split): of_split for split, of_split in shards.items()}, names
 
 
@@ -225,7 +241,7 @@ def _hub_names(options: DatasetOptions) -> list[str] | None:
         return None
 
 
-def _parquet(files: dict[str, list[str]], options: DatasetOptions, labels_only: bool) -> dict[str, Shards]:
+def _parquet(files: dict[str, list[str]], options: DatasetOptions, only: str | None) -> dict[str, Shards]:
     label_column, label_columns = options.label_column, options.label_columns
     for split, of_split in files.items():
         there = _parquet_schema(of_split[0])
@@ -233,7 +249,8 @@ def _parquet(files: dict[str, list[str]], options: DatasetOptions, labels_only: 
             label_column = label_field({split: there}) or label_column
         for file in of_split[1:] if "://" not in of_split[0] else ():
             _parquet_schema(file)
-        columns = [*(() if labels_only else (options.image_column,)), *(label_columns or [label_column])]
+        columns = [] if only == "labels" else [options.image_column]
+        columns += [] if only == "images" else label_columns or [label_column]
         columns = list(dict.fromkeys(name if name in there.features else name.partition(".")[0] for name in columns))
         for column in columns:
             if column not in there.features:
@@ -248,7 +265,7 @@ def _parquet(files: dict[str, list[str]], options: DatasetOptions, labels_only: 
     shards = {}
     for split, of_split in files.items():
         rows = builder.as_streaming_dataset(split=split)
-        if not labels_only:
+        if only != "labels":
             rows = rows.cast_column(options.image_column, Image(decode=False))
         shards[split] = Shards(of_split, rows, options.image_column, label_column, label_columns)
     return shards
@@ -267,7 +284,7 @@ def _parquet_schema(file: str) -> Dataset:
         raise ValueError(f"{file} is not a whole parquet file ({error}); fetch or write it again.") from error
 
 
-def _webdataset(files: list[str], options: DatasetOptions, names: Sequence[str] | None, labels_only: bool) -> Shards:
+def _webdataset(files: list[str], options: DatasetOptions, names: Sequence[str] | None, only: str | None) -> Shards:
     labels = Features({"labels": List(Value("float32" if options.label_format == "multi_hot" else "string"))})
     if options.label_columns:
         labels = Features({name: Value("float32") for name in options.label_columns})
@@ -278,8 +295,9 @@ def _webdataset(files: list[str], options: DatasetOptions, names: Sequence[str] 
         "label_separator": options.label_separator,
         "multi_hot": options.label_format == "multi_hot",
         "names": None if names is None else tuple(names),
-        "images": not labels_only,
+        "only": only,
     }
+    labels = Features() if only == "images" else labels
     rows = IterableDataset.from_generator(
         samples, features=Features({"image": Image(decode=False), **labels}), gen_kwargs=read
     )
@@ -293,19 +311,23 @@ def samples(
     label_separator: str,
     multi_hot: bool,
     names: Sequence[str] | None,
-    images: bool,
+    only: str | None,
 ) -> Iterator[dict]:
     """The samples of WebDataset shards as rows `image`, `labels` (or `label_columns`)."""
     for file in files:
         shard = file.rpartition("/")[2]
-        for key, parts in read_samples(file, images=images):
+        for key, parts in read_samples(file, images=only != "labels"):
             where = f"{file}, {key}"
             suffix = image_suffix(parts, where)
-            if label_columns:
+            if only == "images":
+                labels = {}
+            elif label_columns:
                 labels = sample_columns(parts, label_columns, where)
             elif multi_hot:
                 labels = {"labels": sample_numbers(parts, label_column, where)}
             else:
                 labels = {"labels": sample_labels(parts, label_column, label_separator, names, where)}
-            image = None if suffix is None else {"bytes": parts[suffix], "path": f"{shard}/{key}{suffix}"}
+            # Without an image too, for the name of the row.
+            name = f"{shard}/{key}{suffix or ''}".encode(errors="surrogateescape").decode(errors="backslashreplace")
+            image = {"bytes": None if suffix is None else parts[suffix], "path": name}
             yield {"image": image, **labels}

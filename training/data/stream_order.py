@@ -122,6 +122,13 @@ class StreamOrder:
         return rows, True
 
 
+def one_pass(shards: Shards, process: int, processes: int) -> Iterator[Row]:
+    """The rows of one process, as they are stored: each row is on one of them."""
+    part = Part(0, 0, process, processes)
+    for shard, whole in sorted(part.shards(len(shards))):
+        yield from (row for row in shards.read(shard) if whole or part.has(row))
+
+
 def divide_states(states: Sequence[dict], processes: int, process: int) -> dict:
     """The state of one of `processes`, to go on from those of a run on `len(states)` of them.
 

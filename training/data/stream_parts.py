@@ -97,7 +97,7 @@ def stream_label_names(options: DatasetOptions) -> list[str]:
 
 def _collect_names(options: DatasetOptions) -> list[str]:
     places: dict[str, dict[str, str]] = {}  # of the first row that lists a name, by split
-    shards, _ = open_shards(options, labels_only=True)
+    shards, _ = open_shards(options, only="labels")
     with tqdm(desc="Reading labels", unit="row") as progress:
         for split, of_split in shards.items():
             labels, first = _row_labels(options, [], of_split), places.setdefault(split, {})

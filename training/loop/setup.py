@@ -321,7 +321,7 @@ def _fingerprint(config: TrainingConfig, data: dict[str, MultiLabelDataset]) -> 
     """What tells a dataset from another under the same name: its images and their labels, in order."""
     digest = hashlib.sha256(json.dumps(config.scenes, sort_keys=True).encode())
     if isinstance(data["train"], StreamDataset):
-        digest.update(data["train"].split.shards.fingerprint.encode())
+        digest.update(data["train"].split.shards.fingerprint().encode())
     for name in ("train", "validation"):
         if isinstance(data[name], StreamDataset):
             continue

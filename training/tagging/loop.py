@@ -32,17 +32,28 @@ class Batch(NamedTuple):
 
 
 class Images(torch.utils.data.Dataset):
-    """Decodes and resizes images; what cannot be read is told, not raised."""
+    """Decodes and resizes images; what cannot be read is told, not raised.
 
-    def __init__(self, source: FileSource | DatasetSource, keys: list, processor: BaseImageProcessor):
+    Args:
+        source: Of the images; None: those of a stream, which come as key and image in place of an index.
+        keys: Of `source`.
+    """
+
+    def __init__(self, source: FileSource | DatasetSource | None, keys: list, processor: BaseImageProcessor):
         self.source, self.keys, self.resize = source, keys, ImageResizer(processor)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, index: int) -> tuple:
-        key, begin, pixels, problem, gone = self.keys[index], time.perf_counter(), None, None, False
-        image = self.source.image(key)
+    def __getitem__(self, index: int | tuple) -> tuple:
+        begin, pixels, problem, gone = time.perf_counter(), None, None, False
+        if self.source is not None:
+            key = self.keys[index]
+            image = self.source.image(key)
+        else:
+            key, image = index
+            if not image["bytes"]:  # a path may lead anywhere on this machine
+                return key, None, "The row holds no image.", False, 0.0
         try:
             pixels = self.resize.stored(image)
         except ValueError as error:
@@ -89,6 +100,7 @@ def tag(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
     loader: torch.utils.data.DataLoader,
+    batch_size: int,
     accelerator: Accelerator,
     threshold: float | str | None,
     top_k: int | None,
@@ -131,7 +143,7 @@ def tag(
         clock.seconds["decoding"] += batch.seconds
         logits = None
         if batch.pixels is not None:
-            logits = padded_logits(model, processor, batch.pixels, loader.batch_size, accelerator)
+            logits = padded_logits(model, processor, batch.pixels, batch_size, accelerator)
         under_way.append((batch, logits))
         if len(under_way) > 1:
             yield records()

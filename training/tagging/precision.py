@@ -13,6 +13,7 @@ from modeling_hsvlt.processing_multilabel import resolve_threshold
 from ..data.batches import normalize_pixels
 from ..places import native_precision
 from .loop import Images, collate
+from .sources import StreamSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGES = 100
@@ -38,9 +39,13 @@ def choose_precision(args, model: PreTrainedModel, processor: BaseImageProcessor
     if own != "fp32" or fast == "no":
         print(f"--dtype auto: {own}, " + ("as the checkpoint." if own != "fp32" else "no faster instructions here."))
         return own
-    keys = itertools.islice((key for key in source.keys if key not in source.videos), IMAGES)
-    images = Images(source, list(keys), processor)
-    pixels = collate([images[index] for index in range(len(images))]).pixels if len(images) else None
+    if isinstance(source, StreamSource):
+        images, places = Images(None, [], processor), list(itertools.islice(source.images(), IMAGES))
+    else:
+        keys = itertools.islice((key for key in source.keys if key not in source.videos), IMAGES)
+        images = Images(source, list(keys), processor)
+        places = range(len(images))
+    pixels = collate([images[place] for place in places]).pixels if places else None
     if pixels is None:
         print("--dtype auto: fp32, none of the first images can be read.")
         return own

@@ -28,7 +28,7 @@ from .loop import Clock, Images, collate, report, tag
 from .precision import DTYPES, choose_precision, precision_of
 from .results import UNREADABLE_FILE, PartWriter, Results, fingerprint, fingerprint_weights, summarise
 from .sidecars import check_sidecars, write_sidecars
-from .sources import DatasetSource, open_source
+from .sources import FileSource, StreamSource, open_source
 from .videos import tag_videos
 
 
@@ -73,18 +73,21 @@ def tag_source(args) -> int:
         if accelerator.is_main_process:
             plan = _plan(args, model, processor, source, results, lock)
         # One list for all, though images may come and go while it is made.
+        # Of a stream, whose length nobody knows, it is what has a record.
         todo, run_number, dtype = broadcast_object_list(plan)
         if isinstance(todo, str):
             raise ValueError(todo)
         model.to(DTYPES[dtype])
         lock.take(alone=False)
         accelerator.wait_for_everyone()
-        share = todo[accelerator.process_index :: accelerator.num_processes]
-        clock, gone = tag_share(args, model, processor, source, results, share, run_number, accelerator)
+        share = todo
+        if not isinstance(source, StreamSource):
+            share = todo[accelerator.process_index :: accelerator.num_processes]
+        clock, gone, count = tag_share(args, model, processor, source, results, share, run_number, accelerator)
         accelerator.wait_for_everyone()
-        report(clock, len(share), args.num_workers, accelerator, "file" if source.videos else "image")
+        report(clock, count, args.num_workers, accelerator, "file" if source.videos else "image")
         if accelerator.is_main_process:
-            name = str if isinstance(source, DatasetSource) else source.where
+            name = source.where if isinstance(source, FileSource) else str
             total, unreadable = summarise(results, name)
             left_out = ", ".join(f"{count:,} {why}" for why, count in sorted(source.left_out.items()))
             left_out = f"; left out: {left_out}" if left_out else ""
@@ -109,14 +112,24 @@ def tag_source(args) -> int:
 
 def tag_share(
     args, model, processor, source, results, share, run_number, accelerator: Accelerator
-) -> tuple[Clock, list[str]]:
-    """Tags one process's images and videos; beside the time, why there is no record of those that could not be got
-    at."""
-    images = Images(source, [key for key in share if key not in source.videos], processor)
-    videos = [key for key in share if key in source.videos]
+) -> tuple[Clock, list[str], int]:
+    """Tags one process's images and videos: the time, why there is no record of those that could not be got at, and how
+    many there were.
+
+    Args:
+        share: The keys to tag; of a stream, those not to.
+    """
+    batches, videos = {"batch_size": args.batch_size}, []
+    if isinstance(source, StreamSource):
+        images = Images(None, [], processor)
+        mine = source.images(accelerator.process_index, accelerator.num_processes, frozenset(share))
+        batches = {"batch_sampler": iter(lambda: list(itertools.islice(mine, args.batch_size)), [])}
+    else:
+        images = Images(source, [key for key in share if key not in source.videos], processor)
+        videos = [key for key in share if key in source.videos]
     loader = torch.utils.data.DataLoader(
         images,
-        batch_size=args.batch_size,
+        **batches,
         num_workers=args.num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
@@ -124,12 +137,13 @@ def tag_share(
         timeout=WORKER_TIMEOUT if args.num_workers else 0,
     )
     writer = PartWriter(results, run_number, accelerator.process_index, args.part_size)
-    clock, gone = Clock(), []
+    clock, gone, count = Clock(), [], 0
+    total = None if isinstance(source, StreamSource) else len(share)
     words = "Tagging" if accelerator.num_processes == 1 else f"Tagging, process 1 of {accelerator.num_processes}"
-    bar = tqdm(total=len(share), desc=words, unit="img", disable=not accelerator.is_main_process or not share)
+    bar = tqdm(total=total, desc=words, unit="img", disable=not accelerator.is_main_process or total == 0)
     try:
         with naming_dead_workers():
-            of_images = tag(model, processor, loader, accelerator, args.threshold, args.top_k, clock)
+            of_images = tag(model, processor, loader, args.batch_size, accelerator, args.threshold, args.top_k, clock)
             of_videos = tag_videos(args, model, processor, source, videos, accelerator, clock) if videos else ()
             for records in itertools.chain(of_images, of_videos):
                 for record in records:
@@ -139,15 +153,16 @@ def tag_share(
                     else:
                         writer.add({**key, **record}, [{**key, **interval} for interval in seen])
                 bar.update(len(records))
+                count += len(records)
     finally:
         bar.close()
         writer.flush()  # after Ctrl-C as well
-    return clock, gone
+    return clock, gone, count
 
 
 def _plan(args, model: PreTrainedModel, processor, source, results: Results, lock: FolderLock) -> list:
-    """The keys that have no record, the number of this run and what it computes in; or, in place of the keys, why there
-    can be none."""
+    """The keys that have no record (of a stream, those that have one), the number of this run and what it computes in;
+    or, in place of the keys, why there can be none."""
     try:
         lock.take(alone=True)
     except BlockingIOError:
@@ -174,10 +189,14 @@ def _plan(args, model: PreTrainedModel, processor, source, results: Results, loc
         if settings["dtype"] == "auto":
             begun = None if args.overwrite else results.begun_with("dtype")
             settings["dtype"] = begun if begun in DTYPES else choose_precision(args, model, processor, source)
-        results.begin(settings, source.fingerprint, len(source.keys), overwrite=args.overwrite)
+        count = len(source) if isinstance(source, StreamSource) else len(source.keys)
+        results.begin(settings, source.fingerprint, count, overwrite=args.overwrite)
         done = results.done()
     except (ValueError, OSError) as error:
         return [str(error), None, None]
+    if isinstance(source, StreamSource):
+        print(f"{args.source}: {counted(count, 'shard')}; {counted(len(done), 'image')} of them have a record.")
+        return [list(done), results.next_run(), settings["dtype"]]
     todo = [key for key in source.keys if key not in done]
     images = counted(len(source.keys) - len(source.videos), "image")
     videos = f" and {counted(len(source.videos), 'video')}" if source.videos else ""

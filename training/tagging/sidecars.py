@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from ..checkpoint.atomic import write_file
 from .results import Results
-from .sources import DatasetSource, FileSource
+from .sources import DatasetSource, FileSource, StreamSource
 from .xmp import EMPTY_XMP, with_keywords
 
 logger = logging.getLogger(__name__)
@@ -102,10 +102,10 @@ def shared_names(source: FileSource) -> set[Path]:
     return {path for path, count in owners.items() if count > 1} | (owners.keys() & set(images))
 
 
-def check_sidecars(source: FileSource | DatasetSource) -> None:
+def check_sidecars(source: FileSource | DatasetSource | StreamSource) -> None:
     """
     Raises:
         ValueError: the images are no files.
     """
-    if isinstance(source, DatasetSource) or any(source.is_url(name) for name in source.keys):
+    if not isinstance(source, FileSource) or any(source.is_url(name) for name in source.keys):
         raise ValueError("Images of a data set or of the web have no folder for sidecars; leave --sidecars out.")

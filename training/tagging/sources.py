@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -12,8 +13,12 @@ from modeling_hsvlt.load_video import NEEDS_PYAV, can_read_videos, is_video
 
 from ..data.image_files import find_images, is_image
 from ..data.load import load_images
-from ..data.rows import fingerprint_images
+from ..data.rows import SPLIT_ALIASES, fingerprint_images, no_such_split
+from ..data.shards import Shards, open_shards
+from ..data.stream_order import one_pass
 from ..data.text import read_text
+from ..data.webdataset import SHARD_SUFFIXES
+from ..options import DatasetOptions
 
 _URLS = ("http://", "https://", "data:image/")
 # What makes a folder a data set and not a tree of images.
@@ -89,13 +94,45 @@ class DatasetSource:
         return fingerprint_images(self.rows.select(range(min(count, len(self.rows)))))
 
 
-def open_source(source: str, *, split: str | None = None, **options) -> FileSource | DatasetSource:
+class StreamSource:
+    """The images of shards, read as they come: known by their row of parquet, else by their shard and name in it."""
+
+    def __init__(self, shards: Shards, source: str):
+        self.shards, self.left_out, self.videos = shards, {}, set()
+        self._names = shards.short_names(source)
+        counts = shards.counts()
+        self._first = None if counts is None else [0, *itertools.accumulate(counts)]  # row of each shard
+        self.key_name = "file_name" if counts is None else "row"
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def images(self, process: int = 0, processes: int = 1, done: Collection = ()) -> Iterator[tuple[str | int, dict]]:
+        """Key and image of what a process is to tag."""
+        for row in one_pass(self.shards, process, processes):
+            image = row.values[self.shards.image_column] or {"bytes": None, "path": None}
+            if self._first is not None:
+                key = self._first[row.shard] + row.row
+            else:
+                key = f"{self._names[row.shard]}/{image['path'].partition('/')[2]}"
+            if key not in done:
+                yield key, image
+
+    def fingerprint(self, count: int) -> str | None:
+        """Of the first `count` shards."""
+        return self.shards.fingerprint(count)
+
+
+def open_source(
+    source: str, *, split: str | None = None, streaming: bool = False, **options
+) -> FileSource | DatasetSource | StreamSource:
     """The images and videos of a folder (with the folders in it), or of a text file that names one a line; the images
     of a data set; or one image or video. A name may be a URL.
 
     A folder that `datasets` wrote, or of parquet files, is a data set; so is what is no path, an id on the Hub. In a
     list, relative names start where the list is, and what follows a tab is left out, so that the `unreadable.txt` of
-    another run is a list. `split` and `options`: as of `training.data.load.load_images`.
+    another run is a list. With `streaming`, and where a file or folder is of `.tar` shards alone, nothing of a data
+    set is copied. `split` and `options`: as of `training.data.load.load_images`.
 
     Raises:
         FileNotFoundError, ValueError: in one sentence, what is wrong and what to do.
@@ -103,6 +140,8 @@ def open_source(source: str, *, split: str | None = None, **options) -> FileSour
     path = Path(source)
     if source.startswith(_URLS):
         return _named(Path(), [source])
+    if streaming or source.endswith(SHARD_SUFFIXES):
+        return _stream(source, split, **options)
     if path.is_file() and (is_image(path) or is_video(path)):
         return _named(path.parent, [path.name])
     if path.is_file():
@@ -117,10 +156,26 @@ def open_source(source: str, *, split: str | None = None, **options) -> FileSour
         if len(videos) < len(found.videos):
             found.left_out["videos (pip install av)"] = len(found.videos)
         if not found.names and not videos:
+            if any(next(path.rglob(f"*{suffix}"), None) for suffix in SHARD_SUFFIXES):
+                return _stream(source, split, **options)
             why = "; for its videos install PyAV, pip install av, or" if found.videos else ";"
             raise ValueError(f"{path} holds no images{why} give another folder, a list, or a data set.")
         return FileSource(path, [*found.names, *videos], found.left_out, videos)
     return DatasetSource(load_images(source, split, **options))
+
+
+def _stream(source: str, split: str | None, **options) -> StreamSource:
+    """
+    Raises:
+        ValueError: several splits and none chosen, or none of that name.
+    """
+    shards, _ = open_shards(DatasetOptions(dataset=source, **options), only="images")
+    if split is None and len(shards) > 1:
+        raise ValueError(f"{source} has the splits {', '.join(shards)}; choose one with --split.")
+    name = SPLIT_ALIASES.get(split, split) or next(iter(shards))
+    if name not in shards:
+        raise no_such_split(name, shards, source)
+    return StreamSource(shards[name], source)
 
 
 def _named(root: Path, names: Sequence[str]) -> FileSource:

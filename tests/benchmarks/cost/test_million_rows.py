@@ -17,11 +17,14 @@ def test_figures_are_those_of_the_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ranking, "BLOCK_ENTRIES", 7 * 1500)
     file = tmp_path / "figures.json"
     argv = ["--rows", "1500", "--labels", "40", "--threads", "2", "--seed", "3", "--json", str(file), "--quiet"]
+    argv += ["--shards", "3", "--shard_images", "12", "--image_size", "32", "--rounds", "1"]
     assert main(argv) == 0
     figures = json.loads(file.read_text())
     assert figures["duplicate_groups"] == 15
     assert figures["stratified"]["mean_positives_off"] < figures["random"]["mean_positives_off"]
     assert figures["stratified"]["labels_absent_from_a_split"] == 0
+    speeds = figures["images_per_second"]
+    assert list(speeds) == ["map-style", "stream, parquet", "stream, webdataset"] and min(map(min, speeds.values())) > 0
     assert "peak memory" in capsys.readouterr().out and 0 < figures["peak_gib"] < 16
 
     dataset, names = synthetic_dataset(1500, 40, 4, 3)
