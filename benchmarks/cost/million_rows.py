@@ -4,7 +4,7 @@
 
     python -m benchmarks.cost.million_rows --rows 0 --shards 100 --workers 2
 
-Then images a second from a hundred shards, decoded and resized: parquet and WebDataset as streams, and parquet map-style.
+Then images a second from a hundred shards, decoded and resized: parquet and WebDataset as streams, parquet map-style.
 A `--rows` or `--shards` of 0 leaves that part out.
 
 Prints the seconds of each step, those of work on all cores, and the peak memory of the process. Labels stay sparse

@@ -149,7 +149,7 @@ def test_resuming_refuses_other_shards_and_can_begin_anew_with_them(recipe, whol
     shutil.copytree(folder, other)
     shutil.copytree(whole, run)
     write_tar(other / "train-00002.tar", range(3))
-    options = ["--resume", "--dataset", str(other), "--epochs", "3"]
+    options = ["--resume", "--dataset", str(other), "--epochs", "3", "--output_dir", str(run)]
     assert main([str(run), *options]) == 2
     assert "was trained with dataset" in capsys.readouterr().err
     assert main([str(run), *options, "--resume_despite", "[dataset, total_steps]"]) == 0
@@ -244,7 +244,7 @@ def test_two_processes_share_a_stream_are_killed_and_end_alike(recipe, tmp_path)
     ended = forked(main, [str(tmp_path / "k"), "--resume"], processes=2)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert_same_end(tmp_path / "w", tmp_path / "k")
-    how = ["--resume", "--resume_despite", "[batches, total_steps]", "--output_dir", str(tmp_path / "one")]
+    how = ["--resume", "--resume_despite", "[batches]", "--output_dir", str(tmp_path / "one")]
     ended = forked(train_watched, [str(tmp_path / "one"), *how], tmp_path / "again", None)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert lines(tmp_path / "one")[-1]["step"] == 14

@@ -71,11 +71,8 @@ class Shards:
 
     def short_names(self, source: str) -> list[str]:
         """Of the files: their paths in a folder `source` or a repository, which do not change where it is moved."""
-        root = os.path.join(source, "") if os.path.isdir(source) else ""
-        return [
-            re.sub(r"^\w+://[^@]*@[^/]+/", "", file) if "://" in file else file.removeprefix(root)
-            for file in self.files
-        ]
+        root = os.path.join(source if os.path.isdir(source) else os.path.dirname(source), "")
+        return [re.sub(r"^\w+://[^@]*@[^/]+/", "", file).removeprefix(root) for file in self.files]
 
     def name(self, index: int) -> str:
         """Words for the row with this `Row.index`."""
