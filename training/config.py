@@ -213,8 +213,6 @@ class TrainingConfig(DatasetOptions):
             if self.epoch_steps is not None:
                 raise ValueError("epoch_steps belongs to a stream: set streaming to true, or leave it out.")
             return
-        if self.dataset == "scenes":
-            raise ValueError("The built-in scenes are no stream: leave out streaming, or name a dataset of shards.")
         for key in ("cache_images", "cache_features", "partial_labels", "compare_bytes"):
             if getattr(self, key):
                 raise ValueError(f"{key} needs a dataset that is read whole: leave it out, or streaming.")

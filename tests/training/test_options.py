@@ -92,15 +92,17 @@ def test_every_command_reads_every_option_of_a_dataset_alike(command):
         "unlisted_images": "skip",
         "exclude": "e",
         "scenes": "{seed: 1}",
+        "validation_images": "7",
     }
     read = {"label_columns": ["cat", "dog"], "label_names": ["dog", "cat", "on", "1.10"], "scenes": {"seed": 1}}
-    read["no_label"] = ["none", "nil"]
-    expected = written | read
+    read |= {"no_label": ["none", "nil"], "validation_images": 7}
+    expected = written | read | {"streaming": False}
     if command == "check_data":  # finds what the others are told to leave out
         expected["exclude"] = None
         del written["exclude"], written["missing_images"], written["unlisted_images"]
     argv = [f"--{name}={text}" for name, text in written.items()]
     assert dataset_options(readers()[command](argv)) == expected
+    assert dataset_options(readers()[command](["--streaming"]))["streaming"] is True  # contradicts exclude
 
 
 @pytest.mark.parametrize("command", readers())

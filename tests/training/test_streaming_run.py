@@ -252,7 +252,6 @@ def test_two_processes_share_a_stream_are_killed_and_end_alike(recipe, tmp_path)
 
 def test_what_does_not_go_with_a_stream_is_refused():
     for options, message in (
-        ({"dataset": "scenes"}, "scenes are no stream"),
         ({"cache_images": True}, "cache_images needs a dataset that is read whole"),
         ({"partial_labels": {"known_fraction": 0.1}}, "partial_labels needs"),
         ({"exclude": "list.txt"}, "a stream does not have"),
@@ -261,6 +260,11 @@ def test_what_does_not_go_with_a_stream_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             TrainingConfig(**{"streaming": True, "dataset": "folder", **options})
+
+
+def test_scenes_are_no_stream(tmp_path, capsys):
+    assert main(["quickstart", "--streaming", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "scenes are drawn, and no stream" in capsys.readouterr().err
 
 
 def test_a_length_that_nobody_knows_is_asked_for(folder, recipe, tmp_path, capsys):

@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..options import DatasetOptions
+from .built_in import BUILT_IN
 from .label_column import label_field
 from .label_name_files import given_names, read_label_names
 from .rows import SPLIT_ALIASES, no_such_split
@@ -163,6 +164,8 @@ def open_shards(
     """
     source = str(options.dataset)
     path, names = Path(source), given_names(options.label_names)
+    if source in BUILT_IN:
+        raise ValueError(f"{source} are drawn, and no stream: leave out streaming, or name a dataset of shards.")
     if path.exists():
         files = _local_files(path)
         beside = (path if path.is_dir() else path.parent) / "labels.txt"

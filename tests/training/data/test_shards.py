@@ -57,7 +57,7 @@ def test_rows_and_splits_are_those_of_the_files(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fingerprint_is_of_the_files_wherever_they_are(tmp_path, kind):
     def mark(folder):
-        return open_shards(options(folder))[0]["train"].fingerprint
+        return open_shards(options(folder))[0]["train"].fingerprint()
 
     folder = write_shards(tmp_path / "one", kind, [3, 2])
     before = mark(folder)

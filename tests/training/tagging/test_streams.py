@@ -98,9 +98,10 @@ def test_sources(tars, tmp_path, capsys, checkpoint):  # noqa: F811
     for processes in (1, 2, 5):
         rows = [row.index for process in range(processes) for row in one_pass(source.shards, process, processes)]
         assert sorted(rows) == list(range(4))
-    write_parquet(tmp_path / "train.parquet", [1])
-    write_parquet(tmp_path / "test.parquet", [1])
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data" / "train.parquet", [1])
+    write_parquet(tmp_path / "data" / "test.parquet", [1])
     with pytest.raises(ValueError, match=r"splits test, train; choose one with --split"):
-        open_source(str(tmp_path / "train.parquet").replace("train.parquet", ""), streaming=True)
+        open_source(str(tmp_path / "data"), streaming=True)
     command = [str(checkpoint), str(tars), str(tmp_path / "out"), "--sidecars", "txt"]
     assert main(command) == 2 and "no folder for sidecars" in capsys.readouterr().err
