@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from .label_names import check_label_names
+from .label_names import check_label_names, in_order
 
 logger = logging.get_logger(__name__)
 
@@ -94,10 +94,10 @@ class MultiLabelConfig(PreTrainedConfig):
         if key == "custom_pipelines" and isinstance(value, dict):
             value = self.custom_pipelines_class(value)
         if key == "id2label" and "id2label" in self.__dict__:
-            before, after = _names(self.__dict__["id2label"]), _names(value)
+            before = self.__dict__["id2label"]
             super().__setattr__(key, value)
             # Names are first given by the constructor, and once more with whole numbers for keys.
-            if before is not None and before != after:
+            if before is not None and (value is None or in_order(before) != in_order(value)):
                 self.forget_labels("the label names have changed")
         else:
             super().__setattr__(key, value)
@@ -155,8 +155,3 @@ class MultiLabelConfig(PreTrainedConfig):
                     f"This configuration asks for the attention kernel {asked!r}, which is code in another repository: "
                     "take it out of config.json; if you trust it, give attn_implementation to from_pretrained yourself."
                 )
-
-
-def _names(id2label: Mapping | None) -> list[str] | None:
-    """Label names in the order of their numbers, which JSON turns into text."""
-    return None if id2label is None else [id2label[key] for key in sorted(id2label, key=int)]

@@ -186,11 +186,11 @@ class HSVLTStageBackbone(nn.Module):
         self.model = self._build(backbone)
         try:
             self._prepare()
-            maps, unreached = self._without_data(self.image_size)
+            maps, unreached = without_data(self, self.image_size)
             self.interaction_depths = list(config.interaction_depths or self.interaction_depths)
             if config.pyramid != "none":
                 self.last_alone = True
-                unreached = self._without_data(self.image_size)[1]
+                unreached = without_data(self, self.image_size)[1]
         except Exception as error:
             raise ValueError(
                 f"a backbone of type {backbone.model_type!r} cannot be read at four places: {first_line(error)}"
@@ -210,9 +210,6 @@ class HSVLTStageBackbone(nn.Module):
 
     def _prepare(self) -> None:
         """What has to be seen before the maps can be."""
-
-    def _without_data(self, image_size: tuple[int, int]) -> tuple[list[torch.Tensor], set[str]]:
-        return without_data(self, image_size)
 
     @property
     def body(self) -> PreTrainedModel:
@@ -283,7 +280,7 @@ class HSVLTStageBackbone(nn.Module):
 
     def _reads(self, image_size: tuple[int, int]) -> bool:
         try:
-            self._without_data(image_size)
+            without_data(self, image_size)
         except Exception:
             return False
         return True

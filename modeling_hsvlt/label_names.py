@@ -41,6 +41,11 @@ def check_label_names(names) -> None:
         raise ValueError(f"label names must differ, but {twice[0]!r} comes twice.")
 
 
+def in_order(id2label: Mapping) -> list:
+    """Label names in the order of their numbers, which JSON turns into text."""
+    return [id2label[key] for key in sorted(id2label, key=int)]
+
+
 def names_of(id2label: Mapping) -> list[str]:
     """The names of `id2label` in the order of their numbers, which JSON turns into text.
 

@@ -10,14 +10,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from modeling_hsvlt.label_names import in_order
+
 AT_THRESHOLDS = "_at_thresholds"
 RANKING = ("mAP_micro", "LRAP", "ranking_loss", "coverage_error")  # of scores of several labels
 
 
 def names_of(config: Mapping) -> list[str]:
     """Label names in class order, of what config.json holds."""
-    names = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}  # transformers leaves these two out
-    return [names[index] for index in sorted(names, key=int)]
+    return in_order(config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"})  # transformers leaves these two out
 
 
 def fingerprints(config: Mapping) -> dict[str, str | None]:
