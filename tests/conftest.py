@@ -41,10 +41,14 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+# What is imported lives until the end: a collector that looks through it again and again takes minutes in all.
+gc.disable()
+
+
 def pytest_collection_finish():
-    """What was imported lives until the end: a collector that looks through it again and again takes minutes in all."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 # A test's files need not outlive a loss of power; a checkpoint's twenty take a tenth of a second to reach the disk.
