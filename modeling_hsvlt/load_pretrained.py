@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, logging
 
 from .label_names import names_of
 from .processing_multilabel import IMAGE_SETTINGS, check_image_settings
@@ -50,6 +50,7 @@ def load_pretrained(
     source = os.fspath(source)
     is_model = hasattr(kind, "from_config") or issubclass(kind, PreTrainedModel)
     hub = {} if revision is None else {"revision": revision}
+    verbosity = logging.get_verbosity()
     try:
         shapes = _tensor_shapes(_base_of(source, hub), hub) if is_model else {}
         config = _config_of(source, hub)
@@ -63,10 +64,21 @@ def load_pretrained(
             check_image_settings({name: getattr(settings, name, None) for name in IMAGE_SETTINGS}, source)
             return loaded
         wants_info = options.pop("output_loading_info", False)
-        model, info = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+        logging.set_verbosity_error()  # a table of tensors; what is wrong with them is said below
+        try:
+            model, info = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+        except RuntimeError:
+            _check_sizes(kind, source, hub, shapes)
+            raise
         missing = sorted(name for name in info["missing_keys"] if not (may_lack and re.search(may_lack, name)))
         if missing and not wants_info:
             raise ValueError(f"{source} lacks {len(missing)} tensors, the first is {missing[0]}: fetch it again.")
+        spare = sorted(info["unexpected_keys"])
+        if spare and not wants_info and type(model).__name__.endswith("ForImageClassification"):
+            raise ValueError(
+                f"{source} holds {len(spare)} tensors that its config.json has no place for, the first is {spare[0]}: "
+                "they are of two models; fetch both files again."
+            )
         check_finite(model.state_dict(), source)
         return (model, info) if wants_info else model
     except OSError as error:
@@ -77,6 +89,24 @@ def load_pretrained(
         raise ValueError(
             f"{source} cannot be loaded ({type(error).__name__}: {_one_line(error)}): fetch or write it again."
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_sizes(kind: Any, source: str, hub: dict, shapes: dict[str, list[int]]) -> None:
+    """
+    Raises:
+        ValueError: a tensor of another size than the configuration says.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+    with torch.device("meta"):
+        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    for name, tensor in model.state_dict().items():
+        if name in shapes and list(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"{source} holds {name} of size {shapes[name]}, and its config.json asks for {list(tensor.shape)}: "
+                "they are of two models; fetch both files again."
+            )
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:

@@ -153,6 +153,30 @@ def test_an_adapter_does_not_choose_its_base(checkpoint, tmp_path):
         build_model(TrainingConfig(init_from=str(adapter)), NAMES)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        (
+            "label_embedding_dim",
+            16,
+            r"holds hsvlt\.\S+ of size \[8, 8\], and its config.json asks for \[8, 16\]",
+        ),
+        (
+            "normalize_label_tokens",
+            False,
+            r"holds \d+ tensors that its config.json has no place for, the first is",
+        ),
+        ("residual_attention", True, r"lacks 5 tensors, the first is residual_attention\.bias"),
+    ],
+)
+def test_a_config_beside_weights_of_another_model_is_one_sentence(checkpoint, field, value, words, capfd):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ValueError, match=words):
+        load(checkpoint)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize("kind", [HSVLTConfig, MlTrConfig, HPDVALConfig])
 def test_a_config_that_asks_for_another_attention_kernel_is_refused(kind, key, tmp_path):

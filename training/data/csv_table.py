@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import posixpath
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,12 @@ from .rows import (
     rows_without_image,
     splits_by_folder,
 )
-from .text import decode
+from .text import decode, delimiter_of
 
 # What the column of file names is called where it is not what the caller said; the first is imagefolder's.
 _FILE_COLUMNS = ("file_name", "filename", "image", "path")
 _SPLIT_COLUMN = "split"
+_FLAGS_OF_SPLITS = ("is_train", "is_valid", "is_val", "is_validation", "is_test")
 _INDEX = ("", "unnamed: 0", "index")  # what the column of row numbers is called
 
 
@@ -62,7 +64,7 @@ def read_csv_tables(
     unlisted_images: str = "error",
     missing_images: str = "error",
 ) -> Table:
-    """Reads CSV files (UTF-8, comma; `.tsv`: tab) with a header, one row an image.
+    """Reads CSV files (UTF-8; commas, or what spreadsheets write in their place) with a header, one row an image.
 
     Args:
         tables: By split; a table of the split "" may name the split of each row in a column `split`, else by its first
@@ -119,10 +121,12 @@ def read_csv_tables(
             file_name = posixpath.normpath(row[of_file].strip().replace("\\", "/")) if row[of_file].strip() else ""
             if not file_name:
                 raise ValueError(f"{path}, line {line} names no image in {file_column!r}; add it or delete the line.")
-            file_names.append(files[root].with_suffix(file_name))
+            file_names.append(files[root].meant(file_name))
         by_folder = None
         if of_split is None:
             by_folder = splits_by_folder(file_names, lambda row, lines=rows, path=path: f"{path}, line {lines[row][0]}")
+        if of_split is None and not by_folder:
+            _refuse_hidden_splits(path, header, rows)
         if by_folder and table and len(set(by_folder)) > 1:
             odd = next(row for row, split in enumerate(by_folder) if split != by_folder[0])
             raise ValueError(
@@ -133,8 +137,14 @@ def read_csv_tables(
             file_name = file_names[number]
             once.add(file_name, f"{path}, line {line}", f"line {line}")
             split = table or (by_folder[number] if by_folder else "train")
-            if of_split is not None and not (split := row[of_split].strip()):
-                raise ValueError(f"{path}, line {line} ({file_name}) names no split; write train, validation or test.")
+            if of_split is not None:
+                split = row[of_split].strip()
+                if not re.match(r"[^\W\d]", split):
+                    what = f"{split!r} for a split" if split else "no split"
+                    raise ValueError(
+                        f"{path}, line {line} ({file_name}) names {what}; write train, validation or test."
+                    )
+                split = split.lower() if split.lower() in SPLIT_NAMES else split
             split = SPLIT_ALIASES.get(split, split)
             if not files[root].holds(file_name):
                 missing.append((split, f"line {line}: {file_name}"))
@@ -161,14 +171,28 @@ def read_csv_tables(
     )
 
 
+def _refuse_hidden_splits(path: Path, header: list[str], rows: list[tuple[int, list[str]]]) -> None:
+    """
+    Raises:
+        ValueError: a column that is not called so says of each row whether it is for training, which would be lost.
+    """
+    for index, name in enumerate(header):
+        values = {row[index].strip().lower() for _, row in rows}
+        if name.lower() in _FLAGS_OF_SPLITS or (len(values) > 1 and values <= SPLIT_NAMES):
+            raise ValueError(
+                f"{path}, line 1: the column {name!r} seems to say the split of each row; call it 'split' and write "
+                "train, validation or test in it, or take it out."
+            )
+
+
 def csv_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV (`.tsv`: with tabs) that are not blank, with their lines.
+    """The rows of a CSV that are not blank, with their lines.
 
     Raises:
         ValueError: not CSV or not UTF-8, with the line.
     """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(decode(path.read_bytes(), path), newline=""), delimiter=delimiter, strict=True)
+    text = decode(path.read_bytes(), path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(path.name, text), strict=True)
     try:
         return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:

@@ -6,7 +6,6 @@ Recognising reads names, and the first and last letters of a few files, never a 
 from __future__ import annotations
 
 import csv
-import io
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from .image_files import IMAGE_SUFFIXES, STORAGE
 from .rows import SPLIT_NAMES
+from .text import delimiter_of
 
 _PEEK = 2**18  # bytes at each end of a file
 NOT_TAGS = frozenset(("labels.txt", "classes.txt", "readme.txt", "license.txt", "notes.txt", "requirements.txt"))
@@ -62,9 +62,8 @@ class Files:
     def header(self, name: str) -> list[str]:
         """The names of the columns of a CSV."""
         line = self.peek(name).partition("\n")[0]
-        delimiter = "\t" if name.lower().endswith(".tsv") else ","
         try:
-            return [cell.strip() for cell in next(csv.reader(io.StringIO(line), delimiter=delimiter), [])]
+            return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter_of(name, line)), [])]
         except csv.Error:  # its reader says what is wrong
             return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -97,8 +98,13 @@ class ImageFiles:
 
     def __init__(self, folder: Path, within: Path | None = None):
         self._folder, self._within = folder, os.path.normpath(within or folder)
-        self._unlisted = set(find_images(folder).names)
-        self._by_stem: dict[str, list[str]] | None = None
+        names = find_images(folder).names
+        self._unlisted = set(names)
+        self._by_stem: dict[str, list[str]] = {}
+        self._by_form: dict[str, list[str]] = {}
+        for name in names:
+            self._by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+            self._by_form.setdefault(unicodedata.normalize("NFC", name), []).append(name)
 
     def holds(self, name: str) -> bool:
         """Whether an image that a row names is there; from then on it is listed."""
@@ -111,14 +117,13 @@ class ImageFiles:
         self._unlisted.discard(Path(os.path.relpath(path, self._folder)).as_posix())
         return True
 
-    def with_suffix(self, name: str) -> str:
-        """The image that a name without its suffix means, where just one is there; else the name as it is."""
-        if self._by_stem is None:
-            self._by_stem = {}
-            for image in self._unlisted:
-                self._by_stem.setdefault(os.path.splitext(image)[0], []).append(image)
-        found = self._by_stem.get(name, ())
-        return found[0] if len(found) == 1 and not _called_like_an_image(name) else name
+    def meant(self, name: str) -> str:
+        """The image that a name means without its suffix, or with its accents written otherwise, as macOS does, where
+        just one is there; else the name as it is."""
+        found = self._by_form.get(unicodedata.normalize("NFC", name), ())
+        if not found and not _called_like_an_image(name):
+            found = self._by_stem.get(name, ())
+        return found[0] if len(found) == 1 else name
 
     def unlisted(self) -> list[str]:
         """Names of the images that no row has named so far."""
@@ -134,7 +139,10 @@ class ImageFinder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._names = find_images(folder).names if folder.is_dir() else []
+        names = find_images(folder).names if folder.is_dir() else []
+        # Accents are compared in one form, but where two files differ in that alone.
+        forms = Counter(unicodedata.normalize("NFC", name) for name in names)
+        self._names = {form if forms[form := unicodedata.normalize("NFC", name)] == 1 else name: name for name in names}
         self._by_file: dict[str, list[str]] = {}
         self._by_stem: dict[str, list[str]] = {}
         self._found: set[str] = set()
@@ -153,6 +161,8 @@ class ImageFinder:
         Raises:
             ValueError: several images are meant alike.
         """
+        if name not in self._names:
+            name = unicodedata.normalize("NFC", name)
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
         if not parts or ".." in parts:
             return None
@@ -179,11 +189,11 @@ class ImageFinder:
 
     def _take(self, name: str) -> Path:
         self._found.add(name)
-        return self.folder / name
+        return self.folder / self._names[name]
 
     def unlisted(self) -> list[str]:
         """Names of the images that were not found so far."""
-        return [name for name in self._names if name not in self._found]
+        return [there for name, there in self._names.items() if name not in self._found]
 
 
 def _same_end(there: list[str], wanted: list[str], below: int) -> bool:

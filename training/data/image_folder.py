@@ -87,6 +87,7 @@ def _read_split(
                     f"{kind_of_all}; write the same kind in every row."
                 )
             kind_of_all = kind_of_all or kind
+            name = files.meant(name)
             once.add(name, f"{metadata}, line {number}", f"line {number}")
             rows.append((number, name, value))
     of_row = [split] * len(rows)

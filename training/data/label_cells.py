@@ -24,6 +24,8 @@ _BRACKETS = {"[": "]", "{": "}"}
 _QUOTES = "'\""
 # What others put between labels where we expect a comma; the last three are Chinese.
 _OTHER_SEPARATORS = "|;\uff0c\u3001\uff1b"
+_JOINED = re.compile(rf"[{_OTHER_SEPARATORS}/+&]")
+_DASHES = frozenset(("-", "--", "---", "\u2013", "\u2014"))
 # How Python prints an object that holds texts, `array(['cat'`, `set()`, `b'cat'`; a list in quotes; pieces of a list.
 _PRINTED = re.compile(r"[A-Za-z_][\w.]*\(([\[{('\"]|\)$)|[bu]('.*'|\".*\")$|['\"]+[\[{(]")
 _PIECE = re.compile(rf"{_PRINTED.pattern}|[\[{{(]\s*['\"]|.*['\"]\s*[\]}}]$", re.S)
@@ -49,6 +51,8 @@ def read_cell(text: str, separator: str = ",", known: Collection[str] = (), numb
         return [text] if text else []
     if text.casefold() in NULL_WORDS:
         return None
+    if text in _DASHES:
+        raise ValueError("is no label; leave the cell empty where there is none, or write nan where that is not known")
     items = text.split(None if separator == " " else separator)
     items = [item.strip() for item in items]
     if separator.isspace():
@@ -202,6 +206,14 @@ def split_text(
                 kinds.setdefault(type(item), row)
         rows.append(items)
     _check_joined(rows, where, known)
+    words = {item.casefold() for items in rows for item in items or () if isinstance(item, str)} - {
+        name.casefold() for name in known
+    }
+    if words and words <= _WORDS.keys():
+        raise ValueError(
+            f"{where(kinds[str])}: the labels are true and false, which are no names; name the columns of such values "
+            "with label_columns."
+        )
     if str in kinds and len(kinds) > 1:
         row = max(kinds[str], min(first for kind, first in kinds.items() if kind is not str))
         raise ValueError(f"{where(row)}: some cells list names and some numbers; write the same kind in every row.")
@@ -247,7 +259,7 @@ def _check_joined(rows: Sequence[list | None], where: Callable[[int], str], know
             first.setdefault(item, row)
     for item, row in first.items():
         if isinstance(item, str) and item not in known:
-            parts = [part.strip() for part in re.split(f"[{_OTHER_SEPARATORS}]", item)]
+            parts = [part.strip() for part in _JOINED.split(item)]
             if len(parts) > 1 and all(part in first for part in parts):
                 raise ValueError(
                     f"{where(row)}: {item[:200]!r} is {len(parts)} labels of other rows in one; divide them as there."

@@ -5,6 +5,7 @@ Ten thousand labels an image are mostly zeros: rows keep only what is not zero u
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -346,5 +347,7 @@ def _looks_multi_hot(flat: pa.Array, lengths: np.ndarray) -> bool:
 
 def unknown_label(name: str, label_names: Sequence[str]) -> str:
     close = get_close_matches(name, label_names, n=1)
-    hint = f"correct it (did you mean {close[0]!r}?)" if close else "take it out of the row"
-    return f"label {name!r} is not among the {len(label_names)} label names; {hint}, or add it to the names"
+    alike = close and unicodedata.normalize("NFC", close[0]) == unicodedata.normalize("NFC", name)
+    show = ascii if alike else repr  # accents written in two ways look the same
+    hint = f"correct it (did you mean {show(close[0])}?)" if close else "take it out of the row"
+    return f"label {show(name)} is not among the {len(label_names)} label names; {hint}, or add it to the names"

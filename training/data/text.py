@@ -36,6 +36,13 @@ def decode(data: bytes, path: Path | str) -> str:
     return text
 
 
+def delimiter_of(name: str, text: str) -> str:
+    """What divides the cells of the table `name`: tabs in a `.tsv`; commas, or where its first line has none what
+    spreadsheets write in their place, semicolons or tabs."""
+    line = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    return "\t" if name.lower().endswith(".tsv") else next((letter for letter in ",;\t" if letter in line), ",")
+
+
 def decode_line(data: bytes, path: Path, number: int) -> str:
     """One line of a UTF-8 file. Raises a ValueError as `read_text` does."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,6 +46,18 @@ def names_of_splits(
     everything = sorted(set().union(*names.values()))
     elsewhere = {name for name in everything if name not in names[train]}
     notes = [LabelNote("only_elsewhere", name, f"{name}: in no row of {train}") for name in sorted(elsewhere)]
+    seen: dict[str, str] = {}
+    for name in everything:
+        if (other := seen.setdefault(_seen(name), name)) != name:
+            split = next(split for split in names if name in names[split])
+            where = row_names[split](row_of_name(lists[split], name))
+            text = (
+                f"{where}: label {name!a} looks like {other!a}, which is in other rows; write one of them everywhere, "
+                "or list both in labels.txt or label_names"
+            )
+            if not report:
+                raise ValueError(text + ".")
+            notes.append(LabelNote("misspelled", name, text))
     if not elsewhere:
         return everything, notes
     near = {}
@@ -64,6 +77,12 @@ def names_of_splits(
         notes.append(LabelNote("misspelled", wrong, text))
     _warn("Labels that no row of %s holds, so that they are not learned: %s.", train, sorted(elsewhere))
     return everything, notes
+
+
+def _seen(name: str) -> str:
+    """What can be seen of a name."""
+    letters = (letter for letter in unicodedata.normalize("NFC", name) if unicodedata.category(letter) != "Cf")
+    return " ".join("".join(letters).split())
 
 
 def names_outside(

@@ -16,7 +16,7 @@ from ..data.formats import Files, isic_tables, with_other_splits
 from ..data.label_cells import read_cell, read_number
 from ..data.rows import SPLIT_NAMES
 from ..options import option
-from .objects import _split_of, check_columns
+from .objects import _split_of, check_table
 from .reading import Reading, Rows, SourceOptions, text_lines
 
 
@@ -72,7 +72,7 @@ def read(args: argparse.Namespace) -> Reading:
     for name in names:
         path, (split, below) = files.root / name, _split_of(name)
         header, lines = read_table(path)
-        check_columns(path, header, wanted)
+        check_table(path, header, lines, wanted)
         image = next(header.index(column) for column in kind.image if column in header)
         columns = [
             (index, column)

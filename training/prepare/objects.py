@@ -45,7 +45,7 @@ def read(args: argparse.Namespace) -> Reading:
         split, below = _split_of(name)
         header, lines = read_table(files.root / name)
         known = next((columns for columns in OBJECT_COLUMNS if columns & set(header)), OBJECT_COLUMNS[0])
-        check_columns(files.root / name, header, known)
+        check_table(files.root / name, header, lines, known)
         image, label = (next(header.index(key) for key in keys if key in header) for keys in (_IMAGE, _LABEL))
         confidence = header.index("Confidence") if "Confidence" in header else None
         for line, cells in lines:
@@ -78,13 +78,15 @@ def read(args: argparse.Namespace) -> Reading:
     return rows.reading(also=every)
 
 
-def check_columns(path: Path, header: Collection[str], wanted: Collection[str]) -> None:
+def check_table(path: Path, header: Collection[str], rows: Collection, wanted: Collection[str]) -> None:
     """
     Raises:
-        ValueError: a column that is not there.
+        ValueError: a column that is not there, or a header alone.
     """
     if gone := sorted(set(wanted) - set(header)):
         raise ValueError(f"{path}, line 1 has no column {gone[0]!r}; correct it, or take the file away.")
+    if not rows:
+        raise ValueError(f"{path} has a header and no rows; fetch it again, or take the file away.")
 
 
 def _split_of(name: str) -> tuple[str, str]:

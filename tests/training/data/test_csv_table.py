@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from training.data.csv_table import find_csv_tables, read_csv_tables
+from training.data.formats import recognise
 
 
 def touch(root, *names):
@@ -76,6 +77,29 @@ def test_columns_are_the_labels_where_there_is_no_text(tmp_path):
         read_csv_tables({"": path}, label_columns=["cow"])
     with pytest.raises(ValueError, match="missing_images='ignore' must be 'error' or 'skip'"):
         read_csv_tables({"": path}, missing_images="ignore")
+
+
+@pytest.mark.parametrize("divider", [";", "\t"])
+def test_what_spreadsheets_write_in_place_of_commas_is_read(tmp_path, divider):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    path = table(tmp_path / "train.csv", divider.join(("file_name", "labels\n")) + divider.join(("a.png", "cat,dog\n")))
+    assert read_csv_tables({"train": path}).splits["train"]["labels"] == ["cat,dog"]
+    assert recognise(tmp_path).keys() == {"csv"}
+
+
+def test_splits_are_known_in_any_letters_and_never_merged(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    path = table(tmp_path / "all.csv", "file_name,labels,split\na.png,cat,TRAIN\nb.png,dog,Test\n")
+    assert read_csv_tables({"": path}).splits.keys() == {"train", "test"}
+    table(path, "file_name,labels,split\na.png,cat,0\nb.png,dog,1\n")
+    with pytest.raises(ValueError, match=r"all.csv, line 2 \(a.png\) names '0' for a split; write train"):
+        read_csv_tables({"": path})
+    for column, one, other in (("is_valid", "False", "True"), ("subset", "Train", "val")):
+        for labels in ("labels", "cat"):
+            table(path, f"file_name,{labels},{column}\na.png,1,{one}\nb.png,0,{other}\n")
+            with pytest.raises(ValueError, match=rf"line 1: the column '{column}' seems to say the split of each row"):
+                read_csv_tables({"": path})
 
 
 def test_two_tables_for_one_split_and_tables_of_other_columns_are_refused(tmp_path):

@@ -1,11 +1,12 @@
 """Every image below a folder is found, whatever it is called, once; what is left out is counted."""
 
 import os
+import unicodedata
 
 import pytest
 
 from modeling_hsvlt.load_video import VIDEO_SUFFIXES
-from training.data.image_files import IMAGE_SUFFIXES, ImageFinder, find_images
+from training.data.image_files import IMAGE_SUFFIXES, ImageFiles, ImageFinder, find_images
 
 JPEG = b"\xff\xd8\xff\xe0 and so on"
 
@@ -25,6 +26,21 @@ def test_whatever_it_is_called(tmp_path):
     assert found.names == sorted(names)
     assert found.left_out == {"hidden files": 2, "in hidden or thumbnail folders": 3, "no images": 2}
     assert set(names) - set(find_images(tmp_path).names) == {"no_suffix", "x.txt"}
+
+
+@pytest.mark.parametrize("disk", ["NFC", "NFD"])
+def test_accents_may_be_written_in_either_way(tmp_path, disk):
+    there = unicodedata.normalize(disk, "é/è.jpg")
+    put(tmp_path, there)
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "é/è.jpg")
+        assert ImageFiles(tmp_path).meant(name) == there
+        assert ImageFinder(tmp_path).find(name) == tmp_path / there
+        assert ImageFinder(tmp_path).find(f"x/{name}") == tmp_path / there
+    put(tmp_path, unicodedata.normalize("NFC" if disk == "NFD" else "NFD", "é/è.jpg"))
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "é/è.jpg")
+        assert ImageFiles(tmp_path).meant(name) == name and ImageFinder(tmp_path).find(name) == tmp_path / name
 
 
 def test_links_are_followed_and_end(tmp_path):

@@ -78,6 +78,8 @@ def test_a_cell_is_read_as_what_it_is(text, separator, labels):
         "\"['cat', 'dog']\"",
         "b'cat'",
         "cat, #N/A",
+        "-",
+        " \u2014 ",
     ],
 )
 def test_a_cell_that_is_no_list_is_refused(text):
@@ -92,7 +94,7 @@ def test_a_name_in_a_list_is_no_piece_of_a_list_and_can_be_seen(name):
     assert clean_names(pa.array([["it's (5')", "b'day", "[x]", "a\u200cb"]]), "row {}".format).to_pylist()
 
 
-@pytest.mark.parametrize("cell", ["cat;dog", "cat | dog", "dog\uff0ccat"])
+@pytest.mark.parametrize("cell", ["cat;dog", "cat | dog", "dog\uff0ccat", "cat/dog", "dog + cat", "cat & bird"])
 def test_two_labels_with_another_separator_between_them_are_refused_by_row(cell):
     with pytest.raises(ValueError, match=r"row 2: .* is 2 labels of other rows in one"):
         split_text(pa.chunked_array([pa.array(["cat, bird", "dog", cell])]))
@@ -182,6 +184,27 @@ def test_likely_misspellings_are_errors_that_check_data_lists(typo, right, tmp_p
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     found = {finding["kind"]: finding["examples"] for finding in report["findings"]}
     assert len(found["labels_outside_the_vocabulary"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("caf\u00e9", "cafe\u0301"), ("cat", "c\u200bat"), ("cat", "cat\u200f"), ("a b", "a\u00a0 b")]
+)
+def test_two_labels_that_look_the_same_are_refused_by_row(one, other, tmp_path):
+    folder = write_csv(tmp_path / "a", {"train": [one, "dog", other]})
+    with pytest.raises(ValueError, match=r"train.csv, line [24] .*label '.*' looks like '.*', which is in other rows"):
+        load(folder)
+    assert check_data([str(folder), "--output", str(tmp_path / "out")]) == 1
+    (folder / "labels.txt").write_text(f"{one}\ndog\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not among the 2 label names"):
+        load(folder)
+    (folder / "labels.txt").write_text(f"{one}\ndog\n{other}\n", encoding="utf-8")
+    assert len(load(folder).label_names) == 3
+
+
+def test_true_and_false_are_no_names():
+    with pytest.raises(ValueError, match=r"row 0: the labels are true and false, .* with label_columns"):
+        split_text(pa.chunked_array([pa.array(["True", "False", None])]))
+    assert split_text(pa.chunked_array([pa.array(["True", "False"])]), known=["True", "False"]).to_pylist()
 
 
 NAMES = ["\u06af\u0631\u0628\u0647\u200c\u0647\u0627", "a\u00a0b", "👩\u200d👧", "naïve", "日本"]

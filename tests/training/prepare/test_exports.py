@@ -168,6 +168,7 @@ DAMAGED = [
             ("isic", "ISIC_test_GroundTruth.csv"),
         )
     ),
+    ("planet", lambda s: write(s / "test_v2.csv", "image_name,tags"), r"test_v2.csv has a header and no rows"),
     ("planet", lambda s: edit(s / "test_v2.csv", "tags", "tag"), r"test_v2.csv, line 1 has no column 'tags'"),
     ("annotations_csv", lambda s: edit(s / "test/_annotations.csv", "class", "kind"), r"line 1 has no column 'class'"),
     (
