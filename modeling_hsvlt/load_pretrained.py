@@ -22,7 +22,7 @@ from .label_names import names_of
 from .processing_multilabel import IMAGE_SETTINGS, check_image_settings
 
 OURS = ("hsvlt", "mltr", "hp_dval")  # whose label names are shown; ImageNet has two cranes
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # What a configuration keeps as a record; nothing is built from it.
 _RECORDS = ("loss_kwargs", "threshold_info", "calibration_info", "id2label", "label2id", "task_specific_params")
 _MANY = re.compile(r"layers|depths?$|blocks|stages")  # of these there is a tensor each, at least
@@ -52,7 +52,7 @@ def load_pretrained(
     hub = {} if revision is None else {"revision": revision}
     verbosity = logging.get_verbosity()
     try:
-        shapes = _tensor_shapes(_base_of(source, hub), hub) if is_model else {}
+        shapes, kinds = _tensors_of(_base_of(source, hub), hub) if is_model else ({}, {})
         config = _config_of(source, hub)
         _check_numbers(config, shapes, source)
         if config.get("model_type") in OURS and config.get("id2label") is not None:
@@ -79,16 +79,21 @@ def load_pretrained(
                 f"{source} holds {len(spare)} tensors that its config.json has no place for, the first is {spare[0]}: "
                 "they are of two models; fetch both files again."
             )
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not kinds.get(name, "F").startswith(("F", "BF")):
+                raise ValueError(f"{source} holds {name} as {kinds[name]}, which are no weights: fetch it again.")
         check_finite(model.state_dict(), source)
         return (model, info) if wants_info else model
-    except OSError as error:
-        raise OSError(_one_line(error)) from error
-    except ValueError as error:
-        raise ValueError(_one_line(error)) from error
     except Exception as error:  # what damaged files make transformers raise is nearly everything
-        raise ValueError(
-            f"{source} cannot be loaded ({type(error).__name__}: {_one_line(error)}): fetch or write it again."
-        ) from error
+        text, kind_of_error = _one_line(error), OSError if isinstance(error, OSError) else ValueError
+        ours = text.startswith(source)
+        if is_model and not ours and os.path.isdir(source) and not os.path.isfile(os.path.join(source, CONFIG)):
+            text = f"{source} has no {CONFIG}: give the folder of a checkpoint, or fetch it again."
+        elif not isinstance(error, OSError | ValueError):
+            text = f"{source} cannot be loaded ({type(error).__name__}: {text}): fetch or write it again."
+        elif os.path.basename(source) not in text or "If you were trying" in text:
+            text = f"{source} cannot be loaded ({text.partition('. If you were')[0]}): fetch or write it again."
+        raise kind_of_error(text) from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -167,8 +172,8 @@ def _base_of(source: str, hub: dict) -> str:
     return base
 
 
-def _tensor_shapes(source: str, hub: dict) -> dict[str, list[int]]:
-    """Every tensor's shape, from the headers of the files that `from_pretrained` would read.
+def _tensors_of(source: str, hub: dict) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Every tensor's shape, and its kind of numbers, from the headers of the files that `from_pretrained` would read.
 
     Raises:
         ValueError: an index names a file that is no safetensors file of this very folder.
@@ -185,10 +190,14 @@ def _tensor_shapes(source: str, hub: dict) -> dict[str, list[int]]:
                 raise ValueError(f"{index} names {shard!r}, which is no safetensors file: do not load this.")
         names += shards
     shapes: dict[str, list[int]] = {}
+    kinds: dict[str, str] = {}
     for path in filter(None, (file_of(source, name, hub) for name in names)):
         with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dict)
-    return shapes
+            for name in file.keys():  # noqa: SIM118 (no dict)
+                part = file.get_slice(name)
+                shapes[name] = part.get_shape()
+                kinds[name] = part.get_dtype()
+    return shapes, kinds
 
 
 def _check_numbers(config: dict, shapes: dict[str, list[int]], source: str) -> None:

@@ -11,6 +11,7 @@ from fractions import Fraction
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
+from time import process_time
 from typing import NamedTuple
 
 from PIL import Image
@@ -25,6 +26,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 _STILL_OR_SOUND = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"M4A ", b"M4B ")
 MAX_FRAMES = 600
+MAX_SECONDS = 30.0  # of processor time for each frame that is looked at, with those that are decoded on the way
 NEEDS_PYAV = "is a video, which PyAV reads; pip install av"
 
 
@@ -123,7 +125,7 @@ def sample_video(
             return Frame(float(number * step), float(min((number + 1) * step, end - begin)), image)
 
         number, shown, image = 0, None, None
-        for time, frame in _decoded(file, name, max_pixels):
+        for time, frame in _decoded(file, name, max_pixels, MAX_SECONDS * count):
             while shown is not None and number < count and begin + number * step < time:
                 image = image or _upright(shown)
                 yield frame_at(number, image)
@@ -204,7 +206,7 @@ def _extent(file, name: str, max_pixels: int | None) -> tuple[Fraction, Fraction
     Raises:
         ValueError: the file ends before its header says.
     """
-    times, ends, read_to, whole, lasts = [], [], Fraction(0), True, Fraction(0)
+    begin, end, read_to, whole, lasts = Fraction(0), None, Fraction(0), True, Fraction(0)
     with _opened(file, name, max_pixels) as (container, stream):
         usual = 1 / stream.average_rate if stream.average_rate else Fraction(0)
         for packet in container.demux():
@@ -214,12 +216,11 @@ def _extent(file, name: str, max_pixels: int | None) -> tuple[Fraction, Fraction
             time, duration = pts * packet.time_base, (packet.duration or 0) * packet.time_base
             read_to = max(read_to, time + duration)
             if packet.stream.index == stream.index:
-                times.append(time)
-                ends.append(time + (duration or usual))
+                until = time + (duration or usual)
+                begin, end = (time, until) if end is None else (min(begin, time), max(end, until))
                 whole, lasts = not packet.is_corrupt, duration
-        if not times:
+        if end is None:
             raise ValueError(f"{name} has no frames, or is cut off before them; replace it or leave it out.")
-        begin, end = min(times), max(ends)
         declared = Fraction((container.start_time or 0) + (container.duration or 0), 10**6)
         # A last frame that does not say how long it lasts may be what the header counts and the packets do not.
         if not whole or (lasts and declared - read_to > max(Fraction(1), declared / 20)):
@@ -227,10 +228,22 @@ def _extent(file, name: str, max_pixels: int | None) -> tuple[Fraction, Fraction
         return begin, end
 
 
-def _decoded(file, name: str, max_pixels: int | None) -> Iterator[tuple[Fraction, object]]:
-    """Each frame, and when it comes on the screen, within half a tick of the video's clock."""
+def _decoded(file, name: str, max_pixels: int | None, max_seconds: float) -> Iterator[tuple[Fraction, object]]:
+    """Each frame, and when it comes on the screen, within half a tick of the video's clock.
+
+    Raises:
+        ValueError: that takes more processor time than `max_seconds`.
+    """
     with _opened(file, name, max_pixels) as (container, stream):
-        for frame in container.decode(stream):
+        frames, left = container.decode(stream), max_seconds
+        while True:
+            began = process_time()
+            frame = next(frames, None)
+            left -= process_time() - began
+            if left < 0:
+                raise ValueError(f"it takes more than {max_seconds:g} seconds")
+            if frame is None:
+                return
             pts = frame.dts if frame.pts is None else frame.pts
             if pts is None or frame.is_corrupt:  # as the first ones of what was cut from a broadcast
                 continue

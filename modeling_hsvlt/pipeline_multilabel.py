@@ -224,9 +224,13 @@ class MultiLabelImageClassificationPipeline(Pipeline):
     def _logits(self, inputs, chosen: torch.Tensor | None) -> torch.Tensor:
         # The logits alone: feature maps would be copied to the CPU for nothing.
         if chosen is not None and "class_ids" in inspect.signature(self.model.forward).parameters:
-            return self.model(**inputs, class_ids=chosen).logits
-        logits = self.model(**inputs).logits
-        return logits if chosen is None else logits[:, chosen]
+            logits = self.model(**inputs, class_ids=chosen).logits
+        else:
+            logits = self.model(**inputs).logits
+            logits = logits if chosen is None else logits[:, chosen]
+        if logits.isnan().any():
+            raise ValueError("The scores are no numbers: the model's weights are damaged, or too large for its dtype.")
+        return logits
 
     def postprocess(self, outputs, threshold=None, top_k=None, class_ids=None, intervals: bool = False, **pooling):
         config = self.model.config

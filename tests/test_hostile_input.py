@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageFile
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageClassification, ConvNextConfig
 
 from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
 from modeling_hsvlt.label_names import MAX_LABEL_NAME
 from modeling_hsvlt.load_image import load_image
+from modeling_hsvlt.pipeline_multilabel import MultiLabelImageClassificationPipeline
 from training.checkpoint.folder import write_marker
 from training.checkpoint.loading import load_checkpoint
 from training.checkpoint.series import checkpoints, newest_good
@@ -25,6 +27,7 @@ from training.config import TrainingConfig
 from training.data.image_folder import read_image_folders
 from training.data.label_name_files import MAX_LABEL_FILE, read_label_names
 from training.models.build import build_model
+from training.tag import main as tag
 
 from .training.tiny_checkpoint import NAMES, save_checkpoint, save_images
 
@@ -175,6 +178,38 @@ def test_a_config_beside_weights_of_another_model_is_one_sentence(checkpoint, fi
     with pytest.raises(ValueError, match=words):
         load(checkpoint)
     assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_weights_are_refused(checkpoint, kind):
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["classifier.weight"] = tensors["classifier.weight"].to(kind)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds classifier\.weight as (I8|BOOL|C64), which are no weights"):
+        load(checkpoint)
+
+
+def test_what_is_wrong_with_a_folder_is_said_of_the_folder(checkpoint):
+    for name, words in (("processor_config.json", "cannot be loaded"), ("config.json", "has no config.json: give")):
+        (checkpoint / name).unlink()
+        with pytest.raises((OSError, ValueError), match=rf"^{checkpoint} {words}") as error:
+            load(checkpoint)
+        assert "huggingface.co" not in str(error.value)
+    (checkpoint / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises((OSError, ValueError), match=str(checkpoint)):
+        load(checkpoint)
+
+
+def test_scores_that_are_no_numbers_are_no_answer(checkpoint, capsys):
+    tensors = {name: tensor * 1e30 for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    image = checkpoint.parent / "red.png"
+    Image.new("RGB", (16, 16), "red").save(image)
+    assert tag([str(checkpoint), str(image)]) == 2
+    assert "scores that are no numbers" in capsys.readouterr().err
+    model, processor = load(checkpoint)
+    with pytest.raises(ValueError, match="scores are no numbers"):
+        MultiLabelImageClassificationPipeline(model=model, image_processor=processor)(str(image))
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])

@@ -147,6 +147,12 @@ def test_damage_within_is_refused_or_survived(tmp_path):
     one_sentence(tmp_path / "empty.mov", "empty.mov")
 
 
+def test_a_video_that_takes_too_long_is_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "long.mp4").write_bytes(clip(noisy()))
+    monkeypatch.setattr(modeling_hsvlt.load_video, "MAX_SECONDS", 0.0)
+    one_sentence(tmp_path / "long.mp4", "long.mp4", "it takes more than 0 seconds")
+
+
 def test_sound_alone_has_no_images(tmp_path):
     (tmp_path / "song.mp4").write_bytes(sound())
     one_sentence(tmp_path / "song.mp4", "no video stream")

@@ -21,7 +21,9 @@ def find(source: Path) -> tuple[str, str]:
         raise FileNotFoundError(f"{source} does not exist; give the folder or file of the data set.")
     found = recognise(source)
     if not found:
-        kinds = ", ".join(RECOGNISERS)
+        kinds, inside = ", ".join(RECOGNISERS), [path for path in source.glob("[!.]*") if path.name != "__MACOSX"]
+        if len(inside) == 1 and inside[0].is_dir():
+            raise ValueError(f"{source} holds nothing but {inside[0].name}/: give {inside[0]}.")
         raise ValueError(
             f"{source} is in no format that is known here ({kinds}); see training/prepare/README.md. Where every "
             "folder is a label, say so: hsvlt prepare label_folders."

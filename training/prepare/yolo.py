@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ..data.formats import Files, yolo_yaml
+from ..data.formats import NOT_TAGS, Files, yolo_yaml
 from ..data.image_files import ImageFinder, find_images
 from ..data.label_name_files import read_label_names
 from ..data.rows import SPLIT_NAMES
@@ -38,12 +38,17 @@ def read(args: argparse.Namespace) -> Reading:
     without = 0
     for split, images in parts.items():
         for image in images:
-            path = _labels_of(image)
+            path = _labels_of(image, files.root)
             without += not path.is_file()
             labels = _read_labels(path, names) if path.is_file() else ()
             name = image.relative_to(files.root).as_posix() if image.is_relative_to(files.root) else ""
             found = rows.finder.find(name) if name else None
             rows.add(split, found or (image if image.is_file() else None), labels, str(path), name=str(image))
+    owned = {_labels_of(files.root / image, files.root) for image in files.images}
+    for text in files.by_suffix.get(".txt", ()):
+        path = files.root / text
+        if "labels" in text.split("/")[:-1] and path.name.lower() not in NOT_TAGS and path not in owned:
+            rows.add("", None, (), str(path), name="an image of this name")
     if without == sum(map(len, parts.values())):
         raise ValueError(f"{args.source}: no image has a file of labels; put them into labels/ beside images/.")
     if without:
@@ -114,14 +119,18 @@ def _without_yaml(root: Path) -> tuple[list[str], dict[str, list[Path]]]:
     return names, parts
 
 
-def _labels_of(image: Path) -> Path:
-    """The file of labels of an image: `labels/` in place of the last `images/`."""
+def _labels_of(image: Path, root: Path) -> Path:
+    """The file of labels of an image: `labels/` in place of the last `images/` below the source."""
     parts = list(image.parts)
-    for place in range(len(parts) - 2, -1, -1):
+    for place in range(len(parts) - 2, len(root.parts) - 1 if image.is_relative_to(root) else -1, -1):
         if parts[place] == "images":
             parts[place] = "labels"
             break
-    return Path(*parts).with_suffix(".txt")
+    path = Path(*parts)
+    return next(
+        (there for suffix in (".txt", ".TXT") if (there := path.with_suffix(suffix)).is_file()),
+        path.with_suffix(".txt"),
+    )
 
 
 def _read_labels(path: Path, names: list[str]) -> list[str]:

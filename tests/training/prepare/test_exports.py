@@ -290,6 +290,11 @@ DAMAGED = [
         lambda s: write(s / "train/10_all/0.txt", "0 0.5 0.5 0.1 0.1"),
         r"10_all/0.txt, line 1 is a box of YOLO",
     ),
+    (
+        "yolo_roboflow",
+        lambda s: (s / "train/images/1.jpg").unlink(),
+        r"train/labels/1.txt: an image of this name\) that",
+    ),
     ("yolo_darknet", lambda s: edit(s / "test/_darknet.labels", "dog", "cow"), r"other names than"),
     (
         "webdataset_json",
@@ -343,6 +348,17 @@ def test_auto_says_what_it_does_not_know_and_what_may_be_several(tmp_path, capsy
     assert "YOLO (data.yaml) (yolo) and PASCAL VOC's xml" in capsys.readouterr().err
     assert run("auto", tmp_path / "gone", tmp_path / "target") == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["darknet", "ultralytics"])
+def test_boxes_are_found_below_any_folder_and_in_any_letters(layout, tmp_path):
+    source = exports.write_yolo(tmp_path / "images" / "source", layout)
+    for path in [*source.rglob("0.txt")]:
+        path.rename(path.with_suffix(".TXT"))
+    assert run("auto", source, tmp_path / "target") == 0
+    loaded = load(str(tmp_path / "target"))
+    for split, labels in MULTI_HOT.items():
+        assert (loaded.splits[split].labels.dense(0) == labels[0]).all()
 
 
 def test_a_folder_above_merges_no_splits(tmp_path):
