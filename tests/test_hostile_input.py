@@ -206,7 +206,7 @@ def test_scores_that_are_no_numbers_are_no_answer(checkpoint, capsys):
     image = checkpoint.parent / "red.png"
     Image.new("RGB", (16, 16), "red").save(image)
     assert tag([str(checkpoint), str(image)]) == 2
-    assert "scores that are no numbers" in capsys.readouterr().err
+    assert "scores are no numbers" in capsys.readouterr().err
     model, processor = load(checkpoint)
     with pytest.raises(ValueError, match="scores are no numbers"):
         MultiLabelImageClassificationPipeline(model=model, image_processor=processor)(str(image))
