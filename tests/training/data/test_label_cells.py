@@ -187,7 +187,7 @@ def test_likely_misspellings_are_errors_that_check_data_lists(typo, right, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("caf\u00e9", "cafe\u0301"), ("cat", "c\u200bat"), ("cat", "cat\u200f"), ("a b", "a\u00a0 b")]
+    ("one", "other"), [("\u00e9", "e\u0301"), ("cat", "c\u200bat"), ("cat", "cat\u200f"), ("a b", "a\u00a0 b")]
 )
 def test_two_labels_that_look_the_same_are_refused_by_row(one, other, tmp_path):
     folder = write_csv(tmp_path / "a", {"train": [one, "dog", other]})
