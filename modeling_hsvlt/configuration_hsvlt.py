@@ -105,6 +105,10 @@ class HSVLTConfig(MultiLabelConfig):
         normalize_multimodal_states (`bool`, defaults to `False`):
             Whether each stage's multi-modal states are layer-normalised in front of the aggregation: they start small
             (standard deviation 0.02 to 0.04 was seen). Helps small data.
+        label_width (`int`, *optional*):
+            Width of the label tokens and multi-modal states in the stages whose maps are wider; keys and values are
+            projected to it. None: as wide as the map (published). On a frozen EfficientNet-Lite0, whose last map has
+            1,280 channels, most of the weights and of the arithmetic go with 128.
         candidate_labels (`int`, *optional*):
             At inference, the label stream runs for only this many labels an image, proposed by a linear scorer on the
             pooled last feature map. The others have `NOT_EVALUATED` in `logits`, whose sigmoid is 0. None: all labels.
@@ -169,6 +173,7 @@ class HSVLTConfig(MultiLabelConfig):
     normalize_visual_tokens: bool = False
     normalize_label_tokens: bool = False
     normalize_multimodal_states: bool = False
+    label_width: int | None = None
     candidate_labels: int | None = None
     candidate_loss_weight: float | int = 1.0
     residual_attention: bool = False
@@ -248,7 +253,7 @@ class HSVLTConfig(MultiLabelConfig):
             raise ValueError(
                 f"interaction_depths must be four positive numbers, one a stage, but it is {self.interaction_depths}."
             )
-        for field in ("label_chunk_size", "candidate_labels"):
+        for field in ("label_chunk_size", "label_width", "candidate_labels"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be a positive number or None, but it is {value}.")

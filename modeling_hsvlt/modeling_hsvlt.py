@@ -64,8 +64,9 @@ class HSVLTModelOutput(ModelOutput):
             cross-scale aggregation.
         hidden_states (`tuple` of four tensors of shape `(B, C_i, H_i, W_i)`): visual map of each stage; with
             `output_hidden_states=True`, or a list of stages, which leaves None in the place of the others.
-        label_hidden_states (`tuple` of four tensors of shape `(B, N, C_i)`): label tokens after each stage; likewise.
-        multimodal_states (`tuple` of four tensors of shape `(B, N, C_i)`): multi-modal states of each stage's last
+        label_hidden_states (`tuple` of four tensors of shape `(B, N, C_i)`, at most `label_width` wide): label tokens
+            after each stage; likewise.
+        multimodal_states (`tuple` of four tensors of the same shapes): multi-modal states of each stage's last
             interaction, what is aggregated; likewise.
         attentions (`tuple` of four tensors of shape `(B, h, N, H_i, W_i)`): each label's attention over the pixels in
             each stage's last interaction, summing to 1 over the pixels; with `output_attentions=True`.
@@ -112,25 +113,25 @@ class HSVLTAttention(nn.Module):
 
     L are the label tokens, X the pixels, A the attention. Keys and values are one linear map of the pixels each, so
     the maps can be moved to the label side, which has far fewer tokens: `(L Wq Wk^T) X^T` and `(A X) Wv Wo`. This is
-    used where it costs less, `(h - 1) N P + N C < P C`, and the layers are plain (`is_plain`). Results and gradients
-    are the same, and the keys and values of the pixels are never stored.
+    used where it costs less (for labels as wide as the pixels `(h - 1) N P + N C < P C`), and the layers are plain
+    (`is_plain`). Results and gradients are the same, and the keys and values of the pixels are never stored.
     """
 
     is_causal = False
 
-    def __init__(self, config: HSVLTConfig, hidden_size: int):
+    def __init__(self, config: HSVLTConfig, hidden_size: int, channels: int):
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
         if hidden_size % self.num_heads:
             raise ValueError(
-                f"num_attention_heads ({self.num_heads}) must divide the {hidden_size} channels of every stage."
+                f"num_attention_heads ({self.num_heads}) must divide the {hidden_size} channels of its label tokens."
             )
         self.head_dim = hidden_size // self.num_heads
         self.scaling = self.head_dim**-0.5
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key = nn.Linear(channels, hidden_size, bias=False)
+        self.value = nn.Linear(channels, hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
@@ -138,14 +139,14 @@ class HSVLTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            label_states (`torch.Tensor` of shape `(B or 1, N, C)`): label tokens.
+            label_states (`torch.Tensor` of shape `(B or 1, N, L)`): label tokens, L = C unless `label_width` is less.
             pixels (`torch.Tensor` of shape `(B, P, C)`): pixel tokens.
             map_size (`tuple` of two `int`, *optional*): height and width of the map, where its attention is asked for.
 
         Returns:
-            `(B, N, C)` and, where asked for, the attention `(B, h, N, H, W)`.
+            `(B, N, L)` and, where asked for, the attention `(B, h, N, H, W)`.
         """
-        absorb = self._absorbs(label_states.shape[1], *pixels.shape[1:])
+        absorb = self._absorbs(*label_states.shape[1:], *pixels.shape[1:])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, label_attention_forward)
         # Fused kernels return no weights. They end at a width of 256 on GPUs, and with the few scores of labels they
         # are no faster on CPUs: there, two matrix products and a softmax it is.
@@ -158,8 +159,9 @@ class HSVLTAttention(nn.Module):
         context, weights = (self._absorbed if absorb else self._projected)(attend, label_states, pixels, options)
         return self.out_proj(context), None if map_size is None else weights
 
-    def _absorbs(self, num_labels: int, num_pixels: int, channels: int) -> bool:
-        pays = (self.num_heads - 1) * num_labels * num_pixels + num_labels * channels < num_pixels * channels
+    def _absorbs(self, num_labels: int, width: int, num_pixels: int, channels: int) -> bool:
+        absorbed = num_labels * channels * (self.num_heads * num_pixels + width)
+        pays = absorbed < num_pixels * width * (num_labels + channels)
         linears = (self.query, self.key, self.value, self.out_proj)
         return self.config.absorb_projections and pays and is_plain(*linears)
 
@@ -216,14 +218,14 @@ class HSVLTInteractionLayer(GradientCheckpointingLayer):
     `M = GELU((GELU(L Wg + bg) * Attention(L, X)) Wm + bm)`, `L1 = L + M`, `L' = L1 + tanh(U2 ReLU(U1 L1)) * L1`.
     """
 
-    def __init__(self, config: HSVLTConfig, hidden_size: int, is_last: bool):
+    def __init__(self, config: HSVLTConfig, hidden_size: int, channels: int, is_last: bool):
         super().__init__()
-        self.attention = HSVLTAttention(config, hidden_size)
+        self.attention = HSVLTAttention(config, hidden_size, channels)
         self.gate = nn.Linear(hidden_size, hidden_size)
         self.multimodal = nn.Linear(hidden_size, hidden_size)
         # 1 x 1 convolutions in the released code, which its initialisation passes over.
         self.gate.starts_as_in_torch = self.multimodal.starts_as_in_torch = True
-        self.visual_norm = nn.LayerNorm(hidden_size) if config.normalize_visual_tokens else nn.Identity()
+        self.visual_norm = nn.LayerNorm(channels) if config.normalize_visual_tokens else nn.Identity()
         self.label_norm = nn.LayerNorm(hidden_size) if config.normalize_label_tokens else nn.Identity()
         # Nothing reads the label tokens after the last interaction: a gate there would never see a gradient.
         self.label_gate = HSVLTLabelGate(hidden_size) if config.label_update == "gate" and not is_last else None
@@ -261,11 +263,12 @@ class HSVLTInteractionLayer(GradientCheckpointingLayer):
 class HSVLTLabelStage(nn.Module):
     """Channel unification of the label tokens, `L <- Linear_i(L)` (code: `langs`), and one stage's interactions."""
 
-    def __init__(self, config: HSVLTConfig, in_channels: int, channels: int, depth: int, is_last: bool):
+    def __init__(self, config: HSVLTConfig, in_size: int, hidden_size: int, channels: int, depth: int, is_last: bool):
         super().__init__()
-        self.projection = nn.Linear(in_channels, channels)
+        self.projection = nn.Linear(in_size, hidden_size)
         self.layers = nn.ModuleList(
-            HSVLTInteractionLayer(config, channels, is_last=is_last and index == depth - 1) for index in range(depth)
+            HSVLTInteractionLayer(config, hidden_size, channels, is_last=is_last and index == depth - 1)
+            for index in range(depth)
         )
 
 
@@ -278,9 +281,10 @@ class HSVLTLabelStream(nn.Module):
 
     def __init__(self, config: HSVLTConfig, channels: list[int], depths: list[int]):
         super().__init__()
-        widths = [config.label_embedding_dim, *channels]
+        self.widths = [min(each, config.label_width or each) for each in channels]
+        sizes = [config.label_embedding_dim, *self.widths]
         self.stages = nn.ModuleList(
-            HSVLTLabelStage(config, widths[i], widths[i + 1], depths[i], is_last=i == len(depths) - 1)
+            HSVLTLabelStage(config, sizes[i], sizes[i + 1], channels[i], depths[i], is_last=i == len(depths) - 1)
             for i in range(len(depths))
         )
 
@@ -418,10 +422,10 @@ class HSVLTModel(HSVLTPreTrainedModel):
         channels = (self.pyramid or self.backbone).channels
         self.label_stream = HSVLTLabelStream(config, channels, self.backbone.interaction_depths)
         aggregation: Any = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
-        self.aggregation = aggregation(channels)
+        self.aggregation = aggregation(self.label_stream.widths)
         self.multimodal_norms = None
         if config.normalize_multimodal_states:
-            self.multimodal_norms = nn.ModuleList(nn.LayerNorm(width) for width in channels)
+            self.multimodal_norms = nn.ModuleList(nn.LayerNorm(width) for width in self.label_stream.widths)
         self.label_embeddings = HSVLTLabelEmbeddings(config)
         self.post_init()
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a

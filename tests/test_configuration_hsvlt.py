@@ -69,6 +69,7 @@ def test_other_backbones_read_four_stages():
         ({"residual_attention": True, "classifier": "shared"}, "residual_attention has weights .* needs classifier"),
         ({"candidate_labels": 4, "classifier": "shared"}, "candidate_labels has weights .* needs classifier"),
         ({"candidate_labels": 0}, "candidate_labels must be a positive number"),
+        ({"label_width": 0}, "label_width must be a positive number"),
         ({"interaction_depths": [1, 2, 0, 1]}, "four positive numbers"),
         ({"residual_attention_weight": 0.0}, "must lie between 0 and 1"),
         ({"residual_attention_weight": 1.0}, "must lie between 0 and 1"),

@@ -123,7 +123,7 @@ def naive_logits(model, pixel_values):
                     pixels = maps[step][0].flatten(1).T  # (P, C)
                     step += 1
                     keys, values = (linear(pixels, f"{name}.attention.{k}") for k in ("key", "value"))
-                    scores = keys @ linear(label, f"{name}.attention.query") / pixels.shape[1] ** 0.5
+                    scores = keys @ linear(label, f"{name}.attention.query") / len(label) ** 0.5
                     attended = linear(scores.softmax(0) @ values, f"{name}.attention.out_proj")
                     gated = F.gelu(linear(label, f"{name}.gate")) * attended
                     multimodal = F.gelu(linear(gated, f"{name}.multimodal"))
@@ -143,17 +143,34 @@ def naive_logits(model, pixel_values):
 
 @pytest.mark.parametrize("absorb", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("label_update", ["gate", "none"])
+@pytest.mark.parametrize(("label_update", "label_width"), [("gate", None), ("none", None), ("gate", 10)])
 @torch.no_grad()
-def test_logits_equal_the_equations(absorb, normalize, label_update):
+def test_logits_equal_the_equations(absorb, normalize, label_update, label_width):
     model = make_model(
-        absorb_projections=absorb, normalize_multimodal_states=normalize, label_update=label_update
+        absorb_projections=absorb,
+        normalize_multimodal_states=normalize,
+        label_update=label_update,
+        label_width=label_width,
     ).double()
     for layer in (layer for stage in model.hsvlt.label_stream.stages for layer in stage.layers):
         for parameter in layer.parameters():  # so that every step shows in the logits
             parameter.mul_(2)
     expected = naive_logits(model, random_images().double())
     torch.testing.assert_close(model(random_images().double()).logits, expected, atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_label_tokens_are_no_wider_than_label_width():
+    model = make_model(label_width=10, normalize_visual_tokens=True)
+    output = model(random_images(), output_hidden_states=True)
+    for states in (output.label_hidden_states, output.multimodal_states):
+        assert [each.shape for each in states] == [(2, N, width) for width in (8, 10, 10, 10)]
+    assert [each.shape[1] for each in output.hidden_states] == [8, 12, 16, 20]
+    published = make_model(label_width=20).state_dict()
+    assert {name: each.shape for name, each in published.items()} == {
+        name: each.shape for name, each in make_model().state_dict().items()
+    }
+    assert make_model(label_width=10, aggregation="topdown")(random_images()).logits.shape == (2, N)
 
 
 def test_without_a_gate_there_is_none():
@@ -203,10 +220,12 @@ def test_from_backbone_keeps_the_given_config(tmp_path):
 # ---- absorbed = projected
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize(("heads", "label_width"), [(1, None), (2, None), (4, None), (2, 6)])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_absorbed_equals_projected_forward_and_gradients(heads, implementation):
-    absorbed = make_model(num_attention_heads=heads, attn_implementation=implementation).double()
+def test_absorbed_equals_projected_forward_and_gradients(heads, label_width, implementation):
+    absorbed = make_model(
+        num_attention_heads=heads, label_width=label_width, attn_implementation=implementation
+    ).double()
     projected = copy.deepcopy(absorbed)
     projected.config.absorb_projections = False
     for module in projected.modules():
@@ -227,9 +246,12 @@ def test_absorbed_equals_projected_forward_and_gradients(heads, implementation):
 def test_absorption_is_chosen_by_the_rule_of_the_shapes():
     attention = make_model(num_attention_heads=4).hsvlt.label_stream.stages[0].layers[0].attention
     for labels, pixels, channels in [(5, 256, 8), (1, 256, 8), (80, 4, 8), (2, 1000, 8)]:
-        assert attention._absorbs(labels, pixels, channels) == (
+        assert attention._absorbs(labels, channels, pixels, channels) == (
             3 * labels * pixels + labels * channels < pixels * channels
         )
+    # Labels of width 8, pixels of width 64: queries by keys and attention by pixels are in multiply-adds
+    # 2 * 5 * 8 * 64 + 2 * 4 * 5 * 49 * 64, against 2 * 49 * 64 * 8 + 2 * 5 * 49 * 8 with keys and values.
+    assert not attention._absorbs(5, 8, 49, 64) and attention._absorbs(1, 8, 49, 64)
 
 
 def test_lora_on_a_projection_is_not_bypassed():
