@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class CountMultiplyAdds(TorchDispatchMode):
-    """Adds up multiply-adds in `total`.
+    """Adds up multiply-adds in `total`; under `no_grad`, not `inference_mode`, which hides those of whole layers.
 
     torch's `FlopCounterMode` follows modules with hooks, and a module with a hook takes no fast path here: it would
     count what is not computed.
