@@ -27,8 +27,13 @@ def python(*command, cwd, env: dict[str, str], timeout: int = 500) -> subprocess
     server = _server()
     with tempfile.TemporaryDirectory() as output:
         order = {"command": [*map(str, command)], "folder": str(cwd), "environment": env}
-        print(json.dumps({**order, "output": output, "timeout": timeout}), file=server.stdin, flush=True)
-        status = int(server.stdout.readline())
+        try:
+            print(json.dumps({**order, "output": output, "timeout": timeout}), file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+        except BaseException:  # a test's own limit: what comes after must not get this one's status
+            server.kill()
+            _server.cache_clear()
+            raise
         stdout, stderr = (Path(output, name).read_text() for name in ("out", "err"))
     return subprocess.CompletedProcess(command, status, stdout, stderr)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BEFORE = "b3e60ec"  # the last commit without any of the fixes
 MEMORY = 12 * 2**30
-TAKEN_ALONG = ("tests/attacks", "tests/conftest.py", "tests/loopback_hub.py")
+TAKEN_ALONG = ("tests/attacks", "tests/conftest.py", "tests/fresh.py", "tests/loopback_hub.py")
 
 
 def _limit_memory() -> None:
