@@ -112,6 +112,7 @@ def test_cached_text_benchmark_runs(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(cached_text, "CLIPConfig", tiny)
     arguments = ["--num_labels", "2", "--batch_size", "1", "2", "--rounds", "2", "--pipelines", "--device", "cpu"]
+    arguments += ["--threads", "1"]
     assert cached_text.main([*arguments, "--json", str(tmp_path / "speed.json")]) == 0
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert [(row["batch_size"], row["model"]) for row in rows] == [
