@@ -74,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         write_dataset(reading.splits, reading.label_names, args.target, max_shard_bytes=args.max_shard_mb * 1_000_000)
     except (ValueError, OSError) as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        print("Stopped; nothing is written.", file=sys.stderr)
+        return 130
     print(f"Written to {args.target}; load_dataset({str(args.target)!r}) and --dataset {args.target} read it.")
     if "validation" in reading.splits:
         say_next("check", args.target)

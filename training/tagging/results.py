@@ -105,7 +105,7 @@ class Results:
             # The settings go last: a kill in between leaves parts that still belong to settings.
             for old in [*self._all_parts(), self.folder / UNREADABLE_FILE, path]:
                 old.unlink(missing_ok=True)
-        for unfinished in [*self.folder.glob(".part-*.new"), *self.folder.glob(".intervals-*.new")]:
+        for unfinished in self.folder.glob(".*.new"):
             unfinished.unlink()
         parts = {part.name.removeprefix("part-") for part in self._all_parts()}
         for old in self._all_parts("intervals"):

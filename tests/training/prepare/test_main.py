@@ -487,6 +487,16 @@ def test_splits_are_chosen_and_renamed(tmp_path, capsys):
     assert "not the only one that would become 'train'" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.prepare.write._write_shard", interrupted)
+    assert main(["csv", str(write_csv(tmp_path / "source", "text")), str(tmp_path / "target")]) == 130
+    assert capsys.readouterr().err.endswith("Stopped; nothing is written.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_an_existing_target_is_refused_untouched(tmp_path, capsys):
     write(tmp_path / "target" / "mine.txt", "mine")
     assert prepare("imagefolder", write_image_folder(tmp_path / "source"), tmp_path / "target") == 2
