@@ -62,10 +62,11 @@ RECIPES = {
             "normalize_label_tokens": True,
             "normalize_multimodal_states": True,
             "initializer_range": None,
+            "label_width": 64,
             "residual_attention": True,
             "residual_attention_weight": 0.8,
         },
-        residual_attention=(1e-2, 8.0),
+        residual_attention=(1e-2, 16.0),
         **ASYMMETRIC,
     ),
 }

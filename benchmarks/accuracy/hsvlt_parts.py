@@ -66,6 +66,7 @@ def stream_alone(*, model: dict | None = None, **changes) -> Ablation:
 ABLATIONS = {
     "hsvlt": Ablation(),
     "label stream off": Ablation(tweak=label_stream_off),
+    "label stream off, text classifier off": Ablation(tweak=label_stream_off, text_classifier=False),
     "text classifier off": Ablation(text_classifier=False),
     "linear with text classifier": Ablation(head="linear"),
     "linear": Ablation(head="linear", text_classifier=False),
@@ -73,6 +74,7 @@ ABLATIONS = {
     "label stream alone": stream_alone(),
     "last scale only": stream_alone(tweak=last_scale_only),
     "attention off (uniform)": stream_alone(tweak=uniform_attention),
+    "as wide as the maps": stream_alone(model={"label_width": None}),
     "gate off": stream_alone(model={"label_update": "none"}),
     "aggregation top-down": stream_alone(model={"aggregation": "topdown"}),
     "random label vectors": stream_alone(embeddings=random_embeddings),
