@@ -56,13 +56,14 @@ RECIPES = {
     "hsvlt": Recipe(
         learning_rate=5e-4,
         weight_decay=0.3,
+        epochs=6,
         model={
             "num_attention_heads": 8,
             "normalize_visual_tokens": True,
             "normalize_label_tokens": True,
             "normalize_multimodal_states": True,
             "initializer_range": None,
-            "label_width": 64,
+            "label_width": 320,
             "residual_attention": True,
             "residual_attention_weight": 0.8,
         },
