@@ -21,6 +21,19 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _FIELDS = ("labels", "tags", "label", "classes", "class", "categories", "category", "cls", "tag_string")
 
 
+class _Member(tarfile.TarInfo):
+    """Of a tar: one whose next header is damaged or cut off is damaged, where `tarfile` takes that for its end."""
+
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # blocks of zeros
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error or 'unexpected end of data'}") from error
+
+
 def split_of(shard: str) -> str:
     """The split that a folder or file is called after, `train-000000.tar` or `val/0.tar`; "" where there is none."""
     words = shard.lower().replace("-", "/").replace("_", "/").replace(".", "/").split("/")
@@ -40,7 +53,7 @@ def read_samples(path: Path | str, *, images: bool = True) -> Iterator[tuple[str
     """
     seen, key, parts = set(), None, {}
     try:
-        with fsspec.open(str(path), "rb") as file, tarfile.open(fileobj=file, mode="r:*") as shard:
+        with fsspec.open(str(path), "rb") as file, tarfile.open(fileobj=file, tarinfo=_Member) as shard:
             for member in shard:
                 if not member.isfile():
                     continue

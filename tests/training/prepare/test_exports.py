@@ -307,6 +307,17 @@ DAMAGED = [
         lambda s: truncate(s / "test-000000.tar"),
         r"test-000000.tar.* is not a whole tar|has no .json",
     ),
+    # What follows a damaged header, or is cut off at one, must not pass for absent.
+    (
+        "webdataset_json",
+        lambda s: edit(s / "test-000000.tar", b"00001.jpg", b"00001.jpx"),
+        r"tar is not a whole tar file",
+    ),
+    (
+        "webdataset_json",
+        lambda s: (s / "test-000000.tar").write_bytes((s / "test-000000.tar").read_bytes().rstrip(b"\0") + bytes(400)),
+        r"tar is not a whole tar file",
+    ),
     ("webdataset_json", lambda s: edit(s / "test-000000.tar", b'{"labels"', b'{"labels!'), r"test-000000.tar, 00000"),
     ("webdataset_cls", lambda s: (s / "labels.txt").unlink(), r"train-000000.tar, 00000: class 0 has no name|test-"),
     (
