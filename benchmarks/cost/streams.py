@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, List
+from datasets.utils import disable_progress_bars
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
@@ -62,6 +63,8 @@ def stream_speed(
     Args:
         images: Of a shard.
     """
+    if quiet:
+        disable_progress_bars()
     processor = MultiLabelImageProcessor(size={"height": image_size, "width": image_size})
     with tempfile.TemporaryDirectory(prefix="shards-") as place:
         folder = Path(place)

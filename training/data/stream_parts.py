@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,8 +58,10 @@ def load_streamed(options: DatasetOptions, splits: Sequence[str], *, train: bool
             f"The train split of {options.dataset} is a stream, which only hsvlt train reads: choose another split, or "
             "leave out --streaming."
         )
-    names = stream_label_names(options)
-    shards, _ = open_shards(dataclasses.replace(options, label_names=names))
+    shards, names = open_shards(options)
+    names = _label_names(options, shards, names)
+    names = [name for name in names if name not in (options.no_label or ())]
+    check_label_names(names)
     loaded = Loaded({}, names)
     for name in splits:
         hold_out = name == "validation" and name not in shards and "train" in shards
@@ -75,24 +76,26 @@ def load_streamed(options: DatasetOptions, splits: Sequence[str], *, train: bool
     return loaded
 
 
-def stream_label_names(options: DatasetOptions) -> list[str]:
+def stream_label_names(options: DatasetOptions, otherwise: list[str] | None = None) -> list[str]:
     """The vocabulary: `label_names`, else `labels.txt` beside the shards, else the names in the features of the column,
     else `label_columns`, else the sorted names that all rows of all splits list, for which all labels are read.
 
+    Args:
+        otherwise: What to take in place of reading all labels.
+
     Raises:
-        ValueError: labels without names, or names that cannot be labels.
+        ValueError: labels without names.
     """
-    shards, names = open_shards(options)
+    return _label_names(options, *open_shards(options), otherwise)
+
+
+def _label_names(
+    options: DatasetOptions, shards: dict[str, Shards], names: list[str] | None, otherwise: list[str] | None = None
+) -> list[str]:
     some = next(iter(shards.values()))
-    if names is None and some.label_columns:
-        names = some.label_columns
-    if names is None:
-        names = class_names(Dataset(some.rows.features.arrow_schema.empty_table()), some.label_column)
-    if names is not None:
-        names = [name for name in names if name not in (options.no_label or ())]
-    names = names or _collect_names(options)
-    check_label_names(names)
-    return names
+    names = names or some.label_columns
+    names = names or class_names(Dataset(some.rows.features.arrow_schema.empty_table()), some.label_column)
+    return names or otherwise or _collect_names(options)
 
 
 def _collect_names(options: DatasetOptions) -> list[str]:

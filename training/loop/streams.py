@@ -31,8 +31,7 @@ def open_stream(config: TrainingConfig, splits: Sequence[str], accelerator: Acce
     found: list = [None, None]
     if accelerator.is_main_process:  # for it may read all labels, which a resumed run has behind it
         try:
-            asked = config.label_names is not None or source is None
-            found[0] = stream_label_names(config) if asked else read_progress(source)["label_names"]
+            found[0] = stream_label_names(config, None if source is None else read_progress(source)["label_names"])
         except (ValueError, OSError) as error:
             found[1] = error
     names, error = broadcast_object_list(found)
