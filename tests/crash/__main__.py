@@ -9,6 +9,7 @@ and a data worker. Then, on one and on two processes:
 - a disk that fills up (a small tmpfs), a file that cannot be written to its end (RLIMIT_FSIZE), an image that
   disappears in the middle of an epoch, one of two processes killed under `accelerate launch`;
 - a second run, `fit_thresholds` and `calibrate` in the folder of a run that trains, which have to be refused;
+- the same kills where it trains on a stream of shards, with two data workers;
 - Ctrl-C, as a terminal sends it, to the launcher and all that it started, which must end with exit status 0.
 
 `fit_thresholds`, `calibrate`, `tag` and `push` (to a Hub on this machine) are killed and get a full disk as well, see
@@ -36,6 +37,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.training.shards import write_shards, write_tar
 from tests.training.tiny_run import TINY
 from training.checkpoint.folder import CheckpointError, verify
 from training.checkpoint.series import checkpoints
@@ -115,6 +117,25 @@ class Bench:
             for path in (whole / "log.jsonl", run / "log.jsonl")
         ]
         return logs[0] == logs[1] and (whole / "results.json").read_text() == (run / "results.json").read_text()
+
+
+class StreamBench(Bench):
+    """The same on a stream: 61 images in shards of many sizes, one of them unreadable."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.whole = folder, {}
+        write_shards(folder / "shards", "tar", [17, 3, 0, 24, 16])
+        write_tar(folder / "shards" / "train-00005.tar", [60], content=lambda number: b"no image")
+        write_shards(folder / "shards", "tar", [14], split="validation", first=70)
+
+    def recipe(self, processes: int) -> Path:
+        path = super().recipe(processes)
+        options = yaml.safe_load(path.read_text()) | {
+            "dataset": str(self.folder / "shards"), "streaming": True, "shuffle_buffer": 8,
+            "epoch_steps": STEPS // EPOCHS // processes, "on_unreadable": "skip", "num_workers": 2,
+        }  # fmt: skip
+        path.write_text(yaml.safe_dump(options))
+        return path
 
 
 def step_of(run: Path) -> int:
@@ -201,6 +222,16 @@ def ended(bench: Bench, run: Path, processes: int = 1) -> list[str]:
     problems = losses_of(run, {path.name for path in checkpoints(run)})
     bench.finish(run, processes)
     return problems + ([] if bench.same_end(run, processes) else ["the end differs from the undisturbed run's"])
+
+
+def kill_a_stream(bench: Bench, chance: random.Random) -> tuple[int, list[str]]:
+    stream, problems, kills = StreamBench(bench.folder / "stream"), [], 0
+    for processes in (1, 2):
+        some = kill_often(stream, processes, 6, chance)
+        kills, problems = kills + some[0], problems + some[2]
+        if not some[3]:
+            problems.append(f"on {processes} process(es) the end differs from the undisturbed run's")
+    return kills, problems
 
 
 def stop_by_signal(bench: Bench, processes: int) -> list[str]:
@@ -348,7 +379,9 @@ def attempt(attack, *arguments):
     try:
         return attack(*arguments)
     except (TimeoutError, AssertionError) as error:
-        return (1, [str(error)]) if attack in commands.ATTACKS else told(attack.__name__, [str(error)])
+        return (
+            (1, [str(error)]) if attack in (kill_a_stream, *commands.ATTACKS) else told(attack.__name__, [str(error)])
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -374,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
         if attack.__name__ in (args.only or attack.__name__):
             problems += attempt(attack, bench)
             counts[attack.__name__.replace("_", " ")] += 1
-    for attack in commands.ATTACKS:
+    for attack in (kill_a_stream, *commands.ATTACKS):
         if attack.__name__ in (args.only or attack.__name__):
             number, found = attempt(attack, bench, chance)
             problems += told(attack.__name__.replace("_", " "), found)

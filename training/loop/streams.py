@@ -81,7 +81,8 @@ def leave_out_unreadable(run: Run) -> None:
     stream.problems, stream.fault = [], None
     if faults:
         raise ValueError(faults[0])
-    listing = "; ".join(f"{name}: {reason}" for name, reason in problems)
+    listing = "; ".join(f"{name}: {reason}" for name, reason in problems[:20])
+    listing += f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
     if run.config.on_unreadable == "error":
         raise ValueError(
             f"{counted(len(problems), 'image')} of step {progress.step + 1} cannot be read ({listing}): repair or "
