@@ -215,7 +215,7 @@ class TrainingConfig(DatasetOptions):
             return
         for key in ("cache_images", "cache_features", "partial_labels", "compare_bytes"):
             if getattr(self, key):
-                raise ValueError(f"{key} needs a dataset that is read whole: leave it out, or streaming.")
+                raise ValueError(f"{key} needs a dataset that is read whole: switch it off, or leave out streaming.")
         for key in ("shuffle_buffer", "epoch_steps"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}, but must be at least 1.")

@@ -144,6 +144,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     assert_same_end(whole, folder)
 
 
+@pytest.mark.slow
 def test_resuming_refuses_other_shards_and_can_begin_anew_with_them(recipe, whole, folder, tmp_path, capsys):
     other, run = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(folder, other)
@@ -178,7 +179,7 @@ def damaged(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_images_that_cannot_be_read_end_a_run_by_name_or_are_counted(damaged, tmp_path, processes):
     recipe = write_recipe(tmp_path / "r.yaml", damaged, epoch_steps=12 // processes, epochs=1)
     command = [recipe, "--output_dir", str(tmp_path / "run")]
@@ -225,6 +226,7 @@ def train_watched(command, folder, stop_at):
     return main(command)
 
 
+@pytest.mark.slow
 @pytest.mark.one_machine
 def test_two_processes_share_a_stream_are_killed_and_end_alike(recipe, tmp_path):
     """Of 37 images in 4 shards and then, with --resume_despite, one process goes on where both were."""

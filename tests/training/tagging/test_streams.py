@@ -57,7 +57,7 @@ def test_parquet_gives_the_same_rows_as_a_copy_of_it(checkpoint, tmp_path):  # n
     assert read(tmp_path / "out") == read(tmp_path / "copied") and set(read(tmp_path / "out")) == set(range(8))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on(checkpoint, tars, tmp_path, processes):  # noqa: F811
     command = [str(checkpoint), str(tars), str(tmp_path / "out"), "--part_size", "2", "--batch_size", "2"]
     command += ["--num_workers", "0", "--threshold", "0"]
