@@ -18,7 +18,7 @@ from training.config import TrainingConfig
 from training.evaluate import main as evaluate
 from training.train import main
 
-from ..forked import forked
+from ..forked import Ended, forked
 from .shards import labels_of, png, write_shards, write_tar
 from .tiny_run import TINY
 
@@ -180,13 +180,18 @@ def damaged(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_images_that_cannot_be_read_end_a_run_by_name_or_are_counted(damaged, tmp_path, processes):
+def test_images_that_cannot_be_read_end_a_run_by_name_or_are_counted(damaged, tmp_path, capsys, processes):
+    def launched(command):
+        if processes > 1:
+            return forked(main, command, processes=processes)
+        return Ended(main(command), *capsys.readouterr())
+
     recipe = write_recipe(tmp_path / "r.yaml", damaged, epoch_steps=12 // processes, epochs=1)
     command = [recipe, "--output_dir", str(tmp_path / "run")]
-    ended = forked(main, command, processes=processes)
+    ended = launched(command)
     assert ended.returncode == 1 and "cannot be read" in ended.stderr and "--on_unreadable skip" in ended.stderr
     assert "Traceback" not in ended.stderr and any(name in ended.stderr for name in ("00003.png", "00017.png"))
-    ended = forked(main, [*command, "--on_unreadable", "skip", "--overwrite"], processes=processes)
+    ended = launched([*command, "--on_unreadable", "skip", "--overwrite"])
     assert ended.returncode == 0, ended.stderr[-2000:]
     named = [name for line in lines(tmp_path / "run") for name in line.get("unreadable", ())]
     assert all(any(number in name for name in named) for number in ("00003.png", "00017.png"))
