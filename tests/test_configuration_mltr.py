@@ -133,4 +133,4 @@ def test_coco_recipes_train_the_published_sizes(name, params):
 def test_the_nano_recipe_has_the_scenes_of_hsvlts():
     ours, hsvlts = (vars(parse_config([str(RECIPES / name)])) for name in ("mltr_nano_scenes.yaml", "quickstart.yaml"))
     schedule = {"epochs", "learning_rate", "warmup_epochs", "ema_decay"}
-    assert {key for key in ours if ours[key] != hsvlts[key]} == {"output_dir", "model_type", "model", *schedule}
+    assert {key for key in ours if ours[key] != hsvlts[key]} - schedule == {"output_dir", "model_type", "model"}
