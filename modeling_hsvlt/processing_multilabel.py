@@ -49,7 +49,7 @@ def check_image_settings(settings: Mapping, source: str = "The image processor")
             numbers = np.full(1, np.nan)
         # Within what float32 pixels can be divided by: a deviation of 1e-300 gives infinite ones as well.
         tame = (np.abs(numbers) <= 1e6) & (numbers >= (1e-9 if above else -1e6))
-        if numbers.size not in (1, 3) or not tame.all():
+        if numbers.ndim > (name != "rescale_factor") or numbers.size not in (1, 3) or not tame.all():
             raise ValueError(f"{source} has {name} {value!r:.100}: give one finite number or three{above}.")
     for name in ("size", "crop_size"):
         size = dict(settings.get(name) or {})

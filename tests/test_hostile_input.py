@@ -20,6 +20,7 @@ from modeling_hsvlt import HPDVALConfig, HSVLTConfig, MlTrConfig
 from modeling_hsvlt.label_names import MAX_LABEL_NAME
 from modeling_hsvlt.load_image import load_image
 from modeling_hsvlt.pipeline_multilabel import MultiLabelImageClassificationPipeline
+from modeling_hsvlt.processing_multilabel import check_image_settings
 from training.checkpoint.folder import write_marker
 from training.checkpoint.loading import load_checkpoint
 from training.checkpoint.series import checkpoints, newest_good
@@ -198,6 +199,12 @@ def test_what_is_wrong_with_a_folder_is_said_of_the_folder(checkpoint):
     (checkpoint / "config.json").write_bytes(b"\xff\xfe")
     with pytest.raises((OSError, ValueError), match=str(checkpoint)):
         load(checkpoint)
+
+
+@pytest.mark.parametrize(("name", "value"), [("rescale_factor", [[1]]), ("rescale_factor", [1]), ("image_mean", [[1]])])
+def test_settings_of_images_that_are_nested_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"has {name} "):
+        check_image_settings({name: value})
 
 
 def test_scores_that_are_no_numbers_are_no_answer(checkpoint, capsys):
