@@ -182,7 +182,7 @@ MUON = ["--optimizer", "muon", "--backbone_lr_multiplier", "0.5"]
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     recipe, tmp_path, tmp_path_factory, monkeypatch, capsys, at_batch, how, saved, options
 ):
-    whole = tmp_path_factory.getbasetemp() / f"whole{len(options)}"
+    whole = tmp_path_factory.getbasetemp() / f"uninterrupted-{len(options)}"
     if not whole.exists():
         assert main([recipe, "--output_dir", str(whole), *RESUME, *options]) == 0
     folder = tmp_path / "run"
