@@ -36,6 +36,7 @@ from training.data.scenes import PARTNER, SCENE_LABELS, build_scenes
 from training.metrics.functional import average_precision
 from training.models.build import build_model
 from training.options import CheckpointOptions
+from training.places import native_precision
 from training.scoring.predict import predict
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "mltr_nano_scenes.yaml"
@@ -91,6 +92,7 @@ def options(variant: str, seed: int, args: argparse.Namespace) -> TrainingConfig
     if args.num_scenes is not None:
         scenes["num_scenes"] = {"train": args.num_scenes, "validation": min(args.num_scenes, 1000)}
     fields |= {f"scenes.{knob}": value for knob, value in scenes.items()}
+    fields["mixed_precision"] = native_precision()  # as the recipe's "auto" stands in the config.yaml of a run
     words = {field: value if isinstance(value, str) else yaml.safe_dump(value) for field, value in fields.items()}
     return parse_config([str(RECIPE), *(f"--{field}={text}" for field, text in words.items())])
 
