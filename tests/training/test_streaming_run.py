@@ -19,6 +19,7 @@ from training.evaluate import main as evaluate
 from training.train import main
 
 from ..forked import Ended, forked
+from .interruptions import at_once, interrupt, sigterm
 from .shards import labels_of, png, write_shards, write_tar
 from .tiny_run import TINY
 
@@ -108,25 +109,6 @@ def test_the_next_command_scores_the_same_part(folder, whole, tmp_path, capsys):
     scored = (tmp_path / "scored" / "results.json").read_text()
     expected = json.loads((whole / "results.json").read_text())["validation"]["mAP"]
     assert json.loads(scored)["metrics"]["mAP"] == pytest.approx(expected)
-
-
-def interrupt(monkeypatch, at_batch, how):
-    batches, plain = iter(range(10_000)), training.loop.step.normalize_pixels
-
-    def normalize_pixels(*arguments):
-        if next(batches) == at_batch:
-            how()
-        return plain(*arguments)
-
-    monkeypatch.setattr(training.loop.step, "normalize_pixels", normalize_pixels)
-
-
-def at_once():
-    raise KeyboardInterrupt
-
-
-def sigterm():
-    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize(("at_batch", "how", "workers"), [(7, at_once, 0), (13, sigterm, 0), (17, at_once, 2)])

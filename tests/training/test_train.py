@@ -7,7 +7,6 @@ import os
 import runpy
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +42,7 @@ from training.train import main, train
 
 from ..forked import forked
 from ..tolerance import METRIC, assert_close_metrics
+from .interruptions import at_once, interrupt, sigterm
 from .tiny_run import NANO, SCENES
 
 ROOT = Path(__file__).parents[2]
@@ -137,27 +137,6 @@ def test_the_test_split_is_scored_once_at_the_end(finished):
     expected = average_precision_score(labels[:, seen], logits[:, seen])
     assert json.loads((finished / "results.json").read_text())["test"]["mAP"] == pytest.approx(expected, abs=METRIC)
     assert not any("test" in key for line in log_of(finished) for key in line)
-
-
-def interrupt(monkeypatch, at_batch, how):
-    """`how` is called in the middle of batch `at_batch` (counted over the whole run)."""
-    batches = iter(range(10_000))
-    plain = training.loop.step.normalize_pixels
-
-    def normalize_pixels(*arguments):
-        if next(batches) == at_batch:
-            how()
-        return plain(*arguments)
-
-    monkeypatch.setattr(training.loop.step, "normalize_pixels", normalize_pixels)
-
-
-def at_once():
-    raise KeyboardInterrupt
-
-
-def sigterm():
-    signal.raise_signal(signal.SIGTERM)
 
 
 RESUME = [

@@ -46,18 +46,19 @@ def names_of_splits(
     everything = sorted(set().union(*names.values()))
     elsewhere = {name for name in everything if name not in names[train]}
     notes = [LabelNote("only_elsewhere", name, f"{name}: in no row of {train}") for name in sorted(elsewhere)]
+
+    def misspelled(name: str, words: str) -> None:
+        split = next(split for split in names if name in names[split])
+        where = row_names[split](row_of_name(lists[split], name))
+        text = f"{where}: label {words}, or list both in labels.txt or label_names"
+        if not report:
+            raise ValueError(text + ".")
+        notes.append(LabelNote("misspelled", name, text))
+
     seen: dict[str, str] = {}
     for name in everything:
         if (other := seen.setdefault(_seen(name), name)) != name:
-            split = next(split for split in names if name in names[split])
-            where = row_names[split](row_of_name(lists[split], name))
-            text = (
-                f"{where}: label {name!a} looks like {other!a}, which is in other rows; write one of them everywhere, "
-                "or list both in labels.txt or label_names"
-            )
-            if not report:
-                raise ValueError(text + ".")
-            notes.append(LabelNote("misspelled", name, text))
+            misspelled(name, f"{name!a} looks like {other!a}, which is in other rows; write one of them everywhere")
     if not elsewhere:
         return everything, notes
     near = {}
@@ -66,15 +67,9 @@ def names_of_splits(
             wrong, right = (one, other) if one in elsewhere else (other, one)
             near.setdefault(wrong, right)
     for wrong, right in near.items():
-        split = next(split for split in names if wrong in names[split])
-        where = row_names[split](row_of_name(lists[split], wrong))
-        text = (
-            f"{where}: label {wrong!r} is in no row of {train}, which has {right!r} (did you mean {right!r}?); correct "
-            "it, or list both in labels.txt or label_names"
+        misspelled(
+            wrong, f"{wrong!r} is in no row of {train}, which has {right!r} (did you mean {right!r}?); correct it"
         )
-        if not report:
-            raise ValueError(text + ".")
-        notes.append(LabelNote("misspelled", wrong, text))
     _warn("Labels that no row of %s holds, so that they are not learned: %s.", train, sorted(elsewhere))
     return everything, notes
 

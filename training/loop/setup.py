@@ -320,10 +320,9 @@ def build_processor(config: TrainingConfig, label_names: list[str]) -> MultiLabe
 def _fingerprint(config: TrainingConfig, data: dict[str, MultiLabelDataset]) -> str:
     """What tells a dataset from another under the same name: its images and their labels, in order."""
     digest = hashlib.sha256(json.dumps(config.scenes, sort_keys=True).encode())
-    if isinstance(data["train"], StreamDataset):
-        digest.update(data["train"].split.shards.fingerprint().encode())
     for name in ("train", "validation"):
         if isinstance(data[name], StreamDataset):
+            digest.update(data[name].split.shards.fingerprint().encode())
             continue
         labels = data[name].sparse_labels
         digest.update(f"{name} {len(data[name])}".encode())
