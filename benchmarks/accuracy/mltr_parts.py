@@ -32,7 +32,8 @@ from training.config import TrainingConfig, parse_config
 from training.data.batches import build_dataloader
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
-from training.data.scenes import PARTNER, SCENE_LABELS, build_scenes
+from training.data.scene_labels import SCENE_LABELS
+from training.data.scenes import PARTNER, build_scenes
 from training.metrics.functional import average_precision
 from training.models.build import build_model
 from training.options import CheckpointOptions

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 
 from modeling_hsvlt import MultiLabelImageProcessor
-from training.data.scenes import SCENE_LABELS, SceneDataset
+from training.data.scene_labels import SCENE_LABELS
+from training.data.scenes import SceneDataset
 
 SIDE = 36
 # Images with captions show one or two things, plainly. What is to be tagged shows more, smaller, fainter, in clutter.

@@ -12,7 +12,7 @@ import training.loop.fit
 from modeling_hsvlt import HPDVALForImageClassification
 from training.checkpoint.series import checkpoints
 from training.config import TrainingConfig, parse_config
-from training.data.scenes import SCENE_LABELS
+from training.data.scene_labels import SCENE_LABELS
 from training.models.build import build_model
 from training.scoring.measured_with import fingerprints
 from training.train import main

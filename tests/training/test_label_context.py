@@ -13,7 +13,7 @@ from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import load_text_encoder
 from training.config import TrainingConfig
-from training.data.scenes import SCENE_LABELS
+from training.data.scene_labels import SCENE_LABELS
 from training.models.build import build_model
 from training.train import main
 

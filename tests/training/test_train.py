@@ -34,7 +34,7 @@ from training.config import TrainingConfig, parse_config
 from training.data.batches import MultiLabelCollator, build_dataloader
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
-from training.data.scenes import SCENE_LABELS
+from training.data.scene_labels import SCENE_LABELS
 from training.loop.setup import build_processor
 from training.metrics.functional import multilabel_report
 from training.scoring.measured_with import fingerprints

@@ -31,11 +31,8 @@ from tqdm.auto import tqdm
 
 from ..checkpoint.atomic import atomic_folder
 from .rows import Table, no_such_split
+from .scene_labels import COLOURS, PARTNER, ROWS, scene_labels
 
-SCENE_LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# The digit that a digit brings along with probability `cooccurrence`. Neighbours are about equally frequent in a long
-# tail over 0..9, so that the co-occurrence knob leaves the imbalance knob nearly as it was set.
-PARTNER = (1, 0, 3, 2, 5, 4, 7, 6, 9, 8)
 SPLITS = ("train", "validation", "test")
 DEFAULT_NUM_SCENES = {"train": 6000, "validation": 1000, "test": 1000}
 
@@ -97,6 +94,10 @@ class SceneDataset(torch.utils.data.Dataset):
         imbalance: Frequency of the most common digit (zero) over that of the rarest (nine), falling geometrically as in
             long-tailed CIFAR; 1 is balanced. It holds for the draws: partners flatten it a little.
         clutter: Largest number of digit fragments under the digits.
+        colours: How many of `COLOURS` the digits have, on dark grey and without regard to `contrast`; labels name them.
+            0: any colour, which no label names.
+        places: Rows, and columns, of the places that labels name, 1 to 5: in which part of the room that a box has does
+            its top left corner lie? With 8 colours and 5 places there are 2,000 labels, see `scene_labels`.
 
     Raises:
         ValueError: for a setting that cannot be met, naming it.
@@ -118,6 +119,8 @@ class SceneDataset(torch.utils.data.Dataset):
         cooccurrence: float = 0.0,
         imbalance: float = 1.0,
         clutter: int = 3,
+        colours: int = 0,
+        places: int = 1,
     ):
         low, high = contrast
         for fine, problem in (
@@ -134,12 +137,15 @@ class SceneDataset(torch.utils.data.Dataset):
             (cooccurrence == 0 or max_objects >= 2, "cooccurrence needs max_objects of at least 2"),
             (imbalance >= 1, f"imbalance={imbalance} is head over tail and must be at least 1"),
             (clutter >= 0, f"clutter={clutter} must not be negative"),
+            (colours in range(len(COLOURS) + 1), f"colours={colours} must be from 0 to {len(COLOURS)}"),
+            (places in ROWS, f"places={places} must be from 1 to {len(ROWS)}"),
         ):
             if not fine:
                 raise ValueError(f"Scenes cannot be drawn: {problem}.")
         self.num_scenes, self.seed, self.split, self.image_size = num_scenes, seed, split, image_size
         self.min_objects, self.max_objects, self.min_size, self.max_size = min_objects, max_objects, min_size, max_size
         self.overlap, self.contrast, self.cooccurrence, self.clutter = overlap, (low, high), cooccurrence, clutter
+        self.colours, self.places, self.label_names = colours, places, scene_labels(colours, places)
         self._cumulative = list(accumulate(imbalance ** (-digit / 9) for digit in range(10)))
         self._rows = [rows.tolist() for rows in source_digits()[1][split]]
         # Shared memory: workers that live through all epochs (persistent_workers) must see the new epoch as well.
@@ -158,11 +164,10 @@ class SceneDataset(torch.utils.data.Dataset):
         pixels, boxes = self._draw(
             np.random.default_rng([self.seed, SPLITS.index(self.split), int(self._epoch), index])
         )
-        digits = sorted({box["label"] for box in boxes})
         return {
             "image": PILImage.fromarray(pixels),
-            "labels": [SCENE_LABELS[digit] for digit in digits],
-            "boxes": [{**box, "label": SCENE_LABELS[box["label"]]} for box in boxes],
+            "labels": [self.label_names[label] for label in sorted({box["label"] for box in boxes})],
+            "boxes": [{**box, "label": self.label_names[box["label"]]} for box in boxes],
         }
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
@@ -183,8 +188,10 @@ class SceneDataset(torch.utils.data.Dataset):
             place = self._place(glyph, boxes, rng)
             if place is not None:
                 y, x = place
-                self._paint(canvas, glyph, y, x, rng)
-                boxes.append({"x": x, "y": y, "w": glyph.shape[1], "h": glyph.shape[0], "label": digit})
+                label = digit * max(self.colours, 1) + self._paint(canvas, glyph, y, x, rng)
+                for at, side in ((y, glyph.shape[0]), (x, glyph.shape[1])):
+                    label = label * self.places + at * self.places // (self.image_size - side + 1)
+                boxes.append({"x": x, "y": y, "w": glyph.shape[1], "h": glyph.shape[0], "label": label})
 
         noise = int(rng.random() * 20)
         if noise:
@@ -222,8 +229,9 @@ class SceneDataset(torch.utils.data.Dataset):
                 return y, x
         return None
 
-    def _paint(self, canvas: np.ndarray, glyph: np.ndarray, y: int, x: int, rng: np.random.Generator) -> None:
-        """Blend a glyph in one colour that differs in luma from what lies under it by a contrast from the range."""
+    def _paint(self, canvas: np.ndarray, glyph: np.ndarray, y: int, x: int, rng: np.random.Generator) -> int:
+        """Blend a glyph in one colour: of those with a name, whose number is returned, or one that differs in luma from
+        what lies under it by a contrast from the range."""
         region = canvas[y : y + glyph.shape[0], x : x + glyph.shape[1]]
         sample = region[::4, ::4].reshape(-1, 3)
         below = sum(w * s for w, s in zip(_LUMA, sample.sum(axis=0).tolist(), strict=True)) / (1000 * len(sample))
@@ -235,17 +243,22 @@ class SceneDataset(torch.utils.data.Dataset):
             luma = below + (step if side < 0.5 else -step)
         else:
             luma = below + brighter if brighter > darker else below - darker
-        region += ((np.array(_colour(luma, chroma), dtype=np.int32) - region) * glyph) >> 8
+        number = int(chroma[0] * self.colours)
+        colour = list(COLOURS.values())[number] if self.colours else _colour(luma, chroma)
+        region += ((np.array(colour, dtype=np.int32) - region) * glyph) >> 8
+        return number
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
         """(image_size, image_size, 3) int32: a coarse grid of related colours, enlarged."""
         cells = (1, 2, 3, 4, 6)[int(rng.random() * 5)]
         luma, spread, *chroma = rng.random(5).tolist()
-        luma, spread = 20 + 215 * luma, 70 * spread
+        luma, spread, variety = 20 + 215 * luma, 70 * spread, 0.5
+        if self.colours:  # named ones stand on dark grey
+            luma, spread, variety, chroma = luma / 6, spread / 6, 0.0, [0.5] * 3
         grid = [
             _colour(
                 min(max(luma + spread * (2 * shade - 1), 0), 255),
-                [c + 0.5 * (j - 0.5) for c, j in zip(chroma, jitter, strict=True)],
+                [c + variety * (j - 0.5) for c, j in zip(chroma, jitter, strict=True)],
             )
             for shade, *jitter in rng.random((cells * cells, 4)).tolist()
         ]
@@ -283,12 +296,12 @@ def build_scenes(
         columns["image"].append({"bytes": png.getvalue(), "path": f"{split}-{index:06d}.png"})
         columns["labels"].append(row["labels"])
         columns["boxes"].append(row["boxes"])
-    side = Value("int32")
+    side, name = Value("int32"), ClassLabel(names=list(scenes.label_names))
     features = Features(
         {
             "image": Image(),
             "labels": List(Value("string")),
-            "boxes": List({"x": side, "y": side, "w": side, "h": side, "label": ClassLabel(names=list(SCENE_LABELS))}),
+            "boxes": List({"x": side, "y": side, "w": side, "h": side, "label": name}),
         }
     )
     return Dataset.from_dict(columns, features=features)
@@ -298,7 +311,7 @@ class SceneSplit(SceneDataset):
     """Scenes as a `rows.Split` whose images and labels are others every epoch, to be trained on without end.
 
     Args:
-        label_names: The vocabulary in class order, all of `SCENE_LABELS` among it.
+        label_names: The vocabulary in class order, all labels of these scenes among it; None: these.
         num_scenes, knobs: As for `SceneDataset`.
 
     Raises:
@@ -308,10 +321,12 @@ class SceneSplit(SceneDataset):
     labels = None  # nothing to count before they are drawn
     drawn = True
 
-    def __init__(self, num_scenes: int, *, label_names: Sequence[str] = SCENE_LABELS, **knobs):
+    def __init__(self, num_scenes: int, *, label_names: Sequence[str] | None = None, **knobs):
         super().__init__(num_scenes, **knobs)
-        if not set(SCENE_LABELS) <= set(label_names):
-            raise ValueError(f"Scenes are labelled {', '.join(SCENE_LABELS)}; take these as the label names.")
+        label_names = label_names or self.label_names
+        if not set(self.label_names) <= set(label_names):
+            names = ", ".join(self.label_names[:10]) + ", ..." * (len(self.label_names) > 10)
+            raise ValueError(f"Scenes are labelled {names}; take these as the label names.")
         self._index = {name: index for index, name in enumerate(label_names)}
 
     def __getitem__(self, index: int) -> dict:
@@ -347,10 +362,10 @@ def read_scenes(
     for name in names:
         if name not in counts:
             raise no_such_split(name, counts, "scenes")
-    table = Table({}, label_names=list(SCENE_LABELS), drawn=True)
+    table = Table({}, label_names=list(SceneDataset(0, **knobs).label_names), drawn=True)
     for name in names:
         if fresh and name == "train":
-            table.ready[name] = SceneSplit(counts[name], label_names=label_names or SCENE_LABELS, **knobs)
+            table.ready[name] = SceneSplit(counts[name], label_names=label_names, **knobs)
         else:
             table.splits[name] = build_scenes(counts[name], split=name, **knobs)
     return table

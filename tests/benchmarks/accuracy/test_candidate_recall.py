@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.accuracy.candidate_recall import candidate_recall, main
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor
-from training.data.scenes import SCENE_LABELS
+from training.data.scene_labels import SCENE_LABELS
 
 LABELS = {"id2label": dict(enumerate(SCENE_LABELS)), "label2id": {name: i for i, name in enumerate(SCENE_LABELS)}}
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, CLIPModel
 from benchmarks.accuracy import long_tail
 from benchmarks.cost import cached_text
 from benchmarks.peers import scene_clip
-from training.data.scenes import SCENE_LABELS
+from training.data.scene_labels import SCENE_LABELS
 
 
 def test_captions_name_some_of_what_is_there():

@@ -5,7 +5,8 @@ import torch
 
 from benchmarks.accuracy.pointing_game import DEFAULT, contains, hits, main, play
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, MultiLabelImageProcessor, MultiLabelProcessor
-from training.data.scenes import SCENE_LABELS, build_scenes
+from training.data.scene_labels import SCENE_LABELS
+from training.data.scenes import build_scenes
 
 BOXES = [{"x": 2, "y": 3, "w": 4, "h": 2, "label": 7}, {"x": 10, "y": 10, "w": 3, "h": 3, "label": 1}]
 

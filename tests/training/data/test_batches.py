@@ -6,7 +6,8 @@ import torch
 from training.data.batches import MultiLabelCollator, build_dataloader
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
-from training.data.scenes import SCENE_LABELS, SceneSplit
+from training.data.scene_labels import SCENE_LABELS
+from training.data.scenes import SceneSplit
 
 from ...forked import SERVER
 from .test_dataset import squash

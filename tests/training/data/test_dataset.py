@@ -17,7 +17,8 @@ from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
 from training.data.batches import MultiLabelCollator, SparseBatch, normalize_pixels
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
-from training.data.scenes import SCENE_LABELS, SceneSplit
+from training.data.scene_labels import SCENE_LABELS
+from training.data.scenes import SceneSplit
 
 NAMES = ["dog", "cat", "tv monitor"]
 LABELS = [["cat"], [], ["dog", "tv monitor"], ["cat", "dog"], ["tv monitor"]]

@@ -14,7 +14,8 @@ from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor
 from training.data.batches import build_dataloader
 from training.data.dataset import MultiLabelDataset
 from training.data.load import load
-from training.data.scenes import SCENE_LABELS, SceneSplit
+from training.data.scene_labels import SCENE_LABELS
+from training.data.scenes import SceneSplit
 
 from .test_dataset import (
     IDS,

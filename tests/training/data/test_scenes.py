@@ -11,7 +11,14 @@ from PIL import Image as PILImage
 
 from training.data import scenes
 from training.data.load import load
-from training.data.scenes import PARTNER, SCENE_LABELS, SPLITS, SceneDataset, build_scenes, source_digits
+from training.data.scene_labels import COLOURS, PARTNER, SCENE_LABELS, scene_labels
+from training.data.scenes import (
+    SPLITS,
+    SceneDataset,
+    SceneSplit,
+    build_scenes,
+    source_digits,
+)
 
 
 def pixels(dataset, count):
@@ -173,11 +180,69 @@ def test_build_scenes_embeds_the_drawn_pixels():
         ({"cooccurrence": 0.5, "max_objects": 1}, "max_objects"),
         ({"imbalance": 0.5}, "imbalance=0.5"),
         ({"clutter": -1}, "clutter=-1"),
+        ({"colours": 9}, "colours=9"),
+        ({"places": 0}, "places=0"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(setting, named):
     with pytest.raises(ValueError, match=named):
         SceneDataset(10, **setting)
+
+
+def test_labels_of_compositions():
+    assert scene_labels() == SCENE_LABELS
+    names = scene_labels(8, 5)
+    assert len(set(names)) == len(names) == 2000
+    assert names[:2] == ("red zero top far left", "red zero top left") and names[-1] == "purple nine bottom far right"
+    assert scene_labels(2)[:3] == ("red zero", "green zero", "red one")
+    assert scene_labels(places=2)[:5] == (
+        "zero top left",
+        "zero top right",
+        "zero bottom left",
+        "zero bottom right",
+        "one top left",
+    )
+
+
+@pytest.mark.parametrize(("colours", "places"), [(8, 5), (3, 1), (0, 3)])
+def test_compositions_name_what_is_drawn(colours, places):
+    """The digit of the same scene without names, the colour nearest to the brightest ink, the place by its bounds."""
+    same = {"seed": 6, "clutter": 0, "overlap": 0.0}
+    drawn, plain = SceneDataset(80, colours=colours, places=places, **same), SceneDataset(80, **same)
+    palette, seen = np.array(list(COLOURS.values())[:colours]), set()
+    rows = ["top", "upper", "middle", "lower", "bottom"] if places == 5 else ["top", "middle", "bottom"]
+    columns = ["far left", "left", "centre", "right", "far right"] if places == 5 else ["left", "centre", "right"]
+    for index in range(80):
+        row = drawn[index]
+        image = np.asarray(row["image"]).astype(int)
+        assert set(row["labels"]) == {box["label"] for box in row["boxes"]}
+        assert row["labels"] == sorted(row["labels"], key=drawn.label_names.index)
+        for box, digit in zip(row["boxes"], plain[index]["boxes"], strict=True):
+            expected = [digit["label"]]
+            if colours:
+                ink = image[box["y"] : box["y"] + box["h"], box["x"] : box["x"] + box["w"]].reshape(-1, 3)
+                brightest = ink[np.argsort(ink.max(1))[-len(ink) // 8 :]].mean(0)
+                expected.insert(0, list(COLOURS)[np.abs(palette - brightest).sum(1).argmin()])
+            if places > 1:
+                for at, side, words in ((box["y"], box["h"], rows), (box["x"], box["w"], columns)):
+                    bounds = np.linspace(0, 64 - side + 1, places + 1)  # of the places that a corner can be in
+                    expected.append(words[np.searchsorted(bounds, at, side="right") - 1])
+            assert box["label"] == " ".join(expected)
+            seen.add(box["label"])
+    assert len(seen) > min(100, 8 * colours * places)
+
+
+def test_compositions_are_read_as_a_data_set():
+    options = {"num_scenes": {"train": 4, "validation": 3}, "colours": 8, "places": 5, "seed": 2}
+    loaded = load("scenes", scenes=options, splits=["train", "validation"], fresh_scenes=True)
+    assert loaded.label_names == list(scene_labels(8, 5))
+    for name, size in options["num_scenes"].items():
+        expected = SceneDataset(size, split=name, colours=8, places=5, seed=2)
+        for index in range(size):
+            found = loaded.splits[name][index]["labels"].coalesce().indices()[0].tolist()
+            assert [loaded.label_names[label] for label in found] == expected[index]["labels"]
+    with pytest.raises(ValueError, match=r"red zero, green zero, .*\.\.\.; take these"):
+        SceneSplit(3, colours=2, label_names=SCENE_LABELS)
 
 
 def test_index_out_of_range_ends_iteration():

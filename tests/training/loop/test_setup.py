@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from training.checkpoint.series import newest_good
-from training.data.scenes import SCENE_LABELS
+from training.data.scene_labels import SCENE_LABELS
 from training.places import native_precision
 from training.train import main
 
