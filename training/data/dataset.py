@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import torch
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
@@ -31,8 +32,15 @@ class ImageResizer:
         if margin:
             size = _enlarged_size(self.image_processor, margin)
             self._resizing, self._size_hint = {"size": size, "do_center_crop": False}, max(size.values())
+        self._unchanged = None  # (width, height) of images that come out as they are
+        channels, *size = self.blank().shape
+        noise = np.random.default_rng(0).integers(0, 256, (*size, channels), np.uint8)
+        if channels == 3 and torch.equal(self(PILImage.fromarray(noise)), torch.from_numpy(noise.transpose(2, 0, 1))):
+            self._unchanged = noise.shape[1::-1]
 
     def __call__(self, image: PILImage.Image) -> torch.Tensor:
+        if image.mode == "RGB" and image.size == self._unchanged:  # saves a quarter of a millisecond
+            return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
         batch = self.image_processor(
             images=image, do_rescale=False, do_normalize=False, return_tensors="pt", **self._resizing
         )

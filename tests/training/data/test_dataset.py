@@ -126,6 +126,29 @@ def test_evaluation_pixels_are_the_processors_own(image_folder, processor):
     torch.testing.assert_close(normalized["pixel_values"], expected[2:3].float(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("processor", "passes"),
+    [
+        (squash(32), {(32, 32)}),
+        (MultiLabelImageProcessor(size={"height": 32, "width": 48}), {(48, 32)}),
+        (MultiLabelImageProcessor(size={"shortest_edge": 36}, do_center_crop=True, crop_size={"height": 32, "width": 32}), set()),
+        (MultiLabelImageProcessor(size={"shortest_edge": 32}, do_center_crop=True, crop_size={"height": 32, "width": 32}), {(32, 32)}),
+    ],
+    ids=["squash", "oblong", "enlarged", "cropped"],
+)  # fmt: skip
+def test_what_the_processor_leaves_as_it_is_does_not_pass_it(processor, passes, monkeypatch):
+    sizes = [(32, 32), (48, 32), (32, 48), (36, 36)]
+    resize, calls, call = data.ImageResizer(processor), [], MultiLabelImageProcessor.__call__
+    monkeypatch.setattr(MultiLabelImageProcessor, "__call__", lambda *a, **k: calls.append(1) or call(*a, **k))
+    for size in sizes:
+        calls.clear()
+        pixels, skipped = resize(image(3, size)), not calls
+        expected = processor(images=image(3, size), do_rescale=False, do_normalize=False, return_tensors="pt")
+        assert torch.equal(pixels, expected["pixel_values"][0])
+        assert skipped == (size in passes)
+    assert resize(image(3).convert("L").resize((32, 32))).shape[0] == 3
+
+
 def test_a_margin_leaves_room_for_a_crop_and_loses_nothing(image_folder):
     loaded = load(image_folder)
     splits, names = loaded.splits, loaded.label_names
