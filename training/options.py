@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
-from .places import checkpoint_folder, free_cores
+from .places import checkpoint_folder, free_cores, keep_freed_memory
 
 
 def option(default: Any = dataclasses.MISSING, reason: str = "", *, positional: bool = False, **more) -> Any:
@@ -328,6 +328,7 @@ def command(
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
+        keep_freed_memory()
         try:
             return status(run(CommandParser(kind, prog=f"hsvlt {name}", description=description).read(argv)))
         except (*refused, SafetensorError) as error:  # of which a full disk is one

@@ -84,7 +84,7 @@ def keep_freed_memory() -> None:
     """From now on large blocks that are freed stay with this process, for the next of their size (glibc alone).
 
     By default glibc gives each back to the system, and every step takes fresh pages again: 4.0 of 50 CPU seconds of
-    training the nano preset, now 1.2.
+    training the nano preset, now 1.2; and 37 ms an image of EfficientNet-Lite0 in batches of 8, now 20.
     """
     with suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from training import evaluate, tag
-from training.options import CommandParser, ScoringOptions
-from training.places import checkpoint_folder, keep_freed_memory, last_run, run_of
+from training.check_data import CheckOptions
+from training.options import CommandParser, ScoringOptions, command
+from training.places import checkpoint_folder, last_run, run_of
 
 from ..forked import forked
 
@@ -36,8 +37,8 @@ def test_a_run_stands_for_its_best_checkpoint(runs):
 def test_a_run_without_a_checkpoint_says_so(runs, capsys):
     (runs / "begun").mkdir()
     (runs / "begun" / "config.yaml").touch()
-    for command in (evaluate, tag):
-        assert command.main(["runs/begun", "photos", "target"][: 2 if command is evaluate else 3]) == 2
+    for module in (evaluate, tag):
+        assert module.main(["runs/begun", "photos", "target"][: 2 if module is evaluate else 3]) == 2
         assert "error: runs/begun is a run without best/" in capsys.readouterr().err
 
 
@@ -55,8 +56,9 @@ def test_no_run_at_all(tmp_path, monkeypatch):
 
 
 def print_faults():
-    """Page faults of twenty tensors of 16 MiB, one after the other, as they come and as training sets it."""
-    for setting in (lambda: None, keep_freed_memory):
+    """Page faults of twenty tensors of 16 MiB, one after the other, as they come and in a command."""
+    a_command = command(lambda options: None, CheckOptions, "check", None)
+    for setting in (lambda: None, lambda: a_command(["data"])):
         setting()
         torch.ones(2**22)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -66,6 +68,6 @@ def print_faults():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_training_takes_freed_memory_again():
+def test_commands_take_freed_memory_again():
     plain, kept = map(int, forked(print_faults).stdout.split())
     assert plain > 20 * 100 > 1000 > kept  # a page is 4 KiB, or 64 elsewhere

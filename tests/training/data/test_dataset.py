@@ -126,13 +126,16 @@ def test_evaluation_pixels_are_the_processors_own(image_folder, processor):
     torch.testing.assert_close(normalized["pixel_values"], expected[2:3].float(), rtol=0, atol=1e-6)
 
 
+SQUARE = {"height": 32, "width": 32}
+
+
 @pytest.mark.parametrize(
     ("processor", "passes"),
     [
         (squash(32), {(32, 32)}),
         (MultiLabelImageProcessor(size={"height": 32, "width": 48}), {(48, 32)}),
-        (MultiLabelImageProcessor(size={"shortest_edge": 36}, do_center_crop=True, crop_size={"height": 32, "width": 32}), set()),
-        (MultiLabelImageProcessor(size={"shortest_edge": 32}, do_center_crop=True, crop_size={"height": 32, "width": 32}), {(32, 32)}),
+        (MultiLabelImageProcessor(size={"shortest_edge": 36}, do_center_crop=True, crop_size=SQUARE), set()),
+        (MultiLabelImageProcessor(size={"shortest_edge": 32}, do_center_crop=True, crop_size=SQUARE), {(32, 32)}),
     ],
     ids=["squash", "oblong", "enlarged", "cropped"],
 )  # fmt: skip
