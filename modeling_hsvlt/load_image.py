@@ -76,16 +76,27 @@ def load_image(
         return image_of_array(source, name)
     if isinstance(source, Image.Image):
         return _to_rgb(source, name, max_pixels, size_hint)
-    with _open_source(source, name, max_bytes, timeout, allow_private_addresses) as stream:
-        with _naming_failures(name):
-            Image.init()  # `formats` may hold one of a plugin that is not installed
-            guarded = _Guarded(_prepared(stream, name))
-            image = Image.open(guarded, formats=[known for known in FORMATS if known in Image.OPEN])
-            guarded.metadata_left = None
-        with image:
-            if image.format in ("JPEG", "MPO") and max_pixels is not None:
-                _check_scans(image, name, max_pixels)
-            return _to_rgb(image, name, max_pixels, size_hint)
+    with (
+        _open_source(source, name, max_bytes, timeout, allow_private_addresses) as stream,
+        read_header(stream, name) as image,
+    ):
+        if image.format in ("JPEG", "MPO") and max_pixels is not None:
+            _check_scans(image, name, max_pixels)
+        return _to_rgb(image, name, max_pixels, size_hint)
+
+
+def read_header(stream, name: str) -> Image.Image:
+    """The image in a binary stream, of which no pixel is decoded yet.
+
+    Raises:
+        ValueError: it is in no known format, or its header is damaged; the message begins with `name`.
+    """
+    with _naming_failures(name):
+        Image.init()  # `formats` may hold one of a plugin that is not installed
+        guarded = _Guarded(_prepared(stream, name))
+        image = Image.open(guarded, formats=[known for known in FORMATS if known in Image.OPEN])
+        guarded.metadata_left = None
+    return image
 
 
 def describe(source) -> str:

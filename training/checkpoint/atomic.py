@@ -4,9 +4,10 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         written.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def remove_unfinished(folder: Path, names: Collection[str] | None = None) -> None:
+    """Remove what `whole_file` began in a folder when its process was killed; for where nobody else writes.
+
+    Args:
+        names: of the files that were to be; None: all.
+    """
+    begun = None if names is None else {name[:100] for name in names}
+    for path in folder.glob(".*.new"):
+        match = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.new", path.name, re.DOTALL)
+        if match and (begun is None or match[1] in begun) and (path.is_symlink() or not path.is_dir()):
+            path.unlink()
 
 
 @contextmanager

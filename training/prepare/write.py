@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,13 @@ from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
 
 from modeling_hsvlt.label_names import check_label_names
+from modeling_hsvlt.load_image import describe, read_header
 
 from ..checkpoint.atomic import atomic_folder
 from ..data.label_name_files import read_label_names
 from ..data.rows import Split
 from ..data.sparse_labels import SparseLabels, class_names
+from ..say import counted
 
 # Rows of a parquet row group: what a reader of one row must read; the Hub's viewer asks for no more.
 _GROUP = 100
@@ -29,7 +33,8 @@ def write_dataset(
     """Writes `data/<split>-00000-of-00001.parquet` and `labels.txt`; `target` appears when everything is on disk.
 
     Args:
-        splits: As `load` gives them. Files are copied byte for byte, not decoded.
+        splits: As `load` gives them. Files are copied byte for byte, not decoded; how many are no images, by their
+            headers, is said on stderr.
         label_names: In class order; `labels.txt` keeps them where multi-hot lists have no names in the features.
         max_shard_bytes: Images of one shard, roughly.
 
@@ -44,7 +49,7 @@ def write_dataset(
     for name, split in splits.items():
         if len(split) == 0:
             raise ValueError(f"The split {name!r} has no images left; take it out with --split, or add some.")
-    total = sum(len(split) for split in splits.values())
+    total, no_images = sum(len(split) for split in splits.values()), []
     with atomic_folder(target) as folder:
         if target.exists():
             raise FileExistsError(f"{target} exists: delete it, or choose another TARGET.")
@@ -60,11 +65,18 @@ def write_dataset(
                 for number, rows in enumerate(np.array_split(np.arange(len(split)), count)):
                     path = folder / "data" / f"{name}-{number:05}-of-{count:05}.parquet"
                     written.append((split.select(rows), path))
-                    _write_shard(*written[-1], features, as_ids, progress)
+                    no_images += _write_shard(*written[-1], features, as_ids, progress)
             for shard, path in written:
                 _check_shard(shard, path, label_names, as_ids)
             if read_label_names(folder / "labels.txt") != list(label_names):
                 raise ValueError("labels.txt does not read back as it was written; give the labels plainer names.")
+    if no_images:
+        number = f"{len(no_images):,} of {counted(total, 'file')} {'is' if len(no_images) == 1 else 'are'} no image"
+        print(
+            f"warning: {number}: {no_images[0]} hsvlt check {target} lists them and those that are damaged further on; "
+            "hsvlt train refuses them, or leaves them out with --on_unreadable skip.",
+            file=sys.stderr,
+        )
 
 
 def _check_shard(shard: Split, path: Path, label_names: list[str], as_ids: bool) -> None:
@@ -98,13 +110,21 @@ def _image_bytes(images: Dataset) -> int:
     )
 
 
-def _write_shard(shard: Split, path: Path, features: Features, as_ids: bool, progress: tqdm) -> None:
-    schema = features.arrow_schema
+def _write_shard(shard: Split, path: Path, features: Features, as_ids: bool, progress: tqdm) -> list[str]:
+    """Returns why files in it are no images."""
+    schema, no_images = features.arrow_schema, []
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, len(shard), _GROUP):
             rows = np.arange(start, min(start + _GROUP, len(shard)))
             images = shard.images.select(rows).with_format("arrow")[:].column("image")
             table = pa.table({"image": images, "labels": shard.labels.select(rows).lists(as_ids)})
             # `to_parquet` would store paths; this reads the files.
-            writer.write_table(embed_table_storage(table.cast(schema)))
+            table = embed_table_storage(table.cast(schema))
+            writer.write_table(table)
+            for image in table.column("image").to_pylist():
+                try:
+                    read_header(BytesIO((image or {}).get("bytes") or b""), describe(image or b""))
+                except ValueError as error:
+                    no_images.append(str(error))
             progress.update(len(table))
+    return no_images

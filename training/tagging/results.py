@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..checkpoint.atomic import write_file
+from ..checkpoint.atomic import remove_unfinished, write_file
 from ..options import plain
 
 SETTINGS_FILE, UNREADABLE_FILE = "tagging.json", "unreadable.txt"
@@ -105,8 +105,7 @@ class Results:
             # The settings go last: a kill in between leaves parts that still belong to settings.
             for old in [*self._all_parts(), self.folder / UNREADABLE_FILE, path]:
                 old.unlink(missing_ok=True)
-        for unfinished in self.folder.glob(".*.new"):
-            unfinished.unlink()
+        remove_unfinished(self.folder)
         parts = {part.name.removeprefix("part-") for part in self._all_parts()}
         for old in self._all_parts("intervals"):
             if old.name.removeprefix("intervals-") not in parts:  # killed before its part was written

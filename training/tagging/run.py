@@ -39,7 +39,7 @@ def tag_source(args) -> int:
         args: The options of `training.tag`.
 
     Returns:
-        How many images this run could not get at, which the next one tries again.
+        How many images this run could not get at, and sidecars it could not write: the next one tries them again.
 
     Raises:
         ValueError, OSError: in one sentence, what was wrong and what to do.
@@ -95,8 +95,7 @@ def tag_source(args) -> int:
             noun = "file" if source.videos else "image"
             print(f"{args.output}: {counted(total, noun)}, {of_them}{left_out}.")
             say_next("demo", args.checkpoint)
-        if args.sidecars:
-            write_sidecars(source, results, args, accelerator)
+        failed = write_sidecars(source, results, args, accelerator) if args.sidecars else 0
         gone = gather_object(gone)
     finally:
         lock.release()
@@ -106,8 +105,12 @@ def tag_source(args) -> int:
             "same command tries them again.",
             file=sys.stderr,
         )
+    if failed and accelerator.is_main_process:
+        print(
+            f"error: {counted(failed, 'sidecar')} could not be written; the same command tries again.", file=sys.stderr
+        )
     accelerator.end_training()
-    return len(gone)
+    return len(gone) + failed
 
 
 def tag_share(

@@ -6,14 +6,14 @@ import argparse
 import logging
 import stat
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from ..checkpoint.atomic import write_file
+from ..checkpoint.atomic import remove_unfinished, write_file
 from .results import Results
 from .sources import DatasetSource, FileSource, StreamSource
 from .xmp import EMPTY_XMP, with_keywords
@@ -60,7 +60,10 @@ def write_xmp(image: Path, labels: Sequence[str], overwrite: bool = False, whole
 def _write(path: Path, data: bytes) -> None:
     """As `write_file`, with the mode of the file that was there."""
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-    write_file(path, data)
+    try:
+        write_file(path, data)
+    except FileNotFoundError:  # another run that tags these images took it for what a killed one left
+        write_file(path, data)
     if mode is not None:
         path.chmod(mode)
 
@@ -68,10 +71,14 @@ def _write(path: Path, data: bytes) -> None:
 WRITERS = {"txt": write_text, "xmp": write_xmp}
 
 
-def write_sidecars(source: FileSource, results: Results, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Writes this process's share of the sidecars, and says how many there were."""
+def write_sidecars(source: FileSource, results: Results, args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Writes this process's share of the sidecars, and says how many there were; returns how many of all could not be
+    written."""
     counts = Counter()
     pairs = shared_names(source)
+    if accelerator.is_main_process:
+        _remove_unfinished(source)
+    accelerator.wait_for_everyone()
     for part in results.parts()[accelerator.process_index :: accelerator.num_processes]:
         for record in results.read(part):
             if record["labels"] is None:
@@ -85,14 +92,25 @@ def write_sidecars(source: FileSource, results: Results, args: argparse.Namespac
                     done = WRITERS[kind](image, record["labels"], args.overwrite_sidecars, whole)
                 except OSError as error:  # a folder that cannot be written to, or a name too long for a suffix more
                     print(f"No sidecar of {image}: {error}", file=sys.stderr)
-                    done = False
-                counts["written" if done else "kept"] += 1
-    totals = torch.tensor([counts["written"], counts["kept"]], device=accelerator.device)
-    written, kept = accelerator.reduce(totals, "sum").tolist()
-    accelerator.print(f"Sidecars written: {written:,}; left as they were or not to be written: {kept:,}.")
+                    counts["failed"] += 1
+                else:
+                    counts["written" if done else "kept"] += 1
+    totals = torch.tensor([counts[name] for name in ("written", "kept", "failed")], device=accelerator.device)
+    written, kept, failed = accelerator.reduce(totals, "sum").tolist()
+    accelerator.print(f"Sidecars written: {written:,}; left as they were: {kept:,}; failed: {failed:,}.")
     if pairs and "txt" in args.sidecars:
         names = ", ".join(sorted(path.name for path in pairs)[:5])
         accelerator.print(f"Images that would share {names}: each has a file with its whole name, as 1.jpg.txt.")
+    return failed
+
+
+def _remove_unfinished(source: FileSource) -> None:
+    """Remove the sidecars that a killed run had begun to write."""
+    names = defaultdict(set)
+    for image in map(source.path, source.keys):
+        names[image.parent] |= {text_path(image).name, f"{image.name}.txt", f"{image.name}.xmp"}
+    for folder, of_sidecars in names.items():
+        remove_unfinished(folder, of_sidecars)
 
 
 def shared_names(source: FileSource) -> set[Path]:

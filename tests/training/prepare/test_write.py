@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image
+from PIL import Image as Picture
 
 import training.prepare.write as writing
 from training.data.rows import Split
@@ -45,6 +46,19 @@ def test_rows_are_grouped_so_that_one_can_be_read_alone(tmp_path):
     assert pq.ParquetFile(tmp_path / "out/data/train-00000-of-00001.parquet").num_row_groups == 3
 
 
+def test_files_that_are_no_images_are_counted(tmp_path, capsys):
+    split = rows(5, tmp_path)
+    Picture.new("RGB", (3, 2)).save(tmp_path / "1.jpg")
+    Picture.new("L", (3, 2)).save(tmp_path / "4.jpg", "PNG")
+    (tmp_path / "2.jpg").write_bytes(b"")
+    write_dataset({"train": split.select([1, 4])}, NAMES, tmp_path / "images")
+    assert "no image" not in capsys.readouterr().err
+    write_dataset({"train": split}, NAMES, tmp_path / "out")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("warning: 3 of 5 files are no image: ")
+    assert "0.jpg is in no image format" in said and f"hsvlt check {tmp_path / 'out'} lists them" in said
+
+
 def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
     split = rows(10, tmp_path)
     calls = []
@@ -55,6 +69,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         assert not (tmp_path / "out").exists()
         path.write_bytes(b"shard")
+        return []
 
     monkeypatch.setattr(writing, "_write_shard", write_shard)
     with pytest.raises(KeyboardInterrupt):

@@ -1,6 +1,8 @@
 """Tags beside images, as other programs read them."""
 
+import errno
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -104,6 +106,37 @@ def test_sidecars_of_a_run(checkpoint, tmp_path, capsys):  # noqa: F811
                 assert image.with_suffix(".txt").read_text() == ", ".join(record["labels"]) + "\n"
     assert main([*command, "--sidecars", "txt", "--overwrite_sidecars"]) == 0
     assert ((images / "0" / "3.txt").read_text() != "mine") == ("0/3.png" in labelled)
+
+
+def test_what_a_killed_run_had_begun_goes(checkpoint, tmp_path, capsys):  # noqa: F811
+    images = tmp_path / "images"
+    draw(images, 2)
+    long = (images / "0" / "0.png").rename(images / "0" / f"{'x' * 120}.png")
+    begun = [f".1.png.xmp.{'0f' * 8}.new", ".1.txt.0123456789abcdef.new", f".{'x' * 100}.{'a' * 16}.new"]
+    mine = [".1.txt.new", ".2.txt.0123456789abcdef.new", ".zshrc.0123456789abcdef.new"]
+    for name in begun + mine:
+        (images / "1" / name).write_text("half")
+    (images / "1" / begun[2]).rename(long.with_name(begun[2]))
+    command = [str(checkpoint), str(images), str(tmp_path / "out"), "--num_workers", "0", "--threshold", "0"]
+    assert main([*command, "--sidecars", "txt", "xmp"]) == 0
+    assert {path.name for path in images.rglob(".*")} == set(mine)
+    assert len(list(images.rglob("*.txt"))) == 2
+
+
+def test_a_sidecar_that_cannot_be_written_is_no_success(checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+    images = tmp_path / "images"
+    draw(images, 2)
+    command = [str(checkpoint), str(images), str(tmp_path / "out"), "--num_workers", "0", "--threshold", "0"]
+    with monkeypatch.context() as full:
+        full.setattr("training.tagging.sidecars.write_file", no_room)
+        assert main([*command, "--sidecars", "txt"]) == 1
+    said = capsys.readouterr()
+    assert "2 sidecars could not be written" in said.err and "No space left" in said.err and "failed: 2" in said.out
+    assert main([*command, "--sidecars", "txt"]) == 0 and len(list(images.rglob("*.txt"))) == 2
+
+
+def no_room(path, data):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def test_a_pair_gets_files_with_its_whole_names(checkpoint, tmp_path, capsys):  # noqa: F811
