@@ -1,8 +1,12 @@
 """Additions to HSVLT, all off by default. The paper has none of them; the released code holds the top-down aggregation
-in another form. The full list is under "Not published" in `configuration_hsvlt.py`.
+in another form.
 
 Class-specific residual attention helps small data on a pretrained backbone; candidates and chunks bound the cost of
 many labels; a label context is learned in front of their names.
+
+Not published either, and coded elsewhere: layer norms in the label stream and its `label_width`, and the shared
+classifier (`modeling_hsvlt.py`); backbones other than ConvNeXt (`hsvlt_backbones.py`, `hsvlt_timm.py`); the pyramid on
+a ViT (`hsvlt_pyramid.py`). `configuration_hsvlt.py` has their options under "Generalisations" and "Not published".
 """
 
 import torch

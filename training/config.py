@@ -95,7 +95,7 @@ class TrainingConfig(DatasetOptions):
     # random by seed
     label_encoder_revision: str | None = None
     label_pooling: Literal["mean", "official"] = "mean"  # "official" is the released embedding script's, for parity
-    label_template: str = "a photo of a {}"  # CLIP's prompt; unused by the official pooling
+    label_template: str | None = None  # text with {} for the name; null: "a photo of a {}", hp_dval's with a full stop
     label_text: dict = field(default_factory=dict)  # what to encode in place of a name: {tvmonitor: tv monitor}
     label_context: dict | None = field(default=None, metadata=PATH)  # to learn in front of the names, see
     # training.models.build.add_label_context

@@ -127,6 +127,21 @@ def test_another_label_set_needs_its_clip(tmp_path, clip):
     ]
 
 
+def test_the_template_is_that_of_the_options(clip):
+    options = {"model_type": "hp_dval", "image_size": 32, "backbone": clip, "model": {"local_top_k": 4}}
+    models = [
+        build_model(TrainingConfig(**options, label_template=template), ["cat", "dog"])
+        for template in (None, "a photo of a {}.", "{} of a photo")
+    ]
+    assert [model.config.label_template for model in models] == [
+        "a photo of a {}.",
+        "a photo of a {}.",
+        "{} of a photo",
+    ]
+    plain, same, other = (model.hp_dval.prompts.prompt_ids for model in models)
+    assert torch.equal(plain, same) and not torch.equal(plain, other)
+
+
 def test_counts_are_asked_for_where_scenes_have_none(tmp_path, clip, capsys):
     assert command("hp_dval_phase1.yaml", tmp_path / "run", backbone=clip, fresh_scenes=True) == 2
     assert "set fresh_scenes to false" in capsys.readouterr().err

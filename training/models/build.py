@@ -18,7 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 import modeling_hsvlt  # noqa: F401  (registers the model types)
 from modeling_hsvlt.hsvlt_timm import backbone_config_of
 from modeling_hsvlt.label_context import LabelContext
-from modeling_hsvlt.label_prompts import class_shares, encode_labels, load_text_encoder, transfer_classifier
+from modeling_hsvlt.label_prompts import (
+    DEFAULT_TEMPLATE,
+    class_shares,
+    encode_labels,
+    load_text_encoder,
+    transfer_classifier,
+)
 from modeling_hsvlt.load_pretrained import load_pretrained
 from modeling_hsvlt.losses_multilabel import multilabel_loss
 
@@ -53,7 +59,8 @@ def build_model(config: TrainingConfig, label_names: list[str], say: Callable[[s
         raise ValueError(
             f"loss_kwargs {config.loss_kwargs} do not fit loss_type {config.loss_type!r}: {error}."
         ) from None
-    encoded = None
+    _check_template(config)
+    encoded, template = None, config.label_template or DEFAULT_TEMPLATE
     if config.label_context is not None and config.model_type != "hsvlt":
         raise ValueError(
             f"label_context is for hsvlt, and model_type is {config.model_type!r}: hp_dval's contexts are its phase 2."
@@ -68,7 +75,7 @@ def build_model(config: TrainingConfig, label_names: list[str], say: Callable[[s
             encoder,
             tokenizer,
             pooling=config.label_pooling,
-            template=config.label_template,
+            template=template,
             label_text=config.label_text,
         )
 
@@ -80,6 +87,8 @@ def build_model(config: TrainingConfig, label_names: list[str], say: Callable[[s
         "loss_kwargs": config.loss_kwargs,
         **config.model,
     }
+    if config.model_type == "hp_dval" and config.label_template is not None:
+        overrides.setdefault("label_template", config.label_template)
     if config.init_from is not None:
         model = from_checkpoint(config, label_names, overrides)
     elif config.model_type == "hp_dval" and config.backbone is not None:
@@ -97,7 +106,7 @@ def build_model(config: TrainingConfig, label_names: list[str], say: Callable[[s
             encoded,
             encoder=public_name(config.label_encoder),
             pooling=config.label_pooling,
-            template=None if official else config.label_template,
+            template=None if official else template,
         )
     wanted = config.text_classifier
     if wanted is None:
@@ -115,6 +124,20 @@ def build_model(config: TrainingConfig, label_names: list[str], say: Callable[[s
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def _check_template(config: TrainingConfig) -> None:
+    """Refuses a template where nothing would read it."""
+    if config.label_template is None:
+        return
+    for unread, why in (
+        (config.model_type == "mltr", "mltr reads no label text"),
+        (config.model_type == "hsvlt" and config.label_encoder is None, "label_encoder, which reads it, is not set"),
+        (config.model_type == "hsvlt" and config.label_pooling == "official", "the official pooling takes none"),
+        (config.model_type == "hp_dval" and config.init_from is not None, "init_from keeps that of its own prompts"),
+    ):
+        if unread:
+            raise ValueError(f"label_template {config.label_template!r} would have no effect: {why}. Leave it out.")
 
 
 def read_backbone_statistics(config: TrainingConfig) -> None:
@@ -187,7 +210,7 @@ def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: Trai
         say(f"Labels start without a text classifier: {str(error).partition(':')[0]}.")
         return
     unique = list(dict.fromkeys(names))  # ImageNet has two cranes and two maillots
-    embeddings = encode_labels(unique, encoder, tokenizer, template=config.label_template)
+    embeddings = encode_labels(unique, encoder, tokenizer, template=config.label_template or DEFAULT_TEMPLATE)
     embeddings, labels = embeddings[[unique.index(each) for each in names]], model.hsvlt.label_embeddings.weight
     model.set_text_classifier(transfer_classifier(weight, embeddings, labels))
     say(f"Each label starts from the classes of {config.backbone} with the most similar names:")
@@ -246,8 +269,9 @@ def add_label_context(model: PreTrainedModel, encoder, tokenizer, config: Traini
     frozen = {"all": None, "all_but_backbone": model.hsvlt.backbone, "nothing": model}[beside]
     if frozen is not None:
         frozen.requires_grad_(False)
+    template = config.label_template or DEFAULT_TEMPLATE
     model.label_context = LabelContext(
-        encoder, tokenizer, label_names, template=config.label_template, label_text=config.label_text, **options
+        encoder, tokenizer, label_names, template=template, label_text=config.label_text, **options
     )
     templates = model.label_context.templates
     model.config.label_template = templates[0] if len(templates) == 1 else f"{templates[0]}, and so on for each label"

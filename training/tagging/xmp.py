@@ -1,4 +1,5 @@
-"""Keywords in XMP files: what programs for photographs read, written without touching anything else in the file.
+"""Keywords in XMP files: what programs for photographs read, set without touching anything else in it
+(`sidecars.py` writes the file).
 
 The same keywords stand in four properties, since each program reads its own first: `dc:subject` (all of them),
 `lr:hierarchicalSubject` (Lightroom, darktable, immich), `digiKam:TagsList` (digiKam), `MicrosoftPhoto:LastKeywordXMP`

@@ -114,6 +114,20 @@ def test_label_embeddings_come_from_the_encoder(encoder, reading):
     assert model.config.label_template == (None if reading == "official" else "a photo of a {}")
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"model_type": "mltr", "model": {}}, "reads no label text"),
+        ({"model_type": "hsvlt"}, "label_encoder, which reads it, is not set"),
+        ({"model_type": "hsvlt", "label_encoder": "bert", "label_pooling": "official"}, "official pooling takes none"),
+        ({"model_type": "hp_dval", "model": {}, "init_from": "best"}, "init_from keeps"),
+    ],
+)
+def test_a_template_that_nothing_would_read_is_refused(options, why):
+    with pytest.raises(ValueError, match=why):
+        build(label_template="a drawing of a {}", **options)
+
+
 def save_classifier(folder, names, hidden_sizes=(8, 8, 16, 24)):
     torch.manual_seed(0)
     labels = {"num_labels": 5} if names is None else {"id2label": dict(enumerate(names))}
