@@ -7,6 +7,7 @@ gives one sentence.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -203,12 +204,17 @@ def _tensors_of(source: str, hub: dict) -> tuple[dict[str, list[int]], dict[str,
 def _check_numbers(config: dict, shapes: dict[str, list[int]], source: str) -> None:
     """
     Raises:
-        ValueError: a number in the configuration that the tensors do not bear out, or that names another file.
+        ValueError: a number in the configuration that the tensors do not bear out, or that is not finite; or the name
+            of another file.
     """
     if "transformers_weights" in config:
         raise ValueError(f"{source}: its config.json names a file of weights (transformers_weights): do not load this.")
     largest = max([_SMALL, *(size for shape in shapes.values() for size in shape)])
     for name, number in _numbers(config):
+        if not math.isfinite(number):
+            raise ValueError(f"{source}: its config.json has {name} {number}, which is not finite: do not load this.")
+        if type(number) is float:
+            continue
         limit = largest if not _LENGTHS.search(name) else max(largest, _LONG)
         if shapes and _MANY.search(name):
             limit = len(shapes)
@@ -220,7 +226,7 @@ def _check_numbers(config: dict, shapes: dict[str, list[int]], source: str) -> N
         )
 
 
-def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, int]]:
+def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
     if isinstance(config, dict):
         for key, value in config.items():
             if key not in _RECORDS:
@@ -230,5 +236,5 @@ def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, int]]:
             yield from _numbers(value, name)
         if config and _MANY.search(name) and all(type(value) is int for value in config):
             yield name, sum(config)
-    elif type(config) is int:
+    elif type(config) in (int, float):
         yield name, config

@@ -63,15 +63,21 @@ def run(args: EvaluateOptions) -> dict:
     from accelerate import Accelerator
 
     from .check.imbalance import long_tail_groups
-    from .checkpoint.loading import load_checkpoint
+    from .checkpoint.loading import load_checkpoint, of_one_moment
     from .checkpoint.lock import check_launch
     from .metrics.functional import multilabel_report
     from .report.page import result_record, write_report
+    from .scoring.measured_with import weights_of
     from .scoring.predict import score_split
 
     if args.output is not None and not args.overwrite:
         refuse_to_replace(args.output, RESULT_FILES, "--output")
-    model, processor = load_checkpoint(args)
+
+    def load() -> tuple:
+        model, processor = load_checkpoint(args)
+        return model, processor, weights_of(args.checkpoint, model.config.to_dict())
+
+    model, processor, weights = of_one_moment(args.checkpoint, load)
     threshold = args.threshold
     if threshold == "auto":
         threshold = getattr(model.config, "thresholds", None)
@@ -97,6 +103,7 @@ def run(args: EvaluateOptions) -> dict:
     results = result_record(
         report,
         model.config,
+        weights=weights,
         checkpoint=args.checkpoint,
         revision=getattr(model.config, "_commit_hash", None) or args.revision,
         dataset=args.dataset,

@@ -55,7 +55,7 @@ def train(config: TrainingConfig) -> dict:
     GradientState._reset_state()
     AcceleratorState._reset_state(reset_partial_state=False)
     run = setup(config)
-    with _closing(run), run.stop:
+    with run.stop, _closing(run):
         fit(run)
         results = finish(run)
     run.accelerator.end_training()
@@ -78,7 +78,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         config = parse_config(arguments)
-        from .loop.setup import setup  # after the options, so that what they have wrong is said at once
+        # After the options, so that what they have wrong is said at once.
+        from .checkpoint.folder import CheckpointError
+        from .data.batches import naming_dead_workers
+        from .loop.finish import finish
+        from .loop.fit import fit
+        from .loop.interruption import Stopped
+        from .loop.setup import setup
 
         run = setup(config)
     except (ValueError, OSError) as error:
@@ -86,15 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted before the first step: the same command starts again.", file=sys.stderr)
         return 130
-    from .checkpoint.folder import CheckpointError
-    from .data.batches import naming_dead_workers
-    from .loop.finish import finish
-    from .loop.fit import fit
-    from .loop.interruption import Stopped
-
-    with _closing(run):
+    with run.stop, _closing(run):  # a signal while it closes would leave that half done
         try:
-            with run.stop, naming_dead_workers():
+            with naming_dead_workers():
                 fit(run)
                 finish(run)
             _say_next(run)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from sklearn.metrics import average_precision_score, precision_score
 from transformers import AutoImageProcessor
 
 from training.evaluate import main
+from training.scoring import predict
+from training.scoring.measured_with import weights_of
 from training.scoring.thresholds import store_thresholds
 
 from ..tolerance import METRIC, assert_close_metrics
@@ -74,6 +77,23 @@ def test_thresholds_of_the_checkpoint(checkpoint, images, tmp_path, capsys):
     thresholds = [row["threshold"] for row in read_csv(tmp_path / "results" / "per_label.csv").values()]
     assert thresholds == ["0.25", "0.5", "0.75"]
     assert "fitted thresholds" in capsys.readouterr().out
+
+
+def test_results_are_of_the_weights_that_were_scored(checkpoint, images, tmp_path, monkeypatch):
+    """A run that trains replaces best/ while it is evaluated."""
+    best, scored = shutil.copytree(checkpoint, tmp_path / "best"), predict.score_split
+    weights = weights_of(best, {})
+
+    def score_split(*args, **kwargs):
+        found = scored(*args, **kwargs)
+        model = tiny_model()
+        torch.nn.init.zeros_(model.classifier.bias)
+        model.save_pretrained(best)
+        return found
+
+    monkeypatch.setattr(predict, "score_split", score_split)
+    assert main([str(best), str(images), "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["weights"] == weights != weights_of(best, {})
 
 
 def test_a_label_without_positives_is_named_and_empty_in_the_table(checkpoint, tmp_path, capsys):

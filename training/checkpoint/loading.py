@@ -1,7 +1,8 @@
 """Loading a checkpoint, with the code of this checkout, and what is refused before."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import (
     AutoConfig,
@@ -16,7 +17,9 @@ import modeling_hsvlt  # noqa: F401  (registers the model types, so that the cod
 from modeling_hsvlt.load_pretrained import load_pretrained
 
 from ..options import CheckpointOptions
-from .folder import verify
+from .folder import MARKER, verify
+
+T = TypeVar("T")
 
 
 def load_checkpoint(args: CheckpointOptions) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -29,8 +32,42 @@ def load_checkpoint(args: CheckpointOptions) -> tuple[PreTrainedModel, BaseImage
         raise FileNotFoundError(f"{args.checkpoint} is no folder; give the folder of a checkpoint or a Hub id.")
     logging.disable_progress_bar()  # of a second; what is downloaded has its own
     kinds = (AutoModelForImageClassification, AutoImageProcessor)
-    model, processor = (load_pretrained(kind, args.checkpoint, revision=args.revision) for kind in kinds)
+
+    def load() -> list:
+        return [load_pretrained(kind, args.checkpoint, revision=args.revision) for kind in kinds]
+
+    model, processor = of_one_moment(args.checkpoint, load)
     return model, processor
+
+
+def of_one_moment(checkpoint: str | Path, read: Callable[[], T]) -> T:
+    """What `read` makes of several files of a checkpoint; it is called again where a run replaced the folder meanwhile,
+    so that weights of one epoch do not go with the configuration of another.
+
+    Raises:
+        ValueError: it was replaced each time; and whatever `read` raises.
+    """
+    for _ in range(5):
+        before = seal_of(checkpoint)
+        try:
+            found = read()
+        except (ValueError, OSError):
+            if seal_of(checkpoint) == before:
+                raise
+        else:
+            if seal_of(checkpoint) == before:
+                return found
+    raise ValueError(f"{checkpoint} was replaced while it was read, five times: wait for the run that writes it.")
+
+
+def seal_of(checkpoint: str | Path) -> bytes | None:
+    """What tells a checkpoint from the one that takes its place; None for a Hub id, and for none."""
+    for name in (MARKER, "config.json"):
+        try:
+            return (Path(checkpoint) / name).read_bytes()
+        except OSError:
+            pass
+    return None
 
 
 def still_loads(folder: Path) -> bool:

@@ -59,7 +59,7 @@ def finish(run: Run) -> dict:
         results["weights"] = weights_of(folder, model.config.to_dict())
         write_file(run.folder / "results.json", json.dumps(results, indent=1))
         if config.report:
-            _write_report(run, model, scores, labels, results["validation_at_thresholds"])
+            _write_report(run, model, scores, labels, results)
         if config.push_to_hub:
             push_run(run.folder, config.push_to_hub, private=config.hub_private)
     accelerator.print(
@@ -69,11 +69,12 @@ def finish(run: Run) -> dict:
     return results
 
 
-def _write_report(run: Run, model, scores: np.ndarray, labels: np.ndarray, metrics: dict) -> None:
+def _write_report(run: Run, model, scores: np.ndarray, labels: np.ndarray, results: dict) -> None:
     config, counts = run.config, None if run.groups is None else run.train_data.sparse_labels.positives()
     record = result_record(
-        metrics,
+        results["validation_at_thresholds"],
         model.config,
+        weights=results["weights"],
         checkpoint=str(run.folder / "best"),
         dataset=config.dataset,
         dataset_revision=config.dataset_revision,

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..checkpoint.atomic import write_file
+from ..checkpoint.loading import seal_of
 from ..places import run_of
 from .build import build_folder, check_no_path
 from .card import render_card
 from .card_page import card_page
+from .measured import checkpoint_of
 from .reload import check_folder
 
 RETRY_SECONDS = (1, 2, 4, 8)  # waits between attempts at a request
@@ -56,10 +58,12 @@ def push_run(
         The commit's id, or None for a dry run.
 
     Raises:
-        ValueError: a run that cannot be published as it is, a tag that exists, an adapter that does not fit its base.
+        ValueError: a run that cannot be published as it is, or that changes meanwhile, a tag that exists, an adapter
+            that does not fit its base.
         PushError: the Hub did not take it; it is then as it was before.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as held:
+        scratch = held.enter_context(tempfile.TemporaryDirectory())
         target = Path(scratch) / "folder" if folder is None else Path(folder)
         if target.exists() and any(target.iterdir()):
             raise FileExistsError(f"{target} is not empty; choose another folder to build in.")
@@ -67,12 +71,15 @@ def push_run(
         api = HfApi()
         if not dry_run:
             tag = _free_tag(api, repo_id, tag)
+        before = seal_of(checkpoint_of(run))
         expected = build_folder(run, target, adapter_of=adapter_of, adapter_revision=adapter_revision)
         difference = check_folder(target, *expected)
         card = render_card(
             run, target, repo_id=repo_id, tag=tag, licence=licence, adapter_revision=adapter_revision, images=images
         )
         card.save(target / "README.md")
+        if seal_of(checkpoint_of(run)) != before:
+            raise ValueError(f"{run} was changed while it was read: wait for the end of the run that writes it.")
         check_no_path(Path(run), target)
         print(f"Reloaded without this package: logits differ by at most {difference:.1e}.")
         for path, size in _tree(target):
@@ -83,7 +90,9 @@ def push_run(
             print(f"The card as a page: {page}\nDry run: nothing was sent to {repo_id}.")
             return None
         revision = push_folder(target, repo_id, private=private, tag=tag, api=api)
-    print(f"Pushed: {api.endpoint}/{repo_id} at revision {revision}, tag {tag}.")
+        with _signals(signal.SIG_IGN, signal.SIGINT):  # it has arrived, and nothing may say otherwise
+            held.close()
+            print(f"Pushed: {api.endpoint}/{repo_id} at revision {revision}, tag {tag}.")
     return revision
 
 

@@ -24,7 +24,7 @@ from ..metrics.glossary import AP_DEFINITION, FIGURES, HEAT_MAPS
 from ..say import counted
 from ..scoring.calibration import stored_calibration
 from ..scoring.held_out import held_out_decisions
-from ..scoring.measured_with import fingerprints, weights_of
+from ..scoring.measured_with import fingerprints
 from ..scoring.predict import ScoredSplit
 from ..scoring.reliability import NUM_BINS, Reliability, reliability
 from ..scoring.thresholds import fit_record
@@ -158,6 +158,7 @@ def result_record(
     metrics: dict,
     config,
     *,
+    weights: str | None,
     checkpoint: str,
     dataset: str,
     split: str,
@@ -166,7 +167,8 @@ def result_record(
     dataset_revision: str | None = None,
     count_split: str | None = None,
 ) -> dict:
-    """What the results.json of a report holds: metrics, and of what they are; `config` is the model's."""
+    """What the results.json of a report holds: metrics, and of what they are; `config` is the model's, and `weights` of
+    `weights_of`, from when they were loaded."""
     return {
         "checkpoint": checkpoint,
         "revision": revision,
@@ -175,7 +177,7 @@ def result_record(
         "split": split,
         "count_split": count_split,
         "threshold": threshold,
-        "weights": weights_of(checkpoint, config.to_dict()),
+        "weights": weights,
         "measured_with": fingerprints(config.to_dict()),
         "ap_definition": AP_DEFINITION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -205,6 +205,17 @@ def test_a_folder_that_gives_other_logits_is_not_pushed(run_folder, hub, monkeyp
     assert hub.state(REPO) is None
 
 
+def test_a_run_that_changes_while_it_is_read_is_not_pushed(run_folder, hub, monkeypatch, capsys):
+    def check_folder(folder, *args):
+        (run_folder / "best" / "checkpoint.json").write_text("of the next epoch")
+        return 0.0
+
+    monkeypatch.setattr(training.publish.hub, "check_folder", check_folder)
+    assert main([str(run_folder), REPO]) == 2
+    assert "was changed while it was read: wait for the end of the run" in capsys.readouterr().err
+    assert hub.state(REPO) is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
