@@ -119,6 +119,10 @@ class HSVLTConfig(MultiLabelConfig):
             `HSVLTResidualAttention`. Helps small data on a pretrained backbone.
         residual_attention_weight (`float`, defaults to 0.5):
             Its share of the logit, between 0 and 1; the rest is the label stream's.
+        text_classes (`int`, *optional*):
+            With `residual_attention` and `classifier="shared"`, how many classes of the backbone's own classifier the
+            model keeps, from which labels that it was not trained on get their weights by name; see
+            `HSVLTAdditions.start_from_classes`, which sets it. None: none are kept.
 
         > Bookkeeping
 
@@ -178,6 +182,7 @@ class HSVLTConfig(MultiLabelConfig):
     candidate_loss_weight: float | int = 1.0
     residual_attention: bool = False
     residual_attention_weight: float = 0.5
+    text_classes: int | None = None
     # Bookkeeping
     label_seed: int = 0
     label_text_encoder: str | None = None
@@ -253,7 +258,7 @@ class HSVLTConfig(MultiLabelConfig):
             raise ValueError(
                 f"interaction_depths must be four positive numbers, one a stage, but it is {self.interaction_depths}."
             )
-        for field in ("label_chunk_size", "label_width", "candidate_labels"):
+        for field in ("label_chunk_size", "label_width", "candidate_labels", "text_classes"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be a positive number or None, but it is {value}.")
@@ -263,9 +268,10 @@ class HSVLTConfig(MultiLabelConfig):
             raise ValueError(
                 f"residual_attention_weight must lie between 0 and 1, but it is {self.residual_attention_weight}."
             )
-        for field in ("residual_attention", "candidate_labels"):
-            if getattr(self, field) and self.classifier != "per_label":
-                raise ValueError(f'{field} has weights for each label: it needs classifier="per_label".')
+        if self.candidate_labels is not None and self.classifier != "per_label":
+            raise ValueError('candidate_labels has weights for each label: it needs classifier="per_label".')
+        if self.text_classes is not None and not (self.residual_attention and self.classifier == "shared"):
+            raise ValueError('text_classes belongs to residual_attention with classifier="shared".')
 
 
 def _four_of(backbone: PreTrainedConfig, stage_names: list[str]) -> list[str]:

@@ -9,12 +9,15 @@ classifier (`modeling_hsvlt.py`); backbones other than ConvNeXt (`hsvlt_backbone
 a ViT (`hsvlt_pyramid.py`). `configuration_hsvlt.py` has their options under "Generalisations" and "Not published".
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
 from .configuration_hsvlt import HSVLTConfig
+from .label_prompts import transfer_classifier
 from .losses_multilabel import NOT_EVALUATED
 from .modeling_multilabel import MultiLabelPreTrainedModel, as_dtype_of, no_fp16_autocast, widened
 
@@ -50,6 +53,9 @@ class HSVLTResidualAttention(nn.Module):
     differences: pixels are normalised and labels have a bias, and scores are not divided by the norm of the
     classifier's rows. `W_text` is not trained, and zero until
     `HSVLTForImageClassification.set_text_classifier` sets it; weight decay then pulls towards it.
+
+    With `text_classes` it also keeps K classes of the backbone's own classifier with the text embeddings of their
+    names, from which [`exchange`] makes the rows of new labels.
     """
 
     def __init__(self, config: HSVLTConfig, hidden_size: int):
@@ -59,6 +65,39 @@ class HSVLTResidualAttention(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_labels, hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_labels))
         self.register_buffer("text_weight", torch.zeros(config.num_labels, hidden_size))
+        self.keep_classes(None, None)
+        if config.text_classes is not None:
+            sizes = (hidden_size, config.label_embedding_dim)
+            self.keep_classes(*(torch.zeros(config.text_classes, size) for size in sizes))
+
+    def keep_classes(self, weight: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:
+        """Keeps classifier rows (K, C) of other classes, and the text embeddings (K, D) of their names."""
+        self.register_buffer("class_weight", weight)
+        self.register_buffer("class_embeddings", embeddings)
+
+    @torch.no_grad()
+    def exchange(self, before: torch.Tensor, after: torch.Tensor, known: Sequence[int | None]) -> None:
+        """Rows for other labels. A known label keeps its row and bias. A new one gets the rows of the kept classes and
+        of the labels so far, averaged by similarity of their texts as `transfer_classifier` does it, and the mean bias.
+
+        Args:
+            before, after (`torch.Tensor` of shapes `(N, D)` and `(M, D)`): text embeddings of the labels.
+            known (sequence of `int` or None): for each new label, which of the labels so far it is.
+        """
+        weights, texts = self.weight + self.text_weight, before
+        if self.class_weight is not None:
+            weights = torch.cat((self.class_weight.to(weights), weights))
+            texts = torch.cat((self.class_embeddings.to(texts), texts))
+        text_weight = transfer_classifier(weights, texts.float(), after.to(texts).float()).to(self.text_weight)
+        weight, bias = torch.zeros_like(text_weight), self.bias.mean().repeat(len(after))
+        new, old = ([pair[side] for pair in enumerate(known) if pair[1] is not None] for side in (0, 1))
+        for rows, source in ((weight, self.weight), (bias, self.bias), (text_weight, self.text_weight)):
+            rows[new] = source[old]
+        self.weight, self.bias = (
+            nn.Parameter(value.to(each), requires_grad=each.requires_grad)
+            for value, each in ((weight, self.weight), (bias, self.bias))
+        )
+        self.text_weight = text_weight
 
     def forward(self, feature_map: torch.Tensor, class_ids: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -165,6 +204,54 @@ class HSVLTAdditions(MultiLabelPreTrainedModel):
                 + ("." if weight.shape != text_weight.shape else " with values that are not finite.")
             )
         text_weight.copy_(weight)
+
+    def start_from_classes(self, weight: torch.Tensor, class_embeddings: torch.Tensor) -> None:
+        """Starts `residual_attention` from a pretrained classifier of other classes, see
+        `label_prompts.transfer_classifier`. With `classifier="shared"` the classes are kept for [`exchange_labels`].
+
+        Args:
+            weight (`torch.Tensor` of shape `(K, C)`): K classes, C channels of the backbone's last map.
+            class_embeddings (`torch.Tensor` of shape `(K, D)`): text embeddings of their names, by the encoder and
+                template of the labels'.
+
+        Raises:
+            ValueError: as [`set_text_classifier`], or shapes that do not belong together.
+        """
+        labels = self.hsvlt.label_embeddings.weight
+        self.set_text_classifier(transfer_classifier(weight, class_embeddings, labels.float().cpu()))
+        if self.config.classifier == "shared":
+            weight = weight.float() - weight.float().mean(0)
+            # As long as the labels' own rows are at the start, with which they are averaged.
+            weight = weight * (12 / weight.shape[1] ** 0.5 / weight.norm(dim=1).mean())
+            rows = self.residual_attention.text_weight
+            self.residual_attention.keep_classes(weight.to(rows), class_embeddings.to(rows))
+            self.config.text_classes = len(weight)
+
+    def exchange_labels(self, label_names: Sequence[str], label_embeddings: torch.Tensor, **provenance) -> None:
+        """Other labels for a model with a shared classifier, by their texts alone; what is known by name stays.
+
+        What `residual_attention` learned for labels that are left out is gone; load the checkpoint again to have it.
+
+        Args:
+            label_names (sequence of `str`): the new labels.
+            label_embeddings (`torch.Tensor` of shape `(M, D)`), provenance: see [`set_label_embeddings`].
+
+        Raises:
+            ValueError: a classifier with weights for each label, a name that cannot be one, or other shapes.
+        """
+        if self.config.classifier != "shared":
+            raise ValueError("this model has classifier weights for each label: other labels need training.")
+        rows = {name: int(row) for row, name in self.config.id2label.items()}
+        label_names, before = [str(name) for name in label_names], self.hsvlt.label_embeddings.weight
+        if label_embeddings.shape != (len(label_names), before.shape[1]) or not label_embeddings.isfinite().all():
+            raise ValueError(
+                f"label_embeddings have shape {tuple(label_embeddings.shape)} or values that are not finite, but "
+                f"{len(label_names)} names of this model need finite numbers, {(len(label_names), before.shape[1])}."
+            )
+        self.config.set_label_names(label_names)
+        if self.residual_attention is not None:
+            self.residual_attention.exchange(before, label_embeddings, [rows.get(name) for name in label_names])
+        self.set_label_embeddings(label_embeddings, **provenance)
 
     @torch.no_grad()
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):

@@ -402,7 +402,7 @@ class HSVLTPreTrainedModel(HSVLTOnBackbone):
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and getattr(module, "starts_as_in_torch", False):
             init_linear(module, None)
         elif isinstance(module, HSVLTResidualAttention):
-            for tensor in (module.weight, module.bias, module.text_weight):
+            for tensor in (module.weight, module.bias, *module.buffers(recurse=False)):
                 init.zeros_(tensor)
         else:
             super()._init_weights(module)
@@ -525,7 +525,7 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
     ) -> None:
         """Sets the text embedding of each label, and notes in the configuration where it came from.
 
-        With a shared classifier, call `model.config.set_label_names(names)` first for another label set.
+        For another label set on a shared classifier see [`exchange_labels`].
 
         Args:
             label_embeddings (`torch.Tensor` of shape `(num_labels, label_embedding_dim)`): in the order of `id2label`;
@@ -541,7 +541,9 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
                 "it first: model.label_context = None."
             )
         table = self.hsvlt.label_embeddings
-        num_labels = self.config.num_labels if self.config.classifier == "shared" else len(table.weight)
+        fixed = self.config.classifier == "per_label" or self.residual_attention is not None
+        rows = table.weight if self.residual_attention is None else self.residual_attention.text_weight
+        num_labels = len(rows) if fixed else self.config.num_labels
         shape = (num_labels, self.config.label_embedding_dim)
         if label_embeddings.shape != shape:
             raise ValueError(
@@ -603,10 +605,12 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
         """Those given, those of a learned context, or the checkpoint's."""
         if text_embeddings is None:
             return self.hsvlt.label_embeddings() if self.label_context is None else self.label_context()
-        if self.config.classifier == "per_label" and text_embeddings.shape[0] != self.num_labels:
+        fixed = self.config.classifier == "per_label" or self.residual_attention is not None
+        if fixed and text_embeddings.shape[0] != self.num_labels:
             raise ValueError(
                 f"text_embeddings of {text_embeddings.shape[0]} labels do not fit a classifier with a weight for each "
-                f"of {self.num_labels} labels; choose labels with class_ids, or train with classifier='shared'."
+                f"of {self.num_labels} labels; choose labels with class_ids, or train with classifier='shared' and use "
+                "exchange_labels."
             )
         return text_embeddings
 

@@ -365,8 +365,7 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 f"The text encoder gives {embeddings.shape[1]} numbers a label, but the model reads "
                 f"{config.label_embedding_dim}; use the one it was trained with, {config.label_text_encoder}."
             )
-        config.set_label_names(names)
-        model.set_label_embeddings(embeddings, **provenance)
+        model.exchange_labels(names, embeddings, **provenance)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves the model, its code and a [`MultiLabelProcessor`], so that every `Auto` class loads from the folder."""

@@ -63,7 +63,7 @@ def with_every_option():
 MODELS = {
     "hsvlt": hsvlt,
     "hsvlt_4_heads": lambda: hsvlt(num_attention_heads=4),
-    "hsvlt_shared": lambda: hsvlt(classifier="shared"),
+    "hsvlt_shared": lambda: hsvlt(classifier="shared", residual_attention=True, text_classes=3),
     "hsvlt_every_option": with_every_option,
     "hsvlt_swin": lambda: hsvlt(SWIN),
     "hsvlt_mltr": lambda: hsvlt(MlTrConfig(**MLTR)),

@@ -600,8 +600,12 @@ def states(encoder, tokenizer, words, **kwargs):
         return encoder(input_ids=ids, **kwargs).last_hidden_state[0]
 
 
-def test_a_shared_head_scores_new_names(image_processor, tmp_path):
-    model, encoder, tokenizer = with_shared_head()
+@pytest.mark.parametrize("residual_attention", [False, True])
+def test_a_shared_head_scores_new_names(image_processor, tmp_path, residual_attention):
+    model, encoder, tokenizer = with_shared_head(residual_attention=residual_attention)
+    if residual_attention:
+        model.start_from_classes(torch.randn(6, model.hsvlt.backbone.channels[-1]), torch.randn(6, 16))
+        torch.nn.init.normal_(model.residual_attention.weight)
     tagger = pipeline(TASK, model=model, image_processor=image_processor, device="cpu")
     before = {label["label"]: label["score"] for label in tagger(image(0))}
     tagger.set_labels(["plant", "dog", "potted plant"], (encoder, tokenizer))

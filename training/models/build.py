@@ -23,7 +23,6 @@ from modeling_hsvlt.label_prompts import (
     class_shares,
     encode_labels,
     load_text_encoder,
-    transfer_classifier,
 )
 from modeling_hsvlt.load_pretrained import load_pretrained
 from modeling_hsvlt.losses_multilabel import multilabel_loss
@@ -212,7 +211,7 @@ def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: Trai
     unique = list(dict.fromkeys(names))  # ImageNet has two cranes and two maillots
     embeddings = encode_labels(unique, encoder, tokenizer, template=config.label_template or DEFAULT_TEMPLATE)
     embeddings, labels = embeddings[[unique.index(each) for each in names]], model.hsvlt.label_embeddings.weight
-    model.set_text_classifier(transfer_classifier(weight, embeddings, labels))
+    model.start_from_classes(weight, embeddings)
     say(f"Each label starts from the classes of {config.backbone} with the most similar names:")
     shares, classes = class_shares(embeddings, labels).topk(min(3, len(names)))
     for row in range(min(len(labels), MAX_SAID)):

@@ -151,6 +151,11 @@ def test_a_text_classifier_comes_from_the_backbone(encoder, tmp_path):
     expected = transfer_classifier(source.classifier.weight, classes, encode_labels(NAMES, bert, tokenizer))
     assert_close_outputs(model.residual_attention.text_weight, expected)
     assert expected.abs().sum() > 0 and not model.residual_attention.weight.any()
+    shared = {"residual_attention": True, "classifier": "shared"}
+    shared = build(model=shared, backbone=str(tmp_path), label_encoder=str(encoder[0]))
+    assert_close_outputs(shared.residual_attention.text_weight, expected)
+    assert_close_outputs(shared.residual_attention.class_embeddings, classes)
+    assert shared.config.text_classes == 4 and model.config.text_classes is None
 
 
 def test_it_is_said_which_classes_each_label_started_from(encoder, tmp_path):
