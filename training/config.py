@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import textwrap
+import types
 import typing
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -13,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from .options import DatasetOptions, nearest, read_list, read_text, read_yaml, value_kind
+from .options import DatasetOptions, nearest, read_list, read_text, read_yaml
 from .places import checkpoint_folder, free_cores, recipes
 
 PATH = {"path": True}  # of an option that may hold a path of this machine: no push publishes that
@@ -354,7 +355,10 @@ def _check_keys(keys, where: str) -> None:
 
 def _kind(hint) -> tuple[typing.Any, tuple]:
     """What a value is where it is not None, a type or Literal; and what it, or an item of it, is chosen from."""
-    kind, item = value_kind(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    kind = typing.get_origin(hint) or hint
+    item = typing.get_args(hint)[0] if kind is list else hint
     return kind, typing.get_args(item) if typing.get_origin(item) is Literal else ()
 
 
