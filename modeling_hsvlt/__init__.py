@@ -7,12 +7,11 @@ from .configuration_hsvlt import HSVLTConfig
 from .configuration_mltr import MlTrConfig
 from .heat_maps_multilabel import label_heat_maps
 from .label_context import LabelContext
+from .label_contract import NOT_EVALUATED, UNKNOWN_LABEL
 from .label_prompts import encode_labels, load_text_encoder
 from .load_image import load_image
 from .losses_multilabel import (
     MULTILABEL_LOSSES,
-    NOT_EVALUATED,
-    UNKNOWN_LABEL,
     asymmetric_loss,
     binary_cross_entropy_loss,
     distribution_balanced_loss,

@@ -17,8 +17,8 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .configuration_hsvlt import HSVLTConfig
+from .label_contract import NOT_EVALUATED
 from .label_prompts import transfer_classifier
-from .losses_multilabel import NOT_EVALUATED
 from .modeling_multilabel import MultiLabelPreTrainedModel, as_dtype_of, no_fp16_autocast, widened
 
 

@@ -1,9 +1,8 @@
 """Losses for multi-label classification, all with one signature.
 
-Every loss takes `logits` (batch, num_labels) and `labels` of the same shape under the package's label contract:
-1 present, 0 absent, in between a soft label, -100 (`UNKNOWN_LABEL`) unknown. Unknown entries give no loss and no
-gradient, except in `weak_assume_negative_loss`, whose purpose it is. Arithmetic is fp32 whatever the dtype of the
-logits: the asymmetric loss overflows in fp16.
+Every loss takes `logits` (batch, num_labels) and `labels` of the same shape, under `label_contract`. Unknown entries
+give no loss and no gradient, except in `weak_assume_negative_loss`, whose purpose it is. Arithmetic is fp32 whatever
+the dtype of the logits: the asymmetric loss overflows in fp16.
 
 `reduction="mean"` is the mean over the known entries of the batch, `"sum"` their sum, `"none"` leaves them apart. The
 asymmetric loss was published with the sum; going from one to the other changes which learning rate works. Where an
@@ -13,74 +12,11 @@ optimizer step sees several batches, [`multilabel_loss`] divides by the known en
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-UNKNOWN_LABEL = -100
-# Logit of a label that was not scored: the lowest finite number of fp16, whose sigmoid is 0. (NaN would rank first.)
-NOT_EVALUATED = -65504.0
-
-
-def validate_labels(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """Checks `labels` against the label contract; reads values, so it synchronises the device.
-
-    Args:
-        labels (`torch.Tensor` of shape `(batch, num_labels)`): any dtype; an array or nested lists as well.
-        num_labels (`int`): labels of the model.
-
-    Returns:
-        `torch.Tensor`: the labels, fp32.
-
-    Raises:
-        ValueError: a shape other than `(batch, num_labels)`, or a value that is neither in [0, 1] nor -100; the
-            message names the first such row and label index.
-    """
-    labels = _as_tensor(labels)
-    if labels.ndim != 2 or labels.shape[1] != num_labels:
-        raise ValueError(
-            f"labels must be multi-hot with shape (batch, {num_labels}), but their shape is {tuple(labels.shape)}; "
-            "give one column per label of the model, 1 present, 0 absent, -100 unknown."
-        )
-    # Written so that NaN fails as well: it is not within [0, 1].
-    valid = ((labels >= 0) & (labels <= 1)) | (labels == UNKNOWN_LABEL)
-    if not bool(valid.all()):
-        row, column = (~valid).nonzero()[0].tolist()
-        raise ValueError(
-            f"labels[{row}, {column}] is {labels[row, column].item()}, which is neither in [0, 1] nor -100; "
-            "use 1 for present, 0 for absent and -100 for unknown."
-        )
-    return labels
-
-
-def _as_tensor(labels) -> torch.Tensor:
-    """Labels as fp32, in which -100 is -100 whatever they were: as uint8 it would equal 156."""
-    if isinstance(labels, torch.Tensor):
-        return labels.float()
-    with suppress(TypeError, ValueError):  # lists of different lengths
-        array = np.asarray(labels)
-        if array.dtype.kind in "buif":
-            return torch.from_numpy(array.astype(np.float32))
-    raise ValueError(
-        f"labels must be multi-hot with shape (batch, num_labels), tensor, array or lists of as many numbers each, "
-        f"but they are none of these ({type(labels).__name__}); lists of names or of label numbers have to be encoded."
-    )
-
-
-def _like(logits: torch.Tensor, labels) -> torch.Tensor:
-    """Labels as fp32 beside their logits.
-
-    Raises:
-        ValueError: another shape, which would be broadcast.
-    """
-    labels = _as_tensor(labels).to(logits.device)
-    if labels.shape != logits.shape:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, but logits {tuple(logits.shape)}: give one for each logit."
-        )
-    return labels
+from .label_contract import UNKNOWN_LABEL, labels_like
 
 
 def _known_entries(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,7 +25,7 @@ def _known_entries(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     Logits of unknown entries are replaced by 0 before any arithmetic: multiplying by a mask afterwards would let a
     NaN or an infinity of an unknown entry through, in the loss or in its gradient.
     """
-    labels = _like(logits, labels)
+    labels = labels_like(logits, labels)
     known = labels != UNKNOWN_LABEL
     zero = torch.zeros((), dtype=torch.float32, device=logits.device)
     return torch.where(known, logits.float(), zero), torch.where(known, labels, zero), known
@@ -117,7 +53,7 @@ def binary_cross_entropy_loss(
 
     Args:
         logits (`torch.Tensor` of shape `(batch, num_labels)`): raw scores.
-        labels (`torch.Tensor` of shape `(batch, num_labels)`): see the module's label contract; an array or nested
+        labels (`torch.Tensor` of shape `(batch, num_labels)`): see `label_contract`; an array or nested
             lists as well.
         pos_weight (`float`, list or tensor of shape `(num_labels,)`, *optional*): weight `w` of the positive term.
         reduction (`str`, defaults to `"mean"`): `"mean"` over known entries, or `"sum"`.
@@ -225,7 +161,7 @@ def distribution_balanced_loss(
 
     Args:
         logits (`torch.Tensor` of shape `(batch, num_labels)`): raw scores.
-        labels (`torch.Tensor` of shape `(batch, num_labels)`): see the module's label contract.
+        labels (`torch.Tensor` of shape `(batch, num_labels)`): see `label_contract`.
         class_counts (list or tensor of shape `(num_labels,)`): `n_i`, positives of each label in the training set. A
             label that is never (or always) present counts as present (or absent) once, so that its prior is finite.
         num_samples (`int`): `n`, images of the training set.
@@ -387,7 +323,7 @@ def weak_assume_negative_loss(
 
     Others as in [`binary_cross_entropy_loss`].
     """
-    labels = _like(logits, labels)
+    labels = labels_like(logits, labels)
     known = labels != UNKNOWN_LABEL
     used = known.any(1, keepdim=True).expand_as(known)
     if unknown_weight is None:
@@ -438,7 +374,7 @@ def multilabel_loss(
     function, arguments = MULTILABEL_LOSSES[loss_type], dict(loss_kwargs or {})
     if num_items_in_batch is None or arguments.get("reduction") == "sum":
         return function(logits, labels, **arguments)
-    labels = _like(logits, labels)
+    labels = labels_like(logits, labels)
     known = labels != UNKNOWN_LABEL
     if loss_type == "two_way":
         loss = function(logits, labels, **arguments) * known.sum()

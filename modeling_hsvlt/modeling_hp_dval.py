@@ -44,8 +44,9 @@ from .hp_dval_prompts import (
     placeholder_prompts,
 )
 from .kept_embeddings import KeptEmbeddings
+from .label_contract import UNKNOWN_LABEL
 from .label_prompts import _label_texts
-from .losses_multilabel import UNKNOWN_LABEL, items_in_step
+from .losses_multilabel import items_in_step
 from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     require_images,

@@ -14,7 +14,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs
 
-from .losses_multilabel import multilabel_loss, validate_labels
+from .label_contract import validate_labels
+from .losses_multilabel import multilabel_loss
 
 logger = logging.get_logger(__name__)
 

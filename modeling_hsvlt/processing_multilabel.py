@@ -22,8 +22,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 
+from .label_contract import NOT_EVALUATED
 from .load_image import channels_last, describe, flat_images, float_planes, image_of_array, load_image
-from .losses_multilabel import NOT_EVALUATED
 
 RESIZE_MODES = ("squash", "pad")
 MAX_SIDE = 8192  # px that a processor may be set to; an image of that is 805 MB as the model reads it

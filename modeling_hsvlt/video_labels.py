@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from .losses_multilabel import NOT_EVALUATED
+from .label_contract import NOT_EVALUATED
 from .processing_multilabel import best_labels
 
 POOLINGS = ("max", "mean", "top_k_mean")

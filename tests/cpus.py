@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 # Whatever runs a model or compares what one gave, in this process and in seconds.
 FILES = [
     *sorted(path.name for path in Path(__file__).parent.glob("test_modeling_*.py")),
-    *("test_convnext_in_rows.py", "test_label_context.py", "test_label_prompts.py", "test_losses_multilabel.py"),
-    *("test_pipeline_multilabel.py", "training/loop/test_fsdp.py", "training/loop/test_optim.py"),
+    *("test_convnext_in_rows.py", "test_label_context.py", "test_label_contract.py", "test_label_prompts.py"),
+    *("test_losses_multilabel.py", "test_pipeline_multilabel.py"),
+    *("training/loop/test_fsdp.py", "training/loop/test_optim.py"),
     *("training/metrics", "training/models", "training/scoring"),
 ]
 # A compiler's kernels and a published size take seconds each, and what one machine repeats says nothing of another.

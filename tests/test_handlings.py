@@ -27,7 +27,7 @@ from modeling_hsvlt import (
     modeling_hsvlt,
     modeling_mltr,
 )
-from modeling_hsvlt.losses_multilabel import NOT_EVALUATED
+from modeling_hsvlt.label_contract import NOT_EVALUATED
 
 from .tolerance import assert_close_outputs, close_outputs
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from benchmarks.timing import CountMultiplyAdds
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
-from modeling_hsvlt.losses_multilabel import NOT_EVALUATED
+from modeling_hsvlt.label_contract import NOT_EVALUATED
 
 from .tolerance import assert_close_outputs
 

@@ -14,8 +14,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from modeling_hsvlt import HSVLTConfig, MlTrConfig, MlTrForImageClassification
+from modeling_hsvlt.label_contract import NOT_EVALUATED
 from modeling_hsvlt.load_image import load_image
-from modeling_hsvlt.losses_multilabel import NOT_EVALUATED
 from modeling_hsvlt.processing_multilabel import MultiLabelImageProcessor, MultiLabelProcessor
 
 from .test_load_image import encoded, noise
@@ -465,8 +465,8 @@ def test_saving_and_loading_keeps_everything(tmp_path):
     MultiLabelProcessor(image_processor, id2label=NAMES, thresholds=[0.1, 0.2, 0.3, 0.4]).save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "image_urls.py",
+        "label_contract.py",
         "load_image.py",
-        "losses_multilabel.py",
         "png_chunks.py",
         "processing_multilabel.py",
         "processor_config.json",

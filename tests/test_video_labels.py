@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import modeling_hsvlt.load_video
-from modeling_hsvlt.losses_multilabel import NOT_EVALUATED
+from modeling_hsvlt.label_contract import NOT_EVALUATED
 from modeling_hsvlt.video_labels import intervals, label_video, pool_scores
 
 from .clips import clip

@@ -12,8 +12,8 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_hsvlt.label_contract import UNKNOWN_LABEL
 from modeling_hsvlt.load_image import MAX_PIXELS
-from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
 
 from ..data.leave_out import image_name
 from ..data.similar_names import similar_names

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from modeling_hsvlt.losses_multilabel import validate_labels
+from modeling_hsvlt.label_contract import validate_labels
 
 from .dataset import MultiLabelDataset
 

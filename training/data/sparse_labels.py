@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset
 
-from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+from modeling_hsvlt.label_contract import UNKNOWN_LABEL
 
 from .label_cells import is_text
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
-from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+from modeling_hsvlt.label_contract import UNKNOWN_LABEL
 
 from .batches import WORKER_TIMEOUT, MultiLabelCollator, leave_signals_to_parent, prefetch_that_fits
 from .dataset import ImageResizer

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+from modeling_hsvlt.label_contract import UNKNOWN_LABEL
 
 from ..data.batches import normalize_pixels
 from .frozen import FEATURES, mirrored

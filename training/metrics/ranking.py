@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-UNKNOWN_LABEL = -100  # the label contract's, as in modeling_hsvlt.losses_multilabel, which needs torch
+UNKNOWN_LABEL = -100  # the label contract's, as in modeling_hsvlt.label_contract, which needs torch
 BLOCK_ENTRIES = 1 << 22  # entries read at a time: with all that is derived from them about 150 MB
 POOLED_ENTRIES = 1 << 25  # entries sorted at a time for the one ranking of all: 128 MB of float32
 

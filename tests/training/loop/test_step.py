@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from modeling_hsvlt import HSVLTForImageClassification
-from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+from modeling_hsvlt.label_contract import UNKNOWN_LABEL
 from training.train import main
 
 from ...forked import forked

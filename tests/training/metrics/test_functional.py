@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 from sklearn import metrics as sk
 
-from modeling_hsvlt import losses_multilabel
+from modeling_hsvlt import label_contract
 from training.metrics import ranking
 from training.metrics.functional import average_precision, decision_report, multilabel_report, per_label_report
 
@@ -327,4 +327,4 @@ def test_an_unknown_method_is_refused():
 
 
 def test_unknown_is_marked_as_in_the_label_contract():
-    assert ranking.UNKNOWN_LABEL == losses_multilabel.UNKNOWN_LABEL
+    assert ranking.UNKNOWN_LABEL == label_contract.UNKNOWN_LABEL
