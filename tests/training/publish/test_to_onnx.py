@@ -159,8 +159,8 @@ def test_files_that_other_programs_read(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert re.search(r"int8 (loses|gains) 0\.\d+ of mAP", printed) and "thresholds fitted again: macro F1" in printed
 
-    # The snippet of the README
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    # The snippet of training/README.md
+    readme = (Path(__file__).parents[3] / "training" / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(import json\n.*?onnxruntime.*?)```", readme, re.S)
     assert len([line for line in snippet.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
     monkeypatch.chdir(tmp_path)
