@@ -156,7 +156,8 @@ class HSVLTAttention(nn.Module):
         options = {"scaling": self.scaling}
         if map_size is not None:
             options["attention_shape"] = (pixels.shape[0], self.num_heads, label_states.shape[1], *map_size)
-        context, weights = (self._absorbed if absorb else self._projected)(attend, label_states, pixels, options)
+        query = self.query(label_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        context, weights = (self._absorbed if absorb else self._projected)(attend, query, pixels, options)
         return self.out_proj(context), None if map_size is None else weights
 
     def _absorbs(self, num_labels: int, width: int, num_pixels: int, channels: int) -> bool:
@@ -165,19 +166,17 @@ class HSVLTAttention(nn.Module):
         linears = (self.query, self.key, self.value, self.out_proj)
         return self.config.absorb_projections and pays and is_plain(*linears)
 
-    def _projected(self, attend, label_states, pixels, options):
+    def _projected(self, attend, query, pixels, options):
         heads = (self.num_heads, self.head_dim)
-        query = self.query(label_states).unflatten(-1, heads).transpose(1, 2)
         query = query.expand(pixels.shape[0], -1, -1, -1)  # (B, h, N, d)
         key = self.key(pixels).unflatten(-1, heads).transpose(1, 2)  # (B, h, P, d)
         value = self.value(pixels).unflatten(-1, heads).transpose(1, 2)
         context, weights = attend(self, query, key, value, None, **options)  # (B, N, h, d)
         return context.flatten(2), weights
 
-    def _absorbed(self, attend, label_states, pixels, options):
-        batch, channels, num_labels = pixels.shape[0], pixels.shape[2], label_states.shape[1]
+    def _absorbed(self, attend, query, pixels, options):
+        batch, channels, num_labels = pixels.shape[0], pixels.shape[2], query.shape[2]
         heads = (self.num_heads, self.head_dim)
-        query = self.query(label_states).unflatten(-1, heads).transpose(1, 2)
         query = _times_head_weights(query, self.key.weight.to(query.dtype).view(*heads, channels))  # (B or 1, h, N, C)
         # All heads read the same pixels, so they are more rows of one attention: (B, 1, h * N, C).
         query = query.flatten(1, 2).unsqueeze(1).expand(batch, -1, -1, -1)
@@ -294,7 +293,7 @@ class HSVLTLabelStream(nn.Module):
         feature_maps: Iterable[torch.Tensor],
         update_all: bool = False,
         output_attentions: bool = False,
-    ) -> tuple[list[torch.Tensor], ...]:
+    ) -> tuple[tuple[torch.Tensor, ...], ...]:
         """
         Args:
             label_embeddings (`torch.Tensor` of shape `(N, D)`, or `(B, N, D)` for labels of each image's own).
@@ -309,7 +308,7 @@ class HSVLTLabelStream(nn.Module):
         feature_maps = iter(feature_maps)
         # (1, N, D) until the labels meet the image: no copy an image before that.
         label_states = label_embeddings if label_embeddings.ndim == 3 else label_embeddings.unsqueeze(0)
-        visual, label, multimodal, attentions = [], [], [], []
+        after = []
         for stage in self.stages:
             label_states = widened(stage.projection(as_dtype_of(stage.projection, label_states)))
             for index, layer in enumerate(stage.layers):
@@ -321,11 +320,8 @@ class HSVLTLabelStream(nn.Module):
                     update_labels=update_all or not (ends_stage and stage is self.stages[-1]),
                     output_attentions=output_attentions and ends_stage,
                 )
-            visual.append(feature_map)
-            label.append(label_states)
-            multimodal.append(state)
-            attentions.append(attention)
-        return visual, label, multimodal, attentions
+            after.append((feature_map, label_states, state, attention))
+        return tuple(zip(*after, strict=True))
 
 
 class HSVLTConcatAggregation(nn.Module):
@@ -473,14 +469,14 @@ class HSVLTModel(HSVLTPreTrainedModel):
             )
             if self.multimodal_norms is not None:
                 states = zip(self.multimodal_norms, multimodal, strict=True)
-                multimodal = [norm(as_dtype_of(norm, state)) for norm, state in states]
-            last_hidden_state = self.aggregation(tuple(multimodal))
+                multimodal = tuple(norm(as_dtype_of(norm, state)) for norm, state in states)
+            last_hidden_state = self.aggregation(multimodal)
         return HSVLTModelOutput(
             last_hidden_state=last_hidden_state,
             hidden_states=chosen_states(visual, output_hidden_states),
             label_hidden_states=chosen_states(label, output_hidden_states),
             multimodal_states=chosen_states(multimodal, output_hidden_states),
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=attentions if output_attentions else None,
         )
 
 

@@ -27,20 +27,12 @@ from training.data.sparse_labels import SparseLabels
 from training.metrics.functional import average_precision
 
 # What stays known, and the losses that are tried on it. "assumed absent" trains on every unknown label as absent.
+USUAL = {"bce": "bce", "assumed absent": "bce"}
 SETTINGS = {
     "all labels": (None, {"bce": "bce"}),
-    "known fraction 0.3": (
-        {"known_fraction": 0.3},
-        {"bce": "bce", "assumed absent": "bce", "partial_bce": "partial_bce"},
-    ),
-    "known fraction 0.1": (
-        {"known_fraction": 0.1},
-        {"bce": "bce", "assumed absent": "bce", "partial_bce": "partial_bce"},
-    ),
-    "single positive": (
-        {"single_positive": True},
-        {"bce": "bce", "assumed absent": "bce", "weak_assume_negative": "weak_assume_negative"},
-    ),
+    "known fraction 0.3": ({"known_fraction": 0.3}, {**USUAL, "partial_bce": "partial_bce"}),
+    "known fraction 0.1": ({"known_fraction": 0.1}, {**USUAL, "partial_bce": "partial_bce"}),
+    "single positive": ({"single_positive": True}, {**USUAL, "weak_assume_negative": "weak_assume_negative"}),
 }
 
 

@@ -55,9 +55,7 @@ def build(name: str, preset: str, image_size: int, num_labels: int, candidate_la
     if name == "hsvlt_projected":
         config.absorb_projections = False
     elif name == "hsvlt_candidates":
-        config = HSVLTConfig.preset(
-            preset, num_labels=num_labels, label_chunk_size=chunk, candidate_labels=candidate_labels
-        )
+        config.candidate_labels = candidate_labels
     if name.startswith("hsvlt") and name != "hsvlt_vit":
         return HSVLTForImageClassification(config)
     if name.endswith("vit"):

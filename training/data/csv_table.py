@@ -17,10 +17,10 @@ from .image_files import ImageFiles
 from .rows import (
     SPLIT_ALIASES,
     SPLIT_NAMES,
-    ListedOnce,
     Table,
     check_policies,
     images_without_row,
+    list_once,
     name_by_line,
     rows_without_image,
     splits_by_folder,
@@ -116,7 +116,7 @@ def read_csv_tables(
         of_split = header.index(_SPLIT_COLUMN) if not table and _SPLIT_COLUMN in header else None
         if root not in files:
             files[root] = ImageFiles(root)
-        once, missing, file_names = ListedOnce(), [], []
+        first, missing, file_names = {}, [], []
         for line, row in rows:
             file_name = posixpath.normpath(row[of_file].strip().replace("\\", "/")) if row[of_file].strip() else ""
             if not file_name:
@@ -135,7 +135,7 @@ def read_csv_tables(
             )
         for number, (line, row) in enumerate(rows):
             file_name = file_names[number]
-            once.add(file_name, f"{path}, line {line}", f"line {line}")
+            list_once(first, file_name, f"{path}, line {line}", f"line {line}")
             split = table or (by_folder[number] if by_folder else "train")
             if of_split is not None:
                 split = row[of_split].strip()

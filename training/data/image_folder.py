@@ -17,10 +17,10 @@ from datasets import Dataset, Features, Image
 from .image_files import ImageFiles
 from .rows import (
     SPLIT_ALIASES,
-    ListedOnce,
     Table,
     check_policies,
     images_without_row,
+    list_once,
     name_by_line,
     rows_without_image,
     splits_by_folder,
@@ -71,8 +71,8 @@ def _read_split(
 ) -> None:
     folder = metadata.parent
     # Splits may share a folder of images beside them, but a row must not reach out of the data set.
-    files, once = ImageFiles(folder, within=root), ListedOnce()
-    rows, missing, kind_of_all = [], [], None
+    files = ImageFiles(folder, within=root)
+    first, rows, missing, kind_of_all = {}, [], [], None
     with metadata.open("rb") as lines:
         for number, data in enumerate(iter(lambda: lines.readline(MAX_ROW), b""), 1):
             if len(data) == MAX_ROW:
@@ -88,7 +88,7 @@ def _read_split(
                 )
             kind_of_all = kind_of_all or kind
             name = files.meant(name)
-            once.add(name, f"{metadata}, line {number}", f"line {number}")
+            list_once(first, name, f"{metadata}, line {number}", f"line {number}")
             rows.append((number, name, value))
     of_row = [split] * len(rows)
     if folder == root:

@@ -23,16 +23,9 @@ from .sparse_labels import SparseLabels, arrow_column
 logger = logging.getLogger(__name__)
 
 # The folder names that Hugging Face datasets take for each split.
-SPLIT_ALIASES = {
-    "training": "train",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-}
-SPLIT_NAMES = frozenset(SPLIT_ALIASES) | frozenset(SPLIT_ALIASES.values()) | {"train"}
+SPLIT_ALIASES = {"training": "train", **dict.fromkeys(("valid", "val", "dev"), "validation")}
+SPLIT_ALIASES |= dict.fromkeys(("testing", "eval", "evaluation"), "test")
+SPLIT_NAMES = frozenset(SPLIT_ALIASES) | frozenset(SPLIT_ALIASES.values())
 
 
 class LeftOut(NamedTuple):
@@ -129,24 +122,20 @@ class Table:
     drawn: bool = False
 
 
-class ListedOnce:
-    """Refuses the second row of an image."""
+def list_once(first: dict[str, str], image: str, where: str, line: str) -> None:
+    """Refuses the second row of an image.
 
-    def __init__(self):
-        self._first: dict[str, str] = {}
+    Args:
+        first: What the rows before are called, by image; takes this one in.
+        where: Names the row, in full.
+        line: What the row is called in the message about the next one.
 
-    def add(self, image: str, where: str, line: str) -> None:
-        """
-        Args:
-            where: Names the row, in full.
-            line: What the row of the image is called in the message about the next one.
-
-        Raises:
-            ValueError: the image has a row already.
-        """
-        if image in self._first:
-            raise ValueError(f"{where}: {image!r} has a row already on {self._first[image]}; keep one of them.")
-        self._first[image] = line
+    Raises:
+        ValueError: the image has a row already.
+    """
+    if image in first:
+        raise ValueError(f"{where}: {image!r} has a row already on {first[image]}; keep one of them.")
+    first[image] = line
 
 
 def splits_by_folder(names: Sequence[str], where: Callable[[int], str]) -> list[str] | None:

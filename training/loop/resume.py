@@ -47,11 +47,7 @@ def restore(run: Run, source: Path) -> None:
     for key, value in same.items():
         if saved[key] != value and key not in run.config.resume_despite:
             words = " (processes, images a batch, batches a step, seed)" if key == "batches" else ""
-            raise ValueError(
-                f"{run.folder} was trained with {key} {saved[key]!r}, not {value!r}{words}: resume with the options "
-                f"in its config.yaml, allow the change with --resume_despite '[{key}]', or start a new run from its "
-                "weights with --init_from."
-            )
+            raise _other(f"{run.folder} was trained with {key} {saved[key]!r}, not {value!r}{words}", key)
     _compare_options(run, saved.get("options") or new.options)
     same["options"] = new.options
     saved = load_training_state(source, **state_of(run))
@@ -73,6 +69,13 @@ def restore(run: Run, source: Path) -> None:
         run.progress.best_mAP = run.progress.best_epoch = None
 
 
+def _other(words: str, allowed_by: str) -> ValueError:
+    return ValueError(
+        f"{words}: resume with the options in its config.yaml, allow the change with --resume_despite "
+        f"'[{allowed_by}]', or start a new run from its weights with --init_from."
+    )
+
+
 def _compare_options(run: Run, before: dict) -> None:
     """
     Raises:
@@ -84,10 +87,7 @@ def _compare_options(run: Run, before: dict) -> None:
             continue
         words = f"{run.folder} was trained with {name} {before.get(name)!r}, not {now.get(name)!r}"
         if "options" not in run.config.resume_despite:
-            raise ValueError(
-                f"{words}: resume with the options in its config.yaml, allow the change with --resume_despite "
-                "'[options]', or start a new run from its weights with --init_from."
-            )
+            raise _other(words, "options")
         run.accelerator.print(f"{words}, from here on.")
 
 

@@ -66,15 +66,12 @@ def from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: d
     wider_shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
     source_tensors = source.state_dict()
     for name, tensor in model.state_dict().items():
-        if name not in source_tensors or source_tensors[name].ndim != tensor.ndim:
-            logger.warning("%s has no %s of this shape; it starts fresh.", config.init_from, name)
-            continue
+        value = source_tensors.get(name)
         grows = [dim for dim in range(tensor.ndim) if wider_shapes[name][dim] != tensor.shape[dim]]
-        value = source_tensors[name]
-        if grows:
+        if grows and value is not None and value.ndim == tensor.ndim:
             index = torch.tensor(rows, dtype=torch.long)
             value = tensor.index_copy(grows[0], index, value.index_select(grows[0], torch.tensor(source_rows).long()))
-        if value.shape != tensor.shape:
+        if value is None or value.shape != tensor.shape:
             logger.warning("%s has no %s of this shape; it starts fresh.", config.init_from, name)
             continue
         tensor.copy_(value)

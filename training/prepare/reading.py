@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Image
 
-from modeling_hsvlt.losses_multilabel import UNKNOWN_LABEL
+from modeling_hsvlt.label_contract import UNKNOWN_LABEL
 
 from ..data.image_files import ImageFinder
 from ..data.label_cells import clean_names
 from ..data.load import load
-from ..data.rows import SPLIT_ALIASES, SPLIT_NAMES, ListedOnce, Split, Table, refuse_or_skip
+from ..data.rows import SPLIT_ALIASES, SPLIT_NAMES, Split, Table, list_once, refuse_or_skip
 from ..data.sparse_labels import SparseLabels
 from ..data.text import parse_json, read_text
 from ..options import option
@@ -72,7 +72,7 @@ class Rows:
         self._unknown: dict[str, list[Collection[str]]] = {}
         self._places: dict[str, list[str]] = {}
         self._missing: list[tuple[str, str]] = []
-        self._once = ListedOnce()
+        self._first: dict[str, str] = {}
 
     def add(
         self,
@@ -109,7 +109,7 @@ class Rows:
         if image is None:
             self._missing.append((split, f"{where}: {name}"))
             return
-        self._once.add(str(image), where, where)
+        list_once(self._first, str(image), where, where)
         for columns, value in (
             (self._images, str(image)),
             (self._labels, list(dict.fromkeys(labels))),

@@ -14,7 +14,6 @@ import re
 import shutil
 from pathlib import Path
 
-import jinja2
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
@@ -29,6 +28,7 @@ from ..metrics.glossary import FIGURES, HEAT_MAPS
 from ..places import shipped
 from ..say import counted
 from ..scoring.measured_with import AT_THRESHOLDS, names_of
+from .card_page import templates
 from .measured import (
     evaluation_file,
     is_hub_id,
@@ -101,13 +101,7 @@ def render_card(
         model_name=repo_id.partition("/")[2] or repo_id,
         eval_results=_eval_results(facts) or None,
     )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(shipped("model_cards")),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(shipped("model_cards"), keep_trailing_newline=True)
     environment.filters |= {"escape": escape, "figure": figure, "counted": counted}
     text = environment.get_template(template).render(
         facts, card_data=data.to_yaml(), repo_id=repo_id, tag=tag, licence=licence, own=own, figures=figures,

@@ -11,6 +11,14 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 
+def templates(*folders: Path, **options) -> jinja2.Environment:
+    """The templates of these folders; a name that nobody gives them is an error."""
+    loader = jinja2.FileSystemLoader(folders)
+    return jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
+    )
+
+
 def card_page(folder: Path, repo_id: str) -> str:
     """README.md of a folder that is to be published, as HTML."""
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
@@ -24,11 +32,7 @@ def card_page(folder: Path, repo_id: str) -> str:
             if child.type == "image":
                 data = base64.b64encode((folder / str(child.attrGet("src"))).read_bytes()).decode("ascii")
                 child.attrSet("src", f"data:image/png;base64,{data}")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1]]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = templates(*Path(__file__).parents[:2], autoescape=True)
     return environment.get_template("card_page.html").render(
         title=repo_id,
         repo_id=repo_id,

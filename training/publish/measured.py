@@ -6,7 +6,9 @@ import csv
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -76,31 +78,29 @@ def read_options(run: Path) -> dict:
 
 
 def read_raw_options(run: Path) -> dict:
-    """config.yaml of a run, as it lies there.
+    """config.yaml of a run, as it lies there. Raises a ValueError as `read_json` does."""
+    return _mapping(run / "config.yaml", yaml.safe_load)
+
+
+def read_json(path: Path) -> dict:
+    """What a file of ours holds; nothing where there is none.
 
     Raises:
         ValueError: it is damaged.
     """
-    path = run / "config.yaml"
+    return _mapping(path, json.loads)
+
+
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict:
     try:
-        options = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        values = parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); write it again.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} is damaged: it holds no options; write it again.")
-    return options
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(values).__name__}; write it again.")
+    return values
 
 
 def is_hub_id(text: str) -> bool:
     """Whether a text can be the name of a repository, "org/name", and is no folder here."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", text)) and not is_path(text)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); write it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(values).__name__}; write it again.")
-    return values

@@ -12,12 +12,11 @@ from scipy import sparse
 from modeling_hsvlt.load_image import load_image
 
 from ..data.leave_out import image_name
-from .heat_maps import image_uri
+from .heat_maps import SIDE, image_uri
 from .plots import plot_confusion, svg_uri
 
 NUM_MISTAKES = 12  # of each kind
 MISTAKES_PER_LABEL = 2  # or one label's would fill the page
-THUMBNAIL = 224  # pixels of the longer side
 MAX_CONFUSED = 20  # rows and columns of the heat map
 
 
@@ -105,23 +104,19 @@ def confusion_page(confusion: dict[str, np.ndarray], label_names: Sequence[str])
     }
 
 
-def _thumbnail(image: dict) -> str:
-    image = load_image(image)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image_uri(image)
-
-
 def mistake_page(
     mistakes: Sequence[Mistake], labels: np.ndarray, rows: Dataset, label_names: Sequence[str]
 ) -> list[dict]:
     images = rows.select_columns(["image"])
     cards = []
     for mistake in mistakes:
-        image = images[mistake.row]["image"]
+        stored = images[mistake.row]["image"]
+        image = load_image(stored)
+        image.thumbnail((SIDE, SIDE))
         cards.append(
             {
-                "image": _thumbnail(image),
-                "file": image_name(image) or f"row {mistake.row}",
+                "image": image_uri(image),
+                "file": image_name(stored) or f"row {mistake.row}",
                 "label": label_names[mistake.label],
                 "score": mistake.score,
                 "threshold": mistake.threshold,

@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..checkpoint.atomic import write_file
 from ..metrics.functional import decision_report, per_label_report
 from ..metrics.glossary import AP_DEFINITION, FIGURES, HEAT_MAPS
+from ..publish.card_page import templates
 from ..say import counted
 from ..scoring.calibration import stored_calibration
 from ..scoring.held_out import held_out_decisions
@@ -138,13 +138,7 @@ def write_report(
         "threshold_info": getattr(config, "threshold_info", None),
         "calibration_info": getattr(config, "calibration_info", None),
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1]]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(*Path(__file__).parents[:2], autoescape=True)
     environment.filters["counted"] = counted
     html = environment.get_template("template.html").render(page)
     folder.mkdir(parents=True, exist_ok=True)

@@ -177,16 +177,9 @@ def _plan(args, model: PreTrainedModel, processor, source, results: Results, loc
         "weights": fingerprint_weights(model),
         "processor": fingerprint(processor.to_json_string()),
         "source": args.source if not Path(args.source).exists() else os.path.abspath(args.source),
-        "split": args.split,
-        "image_column": args.image_column,
-        "threshold": args.threshold,
-        "top_k": args.top_k,
-        "format": args.format,
+        **{name: getattr(args, name) for name in ("split", "image_column", "threshold", "top_k", "format")},
         "dtype": args.dtype or precision_of(model),
-        "frames_per_second": args.frames_per_second,
-        "max_frames": args.max_frames,
-        "pooling": args.pooling,
-        "pooling_k": args.pooling_k,
+        **{name: getattr(args, name) for name in ("frames_per_second", "max_frames", "pooling", "pooling_k")},
     }
     try:
         if settings["dtype"] == "auto":
