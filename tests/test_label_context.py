@@ -7,35 +7,21 @@ import torch
 import torch.nn.utils.prune
 from peft import PeftModel
 from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModel
+from transformers import CLIPTextModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, label_context
 from modeling_hsvlt.label_context import LabelContext
 from modeling_hsvlt.label_prompts import encode_labels
 
+from .test_label_prompts import tiny_bert
 from .tiny_clip import tiny_clip, tiny_clip_tokenizer
 from .tolerance import assert_close_outputs, close_outputs
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", "red", "bird", "fish", "."]
 NAMES = ["cat", "dog", "red_bird"]
 
-
-def tiny_bert():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-    )
-    return BertModel(config).eval(), BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
-
-
-ENCODER, TOKENIZER = tiny_bert()
+ENCODER, TOKENIZER = tiny_bert({word: index for index, word in enumerate(WORDS)})
 
 
 def make_model(context=None, **config):

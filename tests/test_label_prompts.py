@@ -32,11 +32,10 @@ BERT_VOCAB = {token: index for index, token in enumerate(SPECIAL + WORDS)}
 NAMES = ["dog", "traffic light", "firetruck", "cat"]
 
 
-@pytest.fixture(scope="module")
-def bert():
+def tiny_bert(vocab):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(BERT_VOCAB),
+        vocab_size=len(vocab),
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -44,7 +43,12 @@ def bert():
         max_position_embeddings=32,
         initializer_range=0.5,  # large enough that each token and position counts
     )
-    return BertModel(config).eval(), BertTokenizer(vocab=BERT_VOCAB)
+    return BertModel(config).eval(), BertTokenizer(vocab=vocab)
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return tiny_bert(BERT_VOCAB)
 
 
 def bert_states(model: BertModel, tokens: str, token_type: int = 0) -> torch.Tensor:
