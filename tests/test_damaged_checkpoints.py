@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_hsvlt import MlTrForImageClassification, MultiLabelImageProcessor, MultiLabelProcessor
+from training import evaluate, push, tag
 from training.checkpoint.loading import load_checkpoint
 from training.options import CheckpointOptions
 
 from .test_modeling_hp_dval import NAMES
 from .test_modeling_hp_dval import make_model as make_hp_dval
 from .test_modeling_mltr import make_config as mltr_config
+from .training.tiny_checkpoint import save_images
 
 WEIGHTS = "model.safetensors"
 
@@ -26,12 +28,16 @@ def make_mltr():
     return MlTrForImageClassification(mltr_config(num_labels=3, id2label=dict(enumerate(NAMES))))
 
 
-@pytest.fixture(scope="module", params=[make_mltr, make_hp_dval], ids=["mltr", "hp_dval"])
-def saved_once(request, tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("saved"), request.param()
+def save(model, folder):
     model.save_pretrained(folder)
     processor = MultiLabelImageProcessor(size={"height": 32, "width": 32})
     MultiLabelProcessor(processor, id2label=model.config.id2label).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=[make_mltr, make_hp_dval], ids=["mltr", "hp_dval"])
+def saved_once(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save(request.param(), folder)
     return folder
 
 
@@ -110,6 +116,40 @@ def test_damage_is_one_sentence_about_the_folder(checkpoint, what):
     with pytest.raises((ValueError, OSError), match=words) as error:
         load(checkpoint)
     assert str(checkpoint) in str(error.value) and "\n" not in str(error.value)
+
+
+def edit_processor(folder, **values):
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["image_processor"] |= values
+    path.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "tag", "show", "push"])
+@pytest.mark.parametrize("what", ["a number of heads", "no epsilon", "a pixel"])
+def test_what_only_shows_when_it_computes_is_one_sentence(tmp_path, what, command, capsys):
+    """An HP-DVAL: its layers are transformers' own, which look at little."""
+    checkpoint, photos = tmp_path / "checkpoint", tmp_path / "photos"
+    save(make_hp_dval(), checkpoint)
+    save_images(photos, [["cat"], ["dog", "potted_plant"]], NAMES)
+    if what == "a pixel":
+        edit_processor(checkpoint, size={"height": 1, "width": 1})
+    else:
+        text = json.loads((checkpoint / "config.json").read_text())["text_config"]
+        field = {"num_attention_heads": -1} if what == "a number of heads" else {"layer_norm_eps": None}
+        edit(text_config=text | field)(checkpoint)
+    source, images = str(checkpoint), photos / "validation"
+    call = {
+        "evaluate": lambda: evaluate.main([source, str(photos)]),
+        "tag": lambda: tag.main([source, str(images), str(tmp_path / "out"), "--num_workers=0", "--threshold=0.5"]),
+        "show": lambda: tag.main([source, str(images / "0.png")]),
+        "push": lambda: push.main([source, "me/model", "--dry_run"]),
+    }[command]
+    status, said = call(), capsys.readouterr().err
+    assert "Traceback" not in said
+    if status != 0:  # a text tower is not asked where the embeddings of its labels are kept
+        assert status == 2 and f"error: {checkpoint} cannot compute scores (" in said
+    assert status == 2 or (what != "a pixel" and command != "push")
 
 
 def test_a_whole_one_loads(checkpoint):

@@ -1,6 +1,7 @@
 """Loading a checkpoint, with the code of this checkout, and what is refused before."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,6 +69,23 @@ def seal_of(checkpoint: str | Path) -> bytes | None:
         except OSError:
             pass
     return None
+
+
+@contextmanager
+def computing(model: PreTrainedModel) -> Iterator[None]:
+    """Where a model computes: what only then shows that its configuration or processor was tampered with.
+
+    Raises:
+        ValueError: in place of whatever a layer raises.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise ValueError(
+            f"{getattr(model, 'name_or_path', '') or 'The model'} cannot compute scores ({text}): its config.json or "
+            "processor_config.json does not fit its weights, or memory is short."
+        ) from error
 
 
 def still_loads(folder: Path) -> bool:

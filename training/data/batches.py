@@ -153,8 +153,9 @@ def image_bytes(dataset: torch.utils.data.Dataset, collate: Callable) -> int:
 
 
 def prefetch_that_fits(batch_bytes: int, num_workers: int) -> int | None:
-    """Batches that each worker may have ready, at most 4: as many as there is shared memory for. A container gets 64
-    MiB of it unless told, and workers that run out of it hang or die of a bus error.
+    """Batches that each worker may have ready, at most 4: as many as there is shared memory for, beside two that the
+    process itself holds, that of the step and the next. A container gets 64 MiB of it unless told, and workers that
+    run out of it hang or die of a bus error.
 
     Raises:
         ValueError: there is none for one batch a worker.
@@ -164,7 +165,7 @@ def prefetch_that_fits(batch_bytes: int, num_workers: int) -> int | None:
     if not os.path.isdir(SHARED_MEMORY):
         return 4
     free = shutil.disk_usage(SHARED_MEMORY).free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    fits = int(free // (max(batch_bytes, 1) * num_workers))
+    fits = int(free // max(batch_bytes, 1) - 2) // num_workers
     if fits < 1:
         raise ValueError(
             f"{SHARED_MEMORY} has room for {free / 2**20:.0f} MiB, and {num_workers} workers hand over batches of "

@@ -20,6 +20,7 @@ import modeling_hsvlt  # noqa: F401  (registers the model types)
 from modeling_hsvlt.load_pretrained import load_pretrained
 from modeling_hsvlt.processing_multilabel import MultiLabelProcessor
 
+from ..checkpoint.loading import computing
 from ..checkpoint.public_names import without_paths
 from .measured import (
     PATH_OPTIONS,
@@ -55,7 +56,8 @@ def build_folder(
         model = load_pretrained(AutoModelForImageClassification, checkpoint)
         processor = load_pretrained(AutoProcessor, checkpoint)
         if adapter_of is None:
-            model.save_pretrained(target)
+            with computing(model):  # HP-DVAL's text embeddings
+                model.save_pretrained(target)
             shutil.copyfile(Path(__file__).with_name("handler.py"), target / "handler.py")
             # An endpoint installs it; transformers of before may not read what this one writes.
             (target / "requirements.txt").write_text(f"transformers>={transformers.__version__}\n")
@@ -139,7 +141,8 @@ def _set_base(target: Path, base: str) -> None:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, processor: MultiLabelProcessor) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = processor(images=noise_image(), return_tensors="pt")["pixel_values"]
-    return pixels, model.eval()(pixel_values=pixels.to(model.dtype)).logits.float()
+    with computing(model):
+        return pixels, model.eval()(pixel_values=pixels.to(model.dtype)).logits.float()
 
 
 def noise_image() -> Image.Image:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
+from ..checkpoint.loading import computing
 from ..data.batches import build_dataloader
 from ..data.dataset import MultiLabelDataset
 from ..data.load import load
@@ -80,11 +81,12 @@ def predict(
             # batch has depends on the number of processes.
             count = len(inputs)
             inputs = torch.cat([inputs, inputs[-1:].expand(batch_size - count, *inputs.shape[1:])])
-            if "features" in batch:
-                maps = dataloader.dataset.store.unpack(inputs[:, 0])
-                output = model(feature_maps=[each.to(dtype) for each in maps])
-            else:
-                output = model(pixel_values=inputs.to(dtype))
+            with computing(model):
+                if "features" in batch:
+                    maps = dataloader.dataset.store.unpack(inputs[:, 0])
+                    output = model(feature_maps=[each.to(dtype) for each in maps])
+                else:
+                    output = model(pixel_values=inputs.to(dtype))
             batch_scores = output.logits.float().sigmoid()
             batch_scores = batch_scores[:count]
             batch_labels = batch["labels"].to_dense().float()

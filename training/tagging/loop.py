@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from modeling_hsvlt.processing_multilabel import post_process_multi_label_classification
 
+from ..checkpoint.loading import computing
 from ..data.batches import normalize_pixels
 from ..data.dataset import ImageResizer
 from ..say import counted
@@ -160,7 +161,8 @@ def padded_logits(model, processor, pixels: torch.Tensor, batch_size: int, accel
     pixels = torch.cat([pixels, padding]).to(accelerator.device, non_blocking=True)
     with torch.inference_mode(), accelerator.autocast():
         pixels = normalize_pixels(pixels, processor).to(next(model.parameters()).dtype)
-        return model(pixel_values=pixels).logits[:count]
+        with computing(model):
+            return model(pixel_values=pixels).logits[:count]
 
 
 def check_scores(logits: torch.Tensor, model: PreTrainedModel, of: str) -> None:

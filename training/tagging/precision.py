@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from modeling_hsvlt.processing_multilabel import resolve_threshold
 
+from ..checkpoint.loading import computing
 from ..data.batches import normalize_pixels
 from ..places import native_precision
 from .loop import Images, collate
@@ -67,4 +68,7 @@ def choose_precision(args, model: PreTrainedModel, processor: BaseImageProcessor
 def _scores(model, processor, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
     """(images, num_labels) fp32, on the CPU."""
     batches = (normalize_pixels(batch.to(model.device), processor) for batch in pixels.split(batch_size))
-    return torch.cat([model(pixel_values=batch.to(model.dtype)).logits.float().sigmoid().cpu() for batch in batches])
+    with computing(model):
+        return torch.cat(
+            [model(pixel_values=batch.to(model.dtype)).logits.float().sigmoid().cpu() for batch in batches]
+        )

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from modeling_hsvlt.load_image import load_image
 from modeling_hsvlt.pipeline_multilabel import MultiLabelImageClassificationPipeline
 
-from ..checkpoint.loading import load_checkpoint
+from ..checkpoint.loading import computing, load_checkpoint
 from ..places import cores
 from ..publish.handler import as_json, check_maps, image_source, read_request
 from .http_guard import CLOSE, Guard, timed_protocol
@@ -289,7 +289,8 @@ def serve(options) -> None:
     model, processor = load_checkpoint(options)
     tagger = MultiLabelImageClassificationPipeline(model=model, image_processor=processor)
     listener = listen(options.host, options.port)
-    tagger(Image.new("RGB", (32, 32)))  # the first call is the slowest, and fails where others would
+    with computing(model):
+        tagger(Image.new("RGB", (32, 32)))  # the first call is the slowest, and fails where others would
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again at its end, for whoever had asked for it
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from modeling_hsvlt.load_video import is_video
 from modeling_hsvlt.pipeline_multilabel import MultiLabelImageClassificationPipeline
 
-from ..checkpoint.loading import load_checkpoint
+from ..checkpoint.loading import computing, load_checkpoint
 from ..options import plain
 from ..say import counted
 
@@ -31,7 +31,8 @@ def show_labels(args) -> None:
     tagger = MultiLabelImageClassificationPipeline(model=model, image_processor=processor, device="cpu")
     least, width = dict(zip(names, thresholds, strict=True)), max(map(len, ("label", *names)))
     for file in args.images:
-        labels = tagger(file, intervals=True, **{name: getattr(args, name) for name in options})
+        with computing(model):
+            labels = tagger(file, intervals=True, **{name: getattr(args, name) for name in options})
         rows = sorted(((label["score"], label["label"], label.get("intervals", ())) for label in labels), reverse=True)
         rows.sort(key=lambda row: row[0] < least[row[1]])
         count = sum(score >= least[name] for score, name, _ in rows)
