@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -351,7 +352,7 @@ def test_a_folder_and_what_is_no_image(page, photos, tmp_path):
     page.locator("#status", has_text="labelled").wait_for()
     assert page.locator("#status").inner_text() == "2 images labelled, 1 not read."
     assert set(table(page)) == {"holiday/day 1/a.png", "holiday/b.png"}
-    page.get_by_text("not read: this browser cannot decode it").wait_for()
+    page.locator("#list").get_by_text("not read: this browser cannot decode it").wait_for()
     page.locator("#clear").click()
     assert page.locator("#list li").count() == 0
 
@@ -397,6 +398,44 @@ def test_all_cores_where_headers_allow_them(browser, page_folder, photos, scored
     upload(page, photos / "landscape.png")
     np.testing.assert_allclose(table(page)["landscape.png"], scored(photos / "landscape.png"), atol=1e-3)
     page.close()
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["a stand-in", "taken for a GPU"])
+def test_webgpu_where_there_is_a_gpu(page_folder, photos, scored, real):
+    """Chromium's software adapter is left alone; the same taken for a GPU gives the same scores."""
+    flags = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan,WebGPU"]
+    # Playwright has one loop a thread, and the browser of the other tests is in it.
+    with ThreadPoolExecutor(1) as thread:
+        device, words, found = thread.submit(label_with, flags, page_folder, photos / "landscape.png", real).result()
+    if device is None:
+        pytest.skip("this Chromium has no WebGPU")
+    assert (device, "on the GPU" in words) == (("webgpu", True) if real else ("wasm", False))
+    np.testing.assert_allclose(found, scored(photos / "landscape.png"), atol=1e-3)
+
+
+def label_with(flags, folder, image, real):
+    """Device, words of the page, and scores, in a Chromium of its own; no device where WebGPU has no adapter."""
+    with playwright.sync_playwright() as started:
+        options = {"executable_path": CHROMIUM, "args": ["--no-sandbox", *flags], "timeout": 120_000}
+        browser = started.chromium.launch(**options)
+        server = Server(folder)
+        page = browser.new_page()
+        if real:
+            worker = (folder / "worker.mjs").read_text(encoding="utf-8")
+            taken = worker.replace("!(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter)", "true")
+            assert taken != worker
+            page.context.route("**/worker.mjs", lambda route: route.fulfill(body=taken, content_type="text/javascript"))
+        page.goto(server.url)
+        page.locator("html[data-device]").wait_for(state="attached", timeout=120_000)
+        if not page.evaluate("navigator.gpu?.requestAdapter().then(Boolean) ?? false"):
+            return None, None, None
+        page.set_default_timeout(120_000)
+        upload(page, image)
+        found = table(page)[image.name]
+        device, words = page.locator("html").get_attribute("data-device"), page.locator("#about").inner_text()
+        browser.close()
+        server.server.shutdown()
+    return device, words, found
 
 
 @pytest.mark.skipif("WEB_CHECKPOINT" in os.environ, reason="has its own settings")
@@ -455,8 +494,10 @@ def test_node_with_transformers_js(settings, photos, tmp_path):
             assert [each["score"] for each in labels] == sorted(scores.values(), reverse=True)
             assert all(each["found"] == (each["score"] >= 0.5) for each in labels)
     print(differences)
-    assert max(value for name, value in differences["fp32"].items() if name not in JPEGS) < 1e-3
-    assert max(differences["fp32"].values()) < 5e-3 and max(differences["q8"].values()) < 0.1
+    # In 8 bits two trained models keep to 1e-3 (benchmarks/README.md); this random one has a classifier blown up.
+    for dtype, bound in {"fp32": 1e-3, "q8": 2e-3}.items():
+        assert max(value for name, value in differences[dtype].items() if name not in JPEGS) < bound
+        assert max(differences[dtype].values()) < 5e-3
     ran = subprocess.run(
         ["node", "js/tag.mjs", str(paths[0])], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )

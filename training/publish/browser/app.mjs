@@ -54,9 +54,10 @@ function fail(words) {
 function ready(data) {
   settings = data.settings;
   document.title = $("title").textContent = settings.title;
-  const kind = settings.int8 ? "8 bits" : data.device === "webgpu" ? "on the GPU" : "on the CPU";
+  const place = data.device === "webgpu" ? "on the GPU" : `on the CPU, ${counted(data.threads, "thread")}`;
+  const bits = settings.int8 ? ", 8-bit weights" : "";
   $("about").textContent =
-    `${counted(settings.labels.length, "label")}, ${kind}. Images stay on this machine: nothing is uploaded.`;
+    `${counted(settings.labels.length, "label")}, ${place}${bits}. Images stay on this machine: nothing is uploaded.`;
   document.documentElement.dataset.device = data.device;
   progress();
   if (!images.length) say("Ready.");

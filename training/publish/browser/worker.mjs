@@ -7,14 +7,18 @@ const MAX_SIDE = 1024, THUMBNAIL = 256; // px of what is shown
 const here = name => new URL(name, import.meta.url).href;
 let settings, session, ort;
 
+/** Whether WebGPU has a GPU behind it; a browser may offer a stand-in that computes on the CPU, a hundred times slower. */
+async function hasGpu() {
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  return Boolean(adapter) && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
+}
+
 /** Loads the model: on the GPU where the browser has WebGPU, else by WebAssembly. */
 async function start() {
   settings = await (await fetch(here("model.json"))).json();
   const bytes = await download(settings.file, loaded => postMessage({ loaded }));
-  // Of an int8 model WebGPU has no kernels: each would be computed on the CPU, copied there and back.
-  const gpu = !settings.int8 && (await navigator.gpu?.requestAdapter().catch(() => null));
   let device = "wasm";
-  if (gpu) {
+  if (await hasGpu()) {
     try {
       await open("webgpu", bytes);
       device = "webgpu";
@@ -23,7 +27,7 @@ async function start() {
     }
   }
   if (device === "wasm") await open("wasm", bytes);
-  postMessage({ settings, device });
+  postMessage({ settings, device, threads: ort.env.wasm.numThreads });
 }
 
 async function open(device, bytes) {
