@@ -251,11 +251,10 @@ class HSVLTInteractionLayer(GradientCheckpointingLayer):
         attended, attention = self.attention(queries, pixels, feature_map.shape[-2:] if output_attentions else None)
         gated = F.gelu(self.gate(queries)) * attended
         multimodal = F.gelu(self.multimodal(as_dtype_of(self.multimodal, gated)))
-        if not update_labels:
-            return label_states, multimodal, attention
-        label_states = label_states + multimodal
-        if self.label_gate is not None:
-            label_states = self.label_gate(label_states)
+        if update_labels:
+            label_states = label_states + multimodal
+            if self.label_gate is not None:
+                label_states = self.label_gate(label_states)
         return label_states, multimodal, attention
 
 
@@ -392,11 +391,10 @@ class HSVLTPreTrainedModel(HSVLTOnBackbone):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, HSVLTPerLabelClassifier)):
-            # transformers calls this only for modules with weights, so the flag sits on the layer, not on its parent.
-            init_linear(module, None if getattr(module, "starts_as_in_torch", False) else self.config.initializer_range)
-        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and getattr(module, "starts_as_in_torch", False):
-            init_linear(module, None)
+        # transformers calls this only for modules with weights, so the flag sits on the layer, not on its parent.
+        as_in_torch = getattr(module, "starts_as_in_torch", False)
+        if as_in_torch or isinstance(module, nn.Linear):
+            init_linear(module, None if as_in_torch else self.config.initializer_range)
         elif isinstance(module, HSVLTResidualAttention):
             for tensor in (module.weight, module.bias, *module.buffers(recurse=False)):
                 init.zeros_(tensor)
@@ -419,9 +417,8 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self.label_stream = HSVLTLabelStream(config, channels, self.backbone.interaction_depths)
         aggregation: Any = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
         self.aggregation = aggregation(self.label_stream.widths)
-        self.multimodal_norms = None
-        if config.normalize_multimodal_states:
-            self.multimodal_norms = nn.ModuleList(nn.LayerNorm(width) for width in self.label_stream.widths)
+        norms = (nn.LayerNorm(width) for width in self.label_stream.widths)
+        self.multimodal_norms = nn.ModuleList(norms) if config.normalize_multimodal_states else None
         self.label_embeddings = HSVLTLabelEmbeddings(config)
         self.post_init()
         # What FSDP wraps and device_map keeps whole. transformers collects this of direct children only; and of a
@@ -605,8 +602,7 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
         if fixed and text_embeddings.shape[0] != self.num_labels:
             raise ValueError(
                 f"text_embeddings of {text_embeddings.shape[0]} labels do not fit a classifier with a weight for each "
-                f"of {self.num_labels} labels; choose labels with class_ids, or train with classifier='shared' and use "
-                "exchange_labels."
+                f"of {self.num_labels} labels; choose with class_ids, or exchange_labels where classifier='shared'."
             )
         return text_embeddings
 

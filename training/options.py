@@ -15,8 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from importlib.machinery import PathFinder
-from importlib.util import find_spec, module_from_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -209,7 +208,8 @@ class _ReadList(argparse.Action):
 
 
 # Alone: all of transformers takes 0.6 s, more than the rest of a command's --help (0.13 s), and is not needed before.
-_spec = PathFinder.find_spec("transformers.hf_argparser", find_spec("transformers").submodule_search_locations)
+_file = Path(find_spec("transformers").origin).with_name("hf_argparser.py")
+_spec = spec_from_file_location("transformers.hf_argparser", _file)
 _hf_argparser = module_from_spec(_spec)
 _spec.loader.exec_module(_hf_argparser)
 

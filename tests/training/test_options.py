@@ -1,14 +1,17 @@
 """One dialect: an option has one name and one spelling in YAML, on every command line, and in Python."""
 
+import argparse
 import csv
 import dataclasses
 import importlib
 import json
 import re
+import runpy
 
 import numpy as np
 import pytest
 import torch.distributed as dist
+import transformers
 from PIL import Image
 
 from training import check_data, options, split, train
@@ -71,6 +74,12 @@ def readers():
     for kind in (["draw", "a", "b", "--largest", "3"], ["episodes", "a", "b", "--novel", "x"]):
         found[f"long_tail {kind[0]}"] = lambda argv, kind=kind: long_tail.build_parser().parse_args([*kind, *argv])
     return found
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # it was imported before, by its own name
+def test_options_are_imported_after_transformers_as_well():
+    transformers.BertModel  # noqa: B018  (what is loaded on demand changes where transformers says that it is)
+    assert issubclass(runpy.run_module("training.options")["CommandParser"], argparse.ArgumentParser)
 
 
 @pytest.mark.parametrize("command", readers())
