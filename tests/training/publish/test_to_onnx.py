@@ -165,7 +165,9 @@ def test_files_that_other_programs_read(tmp_path, capsys, monkeypatch):
     assert len([line for line in snippet.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
     monkeypatch.chdir(tmp_path)
     street = Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    street.save("street.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    street.rotate(90, expand=True).save("street.png", exif=exif)
     names: dict = {}
     exec(snippet.replace("street.jpg", "street.png"), names)
     expected, _ = scores_by_the_file_alone(tmp_path / "onnx" / "model.onnx", street)
