@@ -50,6 +50,15 @@ def test_a_run_folder_may_be_a_mount_point(volume, recipe, tmp_path):
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == sorted(path.name for path in volume.iterdir())
 
 
+def test_a_mount_point_in_a_run_that_is_overwritten_stays_and_so_does_all_else(finished, recipe, capsys, tmp_path):
+    shutil.copytree(finished / "best", tmp_path / "disk")
+    with mounted(finished / "best", "--bind", str(tmp_path / "disk")):
+        before = files(finished)
+        assert train.main([recipe, "--output_dir", str(finished), "--overwrite"]) == 2
+        assert files(finished) == before and not list(finished.glob(".overwritten*"))
+    assert "best cannot be moved aside" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [fit_thresholds, calibrate])
 def test_a_checkpoint_that_is_a_mount_point_stays_as_it_is(volume, checkpoint, photos, command, capsys):
     shutil.copytree(checkpoint, volume, dirs_exist_ok=True)

@@ -32,12 +32,22 @@ def set_aside(folder: Path) -> None:
     """Move all that a run left into a folder within its own, for another run to begin there.
 
     The folder itself stays, which may be a link, a mount point, or watched by somebody.
+
+    Raises:
+        OSError: something cannot be moved, a mount point for example; then all is where it was.
     """
     if holds_files(folder):
         aside = Path(tempfile.mkdtemp(prefix=SET_ASIDE, dir=folder))
-        for path in list(folder.iterdir()):
-            if not _is_aside(path):
+        for path in [path for path in folder.iterdir() if not _is_aside(path)]:
+            try:
                 path.rename(aside / path.name)
+            except OSError as error:
+                for moved in aside.iterdir():
+                    moved.rename(folder / moved.name)
+                aside.rmdir()
+                raise OSError(
+                    f"{path} cannot be moved aside ({error.strerror}), so nothing was: choose another --output_dir."
+                ) from error
 
 
 def remove_set_aside(folder: Path) -> None:

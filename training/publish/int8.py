@@ -53,8 +53,9 @@ def quantize_weights(source: Path, target: Path, smallest: int = SMALLEST) -> No
         scale = np.maximum(np.abs(weight).max(others, keepdims=True), np.finfo(np.float32).tiny) / np.float32(127)
         for what, values in (("int8", np.rint(weight / scale).astype(np.int8)), ("scale", scale)):
             kept.append(numpy_helper.from_array(values, f"{name}_{what}"))
-        # Under the weight's own name, so that whoever reads it reads this. Not DequantizeLinear, which onnxruntime joins
-        # with a product to an operation that rounds activations to 8 bits too. This it computes once, at the start.
+        # Under the weight's own name, so that whoever reads it reads this. Not DequantizeLinear, which onnxruntime
+        # joins with a product to an operation that rounds activations to 8 bits too. This it computes once, at the
+        # start.
         added.append(helper.make_node("Cast", [f"{name}_int8"], [f"{name}_wide"], to=onnx.TensorProto.FLOAT))
         added.append(helper.make_node("Mul", [f"{name}_wide", f"{name}_scale"], [name]))
     nodes = [*added, *graph.node]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import stat
 import sys
@@ -74,7 +73,7 @@ WRITERS = {"txt": write_text, "xmp": write_xmp}
 
 def write_sidecars(source: FileSource, results: Results, args: argparse.Namespace, accelerator: Accelerator) -> int:
     """Writes this process's share of the sidecars, and says how many there were; returns how many of all could not be
-    written, but for names that are too long for a suffix, which no second try makes shorter."""
+    written."""
     counts = Counter()
     pairs = shared_names(source)
     if accelerator.is_main_process:
@@ -93,7 +92,7 @@ def write_sidecars(source: FileSource, results: Results, args: argparse.Namespac
                     done = WRITERS[kind](image, record["labels"], args.overwrite_sidecars, whole)
                 except OSError as error:  # a folder that cannot be written to, or a name too long for a suffix more
                     print(f"No sidecar of {image}: {error}", file=sys.stderr)
-                    counts["kept" if error.errno == errno.ENAMETOOLONG else "failed"] += 1
+                    counts["failed"] += 1
                 else:
                     counts["written" if done else "kept"] += 1
     totals = torch.tensor([counts[name] for name in ("written", "kept", "failed")], device=accelerator.device)
