@@ -9,8 +9,6 @@ from .modeling_multilabel import is_plain
 
 # Numbers in the widest intermediate of a piece, 4 C a pixel: 3 MB in fp32, which stays in the cache of common CPUs.
 PIECE_NUMEL = 768 * 1024
-import os
-FUSED = os.environ.get('FUSED','1')=='1'
 
 
 def runs_in_rows(layer: nn.Module, hidden_state: torch.Tensor) -> bool:
@@ -47,16 +45,11 @@ def convnext_layer_in_rows(layer: ConvNextLayer, hidden_state: torch.Tensor) -> 
     rows = max(PIECE_NUMEL // (4 * channels), 1)
     expand, contract = layer.pwconv1, layer.pwconv2
     # Every piece is written where the one before it was, or to its place: fresh memory costs some 2 % of the model.
-    fused = FUSED and tokens.dtype == torch.bfloat16 and type(layer.act) is GELUActivation
     wide = tokens.new_empty(min(rows, len(tokens)), expand.out_features)
     output = torch.empty_like(residual)
     for piece, residual_piece, output_piece in zip(*(t.split(rows) for t in (tokens, residual, output)), strict=True):
-        piece = layer.layernorm(piece)
-        if fused:
-            hidden = torch.ops.mkldnn._linear_pointwise(piece, expand.weight, expand.bias, "gelu", [], "none")
-        else:
-            hidden = torch.addmm(expand.bias, piece, expand.weight.T, out=wide[: len(piece)])
-            hidden = torch.ops.aten.gelu_(hidden) if type(layer.act) is GELUActivation else layer.act(hidden)
+        hidden = torch.addmm(expand.bias, layer.layernorm(piece), expand.weight.T, out=wide[: len(piece)])
+        hidden = torch.ops.aten.gelu_(hidden) if type(layer.act) is GELUActivation else layer.act(hidden)
         torch.addmm(contract.bias, hidden, contract.weight.T, out=output_piece)
         torch.addcmul(residual_piece, layer.layer_scale_parameter, output_piece, out=output_piece)
     return output.view(shape).permute(0, 3, 1, 2)
