@@ -98,6 +98,11 @@ class HSVLTConfig(MultiLabelConfig):
 
         > Not published
 
+        label_stream (`str`, defaults to `"published"`):
+            `"tied"`: label tokens are the rows of the classifier, which score the pixels of all four stages at once,
+            and attention, without projections, follows these scores; see `HSVLTTiedLabelStream`. Helps small data on a
+            pretrained backbone. It reads no label texts, and what says how the published stream attends, updates and
+            normalises has no part in it; its pixels are always normalised.
         normalize_visual_tokens (`bool`, defaults to `False`):
             Whether pixels are layer-normalised in front of the attention. Helps small data.
         normalize_label_tokens (`bool`, defaults to `False`):
@@ -174,6 +179,7 @@ class HSVLTConfig(MultiLabelConfig):
     absorb_projections: bool = True
     label_chunk_size: int | None = None
     # Not published
+    label_stream: str = "published"
     normalize_visual_tokens: bool = False
     normalize_label_tokens: bool = False
     normalize_multimodal_states: bool = False
@@ -243,6 +249,7 @@ class HSVLTConfig(MultiLabelConfig):
     def validate_architecture(self):
         """As transformers calls it, when made and before saving; a ValueError names the field and what it may be."""
         self._check_choices(
+            label_stream=("published", "tied"),
             label_update=("gate", "none"),
             aggregation=("concat", "topdown"),
             pyramid=("none", "simple"),
@@ -268,6 +275,11 @@ class HSVLTConfig(MultiLabelConfig):
             raise ValueError(
                 f"residual_attention_weight must lie between 0 and 1, but it is {self.residual_attention_weight}."
             )
+        if self.label_stream == "tied":
+            if self.classifier != "per_label" or self.aggregation != "concat":
+                raise ValueError('label_stream="tied" needs classifier="per_label" and aggregation="concat".')
+            if self.residual_attention:
+                raise ValueError('residual_attention is part of label_stream="tied"; set one of the two.')
         if self.candidate_labels is not None and self.classifier != "per_label":
             raise ValueError('candidate_labels has weights for each label: it needs classifier="per_label".')
         if self.text_classes is not None and not (self.residual_attention and self.classifier == "shared"):

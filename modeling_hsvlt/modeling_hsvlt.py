@@ -29,6 +29,8 @@ from .hsvlt_additions import (
     HSVLTAdditions,
     HSVLTCandidateScorer,
     HSVLTResidualAttention,
+    HSVLTTiedClassifier,
+    HSVLTTiedLabelStream,
     HSVLTTopDownAggregation,
     in_chunks,
 )
@@ -282,7 +284,8 @@ class HSVLTLabelStream(nn.Module):
     def __init__(self, config: HSVLTConfig, channels: list[int], depths: list[int]):
         super().__init__()
         self.widths = [min(each, config.label_width or each) for each in channels]
-        sizes = [config.label_embedding_dim, *self.widths]
+        self.in_size = config.label_embedding_dim
+        sizes = [self.in_size, *self.widths]
         self.stages = nn.ModuleList(
             HSVLTLabelStage(config, sizes[i], sizes[i + 1], channels[i], depths[i], is_last=i == len(depths) - 1)
             for i in range(len(depths))
@@ -397,7 +400,7 @@ class HSVLTPreTrainedModel(HSVLTOnBackbone):
         as_in_torch = getattr(module, "starts_as_in_torch", False)
         if as_in_torch or isinstance(module, nn.Linear):
             init_linear(module, None if as_in_torch else self.config.initializer_range)
-        elif isinstance(module, HSVLTResidualAttention):
+        elif isinstance(module, (HSVLTResidualAttention, HSVLTTiedClassifier)):
             for tensor in (module.weight, module.bias, *module.buffers(recurse=False)):
                 init.zeros_(tensor)
         else:
@@ -416,7 +419,11 @@ class HSVLTModel(HSVLTPreTrainedModel):
         self.backbone = build_backbone(config)
         self.pyramid = build_pyramid(config, self.backbone)
         channels = (self.pyramid or self.backbone).channels
-        self.label_stream = HSVLTLabelStream(config, channels, self.backbone.interaction_depths)
+        depths = self.backbone.interaction_depths
+        if config.label_stream == "tied":
+            self.label_stream = HSVLTTiedLabelStream(channels, depths)
+        else:
+            self.label_stream = HSVLTLabelStream(config, channels, depths)
         aggregation: Any = {"concat": HSVLTConcatAggregation, "topdown": HSVLTTopDownAggregation}[config.aggregation]
         self.aggregation = aggregation(self.label_stream.widths)
         norms = (nn.LayerNorm(width) for width in self.label_stream.widths)
@@ -453,7 +460,12 @@ class HSVLTModel(HSVLTPreTrainedModel):
             feature_maps = self.backbone(require_images(pixel_values))
         if text_embeddings is None:
             text_embeddings = self.label_embeddings()
-        if text_embeddings.shape[-1] != self.config.label_embedding_dim:
+        if text_embeddings.shape[-1] != self.label_stream.in_size:
+            if self.config.label_stream == "tied":
+                raise ValueError(
+                    f'with label_stream="tied" the label tokens are rows of a classifier: text_embeddings must be '
+                    f"given, {self.label_stream.in_size} wide, not {text_embeddings.shape[-1]}."
+                )
             raise ValueError(
                 f"text_embeddings are {text_embeddings.shape[-1]} wide, but this model was made for "
                 f"label_embedding_dim={self.config.label_embedding_dim}; use the text encoder it was trained with"
@@ -499,13 +511,15 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
         self.num_labels = config.num_labels
         self.hsvlt = HSVLTModel(config)
         hidden_size = self.hsvlt.aggregation.hidden_size
-        if config.classifier == "per_label":
+        last = self.hsvlt.backbone.channels[-1]
+        if config.label_stream == "tied":
+            self.classifier = HSVLTTiedClassifier(config.num_labels, hidden_size, self.hsvlt.label_stream.widths[-1])
+        elif config.classifier == "per_label":
             self.classifier = HSVLTPerLabelClassifier(config.num_labels, hidden_size)
         else:
             self.classifier = nn.Linear(hidden_size, 1)  # one for all labels, which can then be exchanged
             self.classifier.starts_as_in_torch = True
         self.label_context = None  # a `label_context.LabelContext` while one is learned
-        last = self.hsvlt.backbone.channels[-1]
         self.candidate_scorer = HSVLTCandidateScorer(config, last) if config.candidate_labels is not None else None
         self.residual_attention = HSVLTResidualAttention(config, last) if config.residual_attention else None
         self.post_init()
@@ -597,7 +611,13 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
         return HSVLTImageClassifierOutput(**{**output, "loss": loss})
 
     def _text_embeddings(self, text_embeddings: torch.Tensor | None) -> torch.Tensor:
-        """Those given, those of a learned context, or the checkpoint's."""
+        """Those given, those of a learned context, or the checkpoint's; with a tied label stream the classifier's."""
+        if self.config.label_stream == "tied":
+            if text_embeddings is not None or self.label_context is not None:
+                raise ValueError(
+                    'label_stream="tied" reads no label texts: give neither text_embeddings nor a context.'
+                )
+            return self.classifier()
         if text_embeddings is None:
             return self.hsvlt.label_embeddings() if self.label_context is None else self.label_context()
         fixed = self.config.classifier == "per_label" or self.residual_attention is not None

@@ -60,11 +60,18 @@ def with_every_option():
     return model
 
 
+def tied():
+    model = hsvlt(label_stream="tied")
+    nn.init.normal_(model.classifier.weight)
+    return model
+
+
 MODELS = {
     "hsvlt": hsvlt,
     "hsvlt_4_heads": lambda: hsvlt(num_attention_heads=4),
     "hsvlt_shared": lambda: hsvlt(classifier="shared", residual_attention=True, text_classes=3),
     "hsvlt_every_option": with_every_option,
+    "hsvlt_tied": tied,
     "hsvlt_swin": lambda: hsvlt(SWIN),
     "hsvlt_mltr": lambda: hsvlt(MlTrConfig(**MLTR)),
     "mltr": lambda: MlTrForImageClassification(MlTrConfig(**MLTR, num_labels=5)),

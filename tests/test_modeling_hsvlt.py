@@ -405,7 +405,7 @@ def test_residual_attention_starts_even_and_is_saved(tmp_path):
 
 
 def test_a_text_classifier_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="has it off"):
+    with pytest.raises(ValueError, match="has neither"):
         make_model().set_text_classifier(torch.zeros(N, 20))
     model = make_model(residual_attention=True)
     with pytest.raises(ValueError, match=r"\(5, 20\).*it is \(5, 19\)"):
@@ -733,3 +733,95 @@ def test_random_label_embeddings_are_given_by_the_seed():
 def test_heads_must_divide_the_channels():
     with pytest.raises(ValueError, match=r"num_attention_heads \(3\) must divide the 8 channels"):
         make_model(num_attention_heads=3)
+
+
+# ---- the tied label stream
+
+
+def tied(**overrides):
+    model = make_model(label_stream="tied", **overrides)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in (model.classifier.weight, model.classifier.bias):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        for norm in model.hsvlt.label_stream.norms:
+            norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) + 0.5)
+    return model
+
+
+def naive_tied_logits(model, pixel_values):
+    """Place by place and label by label, from the equations; and the attention."""
+    stream, depths = model.hsvlt.label_stream, model.hsvlt.backbone.interaction_depths
+    ends = torch.tensor(depths).cumsum(0) - 1
+    maps = [list(model.hsvlt.backbone(pixel_values))[end] for end in ends.tolist()]
+    height, width = maps[-1].shape[-2:]
+    rows = model.classifier.weight.clone()
+    rows[:, -model.classifier.text_weight.shape[1] :] += model.classifier.text_weight
+    logits, attention = torch.empty(len(pixel_values), N), torch.empty(len(pixel_values), N, height, width)
+    for image in range(len(pixel_values)):
+        places = []
+        for y in range(height):
+            for x in range(width):
+                parts = []
+                for norm, feature_map in zip(stream.norms, maps, strict=True):
+                    side = feature_map.shape[-1] // width
+                    cell = feature_map[image, :, y * side : (y + 1) * side, x * side : (x + 1) * side].flatten(1).T
+                    centred = cell - cell.mean(1, keepdim=True)
+                    normed = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt()
+                    parts.append((normed * norm.weight + norm.bias).mean(0))
+                places.append(torch.cat(parts))
+        for label in range(N):
+            scores = torch.stack([place @ rows[label] for place in places])
+            weights = scores.exp() / scores.exp().sum()
+            attention[image, label] = weights.view(height, width)
+            logits[image, label] = (scores.mean() + (weights * scores).sum()) / 2 + model.classifier.bias[label]
+    return logits, attention
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["convnext", "swin"])
+def test_tied_logits_equal_the_equations(kind):
+    model = tied() if kind == "convnext" else tied(backbone_config=backbone_config_of(kind))
+    model.set_text_classifier(torch.randn(model.classifier.text_weight.shape))
+    pixel_values = random_images(size=64)
+    expected, attention = naive_tied_logits(model, pixel_values)
+    output = model(pixel_values, output_attentions=True, output_hidden_states=True)
+    torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(output.attentions) == len(output.multimodal_states) == len(output.label_hidden_states) == 4
+    for each in output.attentions:
+        torch.testing.assert_close(each[:, 0], attention, rtol=1e-3, atol=1e-5)
+    ids = torch.tensor([3, 0, 4])
+    torch.testing.assert_close(model(pixel_values, class_ids=ids).logits, expected[:, ids], rtol=1e-4, atol=1e-4)
+    model.config.label_chunk_size = 2
+    torch.testing.assert_close(model(pixel_values).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tied_candidates_have_their_own_logits():
+    model = tied(candidate_labels=2)
+    output = model(random_images())
+    expected = naive_tied_logits(model, random_images())[0]
+    chosen = expected.gather(1, output.class_ids)
+    torch.testing.assert_close(output.logits.gather(1, output.class_ids), chosen, rtol=1e-4, atol=1e-4)
+    assert output.class_ids.shape == (2, 2) and (output.logits == NOT_EVALUATED).sum() == 2 * (N - 2)
+
+
+def test_a_tied_stream_starts_as_a_linear_classifier_of_the_mean_pixel(tmp_path):
+    fresh = make_model(label_stream="tied")
+    output = fresh(random_images(), output_attentions=True)
+    assert not output.logits.any() and not output.attentions[-1].sub(output.attentions[-1].mean()).abs().gt(1e-6).any()
+    model = tied().train()
+    model(random_images(size=64), labels=targets()).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    model.save_pretrained(tmp_path)
+    loaded = HSVLTForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        assert_close_outputs(loaded(random_images()).logits, model.eval()(random_images()).logits)
+
+
+def test_a_tied_stream_reads_no_texts():
+    model = tied()
+    with pytest.raises(ValueError, match="reads no label texts"):
+        model(random_images(), text_embeddings=torch.randn(N, 12))
+    with pytest.raises(ValueError, match="rows of a classifier"):
+        model.hsvlt(random_images())

@@ -61,7 +61,7 @@ def build_head(
     shared = {**labels, "loss_type": recipe.loss_type, "loss_kwargs": recipe.loss_kwargs or None}
     fields = {key: getattr(backbone.config, key) for key in ("stem_channels", "group_channels", "group_depths")}
     fields["head_channels"] = backbone.config.head_channels
-    if name == "hsvlt":
+    if name.startswith("hsvlt"):
         config = HSVLTConfig(
             backbone_config=EfficientNetLiteConfig(**fields, out_features=backbone.out_features),
             label_embedding_dim=label_embeddings.shape[1],
@@ -73,8 +73,8 @@ def build_head(
         biases = [model.classifier.bias]
         if model.residual_attention is not None:
             biases.append(model.residual_attention.bias)
-            if text_classifier is not None:
-                model.set_text_classifier(text_classifier)
+        if text_classifier is not None and model.text_classifier_holder is not None:
+            model.set_text_classifier(text_classifier)
         model.hsvlt.backbone.model.load_state_dict(backbone.state_dict())
     else:
         arguments = dict(recipe.model)

@@ -53,6 +53,7 @@ RECIPES = {
     "linear": Recipe(learning_rate=1e-2, weight_decay=8.0, **ASYMMETRIC),
     "ml_decoder": Recipe(learning_rate=5e-4, weight_decay=0.3, **ASYMMETRIC),
     "query2label": Recipe(learning_rate=5e-4, weight_decay=0.3, model={"hidden_size": 256}, **ASYMMETRIC),
+    "hsvlt_tied": Recipe(learning_rate=1e-2, weight_decay=16.0, epochs=6, model={"label_stream": "tied"}, **ASYMMETRIC),
     "hsvlt": Recipe(
         learning_rate=5e-4,
         weight_decay=0.3,
@@ -255,7 +256,7 @@ class Comparison:
 
 def head_variants(heads: Iterable[str]) -> dict[str, Ablation]:
     """Peers read no text, so what is transferred by text is HSVLT's; its gift to the linear head is an ablation."""
-    return {name: Ablation(head=name, text_classifier=name == "hsvlt") for name in heads}
+    return {name: Ablation(head=name, text_classifier=name.startswith("hsvlt")) for name in heads}
 
 
 def run(args: argparse.Namespace) -> dict[str, dict]:

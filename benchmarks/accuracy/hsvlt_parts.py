@@ -1,4 +1,4 @@
-"""Ablations of HSVLT on frozen maps: its parts, then one change each of the label stream alone."""
+"""Ablations of HSVLT on frozen maps: of the tied label stream; its parts, and one change each of the published one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Ablation:
 
 
 def last_scale_only(model: HSVLTForImageClassification) -> None:
-    """Labels see the image on the last map alone; the others are shown as zeros."""
+    """Labels see the image on the last map alone; the others are shown as zeros, which say nothing of an image."""
 
     def hide(module, args):
         label_embeddings, maps, *rest = args
@@ -34,6 +34,9 @@ def last_scale_only(model: HSVLTForImageClassification) -> None:
 
 def uniform_attention(model: HSVLTForImageClassification) -> None:
     """Every pixel weighs the same for every label: queries are zero and stay so."""
+    if model.config.label_stream == "tied":
+        model.hsvlt.label_stream.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]), *args[1:]))
+        return
     for stage in model.hsvlt.label_stream.stages:
         for layer in stage.layers:
             torch.nn.init.zeros_(layer.attention.query.weight)
@@ -63,7 +66,16 @@ def stream_alone(*, model: dict | None = None, **changes) -> Ablation:
     return Ablation(model={"residual_attention": False, **(model or {})}, text_classifier=False, **changes)
 
 
+def tied(**changes) -> Ablation:
+    """The tied label stream, whose classifier starts at zero and not from names."""
+    return Ablation(head="hsvlt_tied", text_classifier=False, **changes)
+
+
 ABLATIONS = {
+    "tied": Ablation(head="hsvlt_tied"),
+    "tied, text classifier off": tied(),
+    "tied, text classifier off, attention uniform": tied(tweak=uniform_attention),
+    "tied, text classifier off, last map only": tied(tweak=last_scale_only),
     "hsvlt": Ablation(),
     "label stream off": Ablation(tweak=label_stream_off),
     "label stream off, text classifier off": Ablation(tweak=label_stream_off, text_classifier=False),

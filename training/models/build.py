@@ -109,7 +109,7 @@ def build_model(config: TrainingConfig, label_names: list[str], say: Callable[[s
         )
     wanted = config.text_classifier
     if wanted is None:
-        wanted = config.can_transfer_classifier and getattr(model.config, "residual_attention", False)
+        wanted = config.can_transfer_classifier and getattr(model, "text_classifier_holder", None) is not None
     if wanted:
         set_text_classifier(model, encoder, tokenizer, config, say)
     if config.initial_bias is not None and config.init_from is None:
@@ -193,16 +193,20 @@ def backbone_classifier(config: TrainingConfig, channels: int) -> tuple[torch.Te
 
 
 def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: TrainingConfig, say: Callable) -> None:
-    """Start an HSVLT's residual attention from the classifier of `config.backbone`, see `transfer_classifier`, and say
-    which classes each label starts from. With `text_classifier` null, a backbone without one is left as it is.
+    """Start an HSVLT's residual attention or tied label stream from the classifier of `config.backbone`, see
+    `transfer_classifier`, and say which classes each label starts from. With `text_classifier` null, a backbone without
+    one is left as it is.
 
     Raises:
-        ValueError: `text_classifier` is true, and there is no residual attention or no classifier.
+        ValueError: `text_classifier` is true, and there is nothing in the model to start from it, or no classifier.
     """
-    if not getattr(model.config, "residual_attention", False):
-        raise ValueError("text_classifier belongs to HSVLT's residual_attention: set that to true in model.")
+    holder = getattr(model, "text_classifier_holder", None)
+    if holder is None:
+        raise ValueError(
+            "text_classifier belongs to HSVLT's residual_attention or its label_stream: tied; set one of them in model."
+        )
     try:
-        weight, names = backbone_classifier(config, model.residual_attention.text_weight.shape[1])
+        weight, names = backbone_classifier(config, holder.text_weight.shape[1])
     except ValueError as error:
         if config.text_classifier:
             raise

@@ -145,6 +145,11 @@ def check_foldable(model: PreTrainedModel, per_label: bool) -> None:
             f"This {name} has residual attention beside its classifier, and the softmax over pixel scores does not "
             "keep a scale; fit thresholds in place of a calibration, with hsvlt thresholds."
         )
+    if getattr(model.config, "label_stream", None) == "tied":
+        raise ValueError(
+            f"The classifier of this {name} is also what its labels attend by (label_stream: tied), which does not "
+            "keep a scale; fit thresholds in place of a calibration, with hsvlt thresholds."
+        )
     if getattr(model.config, "candidate_labels", None) is not None:
         raise ValueError(
             f"This {name} scores only {model.config.candidate_labels} labels an image (candidate_labels), and the "

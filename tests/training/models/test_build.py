@@ -138,8 +138,8 @@ def save_classifier(folder, names, hidden_sizes=(8, 8, 16, 24)):
     return source
 
 
-def build_with_text_classifier(encoder, folder, **options):
-    model = {"residual_attention": True}
+def build_with_text_classifier(encoder, folder, model=None, **options):
+    model = model or {"residual_attention": True}
     return build(model=model, backbone=str(folder), label_encoder=str(encoder[0]), text_classifier=True, **options)
 
 
@@ -156,6 +156,8 @@ def test_a_text_classifier_comes_from_the_backbone(encoder, tmp_path):
     assert_close_outputs(shared.residual_attention.text_weight, expected)
     assert_close_outputs(shared.residual_attention.class_embeddings, classes)
     assert shared.config.text_classes == 4 and model.config.text_classes is None
+    tied = build_with_text_classifier(encoder, tmp_path, {"label_stream": "tied"})
+    assert_close_outputs(tied.classifier.text_weight, expected)
 
 
 def test_it_is_said_which_classes_each_label_started_from(encoder, tmp_path):

@@ -48,6 +48,11 @@ def resnet_backbone():
     return hsvlt(ResNetConfig(**widths, out_features=STAGES), num_attention_heads=2)
 
 
+def tied():
+    widths = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    return hsvlt(ResNetConfig(**widths, out_features=STAGES), label_stream="tied")
+
+
 def swin_backbone():
     sizes = {"image_size": SIZE, "patch_size": 2, "window_size": 2}
     return hsvlt(SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], **sizes, out_features=STAGES))
@@ -67,6 +72,7 @@ def hp_dval():
 FAMILIES = {
     "block_backbone": lambda: tiny_model(candidate_labels=2),  # which ONNX leaves out: it scores all labels
     "resnet_backbone": resnet_backbone,
+    "tied_label_stream": tied,
     "swin_backbone": swin_backbone,
     "mltr": mltr,
     "hp_dval": hp_dval,

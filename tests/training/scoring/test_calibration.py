@@ -166,6 +166,8 @@ def test_models_that_cannot_hold_it_are_refused():
         check_foldable(tiny_model(candidate_labels=2), True)
     with pytest.raises(ValueError, match="residual attention"):
         check_foldable(tiny_model(residual_attention=True), True)
+    with pytest.raises(ValueError, match="label_stream: tied"):
+        check_foldable(tiny_model(label_stream="tied"), True)
     headless = tiny_model()
     for classifier in (None, nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), nn.Linear(8, 3, bias=False)):
         headless.classifier = classifier
