@@ -58,6 +58,8 @@ class HSVLTResidualAttention(nn.Module):
     names, from which [`exchange`] makes the rows of new labels.
     """
 
+    text_weight: torch.Tensor
+
     def __init__(self, config: HSVLTConfig, hidden_size: int):
         super().__init__()
         self.config = config
