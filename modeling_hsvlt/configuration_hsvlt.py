@@ -13,6 +13,8 @@ from .configuration_multilabel import MultiLabelConfig, auto_map_of, preset_of
 
 # Backbones whose blocks are public, so that an interaction can follow every block, as published.
 BLOCK_BACKBONES = ("convnext", "convnextv2")
+# Of which a part can be computed for some labels.
+LOSSES_OF_ENTRIES = ("bce", "focal", "asl", "distribution_balanced")
 # Not in transformers' own mapping where this file was downloaded with a checkpoint.
 OWN_BACKBONES = {"mltr": MlTrConfig, "efficientnet_lite": EfficientNetLiteConfig}
 
@@ -115,10 +117,14 @@ class HSVLTConfig(MultiLabelConfig):
             projected to it. None: as wide as the map (published). On a frozen EfficientNet-Lite0, whose last map has
             1,280 channels, most of the weights and of the arithmetic go with 128.
         candidate_labels (`int`, *optional*):
-            At inference, the label stream runs for only this many labels an image, proposed by a linear scorer on the
-            pooled last feature map. The others have `NOT_EVALUATED` in `logits`, whose sigmoid is 0. None: all labels.
+            At inference, the label stream runs for only this many labels an image, proposed by a scorer that learns
+            beside it without changing it, see `HSVLTCandidateScorer`. The others have `NOT_EVALUATED` in `logits`,
+            whose sigmoid is 0. None: all labels.
         candidate_loss_weight (`float`, defaults to 1.0):
             Weight of the scorer's own loss in training, where `candidate_labels` is set.
+        sampled_labels (`int`, *optional*):
+            In training, the label stream runs for only the labels that an image of the batch has, and this many of the
+            others, drawn at random, whose loss stands for all of them. None: all labels.
         residual_attention (`bool`, defaults to `False`):
             Whether class-specific residual attention on the last map shares in each label's logit; see
             `HSVLTResidualAttention`. Helps small data on a pretrained backbone.
@@ -186,6 +192,7 @@ class HSVLTConfig(MultiLabelConfig):
     label_width: int | None = None
     candidate_labels: int | None = None
     candidate_loss_weight: float | int = 1.0
+    sampled_labels: int | None = None
     residual_attention: bool = False
     residual_attention_weight: float = 0.5
     text_classes: int | None = None
@@ -265,7 +272,7 @@ class HSVLTConfig(MultiLabelConfig):
             raise ValueError(
                 f"interaction_depths must be four positive numbers, one a stage, but it is {self.interaction_depths}."
             )
-        for field in ("label_chunk_size", "label_width", "candidate_labels", "text_classes"):
+        for field in ("label_chunk_size", "label_width", "candidate_labels", "sampled_labels", "text_classes"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be a positive number or None, but it is {value}.")
@@ -280,10 +287,13 @@ class HSVLTConfig(MultiLabelConfig):
                 raise ValueError('label_stream="tied" needs classifier="per_label" and aggregation="concat".')
             if self.residual_attention:
                 raise ValueError('residual_attention is part of label_stream="tied"; set one of the two.')
-        if self.candidate_labels is not None and self.classifier != "per_label":
-            raise ValueError('candidate_labels has weights for each label: it needs classifier="per_label".')
         if self.text_classes is not None and not (self.residual_attention and self.classifier == "shared"):
             raise ValueError('text_classes belongs to residual_attention with classifier="shared".')
+        if self.sampled_labels is not None and self.loss_type not in LOSSES_OF_ENTRIES:
+            raise ValueError(
+                f"sampled_labels needs a loss that is a sum over labels, but loss_type is {self.loss_type!r}: choose "
+                f"one of {', '.join(LOSSES_OF_ENTRIES)}."
+            )
 
 
 def _four_of(backbone: PreTrainedConfig, stage_names: list[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Additions to HSVLT, all off by default. The paper has none of them; the released code holds the top-down aggregation
 in another form.
 
-The tied label stream and class-specific residual attention help small data on a pretrained backbone; candidates and
-chunks bound the cost of many labels; a label context is learned in front of their names.
+The tied label stream and class-specific residual attention help small data on a pretrained backbone; candidates,
+samples and chunks bound the cost of many labels; a label context is learned in front of their names.
 
 Not published either, and coded elsewhere: layer norms in the label stream and its `label_width`, and the shared
 classifier (`modeling_hsvlt.py`); backbones other than ConvNeXt (`hsvlt_backbones.py`, `hsvlt_timm.py`); the pyramid on
@@ -17,31 +17,11 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .configuration_hsvlt import HSVLTConfig
-from .label_contract import NOT_EVALUATED
+from .hsvlt_candidates import draw_labels, kept
+from .label_contract import NOT_EVALUATED, UNKNOWN_LABEL
 from .label_prompts import transfer_classifier
+from .losses_multilabel import items_in_step, multilabel_loss
 from .modeling_multilabel import MultiLabelPreTrainedModel, as_dtype_of, no_fp16_autocast, widened
-
-
-class HSVLTCandidateScorer(nn.Module):
-    """Scores every label from the pooled last feature map, cheaply, to choose the labels worth a closer look."""
-
-    def __init__(self, config: HSVLTConfig, hidden_size: int):
-        super().__init__()
-        self.config = config
-        self.norm = nn.LayerNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, config.num_labels)
-
-    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) to scores (B, num_labels)."""
-        pooled = self.norm(as_dtype_of(self.norm, feature_map.mean((-2, -1))))
-        return self.linear(as_dtype_of(self.linear, pooled))
-
-    def choose(self, scores: torch.Tensor) -> torch.Tensor | None:
-        """The labels (B, m) of the highest scores (B, N), ascending; None for all, and in training."""
-        number = self.config.candidate_labels
-        if self.training or number is None or number >= scores.shape[-1]:
-            return None
-        return scores.topk(number, dim=-1).indices.sort(dim=-1).values
 
 
 class HSVLTResidualAttention(nn.Module):
@@ -327,6 +307,21 @@ class HSVLTAdditions(MultiLabelPreTrainedModel):
             self.residual_attention.exchange(before, label_embeddings, [rows.get(name) for name in label_names])
         self.set_label_embeddings(label_embeddings, **provenance)
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: `candidate_labels` is set, and the checkpoint holds the scorer of before 0.1.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if any(name.startswith("candidate_scorer.linear.") for name in info["unexpected_keys"]):
+            raise ValueError(
+                "the candidate scorer of this checkpoint is one of before 0.1, which is not read any more: set "
+                "candidate_labels to null in its config.json to score all labels, or train it again."
+            )
+        return (model, info) if output_loading_info else model
+
     @torch.no_grad()
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
         """As in transformers. A learned label context leaves a plain checkpoint, with the label embeddings that its
@@ -345,31 +340,52 @@ class HSVLTAdditions(MultiLabelPreTrainedModel):
     def _read_with_additions(
         self, feature_maps, text_embeddings, class_ids, labels, num_items_in_batch, **asked
     ) -> ModelOutput:
-        """The forward pass, from the feature maps on, with candidates or residual attention."""
-        feature_maps = list(feature_maps)  # the last one is read once more
+        """The forward pass, from the feature maps on, with candidates, sampled labels or residual attention."""
         num_labels = len(text_embeddings if class_ids is None else class_ids)
-        proposals = candidates = None
-        if self.candidate_scorer is not None and class_ids is None and num_labels == self.num_labels:
-            proposals = self.candidate_scorer(feature_maps[-1])
-            class_ids = candidates = self.candidate_scorer.choose(proposals)
-        scales = self.hsvlt.scales(feature_maps)
+        scorer = self.candidate_scorer if class_ids is None else None
+        weights = read = None  # the labels that the stream reads, where these are not all
+        maps: list[torch.Tensor] = []  # as the label stream takes them; what is read once more
+        if scorer is not None and not self.training:
+            feature_maps = list(feature_maps)
+            class_ids = read = scorer.choose(scorer(feature_maps, text_embeddings))
+        if class_ids is None and labels is not None and self.training and self.config.sampled_labels is not None:
+            weights = draw_labels(labels.to(text_embeddings.device), self.config.sampled_labels)
+            class_ids = weights.nonzero().squeeze(1)
+            read = class_ids.expand(len(labels), -1)
+        scales = self.hsvlt.scales(kept(feature_maps, maps))
         output = in_chunks(self._read, scales, text_embeddings, class_ids, self.config.label_chunk_size, **asked)
         logits, paths = output.logits, [output.logits]
         if self.residual_attention is not None:
-            paths.append(self.residual_attention(feature_maps[-1], class_ids))
+            paths.append(self.residual_attention(maps[-1], class_ids))
             logits = self.residual_attention.join(*paths)
 
         loss = None
-        if labels is not None and candidates is not None:  # of the candidates alone: a mean of their own
-            loss = self._loss(logits, labels.to(candidates.device).gather(1, candidates))
-        elif labels is not None and not self.training:
-            loss = self._loss(logits, labels, num_items_in_batch)
-        elif labels is not None:
+        if labels is not None and self.training:
             # Each path by a loss of its own: learning the sum, the label stream of a small data set fits what it has
             # seen so fast that the pixel scores learn little.
-            loss = sum(self._loss(path, labels, num_items_in_batch) for path in paths) / len(paths)
-            if proposals is not None:
-                loss = loss + self.config.candidate_loss_weight * self._loss(proposals, labels, num_items_in_batch)
-        if candidates is not None:
-            logits = logits.new_full((len(logits), num_labels), NOT_EVALUATED).scatter(1, candidates, logits)
-        return type(output)(**{**output, "loss": loss, "logits": logits, "class_ids": candidates})
+            loss = sum(self._loss_of_drawn(path, labels, weights, num_items_in_batch) for path in paths) / len(paths)
+            if scorer is not None:
+                scores = scorer(maps, text_embeddings)
+                loss = loss + self.config.candidate_loss_weight * self._loss(scores, labels, num_items_in_batch)
+        elif labels is not None and read is not None:  # of the candidates alone: a mean of their own
+            loss = self._loss(logits, labels.to(read.device).gather(1, read))
+        elif labels is not None:
+            loss = self._loss(logits, labels, num_items_in_batch)
+        if read is not None:
+            logits = logits.new_full((len(logits), num_labels), NOT_EVALUATED).scatter(1, read, logits)
+        return type(output)(**{**output, "loss": loss, "logits": logits, "class_ids": read})
+
+    def _loss_of_drawn(self, logits, labels, weights, num_items_in_batch) -> torch.Tensor:
+        """The loss of the logits (B, m) of the labels that [`draw_labels`] gave `weights`; None: of all labels."""
+        if weights is None:
+            return self._loss(logits, labels, num_items_in_batch)
+        options = self.config.loss_kwargs or {}
+        labels = labels.to(weights.device)
+        everywhere = logits.new_zeros(labels.shape).index_copy(1, weights.nonzero().squeeze(1), logits)
+        drawn = labels.where(weights > 0, UNKNOWN_LABEL)
+        losses = multilabel_loss(everywhere, drawn, self.config.loss_type, {**options, "reduction": "none"})
+        loss = (losses * weights).sum()
+        if options.get("reduction") == "sum":
+            return loss
+        known = (labels != UNKNOWN_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+        return loss / items_in_step(known, loss)

@@ -27,7 +27,6 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from .configuration_hsvlt import HSVLTConfig
 from .hsvlt_additions import (
     HSVLTAdditions,
-    HSVLTCandidateScorer,
     HSVLTResidualAttention,
     HSVLTTiedClassifier,
     HSVLTTiedLabelStream,
@@ -35,6 +34,7 @@ from .hsvlt_additions import (
     in_chunks,
 )
 from .hsvlt_backbones import HSVLTOnBackbone, build_backbone
+from .hsvlt_candidates import HSVLTCandidateScorer
 from .hsvlt_pyramid import build_pyramid
 from .modeling_multilabel import (
     as_dtype_of,
@@ -88,9 +88,10 @@ class HSVLTImageClassifierOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, fp32): with `labels`.
         logits (`torch.FloatTensor` of shape `(B, N)`): one score a label; its sigmoid is the label's probability.
-            `NOT_EVALUATED`, whose sigmoid is 0, for labels that `candidate_labels` left out.
-        class_ids (`torch.LongTensor` of shape `(B, m)`): the labels that were scored, ascending, where
-            `candidate_labels` chose them; states and attentions are of these labels, in this order.
+            `NOT_EVALUATED`, whose sigmoid is 0, for labels that `candidate_labels` or, in training, `sampled_labels`
+            left out.
+        class_ids (`torch.LongTensor` of shape `(B, m)`): the labels that were scored, ascending, where these chose
+            them; states and attentions are of these labels, in this order.
         hidden_states, label_hidden_states, multimodal_states, attentions: see [`HSVLTModelOutput`].
     """
 
@@ -403,6 +404,9 @@ class HSVLTPreTrainedModel(HSVLTOnBackbone):
         elif isinstance(module, (HSVLTResidualAttention, HSVLTTiedClassifier)):
             for tensor in (module.weight, module.bias, *module.buffers(recurse=False)):
                 init.zeros_(tensor)
+        elif isinstance(module, HSVLTCandidateScorer):
+            init.trunc_normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
         else:
             super()._init_weights(module)
         if isinstance(module, HSVLTLabelEmbeddings):
@@ -520,7 +524,11 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
             self.classifier = nn.Linear(hidden_size, 1)  # one for all labels, which can then be exchanged
             self.classifier.starts_as_in_torch = True
         self.label_context = None  # a `label_context.LabelContext` while one is learned
-        self.candidate_scorer = HSVLTCandidateScorer(config, last) if config.candidate_labels is not None else None
+        self.candidate_scorer = None
+        if config.candidate_labels is not None:
+            self.candidate_scorer = HSVLTCandidateScorer(config, self.hsvlt.backbone)
+        else:  # also where it was set to null in the config.json of a checkpoint that has a scorer
+            self._keys_to_ignore_on_load_unexpected = {r"^candidate_scorer\."}
         self.residual_attention = HSVLTResidualAttention(config, last) if config.residual_attention else None
         self.post_init()
 
@@ -602,7 +610,8 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
             feature_maps = self.hsvlt.backbone(require_images(pixel_values))
 
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        if self.candidate_scorer is not None or self.residual_attention is not None:
+        additions = (self.candidate_scorer, self.residual_attention, self.config.sampled_labels)
+        if any(each is not None for each in additions):
             of_labels = (text_embeddings, class_ids, labels)
             return self._read_with_additions(feature_maps, *of_labels, num_items_in_batch, **asked)
         scales = self.hsvlt.scales(feature_maps)  # once for all chunks

@@ -309,8 +309,6 @@ class MultiLabelImageClassificationPipeline(Pipeline):
                 f"This {type(model).__name__} has classifier weights for each of its {config.num_labels} labels, so it "
                 "cannot score others; choose among its own with labels=[...], or train HSVLT with classifier='shared'."
             )
-        if config.candidate_labels is not None:
-            raise ValueError("candidate_labels proposes only labels that the model was trained on; set it to None.")
         if config.label_text_encoder is None:
             raise ValueError(
                 "The label embeddings of this checkpoint come from no known text encoder, so names say nothing to it; "

@@ -297,7 +297,10 @@ def test_what_candidates_give_can_be_told_apart():
     torch.manual_seed(0)
     model = hsvlt(candidate_labels=3, num_attention_heads=2).eval()
     pixels = images(4, seed=5)
-    nn.init.normal_(model.candidate_scorer.linear.weight)
+    scorer = model.candidate_scorer
+    nn.init.normal_(scorer.weight)
+    with torch.no_grad():  # so that images differ in their candidates
+        scorer.bias.sub_(scorer(list(model.hsvlt.backbone(pixels)), model.hsvlt.label_embeddings()).mean(0))
     found = model(pixels, labels=partly_known(4).tolist(), **ASKED)
     ids = found.class_ids
     assert ids.shape == (4, 3) and (ids.diff() > 0).all() and len(ids.unique(dim=0)) > 1

@@ -1,8 +1,11 @@
 import copy
+import json
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import (
     ConvNextConfig,
     ConvNextModel,
@@ -11,11 +14,14 @@ from transformers import (
     ResNetConfig,
     SwinConfig,
     SwinModel,
+    ViTConfig,
 )
 
 from benchmarks.timing import CountMultiplyAdds
 from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+from modeling_hsvlt.hsvlt_candidates import draw_labels
 from modeling_hsvlt.label_contract import NOT_EVALUATED
+from modeling_hsvlt.load_pretrained import load_pretrained
 
 from .tolerance import assert_close_outputs
 
@@ -298,13 +304,72 @@ def test_label_chunks_give_the_whole():
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_candidate_labels_are_exact_and_the_rest_is_not_a_score():
-    model = make_model(candidate_labels=2)
+def with_scorer(**overrides):
+    """A model whose candidate scorer tells labels apart."""
+    model = make_model(candidate_labels=2, **overrides)
+    scorer = model.candidate_scorer
     with torch.no_grad():
-        output = model(random_images(), labels=targets())
-        scores = model.candidate_scorer(list(model.hsvlt.backbone(random_images()))[-1])
-        model.config.candidate_labels = N
-        full = model(random_images())
+        scorer.weight.copy_(torch.randn(scorer.weight.shape, generator=torch.Generator().manual_seed(3)))
+    return model
+
+
+def normed(norm, values):
+    return (values - values.mean()) / (values.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def naive_scores(model, pixel_values):
+    """The scorer pixel by pixel and label by label; of the five maps those that end a stage."""
+    scorer, maps = model.candidate_scorer, list(model.hsvlt.backbone(pixel_values))
+    maps = [maps[0], maps[1], maps[3], maps[4]]
+    side = maps[2].shape[2]
+    assert maps[2].shape[2:] == (side, side) and maps[3].shape[2] * 2 == side
+    scores = torch.empty(len(pixel_values), N)
+    for image in range(len(pixel_values)):
+        grid = torch.empty(side, side, 64)
+        for y in range(side):
+            for x in range(side):
+                parts = []
+                for (norm, linear), each in zip(scorer.pixels, maps, strict=True):
+                    ratio = each.shape[2] / side
+                    rows = range(int(y * ratio), max(int((y + 1) * ratio), int(y * ratio) + 1))
+                    columns = range(int(x * ratio), max(int((x + 1) * ratio), int(x * ratio) + 1))
+                    pixels = [each[image, :, row, column] for row in rows for column in columns]
+                    values = [F.gelu(linear.weight @ normed(norm, pixel) + linear.bias) for pixel in pixels]
+                    parts.append(sum(values) / len(values))
+                grid[y, x] = scorer.join.weight @ torch.cat(parts) + scorer.join.bias
+        for block in scorer.blocks:
+            before = grid.clone()
+            for y in range(side):
+                for x in range(side):
+                    value = block.depthwise.bias.clone()
+                    for down in (-1, 0, 1):
+                        for right in (-1, 0, 1):
+                            if 0 <= y + down < side and 0 <= x + right < side:
+                                value += block.depthwise.weight[:, 0, down + 1, right + 1] * before[y + down, x + right]
+                    hidden = F.gelu(block.wide.weight @ normed(block.norm, value) + block.wide.bias)
+                    grid[y, x] = before[y, x] + block.narrow.weight @ hidden + block.narrow.bias
+        for y in range(side):
+            for x in range(side):
+                grid[y, x] = normed(scorer.norm, grid[y, x])
+        cells = [grid[y : y + 2, x : x + 2].amax((0, 1)) for y in range(0, side, 2) for x in range(0, side, 2)]
+        for label in range(N):
+            own = model.config.classifier == "per_label"
+            text = model.hsvlt.label_embeddings.weight[label]
+            vector, bias = (scorer.weight[label], scorer.bias[label]) if own else (scorer.weight @ text, scorer.bias[0])
+            scores[image, label] = max(cell @ vector for cell in cells) + bias
+    return scores
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("classifier", ["per_label", "shared"])
+def test_candidate_labels_are_exact_and_the_rest_is_not_a_score(classifier):
+    model, pixel_values = with_scorer(classifier=classifier), random_images(size=64)
+    output = model(pixel_values, labels=targets())
+    scores = naive_scores(model, pixel_values)
+    maps = list(model.hsvlt.backbone(pixel_values))
+    assert_close_outputs(model.candidate_scorer(maps, model.hsvlt.label_embeddings()), scores)
+    model.config.candidate_labels = N
+    full = model(pixel_values)
     chosen = torch.zeros(2, N, dtype=torch.bool).scatter(1, scores.topk(2).indices, True)
     assert torch.equal(output.class_ids, scores.topk(2).indices.sort().values)
     assert torch.equal(output.logits == NOT_EVALUATED, ~chosen)
@@ -314,15 +379,145 @@ def test_candidate_labels_are_exact_and_the_rest_is_not_a_score():
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_candidate_scorer_trains_with_the_rest():
-    model = make_model(candidate_labels=2, candidate_loss_weight=0.5).train()
-    output = model(random_images(), labels=targets())
-    assert output.class_ids is None and not (output.logits == NOT_EVALUATED).any()
-    scores = model.candidate_scorer(list(model.hsvlt.backbone(random_images()))[-1])
-    expected = [F.binary_cross_entropy_with_logits(x, targets()) for x in (output.logits, scores)]
-    torch.testing.assert_close(output.loss, expected[0] + 0.5 * expected[1])
-    output.loss.backward()
+@torch.no_grad()
+def test_a_shared_scorer_proposes_labels_that_it_never_saw():
+    model = with_scorer(classifier="shared")
+    others = torch.randn(9, 12, generator=torch.Generator().manual_seed(4))
+    output = model(random_images(size=64), text_embeddings=others)
+    maps = list(model.hsvlt.backbone(random_images(size=64)))
+    assert output.logits.shape == (2, 9)
+    assert torch.equal(output.class_ids, model.candidate_scorer(maps, others).topk(2).indices.sort().values)
+    model.config.set_label_names([f"label {label}" for label in range(9)])
+    model.set_label_embeddings(others)
+    assert torch.equal(model(random_images(size=64)).class_ids, output.class_ids)
+
+
+@pytest.mark.parametrize("pyramid", ["none", "simple"])
+def test_a_scorer_reads_every_kind_of_backbone(pyramid):
+    kind = ViTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    model = make_model(candidate_labels=2, backbone_config=kind, pyramid=pyramid).train()
+    model(random_images(), labels=targets()).loss.backward()
+    assert model.candidate_scorer.weight.grad.abs().sum() > 0
+    assert model.eval()(random_images()).class_ids.shape == (2, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"classifier": "shared"}, {"residual_attention": True}, {"sampled_labels": 1}])
+def test_a_scorer_changes_nothing_beside_it(options):
+    """The same weights from the same seed, and the same gradients; with and without its loss."""
+    models = [make_model(**options), make_model(**options, candidate_labels=2, candidate_loss_weight=0.5)]
+    losses = []
+    for model in models:
+        model.train()
+        torch.manual_seed(1)
+        output = model(random_images(), labels=targets())
+        assert output.logits.shape == (2, N) and (output.class_ids is None) == ("sampled_labels" not in options)
+        output.loss.backward()
+        losses.append(output.loss.detach())
+    without, beside = (dict(model.named_parameters()) for model in models)
+    assert {name.partition(".")[0] for name in beside.keys() - without.keys()} == {"candidate_scorer"}
+    for name, parameter in without.items():
+        assert torch.equal(parameter, beside[name]), name
+        assert_close_outputs(parameter.grad, beside[name].grad)
+    maps = list(models[1].hsvlt.backbone(random_images()))
+    scores = models[1].candidate_scorer(maps, models[1].hsvlt.label_embeddings())
+    own = 0.5 * F.binary_cross_entropy_with_logits(scores, targets())
+    torch.testing.assert_close(losses[1], losses[0] + own)
+    own.backward()  # once more: all that it reaches has twice the gradient, and nothing else has more
+    for name, parameter in beside.items():
+        if name not in without:
+            continue
+        assert_close_outputs(parameter.grad, without[name].grad)
+
+
+def test_every_weight_of_a_scorer_learns():
+    model = with_scorer().train()
+    model(random_images(size=64), labels=targets()).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_scorer_of_before_is_refused_in_a_sentence(tmp_path):
+    make_model(candidate_labels=2).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {name: each for name, each in weights.items() if not name.startswith("candidate_scorer.")}
+    weights |= {"candidate_scorer.linear.weight": torch.zeros(N, 20), "candidate_scorer.linear.bias": torch.zeros(N)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for load in (HSVLTForImageClassification.from_pretrained, partial(load_pretrained, HSVLTForImageClassification)):
+        with pytest.raises(ValueError, match=r"scorer .* is one of before 0\.1.* set candidate_labels to null"):
+            load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "candidate_labels": None}))
+    loaded = load_pretrained(HSVLTForImageClassification, tmp_path)
+    assert loaded.candidate_scorer is None
+    assert_close_outputs(loaded(random_images()).logits, make_model()(random_images()).logits)
+
+
+# ---- labels of which a training step reads some
+
+
+def test_drawn_labels_are_those_present_and_some_others():
+    labels = torch.zeros(3, 40)
+    labels[0, 7] = labels[2, 3] = 1
+    labels[1, 20] = 0.3
+    labels[:, 5] = -100
+    counts = torch.zeros(40)
+    for seed in range(300):
+        torch.manual_seed(seed)
+        weights = draw_labels(labels, 6)
+        assert (weights[[3, 7, 20]] == 1).all()
+        others = weights[[label for label in range(40) if label not in (3, 7, 20)]]
+        assert sorted(others.unique().tolist()) == [0, pytest.approx(37 / 6)] and (others > 0).sum() == 6
+        counts += weights > 0
+    assert counts[[label for label in range(40) if label not in (3, 7, 20)]].min() > 25  # 49 are expected of each
+    assert draw_labels(labels, 100).tolist() == [1] * 40
+    assert draw_labels(torch.ones(1, 4), 2).tolist() == [1] * 4
+
+
+LOSSES = {
+    "bce": {},
+    "asl": {"loss_kwargs": {"gamma_neg": 2.0, "reduction": "sum"}},
+    "distribution_balanced": {"loss_kwargs": {"class_counts": [1, 2, 3, 4, 5], "num_samples": 9}},
+}
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("num_items", [None, 20])
+def test_the_loss_of_drawn_labels_is_on_average_that_of_all(loss_type, num_items):
+    """Over all ways to draw one of three absent labels; with the same gradients."""
+    labels = torch.tensor([[1.0, 0, 0, 0, -100], [0, 0, 0, 1, 0]])
+    options = {"loss_type": loss_type, **LOSSES[loss_type]}
+    whole = make_model(**options).train()
+    whole.hsvlt.label_embeddings.weight.mul_(3)  # so that logits differ
+    expected = whole(random_images(), labels=labels, num_items_in_batch=num_items).loss
+    expected.backward()
+    model = make_model(sampled_labels=1, **options).train()
+    model.load_state_dict(whole.state_dict())
+    found = {}
+    for seed in range(200):
+        torch.manual_seed(seed)
+        output = model(random_images(), labels=labels, num_items_in_batch=num_items)
+        read = tuple(output.class_ids[0].tolist())
+        assert {0, 3} < set(read) and len(read) == 3 and torch.equal(output.class_ids[0], output.class_ids[1])
+        assert torch.equal((output.logits != NOT_EVALUATED).nonzero()[:, 1], torch.tensor(read * 2))
+        found[read] = output.loss
+        if len(found) == 3:
+            break
+    assert len(found) == 3
+    mean = sum(found.values()) / 3
+    torch.testing.assert_close(mean, expected)
+    model.zero_grad()
+    mean.backward()
+    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert_close_outputs(ours.grad, theirs.grad)
+
+
+def test_labels_are_drawn_in_training_alone():
+    model = make_model(sampled_labels=1)
+    assert model(random_images(), labels=targets()).class_ids is None
+    assert model.train()(random_images()).class_ids is None
+    ids = torch.tensor([4, 1])
+    assert model(random_images(), labels=targets()[:, ids], class_ids=ids).logits.shape == (2, 2)
 
 
 def with_residual_attention(**overrides):

@@ -361,17 +361,19 @@ def test_thresholds_belong_to_their_labels_when_restricted(tagger, model):
 @pytest.mark.parametrize("residual_attention", [False, True])
 def test_candidates_alone_are_given_and_explained_unless_others_are_asked_for(residual_attention, image_processor):
     model = tiny_model(candidate_labels=2, residual_attention=residual_attention, thresholds=[0.0] * 5)
+    images = [image(seed) for seed in range(8)]
     with torch.no_grad():  # Images whose candidates differ, and attention that differs between labels.
-        model.candidate_scorer.linear.weight.normal_(std=9)
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
         if residual_attention:
             model.residual_attention.weight.normal_()
+        scorer, pixels = model.candidate_scorer, image_processor(images=images, return_tensors="pt")["pixel_values"]
+        scorer.weight.normal_()
+        scorer.bias.sub_(scorer(list(model.hsvlt.backbone(pixels)), model.hsvlt.label_embeddings()).mean(0))
     whole = HSVLTForImageClassification(copy.deepcopy(model.config)).eval()
     whole.config.candidate_labels = whole.candidate_scorer = None
     whole.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("candidate_scorer")})
     tagger, full = (pipeline(TASK, model=m, image_processor=image_processor, device="cpu") for m in (model, whole))
-    images = [image(seed) for seed in range(8)]
     every = [{label["label"]: label for label in result} for result in full(images, explain=True, batch_size=4)]
     chosen = set()
     for threshold in (None, 0.0, "auto", [0.0] * 5):

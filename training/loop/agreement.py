@@ -5,7 +5,7 @@ import sys
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
@@ -29,9 +29,19 @@ class Found(NamedTuple):
 
 
 def clip_gradients(run: Run) -> torch.Tensor:
-    """The norm of all gradients, before they are clipped."""
-    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm or math.inf)
-    # FSDP2's is divided, DeepSpeed's a number.
+    """The norm of all gradients, before they are clipped. Those of a candidate scorer, beside which all else learns as
+    without it, are clipped by themselves, and not in it unless they are not finite."""
+    limit = run.config.max_grad_norm or math.inf
+    scorer = getattr(run.plain_model, "candidate_scorer", None)
+    if scorer is None or run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _whole(run.accelerator.clip_grad_norm_(run.model.parameters(), limit))
+    apart = set(scorer.parameters())
+    norm = run.accelerator.clip_grad_norm_([each for each in run.model.parameters() if each not in apart], limit)
+    return _whole(norm) + 0 * _whole(torch.nn.utils.clip_grad_norm_(apart, limit))
+
+
+def _whole(norm: torch.Tensor | float) -> torch.Tensor:
+    """FSDP2's is divided, DeepSpeed's a number."""
     return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
 
 

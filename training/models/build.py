@@ -232,7 +232,7 @@ def set_initial_bias(model: PreTrainedModel, bias: float) -> None:
         ValueError: a model whose classifier has no bias.
     """
     heads = [getattr(model, name, None) for name in ("classifier", "residual_attention", "candidate_scorer")]
-    biases = [getattr(getattr(head, "linear", head), "bias", None) for head in heads if head is not None]
+    biases = [getattr(head, "bias", None) for head in heads if head is not None]
     if not biases or None in biases:
         raise ValueError(f"initial_bias belongs to a classifier with a bias, and {type(model).__name__} has none.")
     for each in biases:

@@ -26,7 +26,7 @@ def save(folder, **fields):
 def test_recall_rises_to_one_with_all_labels(tmp_path, capsys):
     checkpoint = save(tmp_path / "model", candidate_labels=2)
     scenes = json.dumps({"num_scenes": {"validation": 40}})
-    argv = [checkpoint, "scenes", "--scenes", scenes, "--candidates", "1", "5", "10", "--json", str(tmp_path / "out")]
+    argv = [checkpoint, "scenes", "--scenes", scenes, "--candidates", "5", "1", "--json", str(tmp_path / "out")]
     assert main(argv) == 0
     rows = json.loads((tmp_path / "out").read_text())
     assert rows["1"]["recall"] < rows["5"]["recall"] < rows["10"]["recall"] == 1

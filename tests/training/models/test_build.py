@@ -182,7 +182,7 @@ def test_it_is_said_which_classes_each_label_started_from(encoder, tmp_path):
 def test_labels_start_absent_where_told():
     options = {"model": {"backbone_config": BACKBONE, "residual_attention": True, "candidate_labels": 2}}
     model = build(initial_bias=-4.0, **options)
-    for bias in (model.classifier.bias, model.residual_attention.bias, model.candidate_scorer.linear.bias):
+    for bias in (model.classifier.bias, model.residual_attention.bias, model.candidate_scorer.bias):
         assert (bias == -4).all()
     assert (build(model_type="mltr", model={}, initial_bias=-4.0).classifier.bias == -4).all()
 
