@@ -4,12 +4,12 @@
         --heads linear ml_decoder query2label hsvlt --seeds 3 --json FILE
     python -m benchmarks.accuracy.heads --dataset ../shared/data/voc --ablation --seeds 3
 
-The backbone is an EfficientNet-Lite (`--trunk`) with ImageNet weights; label texts come from MiniLM (extra `train`).
+The backbone is an EfficientNet-Lite (`--backbone`) with ImageNet weights; label texts come from MiniLM (extra `train`).
 "frozen": the backbone's maps are computed once, only the head is trained. "finetune": backbone and head, on images.
 DATASET is an imagefolder with the splits train and validation. Scores are measured on validation, or, with --test, on
 that folder of images, which is used for nothing else. Thresholds for F1 come from validation: where validation itself
 is measured, each half is decided by thresholds of the other half. Below the table, each row's mAP less that of the
-first one, paired by image and seed. With `--pictures N`, each seed draws N images of train of its own.
+first one, paired by image and seed. With `--images N`, each seed draws N images of train of its own.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def read_label_texts(label_names: list[str]) -> torch.Tensor:
 
 
 def draw_images(number: int | None, of: int, seed: int) -> torch.Tensor:
-    """Row numbers of the images that a seed trains on: all, or as many as `--pictures` says.
+    """Row numbers of the images that a seed trains on: all, or as many as `--images` says.
 
     Raises:
         ValueError: more than there are.
@@ -128,7 +128,7 @@ def draw_images(number: int | None, of: int, seed: int) -> torch.Tensor:
     if number is None:
         return torch.arange(of)
     if number > of:
-        raise ValueError(f"--pictures asks for {number:,} images, and train has {of:,}.")
+        raise ValueError(f"--images asks for {number:,} images, and train has {of:,}.")
     return torch.tensor(random.Random(seed).sample(range(of), number))
 
 
@@ -202,7 +202,7 @@ class Comparison:
         if args.test is not None:
             splits["test"], self.measured = load_test(args.test, self.label_names), "test"
         self.label_embeddings = read_label_texts(self.label_names)
-        self.backbone = load_backbone(OUT_FEATURES, args.trunk)
+        self.backbone = load_backbone(OUT_FEATURES, args.backbone)
         self.image_size = args.image_size or self.backbone.config.image_size
         processor = image_processor(self.image_size)
         datasets = {name: MultiLabelDataset(split, self.label_names, processor) for name, split in splits.items()}
@@ -220,7 +220,7 @@ class Comparison:
 
     @cached_property
     def text_classifier(self) -> torch.Tensor:
-        weight, class_names = load_classifier(self.args.trunk)
+        weight, class_names = load_classifier(self.args.backbone)
         return transfer_classifier(weight, read_label_texts(class_names), self.label_embeddings)
 
     def train(self, ablation: Ablation, seed: int):
@@ -244,7 +244,7 @@ class Comparison:
         if args.budget == "frozen":
             freeze_backbone(model)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        model = train_head(model, recipe, train, draw_images(args.pictures, len(train), seed), seed)
+        model = train_head(model, recipe, train, draw_images(args.images, len(train), seed), seed)
         scores = {split: score_head(model, self.caches[split]) for split in {"validation", self.measured}}
         labels = {split: self.caches[split].labels.numpy() for split in scores}
         fitted = (scores["validation"], labels["validation"])
@@ -288,7 +288,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
         print_table({variant: results[variant]}, details)
     date = datetime.now(UTC).date().isoformat()
     print(
-        f"\n{args.dataset}, {args.pictures or 'all'} images, {args.trunk} at {comparison.image_size} px, "
+        f"\n{args.dataset}, {args.images or 'all'} images, {args.backbone} at {comparison.image_size} px, "
         f"{args.budget}, {args.seeds} seeds, measured on {args.test or 'validation'}, "
         f"{device_name(comparison.device)}, torch {torch.__version__}, {date}"
     )
@@ -302,7 +302,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def images_to_train(text: str) -> int | None:
-    """What `--pictures` takes: a number above 0, or "all"."""
+    """What `--images` takes: a number above 0, or "all"."""
     if text == "all":
         return None
     if not text.isdecimal() or not int(text):
@@ -327,10 +327,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, help="in place of the recipes' own")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write a checkpoint of each head's first seed")
     parser.add_argument("--cache", type=Path, metavar="DIR", help=f"of feature maps; default: {default_cache()}")
-    parser.add_argument("--trunk", choices=list(BACKBONES), default=NAME, help=f"backbone; default: {NAME}")
-    parser.add_argument(
-        "--pictures", type=images_to_train, metavar="N", help="images to train on, or 'all', the default"
-    )
+    parser.add_argument("--backbone", choices=list(BACKBONES), default=NAME, help=f"backbone; default: {NAME}")
+    parser.add_argument("--images", type=images_to_train, metavar="N", help="images to train on, or 'all', the default")
     parser.add_argument("--image_size", type=int, help="side in px; default: the backbone's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")

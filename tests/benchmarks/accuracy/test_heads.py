@@ -126,17 +126,17 @@ def test_each_seed_draws_images_of_its_own(dataset, tiny, tmp_path, monkeypatch,
         return model.eval()
 
     monkeypatch.setattr(accuracy, "train_head", train_head)
-    assert command(dataset, tmp_path, "--heads", "linear", "--seeds", "2", "--pictures", "10") == 0
+    assert command(dataset, tmp_path, "--heads", "linear", "--seeds", "2", "--images", "10") == 0
     assert "10 images, efficientnet_lite0" in capsys.readouterr().out
     for seed, rows in enumerate(drawn):  # the draws of training/configs/README.md
         random.seed(seed)
         assert rows == random.sample(list(range(24)), 10)
-    assert command(dataset, tmp_path, "--heads", "linear", "--pictures", "all") == 0
+    assert command(dataset, tmp_path, "--heads", "linear", "--images", "all") == 0
     assert drawn[-1] == list(range(24))
-    assert command(dataset, tmp_path, "--heads", "linear", "--pictures", "25") == 2
+    assert command(dataset, tmp_path, "--heads", "linear", "--images", "25") == 2
     assert "train has 24" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        command(dataset, tmp_path, "--pictures", "0")
+        command(dataset, tmp_path, "--images", "0")
 
 
 def test_the_trunk_decides_the_size_of_its_images(dataset, tiny, tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_the_trunk_decides_the_size_of_its_images(dataset, tiny, tmp_path, monke
     monkeypatch.setattr(accuracy, "load_backbone", load_backbone)
     monkeypatch.setattr(accuracy, "train_head", lambda model, recipe, cache, rows, seed: model.eval())
     save = ["--save", str(tmp_path / "runs")]
-    assert command(dataset, tmp_path, "--heads", "linear", "--trunk", "efficientnet_lite2", *save) == 0
+    assert command(dataset, tmp_path, "--heads", "linear", "--backbone", "efficientnet_lite2", *save) == 0
     processor = json.loads((tmp_path / "runs" / "linear" / "preprocessor_config.json").read_text())
     assert asked == ["efficientnet_lite2"] and processor["size"] == {"height": 64, "width": 64}
 
