@@ -1,23 +1,26 @@
 """Additions to HSVLT, all off by default. The paper has none of them; the released code holds the top-down aggregation
 in another form.
 
-The tied label stream and class-specific residual attention help small data on a pretrained backbone; candidates,
-samples and chunks bound the cost of many labels; a label context is learned in front of their names.
+The tied label stream (`hsvlt_tied.py`) and class-specific residual attention help small data on a pretrained backbone;
+candidates and samples (`hsvlt_candidates.py`) and chunks bound the cost of many labels; a label context is learned in
+front of their names (`label_context.py`).
 
 Not published either, and coded elsewhere: layer norms in the label stream and its `label_width`, and the shared
 classifier (`modeling_hsvlt.py`); backbones other than ConvNeXt (`hsvlt_backbones.py`, `hsvlt_timm.py`); the pyramid on
 a ViT (`hsvlt_pyramid.py`). `configuration_hsvlt.py` has their options under "Generalisations" and "Not published".
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_hsvlt import HSVLTConfig
-from .hsvlt_candidates import draw_labels, kept
+from .hsvlt_candidates import HSVLTCandidateScorer, draw_labels, kept
+from .hsvlt_tied import HSVLTTiedClassifier
 from .label_contract import NOT_EVALUATED, UNKNOWN_LABEL
 from .label_prompts import transfer_classifier
 from .losses_multilabel import items_in_step, multilabel_loss
@@ -111,68 +114,6 @@ class HSVLTResidualAttention(nn.Module):
         return torch.lerp(stream_logits, pixel_logits.to(stream_logits), self.config.residual_attention_weight)
 
 
-class HSVLTTiedLabelStream(nn.Module):
-    """A label stream without projections and gates: a label's token is its row of the classifier, `w`, and so is its
-    query.
-
-    The maps of the four stages are layer-normalised and, averaged to the grid of the last one, put side by side: a
-    pixel x has K channels, the sum of the stages'. A label attends by the scores that its classifier gives the pixels,
-    `A = softmax(x w)`, and reads the mean of the pixels and what it attends to, `M = (mean(x) + A x) / 2`; its logit is
-    `w M + b`. With `w = 0`, as it starts, attention is uniform and this is a linear classifier of the mean pixel. On
-    one map it would be class-specific residual attention; here one attention runs over all scales.
-    """
-
-    def __init__(self, channels: list[int], depths: list[int]):
-        super().__init__()
-        self.widths, self.depths, self.in_size = list(channels), list(depths), sum(channels)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in channels)
-
-    def forward(
-        self,
-        label_states: torch.Tensor,
-        feature_maps: Iterable[torch.Tensor],
-        update_all: bool = False,
-        output_attentions: bool = False,
-    ) -> tuple[list[torch.Tensor], ...]:
-        """As `HSVLTLabelStream`, of label tokens `(N, K)` or `(B, N, K)`; each stage is read after its last block. The
-        attention `(B, 1, N, H, W)` is the same for all stages, on the grid of the last one."""
-        feature_maps = iter(feature_maps)
-        visual = [[next(feature_maps) for _ in range(depth)][-1] for depth in self.depths]
-        grid, pixels = visual[-1].shape[-2:], []
-        for norm, feature_map in zip(self.norms, visual, strict=True):
-            normed = norm(as_dtype_of(norm, feature_map.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-            pixels.append(F.adaptive_avg_pool2d(normed, grid).flatten(2).transpose(1, 2))
-        columns = torch.cat(pixels, dim=-1)  # (B, P, K)
-        queries = label_states.to(columns.dtype)
-        attention = widened(columns @ queries.transpose(-1, -2)).softmax(1).transpose(1, 2)  # (B, N, P)
-        states = (columns.mean(1, keepdim=True) + attention.to(columns.dtype) @ columns) / 2  # (B, N, K)
-        labels = label_states if label_states.ndim == 3 else label_states.unsqueeze(0)
-        shown = attention.unsqueeze(1).unflatten(-1, grid) if output_attentions else None
-        parts = [tensor.split(self.widths, dim=-1) for tensor in (labels, states)]
-        return visual, *(list(part) for part in parts), [shown] * len(visual)
-
-
-class HSVLTTiedClassifier(nn.Module):
-    """A weight vector and a bias a label, `logit[b, c] = sum_k M[b, c, k] W[c, k] + beta[c]`, whose rows are the tokens
-    of [`HSVLTTiedLabelStream`]. `text_weight` is added to the channels of the last stage: it is not trained, and zero
-    until `HSVLTForImageClassification.set_text_classifier` sets it; weight decay then pulls towards it."""
-
-    def __init__(self, num_labels: int, hidden_size: int, last: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_labels, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_labels))
-        self.register_buffer("text_weight", torch.zeros(num_labels, last))
-
-    def forward(self, features: torch.Tensor | None = None, label_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """As `HSVLTPerLabelClassifier`. Without features, the rows `(num_labels, K)`: whatever places modules on
-        devices sees a call, not a reading."""
-        rows = self.weight + F.pad(self.text_weight, (self.weight.shape[1] - self.text_weight.shape[1], 0))
-        if features is None:
-            return rows
-        rows, bias = (rows, self.bias) if label_ids is None else (rows[label_ids], self.bias[label_ids])
-        return (features * rows).sum(-1) + bias
-
-
 class HSVLTTopDownAggregation(nn.Module):
     """Cross-scale aggregation from coarse to fine: `Z <- (ReLU LN Linear)^2 [Z, M_i]` for `i` = 3, 2, 1 from `Z = M_4`.
 
@@ -228,6 +169,41 @@ def in_chunks(read, feature_maps, text_embeddings, class_ids, chunk: int | None,
 
 class HSVLTAdditions(MultiLabelPreTrainedModel):
     """What a classifier does with the additions that it has."""
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, (HSVLTResidualAttention, HSVLTTiedClassifier)):
+            for tensor in (module.weight, module.bias, *module.buffers(recurse=False)):
+                init.zeros_(tensor)
+        elif isinstance(module, HSVLTCandidateScorer):
+            init.trunc_normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @property
+    def _own_rows(self) -> int | None:
+        """How many labels there are weights for, where the classifier is not shared alone."""
+        if self.residual_attention is not None:
+            return len(self.residual_attention.text_weight)
+        return len(self.hsvlt.label_embeddings.weight) if self.config.classifier == "per_label" else None
+
+    def _text_embeddings(self, text_embeddings: torch.Tensor | None) -> torch.Tensor:
+        """Those given, those of a learned context, or the checkpoint's; with a tied label stream the classifier's."""
+        if self.config.label_stream == "tied":
+            if text_embeddings is not None or self.label_context is not None:
+                raise ValueError(
+                    'label_stream="tied" reads no label texts: give neither text_embeddings nor a context.'
+                )
+            return self.classifier()
+        if text_embeddings is None:
+            return self.hsvlt.label_embeddings() if self.label_context is None else self.label_context()
+        if self._own_rows is not None and text_embeddings.shape[0] != self.num_labels:
+            raise ValueError(
+                f"text_embeddings of {text_embeddings.shape[0]} labels do not fit a classifier with a weight for each "
+                f"of {self.num_labels} labels; choose with class_ids, or exchange_labels where classifier='shared'."
+            )
+        return text_embeddings
 
     @property
     def text_classifier_holder(self) -> nn.Module | None:

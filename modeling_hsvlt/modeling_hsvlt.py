@@ -28,14 +28,13 @@ from .configuration_hsvlt import HSVLTConfig
 from .hsvlt_additions import (
     HSVLTAdditions,
     HSVLTResidualAttention,
-    HSVLTTiedClassifier,
-    HSVLTTiedLabelStream,
     HSVLTTopDownAggregation,
     in_chunks,
 )
 from .hsvlt_backbones import HSVLTOnBackbone, build_backbone
 from .hsvlt_candidates import HSVLTCandidateScorer
 from .hsvlt_pyramid import build_pyramid
+from .hsvlt_tied import HSVLTTiedClassifier, HSVLTTiedLabelStream
 from .modeling_multilabel import (
     as_dtype_of,
     autocasts_to_fp16,
@@ -398,15 +397,9 @@ class HSVLTPreTrainedModel(HSVLTOnBackbone):
     @torch.no_grad()
     def _init_weights(self, module):
         # transformers calls this only for modules with weights, so the flag sits on the layer, not on its parent.
-        as_in_torch = getattr(module, "starts_as_in_torch", False)
-        if as_in_torch or isinstance(module, nn.Linear):
+        as_in_torch, others = getattr(module, "starts_as_in_torch", False), (nn.Conv2d, nn.ConvTranspose2d)
+        if isinstance(module, (nn.Linear, HSVLTPerLabelClassifier)) or (as_in_torch and isinstance(module, others)):
             init_linear(module, None if as_in_torch else self.config.initializer_range)
-        elif isinstance(module, (HSVLTResidualAttention, HSVLTTiedClassifier)):
-            for tensor in (module.weight, module.bias, *module.buffers(recurse=False)):
-                init.zeros_(tensor)
-        elif isinstance(module, HSVLTCandidateScorer):
-            init.trunc_normal_(module.weight, std=0.02)
-            init.zeros_(module.bias)
         else:
             super()._init_weights(module)
         if isinstance(module, HSVLTLabelEmbeddings):
@@ -465,16 +458,11 @@ class HSVLTModel(HSVLTPreTrainedModel):
         if text_embeddings is None:
             text_embeddings = self.label_embeddings()
         if text_embeddings.shape[-1] != self.label_stream.in_size:
-            if self.config.label_stream == "tied":
-                raise ValueError(
-                    f'with label_stream="tied" the label tokens are rows of a classifier: text_embeddings must be '
-                    f"given, {self.label_stream.in_size} wide, not {text_embeddings.shape[-1]}."
-                )
-            raise ValueError(
-                f"text_embeddings are {text_embeddings.shape[-1]} wide, but this model was made for "
-                f"label_embedding_dim={self.config.label_embedding_dim}; use the text encoder it was trained with"
-                + (f" ({self.config.label_text_encoder})." if self.config.label_text_encoder else ".")
-            )
+            takes = f"rows of a classifier, {self.label_stream.in_size} wide"
+            if self.config.label_stream != "tied":
+                encoder = f"the text encoder it was trained with ({self.config.label_text_encoder or 'not named'})"
+                takes = f"label_embedding_dim={self.config.label_embedding_dim}: use {encoder}"
+            raise ValueError(f"text_embeddings are {text_embeddings.shape[-1]} wide, but this model takes {takes}.")
         feature_maps = self.scales(feature_maps)
         if autocasts_to_fp16(text_embeddings):
             feature_maps = list(feature_maps)  # runs the backbone, still under autocast
@@ -558,9 +546,7 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
                 "it first: model.label_context = None."
             )
         table = self.hsvlt.label_embeddings
-        fixed = self.config.classifier == "per_label" or self.residual_attention is not None
-        rows = table.weight if self.residual_attention is None else self.residual_attention.text_weight
-        num_labels = len(rows) if fixed else self.config.num_labels
+        num_labels = self.config.num_labels if self._own_rows is None else self._own_rows
         shape = (num_labels, self.config.label_embedding_dim)
         if label_embeddings.shape != shape:
             raise ValueError(
@@ -618,24 +604,6 @@ class HSVLTForImageClassification(HSVLTAdditions, HSVLTPreTrainedModel):
         output = in_chunks(self._read, scales, text_embeddings, class_ids, self.config.label_chunk_size, **asked)
         loss = None if labels is None else self._loss(output.logits, labels, num_items_in_batch)
         return HSVLTImageClassifierOutput(**{**output, "loss": loss})
-
-    def _text_embeddings(self, text_embeddings: torch.Tensor | None) -> torch.Tensor:
-        """Those given, those of a learned context, or the checkpoint's; with a tied label stream the classifier's."""
-        if self.config.label_stream == "tied":
-            if text_embeddings is not None or self.label_context is not None:
-                raise ValueError(
-                    'label_stream="tied" reads no label texts: give neither text_embeddings nor a context.'
-                )
-            return self.classifier()
-        if text_embeddings is None:
-            return self.hsvlt.label_embeddings() if self.label_context is None else self.label_context()
-        fixed = self.config.classifier == "per_label" or self.residual_attention is not None
-        if fixed and text_embeddings.shape[0] != self.num_labels:
-            raise ValueError(
-                f"text_embeddings of {text_embeddings.shape[0]} labels do not fit a classifier with a weight for each "
-                f"of {self.num_labels} labels; choose with class_ids, or exchange_labels where classifier='shared'."
-            )
-        return text_embeddings
 
     def _read(self, feature_maps, text_embeddings, class_ids, **asked) -> HSVLTImageClassifierOutput:
         """Logits (and, where asked for, states) of all labels or of those of `class_ids`."""

@@ -772,6 +772,15 @@ def uniform_up_to(tensor, bound):
     return 0.8 * bound < tensor.abs().max() <= bound and abs(tensor.std() / bound - 3**-0.5) < 0.1
 
 
+def test_norms_start_as_ones_whatever_the_layers_beside_them_start_as():
+    config = HSVLTConfig.preset("nano", num_labels=9, candidate_labels=2, residual_attention=True)
+    model = HSVLTForImageClassification(config)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert any(norm is model.candidate_scorer.norm for norm in norms)
+    assert all(bool((norm.weight == 1).all()) and not norm.bias.any() for norm in norms)
+    assert model.candidate_scorer.weight.std() < 0.03 and not model.candidate_scorer.bias.any()
+
+
 @pytest.mark.parametrize("initializer_range", [0.02, None])
 def test_initialisation_of_the_label_stream(initializer_range):
     """Gate, multi-modal layer and classifier as torch starts a linear layer, whatever the range of the others."""
