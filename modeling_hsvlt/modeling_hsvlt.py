@@ -196,8 +196,6 @@ def _times_head_weights(states: torch.Tensor, weights: torch.Tensor) -> torch.Te
     Broadcasting would copy the weights, and their gradient, for every image.
     """
     batch, heads, num_labels, _ = states.shape
-    if heads == 1:
-        return states @ weights[0]
     product = torch.bmm(states.transpose(0, 1).reshape(heads, batch * num_labels, -1), weights)
     return product.view(heads, batch, num_labels, -1).transpose(0, 1)
 

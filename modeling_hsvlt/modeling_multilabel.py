@@ -135,7 +135,7 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by plain products, as transformers calls it; the weights have `attention_shape` where it is given."""
-    weights = _products(query, key.transpose(2, 3))
+    weights = torch.matmul(query, key.transpose(2, 3))
     if scaling != 1:
         weights = weights * scaling
     if attention_mask is not None:
@@ -145,14 +145,7 @@ def eager_attention_forward(
     shape = weights.shape
     if attention_shape is not None:
         weights = weights.view(attention_shape)  # what is returned is what is used: a gradient can be read at it
-    return _products(weights.view(shape), value).transpose(1, 2), weights
-
-
-def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right` of `(B, h, ., .)`. Of one head, `matmul` would copy a transposed `right`."""
-    if left.shape[1] == 1:
-        return torch.bmm(left.squeeze(1), right.squeeze(1)).unsqueeze(1)
-    return torch.matmul(left, right)
+    return torch.matmul(weights.view(shape), value).transpose(1, 2), weights
 
 
 def init_linear(layer: nn.Module, std: float | None) -> None:
