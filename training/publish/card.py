@@ -215,10 +215,8 @@ def _write_figures(run: Path, folder: Path, facts: dict, images: bool) -> dict[s
     figures = {}
     target = folder / "figures"
     if images:
-        for name, path in (
-            ("predictions", run / "predictions.png"),
-            ("heat_maps", evaluation_file(run, "heat_maps.png")),
-        ):
+        paths = {"predictions": run / "predictions.png", "heat_maps": evaluation_file(run, "heat_maps.png")}
+        for name, path in paths.items():
             if path.is_file():
                 target.mkdir(exist_ok=True)
                 shutil.copyfile(path, target / path.name)

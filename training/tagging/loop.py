@@ -121,14 +121,10 @@ def tag(
         clock.enter("model")  # waits for the device
         logits = None if logits is None else logits.cpu()
         clock.enter("writing")
+        found, rows = iter(()), []
         if logits is not None:
             check_scores(logits, model, f"{batch.keys[0]} or an image after it")
-        found = iter(
-            []
-            if logits is None
-            else post_process_multi_label_classification(logits, config.id2label, thresholds, threshold, top_k)
-        )
-        rows = []
+            found = iter(post_process_multi_label_classification(logits, config.id2label, thresholds, threshold, top_k))
         for key, problem, gone in zip(batch.keys, batch.problems, batch.gone, strict=True):
             row = {"key": key, "labels": None, "scores": None, "error": problem, "gone": gone}
             if problem is None:

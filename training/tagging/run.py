@@ -56,11 +56,8 @@ def tag_source(args) -> int:
     check_sampling(args.frames_per_second, args.max_frames)
     check_pooling(args.pooling, args.pooling_k)
     with accelerator.main_process_first():  # the others find a downloaded data set
-        source = open_source(
-            args.source,
-            split=args.split,
-            **{field.name: getattr(args, field.name) for field in fields(ImageOptions)},
-        )
+        options = {field.name: getattr(args, field.name) for field in fields(ImageOptions)}
+        source = open_source(args.source, split=args.split, **options)
     if args.sidecars:
         check_sidecars(source)
     if args.output.resolve().is_relative_to(Path(args.source).resolve()):
