@@ -43,11 +43,12 @@ class HSVLTTiedLabelStream(nn.Module):
         columns = torch.cat(pixels, dim=-1)  # (B, P, K)
         queries = label_states.to(columns.dtype)
         attention = widened(columns @ queries.transpose(-1, -2)).softmax(1).transpose(1, 2)  # (B, N, P)
+        shown = attention.unsqueeze(1).unflatten(-1, grid)
+        attention = shown.flatten(3).squeeze(1)  # what is returned is what is used: a gradient can be read at it
         states = (columns.mean(1, keepdim=True) + attention.to(columns.dtype) @ columns) / 2  # (B, N, K)
         labels = label_states if label_states.ndim == 3 else label_states.unsqueeze(0)
-        shown = attention.unsqueeze(1).unflatten(-1, grid) if output_attentions else None
         parts = [tensor.split(self.widths, dim=-1) for tensor in (labels, states)]
-        return visual, *(list(part) for part in parts), [shown] * len(visual)
+        return visual, *(list(part) for part in parts), [shown if output_attentions else None] * len(visual)
 
 
 class HSVLTTiedClassifier(nn.Module):

@@ -44,10 +44,10 @@ def parts(name):
             (model.mltr, ["last_hidden_state", "pooler_output"], MLTR_STATES, MLTR_ATTENTIONS),
         ]
     candidates = ["class_ids"] if model.config.candidate_labels else []
-    return [
-        (model, ["logits", *candidates], HSVLT_STATES, ["attentions"]),
-        (model.hsvlt, ["last_hidden_state"], HSVLT_STATES, ["attentions"]),
-    ]
+    found = [(model, ["logits", *candidates], HSVLT_STATES, ["attentions"])]
+    if model.config.label_stream != "tied":  # which is the rows of the classifier, and nothing without them
+        found.append((model.hsvlt, ["last_hidden_state"], HSVLT_STATES, ["attentions"]))
+    return found
 
 
 # ---- outputs
@@ -115,6 +115,8 @@ def test_a_gradient_can_be_read_at_what_is_returned(name, training):
         kept = {(key, i): x for key in (*states, *attentions) for i, x in enumerate(output[key])}
         # The maps are another view of the hidden states; label tokens have no reader after the last interaction.
         beside = {("label_hidden_states", 3), *(("reshaped_hidden_states", i) for i in range(5))}
+        if getattr(model.config, "label_stream", "") == "tied":  # a tied one shows its classifier's rows in parts
+            beside |= {("label_hidden_states", i) for i in range(4)}
         for tensor in kept.values():
             tensor.retain_grad()
         output[0].square().sum().backward()
