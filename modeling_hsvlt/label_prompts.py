@@ -93,7 +93,7 @@ def transfer_classifier(
 
     With both sets of text embeddings centred on the classes' mean and normalised, a label's weights are the classes'
     (less what all share) averaged by `softmax(cosine / temperature)`. So "boat" starts as schooner, lifeboat, canoe.
-    For `HSVLTForImageClassification.set_text_classifier`.
+    For `HSVLTForImageClassification.start_from_classes`, and for labels that it was not trained on.
 
     Args:
         weight (`torch.Tensor` of shape `(K, C)`): the linear classifier that the backbone was pretrained with.

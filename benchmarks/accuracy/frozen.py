@@ -37,6 +37,7 @@ class Recipe:
     loss_kwargs: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)  # fields of HSVLT's configuration, arguments of a peer's head
     residual_attention: tuple[float, float] | None = None  # its own learning rate and weight decay
+    bf16: bool = True  # by autocast
 
 
 def build_head(
@@ -132,7 +133,7 @@ def train_head(model: PreTrainedModel, recipe: Recipe, cache, rows: torch.Tensor
     for _ in range(recipe.epochs):
         for batch in rows[torch.randperm(len(rows), generator=generator)].split(recipe.batch_size):
             maps = cache.batch(batch, torch.rand(len(batch), generator=generator) < 0.5)
-            with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=recipe.bf16):
                 loss = run_head(model, maps, cache.labels[batch].to(model.device, non_blocking=True)).loss
             loss.backward()
             optimizer.step()

@@ -256,6 +256,11 @@ def test_a_checkpoint_alone_has_a_card_too(run):
     text = render_card(folder, folder, repo_id="org/name").content
     assert "No results came with this checkpoint" in text and "without the options of its run" in text
     assert "set_labels" in text and "model-index" not in text and tables(text)[0][1][1] == "0.1000"
+    assert "any other gets a guess" in text and "classes of the backbone" not in text
+    shared = {"classifier": "shared", "label_text_encoder": "org/encoder"}
+    folder = checkpoint(run, "hsvlt", **shared, residual_attention=True, text_classes=5)
+    text = render_card(folder, folder, repo_id="org/name").content
+    assert "gets its weights from 5 classes of the backbone" in text and "any other gets a guess" not in text
 
 
 EXCLUSIVE = [  # of each, a card may say one
