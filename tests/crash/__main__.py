@@ -3,8 +3,8 @@
 A tiny model trains on a small folder of images with weight average, accumulation, mixup, RandAugment, random crops
 and a data worker. Then, on one and on two processes:
 
-- SIGKILL at random points of the run, a third of the times while a checkpoint is being written (told by the temporary
-  folder, which is still there after the kill), and a restart after each;
+- SIGKILL at random points of the run, every third time at a file event of a save (`strikes.py`; the temporary folder
+  is still there after the kill), each time at another, and a restart after each;
 - SIGTERM and SIGINT, which must end a run with exit status 0;
 - a disk that fills up (a small tmpfs), a file that cannot be written to its end (RLIMIT_FSIZE), an image that
   disappears in the middle of an epoch, one of two processes killed under `accelerate launch`;
@@ -12,8 +12,9 @@ and a data worker. Then, on one and on two processes:
 - the same kills where it trains on a stream of shards, with two data workers;
 - Ctrl-C, as a terminal sends it, to the launcher and all that it started, which must end with exit status 0.
 
-`fit_thresholds`, `calibrate`, `tag` and `push` (to a Hub on this machine) are killed and get a full disk as well, see
-`commands.py`.
+The end of a run, `fit_thresholds`, `calibrate`, `tag` with sidecars, and `push` (to a Hub on this machine) are killed,
+interrupted and left without room at their file events, and `push` at its requests, see `file_events.py` and
+`commands.py`; other commands read a run that is overwritten meanwhile.
 
 Every run is carried on to its end and compared with one that nothing happened to: all tensors of the last checkpoint
 and of best/, results.json, and the log but for its times. The last line sums up; the exit status is 0 when nothing was
@@ -21,7 +22,6 @@ lost.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -33,167 +33,44 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-import yaml
-from safetensors.torch import load_file
-
-from tests.training.shards import write_shards, write_tar
-from tests.training.tiny_run import TINY
-from training.checkpoint.folder import CheckpointError, verify
 from training.checkpoint.series import checkpoints
-from training.data.scenes import main as write_scenes
 
-from . import commands
+from . import commands, file_events
+from .bench import STEPS, Bench, StreamBench, losses_of, step_of
 from .processes import Command, children, environment_of
+from .strikes import Strike, is_saving, saves, spread
 
 ROOT = Path(__file__).parents[2]
 LAUNCH_CONFIG = ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml"
-EPOCHS, STEPS = 8, 64  # on one process; on two twice the epochs, of half the steps
 STOP_BOUND = 300.0  # seconds in which a run leaves, on machines that do other work as well
 
 
-class Bench:
-    """Folders, the recipe, and the undisturbed runs that everything is compared with."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.whole = folder, {}
-        scenes = json.dumps({"image_size": 32, "max_objects": 2, "max_size": 20})
-        for split, count in (("train", 44), ("validation", 14)):
-            write_scenes(
-                [str(folder / "images" / split), "--split", split, "--num_scenes", str(count), "--scenes", scenes]
-            )
-
-    def recipe(self, processes: int) -> Path:
-        """44 images by batches of 3: the last batch is uneven for one process and for two."""
-        path = self.folder / f"recipe{processes}.yaml"
-        options = {
-            **TINY,
-            "dataset": str(self.folder / "images"),
-            "augmentation": {"horizontal_flip": 0.5, "crop_scale": [0.8, 1.0], "rand_augment": True, "mixup": 0.3},
-            "batch_size": 3,
-            "gradient_accumulation_steps": 2,
-            "epochs": EPOCHS * processes,
-            "save_every_steps": 3,
-            "num_workers": 1,
-        }
-        del options["scenes"]
-        path.write_text(yaml.safe_dump(options))
-        return path
-
-    def start(self, run: Path, processes: int, **options) -> Command:
-        argv = [str(self.recipe(processes)), "--output_dir", str(run)]
-        argv.append("--resume" if checkpoints(run) else "--overwrite")
-        return Command("training.train", argv, run.with_suffix(".txt"), processes, **options)
-
-    def finish(self, run: Path, processes: int) -> None:
-        training = self.start(run, processes)
-        status = training.wait()
-        if any(status):
-            raise AssertionError(f"A run that should have ended well has exit statuses {status}:\n{training.tail()}")
-
-    def reference(self, processes: int) -> Path:
-        if processes not in self.whole:
-            self.whole[processes] = self.folder / f"whole{processes}"
-            start = time.monotonic()
-            self.finish(self.whole[processes], processes)
-            print(f"undisturbed run, {processes} process(es): {time.monotonic() - start:.0f} s", flush=True)
-        return self.whole[processes]
-
-    def same_end(self, run: Path, processes: int) -> bool:
-        """Whether `run` ended bit for bit like the undisturbed one."""
-        whole = self.reference(processes)
-        pairs = [(folder / "best" / "model.safetensors") for folder in (whole, run)]
-        newest = [checkpoints(folder)[0] for folder in (whole, run)]
-        if newest[0].name != newest[1].name:
-            return False
-        for first, second in (pairs, [folder / "training_state" / "tensors.safetensors" for folder in newest]):
-            expected, found = load_file(first), load_file(second)
-            if expected.keys() != found.keys():
-                return False
-            if not all(torch.equal(tensor, found[name]) for name, tensor in expected.items()):
-                return False
-        logs = [
-            [{key: value for key, value in json.loads(line).items() if "second" not in key} for line in path.open()]
-            for path in (whole / "log.jsonl", run / "log.jsonl")
-        ]
-        return logs[0] == logs[1] and (whole / "results.json").read_text() == (run / "results.json").read_text()
-
-
-class StreamBench(Bench):
-    """The same on a stream: 61 images in shards of many sizes, one of them unreadable."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.whole = folder, {}
-        write_shards(folder / "shards", "tar", [17, 3, 0, 24, 16])
-        write_tar(folder / "shards" / "train-00005.tar", [60], content=lambda number: b"no image")
-        write_shards(folder / "shards", "tar", [14], split="validation", first=70)
-
-    def recipe(self, processes: int) -> Path:
-        path = super().recipe(processes)
-        options = yaml.safe_load(path.read_text()) | {
-            "dataset": str(self.folder / "shards"), "streaming": True, "shuffle_buffer": 8,
-            "epoch_steps": STEPS // EPOCHS // processes, "on_unreadable": "skip", "num_workers": 2,
-        }  # fmt: skip
-        path.write_text(yaml.safe_dump(options))
-        return path
-
-
-def step_of(run: Path) -> int:
-    """The last step in the log."""
-    try:
-        lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        return json.loads(whole[-1])["step"] if whole else 0
-    except (OSError, ValueError):
-        return 0
-
-
-def is_saving(run: Path) -> bool:
-    return run.is_dir() and any(entry.name.endswith((".new", ".old")) for entry in os.scandir(run))
-
-
-def losses_of(run: Path, had: set[str]) -> list[str]:
-    """Checkpoints that were there before and are not whole now; `had` collects the names."""
-    lost = [f"{path.name} was damaged" for path in run.glob("damaged-*")]
-    newest = checkpoints(run)
-    for folder in [*newest, run / "best"]:
-        if folder.is_dir():
-            try:
-                verify(folder)
-            except CheckpointError as error:
-                lost.append(str(error))
-    before = max((int(name.partition("-")[2]) for name in had if name != "best"), default=-1)
-    if before > (int(newest[0].name.partition("-")[2]) if newest else -1):
-        lost.append(f"checkpoint-{before} is gone")
-    if "best" in had and not (run / "best").is_dir() and not (run / ".best.old").is_dir():
-        lost.append("best/ is gone")
-    had |= {path.name for path in [*newest, run / "best"] if path.is_dir()}
-    return lost
-
-
 def kill_often(bench: Bench, processes: int, kills: int, chance: random.Random) -> tuple[int, int, list[str], bool]:
-    """Kills, those of them inside a save, what was lost, and whether the end is the same."""
+    """Kills, those of them inside a save, what was lost, and whether the end is the same.
+
+    Every third kill has to be inside a save: at a file event of it, each time at another, so that it does not depend
+    on how fast a machine writes and looks.
+    """
     whole = bench.reference(processes)
-    steps = step_of(whole)
-    run, had, lost, inside, done = bench.folder / f"killed{processes}", set(), [], 0, 0
+    steps, events = step_of(whole), bench.events(processes)
+    moments = spread(2 * len(events) // len(saves(events)), kills // 3)  # over two saves; with some goes best/
+    run, had, lost, inside = bench.folder / f"killed{processes}", set(), [], 0
     start = time.monotonic()
-    while done < kills:
-        training = bench.start(run, processes)
-        in_save = done % 3 == 1
-        if done < 2:  # while it starts
+    for number in range(kills):
+        in_save = number % 3 == 2
+        strike = Strike(run, "kill", moments[number // 3], in_save=True) if in_save else None
+        training = bench.start(run, processes, strike=strike)
+        if in_save:
+            training.wait_until(lambda: False)  # it ends by itself
+        elif number < 2:  # while it starts
             time.sleep(chance.uniform(0.0, 4.0))
         else:
-            target = done * steps // (kills + 1)
+            target = number * steps // (kills + 1)
             if not training.wait_until(lambda target=target: step_of(run) >= target):
                 raise AssertionError(f"A restart did not go on:\n{training.tail()}")
-            if in_save:
-                training.wait_until(lambda: is_saving(run), interval=0.0005)
-                time.sleep(chance.uniform(0.0, 0.02))
-            else:
-                time.sleep(chance.uniform(0.0, 0.5))
+            time.sleep(chance.uniform(0.0, 0.5))
         training.kill()
-        done += 1
-        inside += is_saving(run)
+        inside += in_save and is_saving(run)
         lost += losses_of(run, had)
     bench.finish(run, processes)
     lost += losses_of(run, had)
@@ -206,6 +83,13 @@ def kill_often(bench: Bench, processes: int, kills: int, chance: random.Random) 
         flush=True,
     )
     return kills, inside, lost, same
+
+
+def not_inside(some: tuple) -> list[str]:
+    kills, inside = some[:2]
+    return (
+        [] if inside == kills // 3 else [f"{inside} of {kills // 3} kills that were meant for a save were inside one"]
+    )
 
 
 def words(yes: bool) -> str:
@@ -228,7 +112,7 @@ def kill_a_stream(bench: Bench, chance: random.Random) -> tuple[int, list[str]]:
     stream, problems, kills = StreamBench(bench.folder / "stream"), [], 0
     for processes in (1, 2):
         some = kill_often(stream, processes, 6, chance)
-        kills, problems = kills + some[0], problems + some[2]
+        kills, problems = kills + some[0], problems + some[2] + not_inside(some)
         if not some[3]:
             problems.append(f"on {processes} process(es) the end differs from the undisturbed run's")
     return kills, problems
@@ -374,20 +258,22 @@ def interrupt_the_launcher(bench: Bench) -> list[str]:
     return told("Ctrl-C under the launcher", problems + ended(bench, run, 2))
 
 
+COUNTED = (kill_a_stream, *commands.ATTACKS, *file_events.ATTACKS)  # these say how often they struck
+
+
 def attempt(attack, *arguments):
     """What an attack returns; one that does not come to its end is a problem, and the next one begins."""
     try:
         return attack(*arguments)
     except (TimeoutError, AssertionError) as error:
-        return (
-            (1, [str(error)]) if attack in (kill_a_stream, *commands.ATTACKS) else told(attack.__name__, [str(error)])
-        )
+        return (1, [str(error)]) if attack in COUNTED else told(attack.__name__, [str(error)])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=12, help="of training on one, and on two processes; default: 12")
     parser.add_argument("--only", nargs="+", default=[], help="attacks by the names of their functions")
+    parser.add_argument("--every_event", action="store_true", help="strike commands at each file event; hours")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="where to work, and to leave everything; default: a temporary one")
     args = parser.parse_args(argv)
@@ -396,18 +282,17 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["HF_HOME"] = str(folder / "hf")
     chance, start, problems, kills, inside, lost, same = random.Random(args.seed), time.monotonic(), [], 0, 0, [], True
     bench = Bench(folder)
-    for processes in () if args.only else (1, 2):
+    bench.every_event = args.every_event
+    for processes in (1, 2) if "kill_often" in (args.only or "kill_often") else ():
         some = kill_often(bench, processes, args.kills, chance)
         kills, inside, lost, same = kills + some[0], inside + some[1], lost + some[2], same and some[3]
-        if some[1] < args.kills // 4:
-            problems.append(f"only {some[1]} of {some[0]} kills on {processes} process(es) were inside a save")
-        problems += attempt(stop_by_signal, bench, processes)
-    counts = Counter({"kills of training": kills, "stops by signals": 0 if args.only else 6})
+        problems += not_inside(some) + attempt(stop_by_signal, bench, processes)
+    counts = Counter({"kills of training": kills, "stops by signals": 6 * (kills > 0)})
     for attack in (fill_the_disk, cut_a_file, lose_a_image, kill_one_of_two, two_at_once, interrupt_the_launcher):
         if attack.__name__ in (args.only or attack.__name__):
             problems += attempt(attack, bench)
             counts[attack.__name__.replace("_", " ")] += 1
-    for attack in (kill_a_stream, *commands.ATTACKS):
+    for attack in COUNTED:
         if attack.__name__ in (args.only or attack.__name__):
             number, found = attempt(attack, bench, chance)
             problems += told(attack.__name__.replace("_", " "), found)

@@ -1,24 +1,24 @@
-"""The other commands, hit while they write: `fit_thresholds`, `calibrate`, `tag`, and `push` to a Hub on this machine.
+"""A full disk in `fit_thresholds`, `calibrate`, `tag` and `push`, and signals at the requests of a push to a Hub on
+this machine. `file_events.py` strikes the same commands at their file events.
 
 Each attack returns how often it struck, and what went wrong.
 """
 
-import json
 import random
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow.parquet as pq
-from safetensors.torch import load_file
-
 from tests.loopback_hub import LoopbackHub
-from training.checkpoint.folder import CheckpointError, verify
+from training.checkpoint.folder import verify
 
+from .bench import content
 from .processes import Command
+from .strikes import spread
 
 REPO = "me/crash"
 
@@ -28,81 +28,10 @@ def rewrite(bench, run: Path, name: str) -> Command:
     return Command(f"training.{name}", argv, bench.folder / f"{run.parent.name}-{name}.txt")
 
 
-def whole_run(bench, name: str) -> Path:
-    run = bench.folder / name
-    shutil.copytree(bench.reference(1), run)
-    return run
-
-
-def content(best: Path) -> tuple:
-    """Weights, and what was fitted, but for the date of that."""
-    config = json.loads((best / "config.json").read_text())
-    info = {name: dict(config.get(name) or {}, date=None) for name in ("threshold_info", "calibration_info")}
-    weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(best / "model.safetensors").items()}
-    return weights, config.get("thresholds"), info
-
-
-def kill_while_best_is_changed(bench, chance: random.Random, name: str, kills: int = 4) -> tuple[int, list[str]]:
-    run, problems = whole_run(bench, name), []
-    before = content(run / "best")
-    undisturbed = whole_run(bench, f"{name}-undisturbed")
-    if any(rewrite(bench, undisturbed, name).wait()):
-        return 0, [f"{name} fails by itself"]
-    after = content(undisturbed / "best")
-    for number in range(kills):
-        command = rewrite(bench, run, name)
-        if number:
-            command.wait_until(lambda: (run / ".best.new").exists(), interval=0.0005)
-            time.sleep(chance.uniform(0.0, 0.03))
-        else:
-            time.sleep(chance.uniform(0.0, 2.0))
-        command.kill()
-        try:
-            verify(run / "best")
-        except CheckpointError as error:
-            problems.append(f"{name}: {error}")
-        found = content(run / "best")
-        if found == after:
-            shutil.rmtree(run)
-            shutil.copytree(bench.reference(1), run)
-        elif found != before:
-            problems.append(f"{name} left neither the old nor the new")
-    if any(rewrite(bench, run, name).wait()) or content(run / "best") != after:
-        problems.append(f"{name} after its kills differs from an undisturbed one")
-    return kills, problems
-
-
-def kills_inside_fit_thresholds(bench, chance: random.Random) -> tuple[int, list[str]]:
-    return kill_while_best_is_changed(bench, chance, "fit_thresholds")
-
-
-def kills_inside_calibrate(bench, chance: random.Random) -> tuple[int, list[str]]:
-    return kill_while_best_is_changed(bench, chance, "calibrate")
-
-
 def tagging(bench, output: Path) -> Command:
     best, images = bench.reference(1) / "best", bench.folder / "images" / "train"
     options = ["--part_size", "4", "--batch_size", "2", "--num_workers", "1", "--threshold", "0"]
     return Command("training.tag", [str(best), str(images), str(output), *options], bench.folder / "tag.txt")
-
-
-def records(output: Path) -> list[dict]:
-    rows = [row for part in sorted(output.glob("part-*")) for row in pq.read_table(part).to_pylist()]
-    return sorted(rows, key=lambda row: row["file_name"])
-
-
-def kills_inside_tag(bench, chance: random.Random, kills: int = 5) -> tuple[int, list[str]]:
-    output, whole = bench.folder / "tags", bench.folder / "tags-whole"
-    if any(tagging(bench, whole).wait()):
-        return 0, ["tag fails by itself"]
-    for number in range(kills):
-        command, parts = tagging(bench, output), len(list(output.glob("part-*")))
-        command.wait_until(lambda parts=parts: len(list(output.glob("part-*"))) > parts, interval=0.0005)
-        time.sleep(chance.uniform(0.0, 0.02) * (number > 0))
-        command.kill()
-    if any(tagging(bench, output).wait()) or records(output) != records(whole):
-        return kills, ["tag after its kills has other records than an undisturbed one"]
-    return kills, []
 
 
 @contextmanager
@@ -162,7 +91,8 @@ def full_disk_in_each(bench, chance: random.Random) -> tuple[int, list[str]]:
 def full_disk_in_push(bench, chance: random.Random) -> tuple[int, list[str]]:
     """Where the folder to send is built. Nothing is sent, and the run stays as it was."""
     disk, problems = bench.folder / "disk-push", []
-    run = whole_run(bench, "pushed-run")
+    run = bench.folder / "pushed-run"
+    shutil.copytree(bench.reference(1), run)
     before = content(run / "best")
     with LoopbackHub() as hub, small_disk(disk, 8) as fill:
         if fill is None:
@@ -179,55 +109,93 @@ def full_disk_in_push(bench, chance: random.Random) -> tuple[int, list[str]]:
     return 1, problems
 
 
-def interrupted_and_killed_pushes(bench, chance: random.Random) -> tuple[int, list[str]]:
-    """SIGINT and SIGTERM are undone. SIGKILL cannot be: the next push has to make it whole."""
+def beside_a_run_that_is_overwritten(bench, chance: random.Random) -> tuple[int, list[str]]:
+    """Commands that read best/ while a run writes it, again and again: each does its work, or says why not."""
+    run, problems, struck = bench.folder / "overwritten", [], 0
+    best, images = str(run / "best"), str(bench.folder / "images")
+    with LoopbackHub() as hub:
+        readers = {
+            "training.tag": [best, f"{images}/validation", str(bench.folder / "beside-tags"), "--threshold", "0.5"],
+            "training.evaluate": [best, images, "--output", str(bench.folder / "beside-report"), "--overwrite"],
+            "training.export": [best, str(bench.folder / "beside-onnx"), "--overwrite"],
+            "tests.crash.push": [hub.endpoint, str(run), REPO, "", str(bench.folder)],
+        }
+        writer = bench.start(run, 1)
+        for main, argv in 2 * list(readers.items()):
+            writer.wait_until(lambda: (run / "best").is_dir())
+            reader = Command(main, argv, bench.folder / "beside.txt")
+            while reader.alive():
+                if not writer.alive():
+                    if any(writer.wait()):
+                        problems.append(f"the run broke beside {main}: {writer.tail(500)}")
+                    argv = [str(bench.recipe(1)), "--output_dir", str(run), "--overwrite"]
+                    writer = Command("training.train", argv, run.with_suffix(".txt"))
+                time.sleep(0.01)
+            status, said = reader.wait(), reader.tail()
+            (bench.folder / "beside.txt").unlink()
+            struck += 1
+            if status not in ([0], [2]) or (status == [2]) != ("error: " in said) or "Traceback" in said:
+                problems.append(f"{main} beside a run ended with {status}: {said[-500:]}")
+        if any(writer.wait()):
+            problems.append(f"the run broke: {writer.tail(500)}")
+    return struck, problems + ([] if bench.same_end(run, 1) else ["the run came to another end"])
+
+
+class StrikingRequests(list):
+    """Of a Hub, which strikes a client while that waits for the answer to request `at`."""
+
+    def __init__(self, command: Callable[[], Command]):
+        self.at, self.number, self.command = 0, 0, command
+
+    def append(self, request: tuple[str, str]) -> None:
+        super().append(request)
+        if len(self) == self.at:
+            self.command().signal(self.number)
+
+
+def requests_of_push(bench, chance: random.Random) -> tuple[int, list[str]]:
+    """SIGINT and SIGTERM are undone, at any request. SIGKILL cannot be: the next push has to make it whole."""
     problems, struck, folder = [], 0, bench.folder / "to-push"
     shutil.copytree(bench.reference(1) / "best", folder)
     with LoopbackHub(lfs_bytes=1000) as hub:
+        started = []
 
-        def push(tag: str) -> Command:
+        def push(tag: str, at: int = 0, number: int = 0) -> list[int]:
+            hub.requests = StrikingRequests(lambda: started[-1])
+            hub.requests.at, hub.requests.number = at, number
             argv = [hub.endpoint, str(folder), REPO, tag]
-            return Command("tests.crash.push", argv, bench.folder / "push.txt")
+            with hub.lock:
+                started.append(Command("tests.crash.push", argv, bench.folder / "push.txt"))
+            return started[-1].wait()
+
+        def forget(exists: bool) -> None:
+            """Of an older version, where there is one."""
+            hub.repositories.clear()
+            if exists:
+                (folder / "notes.md").unlink(missing_ok=True)
+                push("v1")
+                (folder / "notes.md").write_text("second version")
 
         for exists in (False, True):
-            if exists:
-                if any(push("v1").wait()):
-                    return struck, ["push fails by itself"]
-                (folder / "notes.md").write_text("second version")
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-                before, asked = hub.state(REPO), len(hub.requests)
-                command, target = push("v2"), chance.randrange(1, 12)
-                reached = command.wait_until(
-                    lambda asked=asked, target=target: len(hub.requests) >= asked + target, interval=0.0005
-                )
-                if not reached:
-                    continue
-                command.signal(number)
-                status = command.wait()
-                struck += 1
-                if status == [0]:  # done before the signal came
-                    (folder / "notes.md").write_text(f"version {struck}")
-                    hub.repositories["model", REPO].tags.pop("v2")
-                elif hub.state(REPO) != before:
-                    problems.append(f"{signal.Signals(number).name} after {target} requests left the Hub changed")
-        command = push("v2")
-        asked = len(hub.requests)
-        command.wait_until(lambda: len(hub.requests) >= asked + 5, interval=0.0005)
-        command.kill()
-        struck += 1
-        if any(push("v3").wait()):
-            problems.append("a push after a killed one fails")
-        sent = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        if not sent <= set(hub.files(REPO)):
-            problems.append("a push after a killed one is not whole")
+            forget(exists)
+            if any(push("v2")):
+                return struck, ["push fails by itself"]
+            requests = list(hub.requests)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+                for at in spread(len(requests), len(requests) if bench.every_event else 4):
+                    forget(exists)
+                    before, status = hub.state(REPO), push("v2", at, number)
+                    struck += 1
+                    what = f"{number.name} at request {at} of {len(requests)} {requests[at - 1]}"
+                    if number == signal.SIGKILL:
+                        if any(push("v3")):
+                            problems.append(f"a push after {what} fails")
+                        sent = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+                        if not sent <= set(hub.files(REPO)):
+                            problems.append(f"a push after {what} is not whole")
+                    elif status != [0] and hub.state(REPO) != before:  # 0: it was done before the signal came
+                        problems.append(f"{what} left the Hub changed")
     return struck, problems
 
 
-ATTACKS = (
-    kills_inside_fit_thresholds,
-    kills_inside_calibrate,
-    kills_inside_tag,
-    full_disk_in_each,
-    full_disk_in_push,
-    interrupted_and_killed_pushes,
-)
+ATTACKS = (full_disk_in_each, full_disk_in_push, beside_a_run_that_is_overwritten, requests_of_push)

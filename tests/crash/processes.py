@@ -14,13 +14,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from .strikes import Strike
+
 SERVER = multiprocessing.get_context("forkserver")
 LATE = ("loop.setup", "loop.fit", "loop.finish", "tagging.run", "publish.hub")  # what commands import as they need it
 SERVER.set_forkserver_preload([*(f"training.{module}" for module in LATE), "kornia.augmentation"])
 
 
-def _run(main: str, argv: list[str], environment: dict[str, str], output: str, file_limit: int | None) -> None:
+def _run(
+    main: str, argv: list[str], environment: dict[str, str], output: str, file_limit: int | None, strike: Strike | None
+) -> None:
     os.setsid()  # so that its data workers die with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where this runs in the background
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -28,13 +33,27 @@ def _run(main: str, argv: list[str], environment: dict[str, str], output: str, f
     multiprocessing.set_start_method("fork", force=True)  # of data workers, which would import everything again
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if strike is not None:
+        strike.install()
     sys.exit(importlib.import_module(main).main(argv))
 
 
 class Command:
-    """`main(argv)` of a module on `processes` CPU processes, started as `torchrun` would start them."""
+    """`main(argv)` of a module on `processes` CPU processes, started as `torchrun` would start them.
 
-    def __init__(self, main: str, argv: list[str], output: Path, processes: int = 1, file_limit: int | None = None):
+    A strike is for the first of them.
+    """
+
+    def __init__(
+        self,
+        main: str,
+        argv: list[str],
+        output: Path,
+        processes: int = 1,
+        *,
+        file_limit: int | None = None,
+        strike: Strike | None = None,
+    ):
         environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.output = output
         self._ranks = []
@@ -47,7 +66,8 @@ class Command:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                     "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 }  # fmt: skip
-            process = SERVER.Process(target=_run, args=(main, argv, dict(environment), str(output), file_limit))
+            arguments = (main, argv, dict(environment), str(output), file_limit, None if rank else strike)
+            process = SERVER.Process(target=_run, args=arguments)
             process.start()
             self._ranks.append(process)
 

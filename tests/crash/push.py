@@ -1,7 +1,6 @@
 """`push_folder` to a Hub of `tests.loopback_hub`, as a command of its own that can be interrupted and killed; with a
 fifth argument the whole of `training.push`, which builds in that folder."""
 
-import signal
 import tempfile
 from pathlib import Path
 
@@ -14,14 +13,13 @@ from training.publish.hub import PushError, push_folder
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where this runs in the background
     endpoint, folder, repo_id, tag, *scratch = argv
     constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = True, False
     api = HfApi(endpoint=endpoint, token=TOKEN)
     if scratch:
         (tempfile.tempdir,) = scratch
         training.publish.hub.HfApi = lambda: api
-        return push.main([folder, repo_id, "--tag", tag])
+        return push.main([folder, repo_id, *(["--tag", tag] if tag else [])])
     try:
         push_folder(Path(folder), repo_id, private=True, tag=tag, api=api)
     except (PushError, KeyboardInterrupt) as error:
