@@ -171,7 +171,7 @@ class Tag(Struck):
 class Push(Struck):
     """A whole push, which builds its folder in `work`, to a Hub on this machine."""
 
-    strikes = 2
+    strikes = 3
 
     def prepare(self) -> None:
         self.before.mkdir()
