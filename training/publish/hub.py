@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from .build import build_folder, check_no_path
 from .card import render_card
 from .card_page import card_page
 from .measured import checkpoint_of
-from .reload import check_folder
+from .reload import check_folder, scratch_folder
 
 RETRY_SECONDS = (1, 2, 4, 8)  # waits between attempts at a request
 # Files of an earlier push that would be taken for part of the new one.
@@ -63,7 +62,7 @@ def push_run(
         PushError: the Hub did not take it; it is then as it was before.
     """
     with ExitStack() as held:
-        scratch = held.enter_context(tempfile.TemporaryDirectory())
+        scratch = held.enter_context(scratch_folder())
         target = Path(scratch) / "folder" if folder is None else Path(folder)
         if target.exists() and any(target.iterdir()):
             raise FileExistsError(f"{target} is not empty; choose another folder to build in.")

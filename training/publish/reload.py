@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from .build import ADAPTER_FILES, noise_image
+
+
+@contextmanager
+def scratch_folder() -> Iterator[str]:
+    """A temporary folder, which goes as well where Ctrl-C comes while it is removed."""
+    folder = tempfile.TemporaryDirectory()
+    try:
+        yield folder.name
+    finally:
+        try:
+            folder.cleanup()
+        except KeyboardInterrupt:
+            shutil.rmtree(folder.name, ignore_errors=True)
+            raise
 
 
 def check_folder(folder: Path, pixels: torch.Tensor, logits: torch.Tensor) -> float:
@@ -23,7 +40,7 @@ def check_folder(folder: Path, pixels: torch.Tensor, logits: torch.Tensor) -> fl
     Raises:
         ValueError: it does not load there, or pixels or logits are others.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         image, output = Path(scratch) / "image.png", Path(scratch) / "output.safetensors"
         noise_image().save(image)
         script = Path(__file__).with_name("clean_reload.py")

@@ -1,6 +1,8 @@
 """Pushing over real sockets to a Hub in this process; the whole way, in clean processes, is `make hub-test`."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import training.publish.hub
 from modeling_hsvlt import HSVLTForImageClassification
 from training.publish.build import build_folder
 from training.publish.hub import PushError, push_folder, push_run
+from training.publish.reload import scratch_folder
 from training.push import main
 from training.scoring.measured_with import fingerprints
 
@@ -203,6 +206,22 @@ def test_a_folder_that_gives_other_logits_is_not_pushed(run_folder, hub, monkeyp
     with pytest.raises(ValueError, match=r"other logits than the run, by up to 1\.00e-02; nothing was pushed"):
         push_run(run_folder, REPO)
     assert hub.state(REPO) is None
+
+
+def test_ctrl_c_while_a_temporary_folder_is_removed_leaves_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    unlink, calls = os.unlink, iter(range(10))
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return unlink(*args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt), scratch_folder() as scratch:
+        for name in "abc":
+            (Path(scratch) / name).touch()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_changes_while_it_is_read_is_not_pushed(run_folder, hub, monkeypatch, capsys):
