@@ -238,6 +238,7 @@ def broken_shard(shard, path, features, as_ids, progress):
     labels = shard.labels.lists(as_ids).to_pylist()[::-1]
     images = pa.array([{"bytes": b"", "path": ""}] * len(labels), features.arrow_schema.field("image").type)
     pq.write_table(pa.table({"image": images, "labels": labels}, schema=features.arrow_schema), path)
+    return []
 
 
 @pytest.mark.parametrize(
