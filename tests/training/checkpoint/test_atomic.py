@@ -110,8 +110,8 @@ def test_no_thread_outlives_its_write():
     """It would keep OpenMP threads, by which every step of training becomes slower on few cores."""
     writer, order = CheckpointWriter(), []
     for number in range(3):
-        writer.submit(lambda number=number: order.append((number, threading.current_thread().name)))
+        writer.submit(lambda number=number: order.append((number, threading.current_thread())))
     assert writer.error(wait=True) is None
-    writer.close()
-    assert [number for number, _ in order] == [0, 1, 2]
-    assert not {name for _, name in order} & {thread.name for thread in threading.enumerate()}
+    for _, thread in order:
+        thread.join(timeout=10)
+    assert [(number, thread.is_alive()) for number, thread in order] == [(0, False), (1, False), (2, False)]
