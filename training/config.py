@@ -100,9 +100,7 @@ class TrainingConfig(DatasetOptions):
     label_text: dict = field(default_factory=dict)  # what to encode in place of a name: {tvmonitor: tv monitor}
     label_context: dict | None = field(default=None, metadata=PATH)  # to learn in front of the names, see
     # training.models.build.add_label_context
-    text_classifier: bool | None = (
-        None  # with model.residual_attention or label_stream tied: start from the classifier of
-    )
+    text_classifier: bool | None = None  # start model.residual_attention or label_stream tied from the classifier of
     # the backbone, whose classes are matched to the labels by text; null: where the backbone has one
     initial_bias: float | None = None  # of a new model's logits: -4 spares the weights to learn that most labels are
     # absent; null: as the model starts

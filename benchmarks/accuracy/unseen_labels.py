@@ -47,7 +47,7 @@ from training.metrics.functional import average_precision
 
 LEFT_OUT = 6
 DRAWS = 3
-# Other names of PASCAL VOC's labels, two of each, written down before any was scored.
+# Other names of PASCAL VOC's labels, two of each, written down before any was scored on validation.
 RENAMED = {
     "aeroplane": ("airplane", "aircraft"),
     "bicycle": ("bike", "cycle"),
