@@ -31,6 +31,12 @@ from .sidecars import check_sidecars, write_sidecars
 from .sources import FileSource, StreamSource, open_source
 from .videos import tag_videos
 
+# Options that a resumed run must share with the one before.
+SAME = (
+    *("split", "image_column", "threshold", "top_k", "format"),
+    *("frames_per_second", "max_frames", "pooling", "pooling_k"),
+)
+
 
 def tag_source(args) -> int:
     """Tags what has no record yet, prints, and writes sidecars and the list of unreadable images.
@@ -174,9 +180,8 @@ def _plan(args, model: PreTrainedModel, processor, source, results: Results, loc
         "weights": fingerprint_weights(model),
         "processor": fingerprint(processor.to_json_string()),
         "source": args.source if not Path(args.source).exists() else os.path.abspath(args.source),
-        **{name: getattr(args, name) for name in ("split", "image_column", "threshold", "top_k", "format")},
         "dtype": args.dtype or precision_of(model),
-        **{name: getattr(args, name) for name in ("frames_per_second", "max_frames", "pooling", "pooling_k")},
+        **{name: getattr(args, name) for name in SAME},
     }
     try:
         if settings["dtype"] == "auto":
