@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 import httpx2
 import numpy as np
 import pytest
+import torch
 import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -339,6 +340,31 @@ def test_what_cannot_be_served_is_said(argv, words, tmp_path, monkeypatch, capsy
         assert main([names.get(word, word) for word in argv]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_an_answer_in_two_pieces_does_not_wait_for_an_acknowledgement():
+    """The second piece of it would, for 40 ms, with a client that keeps its connection."""
+    with serving.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_one_thread_alone_computes_on_several_cores(tagger):
+    """More OpenMP threads than cores slow each other down, and every thread that computes keeps its own."""
+    before = torch.get_num_threads()
+    try:
+        app = serving.build_app(tagger, ServeOptions(), threads=3)
+        pools = {"model": app.state.server.model_thread, "decoder": app.state.server.decoders}
+
+        def number(name):
+            return pools[name].submit(lambda: torch.ones(300, 300).exp() is not None and torch.get_num_threads())
+
+        assert number("decoder").result() == 1
+        assert number("model").result() == 3
+        assert number("decoder").result() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def serve(arguments):

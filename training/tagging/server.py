@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -28,6 +29,7 @@ from .http_guard import CLOSE, Guard, timed_protocol
 
 DOWNLOADS = 16  # addresses that are read at a time; they mostly wait
 LONGEST_ERROR = 500
+SETTING_THREADS = threading.Lock()
 IMAGE = {"type": "string", "description": "base64, or a data:image/ URL; an address with --allow_urls"}
 FILE = {"type": "string", "format": "binary"}
 PARAMETERS = {
@@ -58,6 +60,17 @@ RESPONSES = {
 }
 
 
+def compute_with(count: int) -> None:
+    """Operations of the thread that calls this use `count` cores, whatever other threads use.
+
+    Every thread that computes on several cores keeps OpenMP threads of its own, and where a process has more of them
+    than there are cores, GNU's OpenMP lets all sleep between operations: the model then takes up to twice as long.
+    """
+    with SETTING_THREADS:  # both lines write what the other threads start from
+        torch.set_num_threads(count)
+        torch.get_num_threads()  # a thread's first operation takes over the process's number; here it is this one
+
+
 @dataclass
 class Waiting:
     """An image whose turn has not come."""
@@ -75,12 +88,12 @@ class Waiting:
 class Server:
     """A pipeline, the queue in front of it, and what both count."""
 
-    def __init__(self, tagger: MultiLabelImageClassificationPipeline, options):
+    def __init__(self, tagger: MultiLabelImageClassificationPipeline, options, threads: int):
         self.tagger, self.options = tagger, options
         self.ready, self.taken = False, 0
         self.queue: asyncio.Queue[Waiting] = asyncio.Queue()
-        self.model_thread = ThreadPoolExecutor(1, "model")
-        self.decoders = ThreadPoolExecutor(cores(), "decoder")
+        self.model_thread = ThreadPoolExecutor(1, "model", compute_with, (threads,))
+        self.decoders = ThreadPoolExecutor(cores(), "decoder", compute_with, (1,))
         self.downloads = ThreadPoolExecutor(DOWNLOADS, "download")
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("hsvlt_requests", "Requests, by path and status", ["path", "status"], registry=registry)
@@ -164,9 +177,9 @@ class Server:
         return answers
 
 
-def build_app(tagger: MultiLabelImageClassificationPipeline, options) -> FastAPI:
-    """The application that labels with `tagger`; `options` is a `training.serve.ServeOptions`."""
-    server = Server(tagger, options)
+def build_app(tagger: MultiLabelImageClassificationPipeline, options, threads: int = 1) -> FastAPI:
+    """The application that labels with `tagger` on so many cores; `options` is a `training.serve.ServeOptions`."""
+    server = Server(tagger, options, threads)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -271,10 +284,14 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]
         raise OSError(f"{host}:{port} cannot be used ({reason}); choose another --host or --port.") from error
+    # asyncio sets it for sockets that it opens itself. Without it the second half of an answer waits 40 ms for the
+    # client's acknowledgement of the first.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def serve(options) -> None:
@@ -286,14 +303,21 @@ def serve(options) -> None:
     Raises:
         ValueError, OSError: the checkpoint cannot be read, or the port is taken.
     """
+    threads = torch.get_num_threads()
+    compute_with(1)
     model, processor = load_checkpoint(options)
     tagger = MultiLabelImageClassificationPipeline(model=model, image_processor=processor)
     listener = listen(options.host, options.port)
-    with computing(model):
-        tagger(Image.new("RGB", (32, 32)))  # the first call is the slowest, and fails where others would
+    app = build_app(tagger, options, threads)
+
+    def warm_up() -> None:  # the first call is the slowest, and fails where others would
+        with computing(model):
+            tagger(Image.new("RGB", (32, 32)))
+
+    app.state.server.model_thread.submit(warm_up).result()
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again at its end, for whoever had asked for it
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{options.checkpoint} at {address}/predict; {address}/docs says how. Ctrl-C ends it.", flush=True)
-    uvicorn.Server(server_config(build_app(tagger, options), options)).run(sockets=[listener])
+    uvicorn.Server(server_config(app, options)).run(sockets=[listener])
