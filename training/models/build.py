@@ -1,6 +1,7 @@
 """The model of a run: new, on a pretrained backbone, or from a checkpoint; and its label embeddings."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import (
@@ -30,7 +31,7 @@ from modeling_hsvlt.losses_multilabel import multilabel_loss
 from ..checkpoint.loading import check_pinned, commit_of
 from ..checkpoint.public_names import public_name
 from ..config import TrainingConfig
-from .from_checkpoint import from_checkpoint
+from .from_checkpoint import configured, from_checkpoint
 from .named import BACKBONES, TEXT_ENCODERS, local_source
 
 # Labels whose classes are printed.
@@ -88,13 +89,13 @@ def build_model(config: TrainingConfig, label_names: list[str], say: Callable[[s
     }
     if config.model_type == "hp_dval" and config.label_template is not None:
         overrides.setdefault("label_template", config.label_template)
+    if encoded is not None:
+        overrides.setdefault("label_embedding_dim", encoded.shape[1])
     if config.init_from is not None:
         model = from_checkpoint(config, label_names, overrides)
     elif config.model_type == "hp_dval" and config.backbone is not None:
         model = _from_clip(config, overrides)
     else:
-        if encoded is not None:
-            overrides.setdefault("label_embedding_dim", encoded.shape[1])
         model = _new_model(config, overrides)
 
     if encoded is not None:
@@ -285,18 +286,8 @@ def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
     if config.model_type not in ours:
         raise ValueError(f"model_type is {config.model_type!r}: choose one of {', '.join(ours)}.")
     config_class = CONFIG_MAPPING[config.model_type]
-    unknown = [name for name in config.model if not hasattr(config_class(), name)]
-    if unknown:
-        raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}: see its docstring for all fields.")
-    try:
-        if config.preset is None:
-            model_config = config_class(**overrides)
-        else:
-            model_config = config_class.preset(config.preset, **overrides)
-    except ValueError:
-        raise
-    except Exception as error:  # transformers looks fields up by one another
-        raise ValueError(f"model {config.model} fits no {config_class.__name__} ({error!r}): correct it.") from error
+    make = config_class if config.preset is None else partial(config_class.preset, config.preset)
+    model_config = configured(config_class, config.model, lambda: make(**overrides))
     model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
     if config.backbone is None:
         return model_class(model_config)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from transformers import (
@@ -20,10 +22,11 @@ from ...tolerance import assert_close_outputs
 BACKBONE = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
 TINY = {"preset": "nano", "image_size": 32}
 NAMES = ["cat", "dog", "tv monitor", "person"]
+MODEL = {"backbone_config": BACKBONE, "label_embedding_dim": 8}
 
 
 def build(names=NAMES, *, model=None, **options):
-    model = {"backbone_config": BACKBONE, "label_embedding_dim": 8} if model is None else model
+    model = MODEL if model is None else model
     return build_model(TrainingConfig(**TINY, model=model, **options), names)
 
 
@@ -86,6 +89,67 @@ def test_init_from_carries_labels_over_by_name(tmp_path, names, classifier):
             assert_close_outputs(new[:, column], old[:, NAMES.index(name)])
 
 
+@pytest.mark.parametrize("names", [NAMES, ["person", "bird", "cat"]])
+@pytest.mark.parametrize(
+    "change, fresh, why",
+    [
+        (
+            {"label_embedding_dim": 12},
+            r"label_embeddings|stages\.0\.projection\.weight",
+            "(4, 8) there, ({n}, 12) here",
+        ),
+        ({"classifier": "shared"}, r"^classifier", "(4, 48) there, (1, 48) here"),
+        ({"normalize_visual_tokens": False, "normalize_multimodal_states": True}, r"multimodal_norms", "are not in"),
+        ({"candidate_labels": 2}, r"candidate_scorer", "are not in"),
+    ],
+)
+def test_init_from_keeps_the_weights_that_fit_and_names_the_others(tmp_path, caplog, names, change, fresh, why):
+    source = build()
+    folder = checkpoint(tmp_path, source)
+    model = build_model(TrainingConfig(image_size=32, init_from=folder, model=change), names)
+    assert logits(model).shape == (2, len(names))
+    known = [(row, NAMES.index(name)) for row, name in enumerate(names) if name in NAMES]
+    rows, source_rows = (list(side) for side in zip(*known, strict=True))
+    old, kept = source.state_dict(), 0
+    for name, value in model.state_dict().items():
+        if re.search(fresh, name) is None:
+            of_labels = name.startswith(("classifier.", "hsvlt.label_embeddings."))
+            assert torch.equal(value[rows] if of_labels else value, old[name][source_rows] if of_labels else old[name])
+            kept += 1
+    assert kept > 50
+    (words,) = [each.getMessage() for each in caplog.records if "start fresh: " in each.getMessage()]
+    assert f"{len(model.state_dict()) - kept} of {len(model.state_dict())} weights" in words
+    assert why.format(n=len(names)) in words
+    for field, value in change.items():
+        assert f"{field} ({getattr(source.config, field)} there, {value} here)" in words
+
+
+def test_init_from_a_shared_classifier_with_one_a_label(tmp_path, caplog):
+    """Its only row is no label's."""
+    folder = checkpoint(tmp_path, build(model=MODEL | {"classifier": "shared"}))
+    model = build_model(TrainingConfig(image_size=32, init_from=folder, model={"classifier": "per_label"}), NAMES)
+    assert model.classifier.weight.shape == (4, 48) and logits(model).shape == (2, 4)
+    assert "classifier.weight ((1, 48) there, (4, 48) here)" in caplog.text
+
+
+def test_init_from_a_model_of_which_nothing_fits_is_refused(tmp_path):
+    folder = checkpoint(tmp_path, build())
+    wide = {"model_type": "convnext", "hidden_sizes": [12, 12, 20, 20], "depths": [1, 1, 1, 1], "patch_size": 4}
+    wide = {"backbone_config": wide, "label_embedding_dim": 6}
+    with pytest.raises(ValueError, match=r"No weight of .* fits .*backbone_config, label_embedding_dim"):
+        build_model(TrainingConfig(image_size=32, init_from=folder, model=wide), ["bird"])
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [({"num_head": 2}, "no field 'num_head'"), ({"backbone_config": {"depths": [1, 1, 1, 1]}}, "fits no HSVLTConfig")],
+)
+def test_init_from_refuses_fields_that_no_model_has(tmp_path, fields, message):
+    folder = checkpoint(tmp_path, build())
+    with pytest.raises(ValueError, match=message):
+        build_model(TrainingConfig(image_size=32, init_from=folder, model=fields), NAMES)
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
@@ -98,6 +162,16 @@ def encoder(tmp_path_factory):
     bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, bert, tokenizer
+
+
+@pytest.mark.parametrize("names", [NAMES, ["person", "dog"]])
+def test_init_from_takes_another_width_with_another_text_encoder(encoder, tmp_path, names, caplog):
+    folder, bert, tokenizer = encoder
+    source = checkpoint(tmp_path, build())
+    model = build_model(TrainingConfig(image_size=32, init_from=source, label_encoder=str(folder)), names)
+    assert torch.equal(model.hsvlt.label_embeddings.weight, encode_labels(names, bert, tokenizer))
+    assert "label_embedding_dim (8 there, 12 here)" in caplog.text
+    assert logits(model).shape == (2, len(names))
 
 
 @pytest.mark.parametrize("reading", ["mean", "official"])
