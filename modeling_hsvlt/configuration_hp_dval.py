@@ -1,5 +1,6 @@
 """HP-DVAL configuration."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,9 +11,9 @@ from .configuration_multilabel import MultiLabelConfig, auto_map_of, preset_of
 
 PHASES = ("phase1", "phase2", "joint")
 # Image towers that give one token a patch, and for the whole image a class token in front or a pooling head.
-STUDENT_TYPES = ("clip_vision_model", "vit", "siglip_vision_model")
-HEADS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-TEXT_TYPES = {"clip_text_model": "clip_vision_model", "siglip_text_model": "siglip_vision_model"}  # and their teachers
+HEADS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "siglip2_vision_model": "siglip"}
+STUDENT_TYPES = (*HEADS, "vit")
+TEXT_TYPES = {tower.replace("vision", "text"): tower for tower in HEADS}  # and their teachers
 
 # "vit-b-16": the published CLIP. "nano": this package's own, for tests and small data. Vocabularies are those of the
 # text tower without context tokens, whose rows are added behind.
@@ -59,8 +60,8 @@ class HPDVALConfig(MultiLabelConfig):
             Text tower. Its `vocab_size` counts the reserved context tokens.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Image tower that is trained, the student: `clip_vision_model` (the released code) or `vit` (the paper starts
-            from an ImageNet ViT), or `siglip_vision_model`: SigLIP, and SigLIP 2 of fixed size. Default: CLIP's
-            ViT-B/16.
+            from an ImageNet ViT), or `siglip_vision_model`: SigLIP, and SigLIP 2 of fixed size, or
+            `siglip2_vision_model`: SigLIP 2's NaFlex. Default: CLIP's ViT-B/16.
         teacher_config (`dict`, `CLIPVisionConfig` or `SiglipVisionConfig`, *optional*):
             The CLIP's own image tower, the frozen teacher of phase 1. None: like the student.
         projection_dim (`int`, defaults to 512):
@@ -196,14 +197,14 @@ class HPDVALConfig(MultiLabelConfig):
         if self.is_siglip:
             self.prompt_length = self.text_config.max_position_embeddings
         if self.image_size is None:
-            self.image_size = self.vision_config.image_size
+            self.image_size = side_of(self.vision_config)
         if self.embedding_head is None:
             self.embedding_head = HEADS.get(self.vision_config.model_type, "mlp")
 
     @property
     def is_siglip(self) -> bool:
         """Whether the text tower is a SigLIP's, which reads every prompt at its last place, padded to that."""
-        return self.text_config.model_type == "siglip_text_model"
+        return self.text_config.model_type in ("siglip_text_model", "siglip2_text_model")
 
     @property
     def num_reserved_tokens(self) -> int:
@@ -234,9 +235,9 @@ class HPDVALConfig(MultiLabelConfig):
         if self.vision_config.model_type not in STUDENT_TYPES:
             raise ValueError(
                 f"vision_config is of type {self.vision_config.model_type!r}, but the student must give one token for "
-                f"the image and one a patch: choose one of {STUDENT_TYPES}; of SigLIP 2 take one of fixed size."
+                f"the image and one a patch: choose one of {STUDENT_TYPES}."
             )
-        if (self.embedding_head == "siglip") != (self.vision_config.model_type == "siglip_vision_model"):
+        if (self.embedding_head == "siglip") != (HEADS.get(self.vision_config.model_type) == "siglip"):
             raise ValueError(
                 f"embedding_head={self.embedding_head!r} does not go with a {self.vision_config.model_type}: leave it "
                 "out."
@@ -254,6 +255,8 @@ class HPDVALConfig(MultiLabelConfig):
             towers["teacher_config"] = self.teacher_config
         if self.embedding_head == "siglip":
             towers["vision_config"] = self.vision_config
+            if not self.vision_config.vision_use_head:
+                raise ValueError("vision_config.vision_use_head is false, but both views are read by that head.")
         for name, tower in towers.items():
             field = width_field(tower)
             if getattr(tower, field) != self.projection_dim:
@@ -302,6 +305,12 @@ class HPDVALConfig(MultiLabelConfig):
 
 def width_field(tower: PreTrainedConfig) -> str:
     """Which field of a tower of CLIP or SigLIP says how many numbers it gives a text or an image."""
-    return {"siglip_text_model": "projection_size", "siglip_vision_model": "hidden_size"}.get(
-        tower.model_type, "projection_dim"
-    )
+    if not tower.model_type.startswith("siglip"):
+        return "projection_dim"
+    return "projection_size" if tower.model_type in TEXT_TYPES else "hidden_size"
+
+
+def side_of(tower: PreTrainedConfig) -> int:
+    """Side in pixels of the square image that a tower has positions for; NaFlex's says how many patches."""
+    num_patches = getattr(tower, "num_patches", None)
+    return tower.image_size if num_patches is None else math.isqrt(num_patches) * tower.patch_size

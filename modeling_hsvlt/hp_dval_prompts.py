@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextModelWithProjection, SiglipTextModel
+from transformers import CLIPTextModelWithProjection, Siglip2TextModel, SiglipTextModel
 
 from .configuration_hp_dval import HPDVALConfig
 from .kept_embeddings import KeptEmbeddings
@@ -87,8 +87,8 @@ def encode_in_parts(text: nn.Module, prompt_ids: torch.Tensor) -> torch.Tensor:
 
 
 def build_text_tower(config: HPDVALConfig) -> nn.Module:
-    tower = SiglipTextModel if config.is_siglip else CLIPTextModelWithProjection
-    return tower._from_config(config.text_config)
+    towers = {"siglip_text_model": SiglipTextModel, "siglip2_text_model": Siglip2TextModel}
+    return towers.get(config.text_config.model_type, CLIPTextModelWithProjection)._from_config(config.text_config)
 
 
 def text_embeddings_of(text: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ from inspect import signature
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoBackbone, AutoModel
 from transformers.backbone_utils import BackboneConfigMixin
@@ -18,10 +19,11 @@ from .configuration_hsvlt import BLOCK_BACKBONES, HSVLTConfig
 from .convnext_in_rows import convnext_layer_in_rows, runs_in_rows
 from .hsvlt_probe import NormsAfter, retire, without_data
 from .hsvlt_timm import backbone_config_of, build_timm, gives_channels_last, load_timm
-from .load_pretrained import load_pretrained
+from .load_pretrained import load_pretrained, options_of_part
 from .modeling_efficientnet_lite import EfficientNetLiteBackbone
 from .modeling_mltr import MlTrBackbone
 from .modeling_multilabel import MultiLabelPreTrainedModel, is_plain
+from .naflex_patches import naflex_inputs
 
 # AutoBackbone does not know a class that was downloaded with a checkpoint.
 OWN_BACKBONES: dict[str, Any] = {"mltr": MlTrBackbone, "efficientnet_lite": EfficientNetLiteBackbone}
@@ -174,6 +176,7 @@ class HSVLTStageBackbone(nn.Module):
 
     # Patterns of the tensors that a checkpoint of the bare model has not.
     starts_fresh: ClassVar[tuple[str, ...]] = ("norm",)
+    tokens_behind = 0  # tokens of no patch that stand behind those of the patches
 
     def __init__(self, config: HSVLTConfig):
         super().__init__()
@@ -230,7 +233,8 @@ class HSVLTStageBackbone(nn.Module):
             unused = (name.removeprefix("model\\.") for name in self._keys_to_ignore_on_load_unexpected)
             may_lack = "|".join((*self.starts_fresh, *unused))
             # Not AutoBackbone: it asks the Hub whether a local folder exists.
-            model = load_pretrained(type(self.model), source, may_lack=may_lack, **self._source_options(), **load)
+            options = self._source_options() | options_of_part(self.model.state_dict(), source, **load)
+            model = load_pretrained(type(self.model), source, may_lack=may_lack, **options, **load)
         weights = model.state_dict()
         self.load_state_dict({name: weights[self._name_in_source(name)] for name in self.state_dict()})
 
@@ -268,15 +272,18 @@ class HSVLTStageBackbone(nn.Module):
         return self._on_grid(maps, pixel_values)
 
     def _on_grid(self, states: Iterable[torch.Tensor], pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """Maps (B, C, H, W) as they are; of tokens (B, N, C), with others in front, the map of the patches."""
-        height, width = self._grid(pixel_values)
-        return [
-            state if state.ndim == 4 else state[:, state.shape[1] - height * width :].mT.unflatten(2, (height, width))
-            for state in states
-        ]
+        """Maps (B, C, H, W) as they are; of tokens (B, N, C), with others around them, the map of the patches."""
+        height, width = self._grid(pixel_values.shape[-2:])
+        maps = []
+        for state in states:
+            if state.ndim == 3:
+                end = state.shape[1] - self.tokens_behind
+                state = state[:, end - height * width : end].mT.unflatten(2, (height, width))
+            maps.append(state)
+        return maps
 
-    def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        return pixel_values.shape[-2] // self.patch_size[0], pixel_values.shape[-1] // self.patch_size[1]
+    def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        return image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1]
 
     def _reads(self, image_size: tuple[int, int]) -> bool:
         try:
@@ -289,16 +296,17 @@ class HSVLTStageBackbone(nn.Module):
 class HSVLTTowerBackbone(HSVLTStageBackbone):
     """A vision model of transformers that is no `AutoBackbone` (CLIP, SigLIP, ViT, DeiT, ...), by its hidden states.
 
-    Of tokens: four evenly spaced layers, without what stands in front of the patches (CLS, registers), each through the
-    norm that the model has after its last layer. Of maps: the last of each resolution, and of those the four coarsest.
+    Of one scale: four evenly spaced layers; tokens without what stands around the patches (CLS, registers), through the
+    norm that the model has after its last layer. Of several: the last of each resolution, and of those the four
+    coarsest.
     Position embeddings are interpolated where the model can; SigLIP 2's NaFlex gets the image as patches.
     """
 
     starts_fresh = ()
 
     def _build(self, backbone_config) -> PreTrainedModel:
-        kind = MODEL_MAPPING.get(type(backbone_config), None)
-        if kind is None or getattr(kind, "main_input_name", None) != "pixel_values":
+        kind = MODEL_MAPPING.get(type(backbone_config), None) or _class_by_name(backbone_config)
+        if getattr(kind, "main_input_name", None) != "pixel_values":
             raise ValueError(
                 f"backbone_config of type {backbone_config.model_type!r} is no backbone and no vision model of "
                 "transformers; choose one, such as convnext, swin, dinov2, vit or siglip_vision_model."
@@ -310,11 +318,12 @@ class HSVLTTowerBackbone(HSVLTStageBackbone):
             )
         if hasattr(backbone_config, "vision_use_head"):
             backbone_config.vision_use_head = False  # pools, for nobody
-        return AutoModel.from_config(backbone_config, trust_remote_code=False, **_without_pooling(kind))
+        return kind._from_config(backbone_config, **_without_pooling(kind))
 
     def _prepare(self) -> None:
         config, takes = self.model.config, signature(self.model.forward).parameters
         self.takes_patches = "spatial_shapes" in takes
+        self.tokens_behind = getattr(config, "num_detection_tokens", 0)  # a YOLOS has some
         self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
         lists = (part for part in self.model.modules() if isinstance(part, nn.ModuleList))
         layers = next((part for part in lists if len(part) == getattr(config, "num_hidden_layers", None)), [None])
@@ -332,31 +341,27 @@ class HSVLTTowerBackbone(HSVLTStageBackbone):
     def _inputs(self, images: torch.Tensor) -> dict[str, Any]:
         if not self.takes_patches:
             return {"pixel_values": images, "output_hidden_states": True, **self.options}
-        height, width = self._grid(images)
-        patches = images[..., : height * self.patch_size[0], : width * self.patch_size[1]]
-        patches = patches.unflatten(3, (width, -1)).unflatten(2, (height, -1)).permute(0, 2, 4, 3, 5, 1)
-        # One grid for all images, so positions of one: they are added to each.
-        grid = torch.tensor([[height, width]], device="cpu")
-        inputs = {
-            "pixel_values": patches.flatten(3).flatten(1, 2),
-            "pixel_attention_mask": None,
-            "spatial_shapes": grid,
-        }
-        return {"output_hidden_states": True, **inputs, **self.options}
+        return {"output_hidden_states": True, **naflex_inputs(images, self.patch_size), **self.options}
 
     def _places(self, states: tuple[torch.Tensor, ...]) -> list[int]:
         """Which of the hidden states are read."""
         shapes = [tuple(state.shape) for state in states]
-        height, width = (side // patch for side, patch in zip(self.image_size, self.patch_size, strict=True))
+        sides, (height, width) = self.image_size, self._grid(self.image_size)
         if any(shape[0] != 2 for shape in shapes):
             raise ValueError("it puts the patches of all images into one row")
-        if all(len(shape) == 3 for shape in shapes) and len(set(shapes)) == 1 and shapes[0][1] >= height * width > 1:
+        # Whether maps are (B, H, W, C), as a SAM's are: told by the aspect ratio of the images.
+        self.channels_last = all(len(shape) == 4 and shape[1] * sides[1] == shape[2] * sides[0] for shape in shapes)
+        self.channels_last &= not all(shape[2] * sides[1] == shape[-1] * sides[0] for shape in shapes)
+        if self.channels_last:
+            shapes = [(batch, channels, *size) for batch, *size, channels in shapes]
+        one = shapes[0]
+        if len(set(shapes)) == 1 and (one[2:] == (height, width) or (len(one) == 3 and one[1] >= height * width > 1)):
             layers = len(states) - 1
             if layers < 4:
                 raise ValueError(f"it has {layers} layers, and four are read")
             return [-(-layers * quarter // 4) for quarter in (1, 2, 3, 4)]
         last = {shape[2:]: index for index, shape in enumerate(shapes) if len(shape) == 4}
-        if len(last) < 4 or any(height > self.image_size[0] or width > self.image_size[1] for height, width in last):
+        if len(last) < 4 or any(height > sides[0] or width > sides[1] for height, width in last):
             raise ValueError("its hidden states are neither tokens of patches nor maps of four resolutions")
         return sorted(last.values())[-4:]
 
@@ -368,7 +373,15 @@ class HSVLTTowerBackbone(HSVLTStageBackbone):
 
     def _maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         states = self.model(**self._inputs(pixel_values)).hidden_states
-        return self._on_grid([self.norm(states[place]) for place in self.places], pixel_values)
+        read = [self.norm(states[place]) for place in self.places]
+        return self._on_grid([state.movedim(-1, 1) for state in read] if self.channels_last else read, pixel_values)
+
+
+def _class_by_name(config) -> Any:
+    """transformers' model of a configuration that AutoModel does not know: Blip2VisionModel of Blip2VisionConfig."""
+    if not type(config).__module__.startswith("transformers."):
+        return None
+    return getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
 
 
 def _without_pooling(kind: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -171,6 +171,21 @@ def _base_of(source: str, hub: dict) -> str:
     if file_of(source, "adapter_model.safetensors", hub) is None:
         raise ValueError(f"{source} holds an adapter that is no safetensors file: do not load this.")
     return base
+
+
+def options_of_part(names: Iterable[str], source: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
+    """How `from_pretrained` is told what stands before these names of tensors in a `source` that holds more than them,
+    such as a BLIP-2 or a LLaVA of which the image tower is read: its `key_mapping`. Nothing where they stand there by
+    themselves or under names that transformers knows, and where there are no files, which `load_pretrained` tells.
+    """
+    try:
+        held = _tensors_of(os.fspath(source), {} if revision is None else {"revision": revision})[0]
+    except Exception:
+        return {}
+    first, *others = names
+    prefixes = (name.removesuffix(first) for name in held if name.endswith(f".{first}"))
+    whole = [prefix for prefix in prefixes if all(prefix + name in held for name in others)]
+    return {"key_mapping": {f"^{re.escape(whole[0])}": ""}} if len(whole) == 1 and first not in held else {}
 
 
 def _tensors_of(source: str, hub: dict) -> tuple[dict[str, list[int]], dict[str, str]]:

@@ -21,6 +21,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    Siglip2Model,
+    Siglip2VisionModel,
     SiglipModel,
     SiglipVisionModel,
     ViTModel,
@@ -51,11 +53,18 @@ from .modeling_multilabel import (
     MultiLabelPreTrainedModel,
     require_images,
 )
+from .naflex_patches import naflex_inputs
 
 # Not used here: a checkpoint carries the files that its modeling file imports, and the pipeline must be among them.
 from .pipeline_multilabel import MultiLabelImageClassificationPipeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
+
+IMAGE_TOWERS: dict[str, type[PreTrainedModel]] = {
+    "clip_vision_model": CLIPVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "siglip2_vision_model": Siglip2VisionModel,
+}
 
 
 @dataclass
@@ -110,12 +119,10 @@ class HPDVALImageEncoder(nn.Module):
     def __init__(self, config: HPDVALConfig):
         super().__init__()
         vision = config.vision_config
-        if vision.model_type == "clip_vision_model":
-            self.backbone = CLIPVisionModel._from_config(vision)
-        elif vision.model_type == "siglip_vision_model":
-            self.backbone = SiglipVisionModel._from_config(vision)
+        if vision.model_type == "vit":
+            self.backbone: PreTrainedModel = ViTModel._from_config(vision, add_pooling_layer=False)
         else:
-            self.backbone = ViTModel._from_config(vision, add_pooling_layer=False)
+            self.backbone = IMAGE_TOWERS[vision.model_type]._from_config(vision)
         if config.embedding_head == "siglip":
             self.projection = nn.Identity()
         elif config.embedding_head == "clip":
@@ -131,8 +138,8 @@ class HPDVALImageEncoder(nn.Module):
         self, pixel_values: torch.Tensor, patches: bool = True, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None, tuple | None]:
         """Image `(B, E)`, patches `(B, P, E)` where asked for, hidden states and attentions."""
-        output = self.backbone(pixel_values, interpolate_pos_encoding=True, return_dict=True, **kwargs)
-        if self.backbone.config.model_type == "siglip_vision_model":
+        output = run_tower(self.backbone, pixel_values, **kwargs)
+        if isinstance(self.projection, nn.Identity):
             local = None
             if patches:
                 states = output.last_hidden_state  # (B, P, E)
@@ -143,6 +150,16 @@ class HPDVALImageEncoder(nn.Module):
             states = self.backbone.post_layernorm(states)  # transformers applies it to the class token alone
         states = self.projection(states)  # (B, 1 + P, E)
         return states[:, 0], states[:, 1:] if patches else None, output.hidden_states, output.attentions
+
+
+def run_tower(tower: PreTrainedModel, pixel_values: torch.Tensor, **kwargs) -> ModelOutput:
+    """The output of an image tower of transformers for images `(B, 3, H, W)`, of other sizes than its own too."""
+    if tower.config.model_type == "siglip2_vision_model":
+        patch = tower.config.patch_size
+        inputs = naflex_inputs(pixel_values, (patch, patch))
+    else:
+        inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": True}
+    return tower(**inputs, return_dict=True, **kwargs)
 
 
 class HPDVALLogitScale(nn.Module):
@@ -254,16 +271,21 @@ class HPDVALModel(HPDVALTexts, HPDVALPreTrainedModel):
     def __init__(self, config: HPDVALConfig):
         super().__init__(config)
         self.student = HPDVALImageEncoder(config)
-        teacher = SiglipVisionModel if config.is_siglip else CLIPVisionModelWithProjection
-        self.teacher = teacher._from_config(config.teacher_config) if config.has_teacher else None
+        self.teacher: PreTrainedModel | None = None
+        if config.has_teacher:
+            teacher = config.teacher_config
+            kind = IMAGE_TOWERS[teacher.model_type] if config.is_siglip else CLIPVisionModelWithProjection
+            self.teacher = kind._from_config(teacher)
         self.text = build_text_tower(config) if config.has_text_model else None
         self.prompts = HPDVALPrompts(config)
         self._views, self._handwritten = KeptEmbeddings(), KeptEmbeddings()
         self.post_init()
         # Those that are there: accelerate refuses others. Contexts are read from the token table outside CLIP's module
         # around it, so FSDP2 must not wrap that module: accelerate wraps the table, which `get_input_embeddings` names.
-        whole = {"CLIPEncoderLayer", "CLIPVisionEmbeddings", "SiglipEncoderLayer", "SiglipVisionEmbeddings"}
-        whole |= set(getattr(self, "_no_split_modules", None) or ()) - {"CLIPTextEmbeddings", "SiglipTextEmbeddings"}
+        families = ("CLIP", "Siglip", "Siglip2")
+        whole = {f"{family}{part}" for family in families for part in ("EncoderLayer", "VisionEmbeddings")}
+        whole |= set(getattr(self, "_no_split_modules", None) or ())
+        whole -= {f"{family}TextEmbeddings" for family in families}
         there = {type(module).__name__ for module in self.modules()}
         setattr(self, "_no_split_modules", whole & there)  # noqa: B010  (a list in the class)
         self._freeze()
@@ -338,7 +360,7 @@ class HPDVALForImageClassification(HPDVALContexts, HPDVALPreTrainedModel):
     @classmethod
     def from_clip(
         cls,
-        clip_model: CLIPModel | SiglipModel,
+        clip_model: CLIPModel | SiglipModel | Siglip2Model,
         tokenizer,
         label_names: Sequence[str],
         *,
@@ -349,8 +371,9 @@ class HPDVALForImageClassification(HPDVALContexts, HPDVALPreTrainedModel):
         """A model that starts as `clip_model` zero-shot: its towers are copied, the teacher included.
 
         Args:
-            clip_model (`CLIPModel` or `SiglipModel`): any size; left untouched, nothing is shared with it. A SigLIP, or
-                a SigLIP 2 of fixed size, brings scale and bias of its scores.
+            clip_model (`CLIPModel`, `SiglipModel` or `Siglip2Model`): any size; left untouched, nothing is shared with
+                it. A SigLIP brings scale and bias of its scores. (SigLIP 2 of fixed size is a `SiglipModel`, NaFlex a
+                `Siglip2Model`.)
             tokenizer: its tokenizer, left untouched. `tokenizer.add_tokens(model.config.context_tokens,
                 special_tokens=True)` would give it the context tokens, under the ids that the model has for them.
             label_names (sequence of `str`), label_text (`Mapping`, *optional*): see [`set_labels`].
@@ -368,7 +391,7 @@ class HPDVALForImageClassification(HPDVALContexts, HPDVALPreTrainedModel):
                 f"the tokenizer has {num_tokens} tokens, but the text tower knows "
                 f"{clip_config.text_config.vocab_size}: they are not of one model."
             )
-        siglip = clip_config.model_type == "siglip"
+        siglip = clip_config.model_type in ("siglip", "siglip2")
         width = clip_config.text_config.projection_size if siglip else clip_config.projection_dim
         text_config = {**clip_config.text_config.to_dict(), "projection_dim": width}
         if siglip:
@@ -613,7 +636,7 @@ class HPDVALForImageClassification(HPDVALContexts, HPDVALPreTrainedModel):
                 share = (labels != UNKNOWN_LABEL).sum(1) / items_in_step(num_items_in_batch, logits)
             if self.training and config.phase != "phase2" and config.distillation_weight:
                 with torch.no_grad():
-                    teacher = self.hp_dval.teacher(pixel_values, interpolate_pos_encoding=True, return_dict=True)
+                    teacher = run_tower(self.hp_dval.teacher, pixel_values)
                 # Eq. 2: |teacher(x) - f_cls| in the shared space; a mean over its entries, as in the code.
                 seen = teacher.pooler_output if config.is_siglip else teacher.image_embeds
                 distance = (output.image_embeds.float() - seen.to(logits.device).float()).abs()

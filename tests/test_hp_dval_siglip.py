@@ -1,4 +1,5 @@
-"""HP-DVAL over SigLIP, whose second version of fixed size has the same classes, against transformers' own."""
+"""HP-DVAL over SigLIP, whose second version of fixed size has the same classes, and over SigLIP 2's NaFlex, against
+transformers' own models and image processor."""
 
 from dataclasses import replace
 
@@ -6,42 +7,36 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Siglip2Config, Siglip2Tokenizer, Siglip2VisionConfig, SiglipConfig, SiglipModel
+from transformers import BlipConfig, Siglip2ImageProcessorPil, Siglip2Model
 
 from modeling_hsvlt import HPDVALConfig, HPDVALForImageClassification
 from training.config import TrainingConfig
 from training.models.build import build_model
 
+from .tiny_siglip import tiny_siglip, tiny_tokenizer
 from .tolerance import assert_close_outputs
 
 LABELS = ["cat", "potted plant", "dog"]
 
 
-def tiny_tokenizer(padding_side="right"):
-    """SigLIP 2's own, spelling all but some words; no start, and blanks at the beginning of words."""
-    merges = [("▁", "a"), ("c", "a"), ("ca", "t"), ("▁", "cat")]
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *"abcdefghijklmnopqrstuvwxyz.▁", *map("".join, merges)]
-    return Siglip2Tokenizer({word: index for index, word in enumerate(words)}, merges, padding_side=padding_side)
-
-
-def tiny_siglip(tokenizer):
-    torch.manual_seed(0)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 32, "pad_token_id": 0}
-    text |= {"bos_token_id": 2, "eos_token_id": 1}
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 8}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3) if parameter.ndim > 1 else None
-        model.logit_scale.fill_(2.0)
-        model.logit_bias.fill_(-3.0)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def parts():
+@pytest.fixture(scope="module", params=["siglip", "naflex"])
+def parts(request):
     tokenizer = tiny_tokenizer()
-    return tiny_siglip(tokenizer), tokenizer, torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return tiny_siglip(tokenizer, request.param == "naflex"), tokenizer, random_images(32, 32)
+
+
+def random_images(height, width):
+    return torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def images_for(siglip, pixels):
+    """What transformers' own model takes; NaFlex's patches as its own processor cuts them, padded to 5 too many."""
+    if not isinstance(siglip, Siglip2Model):
+        return {"pixel_values": pixels, "interpolate_pos_encoding": True}
+    num_patches = pixels[0, 0].numel() // 64 + 5
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=num_patches, do_resize=False)
+    as_they_are = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_first"}
+    return dict(processor(list(pixels.numpy()), return_tensors="pt", **as_they_are))
 
 
 def build(parts, **config):
@@ -55,13 +50,13 @@ def prompts_of(tokenizer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_the_global_view_is_siglip_s_own_zero_shot_score(padding_side, parts):
-    siglip, _, pixels = parts
+@pytest.mark.parametrize(("padding_side", "size"), [("left", (32, 32)), ("right", (32, 32)), ("right", (24, 64))])
+def test_the_global_view_is_siglip_s_own_zero_shot_score(padding_side, size, parts):
+    siglip, pixels = parts[0], random_images(*size)
     tokenizer = tiny_tokenizer(padding_side)
     model = build((siglip, tokenizer), alpha=1.0)
     assert torch.equal(model.hp_dval.prompts.prompt_ids[0], prompts_of(tokenizer))
-    expected = siglip(input_ids=prompts_of(tokenizer), pixel_values=pixels).logits_per_image
+    expected = siglip(input_ids=prompts_of(tokenizer), **images_for(siglip, pixels)).logits_per_image
     assert expected.std() > 0.01
     assert_close_outputs(model(pixels).logits, expected)
 
@@ -69,7 +64,8 @@ def test_the_global_view_is_siglip_s_own_zero_shot_score(padding_side, parts):
 @torch.no_grad()
 def test_the_local_view_is_the_same_head_over_one_patch(parts):
     siglip, tokenizer, pixels = parts
-    states = siglip.vision_model(pixels).last_hidden_state
+    seen_whole = siglip.vision_model(**images_for(siglip, pixels))
+    states = seen_whole.last_hidden_state
     head = siglip.vision_model.head
     text = F.normalize(siglip.text_model(prompts_of(tokenizer)).pooler_output, dim=-1)
     local = torch.empty(3, 16, 3)
@@ -81,7 +77,7 @@ def test_the_local_view_is_the_same_head_over_one_patch(parts):
             seen = seen + head.mlp(head.layernorm(seen))
             local[image, patch] = text @ F.normalize(seen, dim=-1)
     local = local.sort(dim=1).values[:, -3:].mean(1)
-    view = F.normalize(siglip.vision_model(pixels).pooler_output, dim=-1) @ text.T
+    view = F.normalize(seen_whole.pooler_output, dim=-1) @ text.T
     scale, bias = siglip.logit_scale.exp(), siglip.logit_bias
     assert_close_outputs(build(parts)(pixels).logits, scale * (0.4 * view + 0.6 * local) + bias)
 
@@ -117,8 +113,8 @@ def test_phases_saving_and_adapters(parts, tmp_path):
 def test_what_does_not_go_together_is_said(parts):
     config = build(parts).config.to_dict()
     for change, words in (
-        ({"embedding_head": "clip"}, "does not go with a siglip_vision_model"),
-        ({"vision_config": Siglip2VisionConfig().to_dict()}, "of fixed size"),
+        ({"embedding_head": "clip"}, r"does not go with a siglip2?_vision_model"),
+        ({"vision_config": {**config["vision_config"], "vision_use_head": False}}, "read by that head"),
         ({"teacher_config": {"model_type": "clip_vision_model"}}, "two towers of one CLIP or SigLIP"),
     ):
         with pytest.raises(Exception, match=words):
@@ -134,7 +130,6 @@ def test_training_builds_it_from_a_folder(parts, tmp_path):
     )
     with torch.no_grad():
         assert_close_outputs(build_model(config, LABELS).eval()(pixels).logits, build(parts)(pixels).logits)
-    (tmp_path / "naflex").mkdir()
-    Siglip2Config().save_pretrained(tmp_path / "naflex")
-    with pytest.raises(ValueError, match="a SigLIP 2 of fixed size"):
-        build_model(replace(config, backbone=str(tmp_path / "naflex")), LABELS)
+    BlipConfig().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="'blip'; HP-DVAL stands on a CLIP, a SigLIP or a SigLIP 2"):
+        build_model(replace(config, backbone=str(tmp_path / "other")), LABELS)

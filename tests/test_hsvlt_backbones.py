@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +6,8 @@ from transformers import (
     AutoModel,
     BertConfig,
     BitConfig,
+    Blip2Config,
+    Blip2Model,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -12,10 +15,14 @@ from transformers import (
     Dinov2Config,
     HGNetV2Config,
     HieraConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MaskFormerSwinConfig,
     PixioConfig,
     PPLCNetV3Config,
     RegNetConfig,
+    SamVisionConfig,
+    Siglip2ImageProcessorPil,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipConfig,
@@ -27,6 +34,7 @@ from transformers import (
     ViTForImageClassification,
     ViTMAEConfig,
     VitPoseBackboneConfig,
+    YolosConfig,
 )
 from transformers.utils import is_timm_available
 
@@ -115,25 +123,79 @@ def test_a_tower_gives_the_patches_of_its_normed_states(config_class, norm, pref
         assert_close_outputs(ours, theirs)
 
 
-def test_naflex_reads_images_as_its_own_patches():
-    images, config = random_images(32, 48), {k: v for k, v in VIT.items() if k != "image_size"}
-    model = make_model(Siglip2VisionConfig(**config, num_patches=16))
-    tower = Siglip2VisionModel(Siglip2VisionConfig(**config, num_patches=16, vision_use_head=False)).eval()
-    ours = model.hsvlt.backbone
+@pytest.mark.parametrize("size", [(32, 32), (32, 48), (72, 16)])
+def test_naflex_reads_images_of_any_aspect_ratio_as_its_own_processor_cuts_them(size):
+    naflex = Siglip2VisionConfig(**{k: v for k, v in VIT.items() if k != "image_size"}, num_patches=16)
+    ours = make_model(naflex).hsvlt.backbone
+    tower = Siglip2VisionModel(naflex).eval()
     weights = {k.removeprefix("model."): v for k, v in ours.state_dict().items() if k.startswith("model.")}
-    tower.load_state_dict({**weights, **{f"post_layernorm.{k}": v for k, v in ours.norm.state_dict().items()}})
-    corners = [(y, x) for y in range(0, 32, 8) for x in range(0, 48, 8)]
-    patches = [images[:, :, y : y + 8, x : x + 8].permute(0, 2, 3, 1).flatten(1) for y, x in corners]
+    weights |= {f"post_layernorm.{k}": v for k, v in ours.norm.state_dict().items()}
+    assert not any(name.startswith("head.") for name in weights)
+    tower.load_state_dict(tower.state_dict() | weights)
+    photograph = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    height, width = size[0] // 8, size[1] // 8
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=height * width + 3, do_resize=False)
+    inputs = processor([photograph, photograph[::-1].copy()], return_tensors="pt")
+    assert inputs["pixel_attention_mask"].sum(1).tolist() == [height * width] * 2
+    images = torch.tensor(np.stack([photograph, photograph[::-1]])).movedim(-1, 1) / 127.5 - 1
     with torch.no_grad():
-        states = tower(
-            pixel_values=torch.stack(patches, 1),
-            pixel_attention_mask=torch.ones(2, 24),
-            spatial_shapes=torch.tensor([[4, 6]] * 2),
-            output_hidden_states=True,
-        ).hidden_states
-        expected = [tower.post_layernorm(states[layer]).mT.reshape(2, 16, 4, 6) for layer in (2, 4, 6, 8)]
+        states = tower(**inputs, output_hidden_states=True).hidden_states
+        normed = [tower.post_layernorm(states[layer])[:, :-3] for layer in (2, 4, 6, 8)]
+        expected = [state.mT.reshape(2, 16, height, width) for state in normed]
         for found, theirs in zip(ours(images), expected, strict=True):
             assert_close_outputs(found, theirs)
+
+
+def test_tokens_behind_the_patches_are_none_of_them():
+    config = YolosConfig(**{**VIT, "image_size": [32, 32], "num_detection_tokens": 3})
+    ours = make_model(config).hsvlt.backbone
+    with torch.no_grad():
+        states = ours.model(random_images(), output_hidden_states=True).hidden_states
+        expected = ours.norm(states[4])[:, 1:17].mT.reshape(2, 16, 4, 4)
+        assert_close_outputs(ours(random_images())[1], expected)
+
+
+def test_a_tower_whose_tokens_stay_on_their_grid():
+    """SAM's: (B, H, W, C), without a norm behind the last layer."""
+    sam = SamVisionConfig(**{**VIT, "output_channels": 8, "window_size": 2, "global_attn_indexes": [1]})
+    ours = make_model(sam).hsvlt.backbone
+    assert ours.places == [2, 4, 6, 8] and ours.channels == [16] * 4
+    assert not any("neck" in name for name, _ in ours.named_parameters())
+    with torch.no_grad():
+        states = ours.model(random_images(), output_hidden_states=True).hidden_states
+        for found, place in zip(ours(random_images()), ours.places, strict=True):
+            assert_close_outputs(found, states[place].permute(0, 3, 1, 2))
+
+
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99, "intermediate_size": 16}
+
+
+def blip_2():
+    text = {"model_type": "opt", **TEXT, "ffn_dim": 16, "word_embed_proj_dim": 16}
+    return Blip2Model(
+        Blip2Config(vision_config=VIT, qformer_config={**TEXT, "encoder_hidden_size": 16}, text_config=text)
+    )
+
+
+def llava():
+    text = {"model_type": "llama", **TEXT, "num_key_value_heads": 2}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config={"model_type": "clip_vision_model", **VIT}, text_config=text)
+    )
+
+
+@pytest.mark.parametrize("build", [blip_2, llava])
+def test_a_tower_within_a_larger_model_is_a_source(build, tmp_path):
+    """Also one that AutoModel does not know: BLIP-2's, an EVA."""
+    torch.manual_seed(3)
+    whole = build().eval()
+    whole.save_pretrained(tmp_path)
+    model = HSVLTForImageClassification.from_backbone(tmp_path, num_labels=5, label_embedding_dim=12).eval()
+    tower = next(part for part in whole.modules() if type(part) is type(model.hsvlt.backbone.model))
+    with torch.no_grad():
+        states = tower(random_images(), output_hidden_states=True).hidden_states
+        expected = tower.post_layernorm(states[6])[:, 1:].mT.reshape(2, 16, 4, 4)
+        assert_close_outputs(model.hsvlt.backbone(random_images())[2], expected)
 
 
 @pytest.mark.parametrize(("config_class", "model_class"), [(CLIPConfig, CLIPModel), (SiglipConfig, SiglipModel)])

@@ -304,15 +304,13 @@ def _from_clip(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
     """HP-DVAL on the CLIP or SigLIP that `backbone` names; its size is that one's, whatever the preset.
 
     Raises:
-        ValueError: it is neither, or a SigLIP 2 that reads patches of any aspect ratio (NaFlex).
+        ValueError: it is neither.
     """
     check_pinned("backbone", config.backbone, config.backbone_revision)
     load = {"revision": config.backbone_revision}
     kind = load_pretrained(AutoConfig, config.backbone, **load).model_type
-    if kind not in ("clip", "siglip"):
-        raise ValueError(
-            f"{config.backbone} is of type {kind!r}; HP-DVAL stands on a CLIP, a SigLIP, or a SigLIP 2 of fixed size."
-        )
+    if kind not in ("clip", "siglip", "siglip2"):
+        raise ValueError(f"{config.backbone} is of type {kind!r}; HP-DVAL stands on a CLIP, a SigLIP or a SigLIP 2.")
     clip = load_pretrained(AutoModel, config.backbone, dtype=torch.float32, **load)
     config.backbone_revision = commit_of(clip.config) or config.backbone_revision
     tokenizer = load_pretrained(AutoTokenizer, config.backbone, **load)

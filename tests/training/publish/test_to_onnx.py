@@ -26,6 +26,7 @@ from training.export import _positives, main
 from training.publish.to_onnx import compare, export_onnx, image_size
 
 from ...tiny_clip import tiny_clip, tiny_clip_tokenizer
+from ...tiny_siglip import tiny_siglip, tiny_tokenizer
 from ..tiny_checkpoint import NAMES, save_checkpoint, save_images, tiny_model
 
 STAGES = [f"stage{number}" for number in range(1, 5)]
@@ -69,6 +70,12 @@ def hp_dval():
     return HPDVALForImageClassification.from_clip(tiny_clip(tokenizer), tokenizer, names, local_top_k=4)
 
 
+def hp_dval_on_naflex():
+    tokenizer = tiny_tokenizer()
+    names = ["cat", "dog", "potted plant"]
+    return HPDVALForImageClassification.from_clip(tiny_siglip(tokenizer, naflex=True), tokenizer, names, local_top_k=4)
+
+
 FAMILIES = {
     "block_backbone": lambda: tiny_model(candidate_labels=2),  # which ONNX leaves out: it scores all labels
     "resnet_backbone": resnet_backbone,
@@ -76,6 +83,7 @@ FAMILIES = {
     "swin_backbone": swin_backbone,
     "mltr": mltr,
     "hp_dval": hp_dval,
+    "hp_dval_on_naflex": hp_dval_on_naflex,
 }
 
 
