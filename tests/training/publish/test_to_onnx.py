@@ -198,8 +198,10 @@ def test_files_that_other_programs_read(tmp_path, capsys, monkeypatch):
     assert scores == pytest.approx(dict(zip(NAMES, expected, strict=True)), abs=0.3)
     assert json.loads(facts["thresholds"]) != [0.25, 0.5, 0.75]
     assert json.loads(facts["threshold_info"])["split"] == "validation"
-    operators = {node.op_type for node in onnx.load(tmp_path / "onnx" / "model_int8.onnx").graph.node}
-    assert "MatMulInteger" in operators
+    graph = onnx.load(tmp_path / "onnx" / "model_int8.onnx").graph
+    assert "MatMulInteger" in {node.op_type for node in graph.node}
+    weights = [onnx.numpy_helper.to_array(each) for each in graph.initializer if each.data_type == onnx.TensorProto.INT8]
+    assert weights and max(np.abs(weight.astype(int)).max() for weight in weights) <= 64  # 2 x 255 x 64 fit 16 bits
     with (tmp_path / "onnx" / "selected_tags.csv").open(newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == NAMES
 
