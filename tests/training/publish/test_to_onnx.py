@@ -200,7 +200,8 @@ def test_files_that_other_programs_read(tmp_path, capsys, monkeypatch):
     assert json.loads(facts["threshold_info"])["split"] == "validation"
     graph = onnx.load(tmp_path / "onnx" / "model_int8.onnx").graph
     assert "MatMulInteger" in {node.op_type for node in graph.node}
-    weights = [onnx.numpy_helper.to_array(each) for each in graph.initializer if each.data_type == onnx.TensorProto.INT8]
+    int8 = onnx.TensorProto.INT8
+    weights = [onnx.numpy_helper.to_array(each) for each in graph.initializer if each.data_type == int8]
     assert weights and max(np.abs(weight.astype(int)).max() for weight in weights) <= 64  # 2 x 255 x 64 fit 16 bits
     with (tmp_path / "onnx" / "selected_tags.csv").open(newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == NAMES
