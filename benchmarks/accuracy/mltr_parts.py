@@ -141,12 +141,16 @@ def print_table(results: dict[str, dict]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """Trains and measures; returns what the JSON file holds."""
+    # All of the training first: what scores afterwards leaves this process set up for another precision.
+    seconds: dict[str, list[float | None]] = {variant: [] for variant in args.variants}
+    for seed in range(args.seeds):
+        for variant in args.variants:
+            seconds[variant].append(train_once(options(variant, seed, args)))
     results = {}
     for variant in args.variants:
-        rows, seconds = [], []
+        rows = []
         for seed in range(args.seeds):
             config = options(variant, seed, args)
-            seconds.append(train_once(config))
             knobs = {knob: value for knob, value in config.scenes.items() if knob != "num_scenes"}
             rows.append(score(Path(config.output_dir), build_scenes(args.test_scenes, split="test", **knobs)))
         with torch.device("meta"):
@@ -160,9 +164,8 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
         } | {
             "parameters": parameters,
             "macs": multiply_adds(lambda c=config: build_model(c, list(SCENE_LABELS)), config.image_size),
-            "seconds": None if None in seconds else statistics.fmean(seconds),
+            "seconds": None if None in seconds[variant] else statistics.fmean(seconds[variant]),
         }
-        print_table({variant: results[variant]})
     date = datetime.now(UTC).date().isoformat()
     print(
         f"\n{config.epochs} epochs of {config.scenes['num_scenes']['train']:,} scenes, {args.seeds} seeds, mean and "

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 
 from benchmarks.accuracy import mltr_parts as ablation
 from benchmarks.accuracy.mltr_parts import VARIANTS, label_groups, main, options
@@ -57,6 +58,7 @@ def test_variants_differ_in_what_they_are_named_for():
 
 @pytest.mark.slow
 def test_command_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "native_precision", lambda: "bf16")
     monkeypatch.setitem(VARIANTS, "no attention", {"model": {"block_pattern": ["mlp"], "embed_dim": 8}})
     arguments = [
         "--seeds",
@@ -82,6 +84,14 @@ def test_command_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0 and trained == []  # what is done is not done again
     again = json.loads((tmp_path / "table.json").read_text())["no attention"]
     assert {**again, "seconds": 0} == {**row, "seconds": 0}
+
+    # One seed more, in a process of its own: what is there is scored, what is not is trained, in another precision.
+    monkeypatch.undo()
+    monkeypatch.setattr(ablation, "native_precision", lambda: "bf16")
+    monkeypatch.setitem(VARIANTS, "no attention", {"model": {"block_pattern": ["mlp"], "embed_dim": 8}})
+    AcceleratorState._reset_state(True)
+    arguments[1] = "3"
+    assert main(arguments) == 0
 
     monkeypatch.setattr(ablation.train, "main", lambda argv: 1)
     assert main([*arguments, "--num_scenes", "64"]) == 1
