@@ -10,6 +10,7 @@ classifier (`modeling_hsvlt.py`); backbones other than ConvNeXt (`hsvlt_backbone
 a ViT (`hsvlt_pyramid.py`). `configuration_hsvlt.py` has their options under "Generalisations" and "Not published".
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -176,8 +177,9 @@ class HSVLTAdditions(MultiLabelPreTrainedModel):
             for tensor in (module.weight, module.bias, *module.buffers(recurse=False)):
                 init.zeros_(tensor)
         elif isinstance(module, HSVLTCandidateScorer):
-            init.trunc_normal_(module.weight, std=0.02)
-            init.zeros_(module.bias)
+            if module.weight is not None:
+                init.trunc_normal_(module.weight, std=0.02)
+            init.constant_(module.bias, -math.log(module.config.num_labels))  # one label is there
         else:
             super()._init_weights(module)
 
@@ -291,7 +293,7 @@ class HSVLTAdditions(MultiLabelPreTrainedModel):
             ValueError: `candidate_labels` is set, and the checkpoint holds the scorer of before 0.1.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if any(name.startswith("candidate_scorer.linear.") for name in info["unexpected_keys"]):
+        if any(name.startswith("candidate_scorer.") for name in info["unexpected_keys"]):
             raise ValueError(
                 "the candidate scorer of this checkpoint is one of before 0.1, which is not read any more: set "
                 "candidate_labels to null in its config.json to score all labels, or train it again."

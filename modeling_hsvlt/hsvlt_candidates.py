@@ -12,6 +12,7 @@ from .configuration_hsvlt import HSVLTConfig
 from .modeling_multilabel import as_dtype_of, no_fp16_autocast, widened
 
 CANDIDATE_WIDTH = 64  # of what a place and a label are compared by
+CANDIDATE_PLACES = 256  # that are compared with every label, at most
 
 
 def on_grid(kind: str, maps: torch.Tensor, size: torch.Size) -> torch.Tensor:
@@ -44,9 +45,10 @@ class HSVLTCandidateScorer(nn.Module):
     """Scores every label cheaply, to choose those that the label stream reads.
 
     Each pixel of the last map of each stage becomes `GELU(A_i LN(X_i))`, averaged onto the grid of the third map. There
-    they go, side by side, through a linear layer, two convolutional blocks and a norm; of each cell of the last map's
-    grid the largest values are taken. A label has a vector of its own or, where the classifier is shared, a linear map
-    of its text embedding; its score is the largest product of that with a cell's, and a bias.
+    they go, side by side, through a linear layer, two convolutional blocks and a norm. Where that are more than 256
+    places, the largest values of each cell of the last map's grid stand for those in it. A label has a vector of its
+    own or, where the classifier is shared, a linear map of its text embedding; its score is the largest product of that
+    with a place's, and a bias, which starts as if one label were there.
 
     It learns by itself: no gradient goes from it into the maps or the embeddings, so that all else learns as it would
     without it.
@@ -64,11 +66,11 @@ class HSVLTCandidateScorer(nn.Module):
             self.join = nn.Linear(len(channels) * width, width)
             self.blocks = nn.Sequential(HSVLTCandidateBlock(width), HSVLTCandidateBlock(width))
             self.norm = nn.LayerNorm(width)
+            self.text = nn.Linear(config.label_embedding_dim, width, bias=False) if self.shared else None
         for layer in self.modules():
             layer.starts_as_in_torch = True
-        number = config.num_labels
-        self.weight = nn.Parameter(torch.empty((width, config.label_embedding_dim) if self.shared else (number, width)))
-        self.bias = nn.Parameter(torch.empty(1 if self.shared else number))
+        self.weight = None if self.shared else nn.Parameter(torch.empty(config.num_labels, width))
+        self.bias = nn.Parameter(torch.empty(1 if self.shared else config.num_labels))
 
     def forward(self, feature_maps: list[torch.Tensor], text_embeddings: torch.Tensor) -> torch.Tensor:
         """
@@ -85,11 +87,14 @@ class HSVLTCandidateScorer(nn.Module):
             grid, coarse = (each.shape[1:3] for each in (maps[-2:][0], maps[-1]))
             places = [on_grid("avg", each.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1) for each in pixels]
             places = self.blocks(self.join(torch.cat(places, dim=-1)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            cells = on_grid("max", self.norm(places).permute(0, 3, 1, 2), coarse).flatten(2).transpose(1, 2)
-            labels = self.weight.to(cells)
-            if self.shared:
-                labels = F.linear(text_embeddings.detach().to(cells), labels)
-            return widened((cells @ labels.T).amax(1)) + self.bias
+            places = self.norm(places).permute(0, 3, 1, 2)
+            if grid.numel() > CANDIDATE_PLACES:
+                places = on_grid("max", places, coarse)
+            places = places.flatten(2).transpose(1, 2)
+            labels = self.weight
+            if self.text is not None:
+                labels = self.text(as_dtype_of(self.text, text_embeddings.detach()))
+            return widened((places @ labels.to(places).T).amax(1)) + self.bias
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor | None:
         """The labels (B, m) of the highest scores (B, N), ascending; None for all."""

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from benchmarks.timing import CountMultiplyAdds
-from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification
+from modeling_hsvlt import HSVLTConfig, HSVLTForImageClassification, hsvlt_candidates
 from modeling_hsvlt.hsvlt_candidates import draw_labels
 from modeling_hsvlt.label_contract import NOT_EVALUATED
 from modeling_hsvlt.load_pretrained import load_pretrained
@@ -307,9 +307,11 @@ def test_label_chunks_give_the_whole():
 def with_scorer(**overrides):
     """A model whose candidate scorer tells labels apart."""
     model = make_model(candidate_labels=2, **overrides)
-    scorer = model.candidate_scorer
+    weight = (
+        model.candidate_scorer.weight if model.candidate_scorer.text is None else model.candidate_scorer.text.weight
+    )
     with torch.no_grad():
-        scorer.weight.copy_(torch.randn(scorer.weight.shape, generator=torch.Generator().manual_seed(3)))
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
     return model
 
 
@@ -317,8 +319,9 @@ def normed(norm, values):
     return (values - values.mean()) / (values.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
 
 
-def naive_scores(model, pixel_values):
-    """The scorer pixel by pixel and label by label; of the five maps those that end a stage."""
+def naive_scores(model, pixel_values, cell=1):
+    """The scorer pixel by pixel and label by label, of cells of so many places a side; of the five maps those that end
+    a stage."""
     scorer, maps = model.candidate_scorer, list(model.hsvlt.backbone(pixel_values))
     maps = [maps[0], maps[1], maps[3], maps[4]]
     side = maps[2].shape[2]
@@ -351,21 +354,25 @@ def naive_scores(model, pixel_values):
         for y in range(side):
             for x in range(side):
                 grid[y, x] = normed(scorer.norm, grid[y, x])
-        cells = [grid[y : y + 2, x : x + 2].amax((0, 1)) for y in range(0, side, 2) for x in range(0, side, 2)]
+        corners = [(y, x) for y in range(0, side, cell) for x in range(0, side, cell)]
+        cells = [grid[y : y + cell, x : x + cell].amax((0, 1)) for y, x in corners]
         for label in range(N):
             own = model.config.classifier == "per_label"
             text = model.hsvlt.label_embeddings.weight[label]
-            vector, bias = (scorer.weight[label], scorer.bias[label]) if own else (scorer.weight @ text, scorer.bias[0])
+            vector = scorer.weight[label] if own else scorer.text.weight @ text
+            bias = scorer.bias[label if own else 0]
             scores[image, label] = max(cell @ vector for cell in cells) + bias
     return scores
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("classifier", ["per_label", "shared"])
-def test_candidate_labels_are_exact_and_the_rest_is_not_a_score(classifier):
+@pytest.mark.parametrize("classifier, places, cell", [("per_label", 64, 1), ("shared", 64, 1), ("per_label", 63, 2)])
+def test_candidate_labels_are_exact_and_the_rest_is_not_a_score(classifier, places, cell, monkeypatch):
+    """The third of these maps has 8 x 8 places."""
+    monkeypatch.setattr(hsvlt_candidates, "CANDIDATE_PLACES", places)
     model, pixel_values = with_scorer(classifier=classifier), random_images(size=64)
     output = model(pixel_values, labels=targets())
-    scores = naive_scores(model, pixel_values)
+    scores = naive_scores(model, pixel_values, cell)
     maps = list(model.hsvlt.backbone(pixel_values))
     assert_close_outputs(model.candidate_scorer(maps, model.hsvlt.label_embeddings()), scores)
     model.config.candidate_labels = N
@@ -431,17 +438,19 @@ def test_a_scorer_changes_nothing_beside_it(options):
         assert_close_outputs(parameter.grad, without[name].grad)
 
 
-def test_every_weight_of_a_scorer_learns():
-    model = with_scorer().train()
+@pytest.mark.parametrize("classifier", ["per_label", "shared"])
+def test_every_weight_of_a_scorer_learns(classifier):
+    model = with_scorer(classifier=classifier).train()
     model(random_images(size=64), labels=targets()).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_a_scorer_of_before_is_refused_in_a_sentence(tmp_path):
-    make_model(candidate_labels=2).save_pretrained(tmp_path)
+@pytest.mark.parametrize("classifier, former", [("per_label", "linear.weight"), ("shared", "weight")])
+def test_a_scorer_of_before_is_refused_in_a_sentence(tmp_path, classifier, former):
+    make_model(candidate_labels=2, classifier=classifier).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights = {name: each for name, each in weights.items() if not name.startswith("candidate_scorer.")}
-    weights |= {"candidate_scorer.linear.weight": torch.zeros(N, 20), "candidate_scorer.linear.bias": torch.zeros(N)}
+    weights[f"candidate_scorer.{former}"] = torch.zeros(N, 20)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     for load in (HSVLTForImageClassification.from_pretrained, partial(load_pretrained, HSVLTForImageClassification)):
         with pytest.raises(ValueError, match=r"scorer .* is one of before 0\.1.* set candidate_labels to null"):
@@ -450,7 +459,8 @@ def test_a_scorer_of_before_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "candidate_labels": None}))
     loaded = load_pretrained(HSVLTForImageClassification, tmp_path)
     assert loaded.candidate_scorer is None
-    assert_close_outputs(loaded(random_images()).logits, make_model()(random_images()).logits)
+    expected = make_model(classifier=classifier)(random_images()).logits
+    assert_close_outputs(loaded(random_images()).logits, expected)
 
 
 # ---- labels of which a training step reads some
@@ -778,7 +788,10 @@ def test_norms_start_as_ones_whatever_the_layers_beside_them_start_as():
     norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
     assert any(norm is model.candidate_scorer.norm for norm in norms)
     assert all(bool((norm.weight == 1).all()) and not norm.bias.any() for norm in norms)
-    assert model.candidate_scorer.weight.std() < 0.03 and not model.candidate_scorer.bias.any()
+    assert model.candidate_scorer.weight.std() < 0.03
+    assert_close_outputs(
+        model.candidate_scorer.bias.sigmoid() / (1 - model.candidate_scorer.bias.sigmoid()) * 9, torch.ones(9)
+    )
 
 
 @pytest.mark.parametrize("initializer_range", [0.02, None])

@@ -102,7 +102,7 @@ class TrainingConfig(DatasetOptions):
     # training.models.build.add_label_context
     text_classifier: bool | None = None  # start model.residual_attention or label_stream tied from the classifier of
     # the backbone, whose classes are matched to the labels by text; null: where the backbone has one
-    initial_bias: float | None = None  # of a new model's logits: -4 spares the weights to learn that most labels are
+    initial_bias: float | None = None  # of logits that start fresh: -4 spares the weights to learn that most labels are
     # absent; null: as the model starts
     init_from: str | None = path()  # start from all weights of this checkpoint of ours: folder or Hub id
     init_from_revision: str | None = None

@@ -6,7 +6,9 @@ costs in mAP.
     python -m benchmarks.accuracy.candidate_recall runs/candidates/best scenes --split test --candidates 1 2 3 5 7 \\
         --scenes '{"clutter": 0, "contrast": [0.5, 0.9]}'
 
-A label that is left out scores 0. The last row is that of all labels, which learn as in a run without candidates.
+A label that is left out scores 0, and equal scores of a label are one cut of its precision-recall curve: what is left
+out ranks behind all that was scored, and no order among it is assumed. The last row is that of all labels, which learn
+as in a run without candidates.
 """
 
 import json

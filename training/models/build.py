@@ -31,7 +31,7 @@ from modeling_hsvlt.losses_multilabel import multilabel_loss
 from ..checkpoint.loading import check_pinned, commit_of
 from ..checkpoint.public_names import public_name
 from ..config import TrainingConfig
-from .from_checkpoint import configured, from_checkpoint
+from .from_checkpoint import configured, from_checkpoint, set_initial_bias
 from .named import BACKBONES, TEXT_ENCODERS, local_source
 
 # Labels whose classes are printed.
@@ -224,20 +224,6 @@ def set_text_classifier(model: PreTrainedModel, encoder, tokenizer, config: Trai
         say(f"  {model.config.id2label[row]}: {', '.join(started)}")
     if len(labels) > MAX_SAID:
         say(f"  and so on for the other {len(labels) - MAX_SAID} labels")
-
-
-def set_initial_bias(model: PreTrainedModel, bias: float) -> None:
-    """Start each label's logit at `bias`.
-
-    Raises:
-        ValueError: a model whose classifier has no bias.
-    """
-    heads = [getattr(model, name, None) for name in ("classifier", "residual_attention", "candidate_scorer")]
-    biases = [getattr(head, "bias", None) for head in heads if head is not None]
-    if not biases or None in biases:
-        raise ValueError(f"initial_bias belongs to a classifier with a bias, and {type(model).__name__} has none.")
-    for each in biases:
-        torch.nn.init.constant_(each, bias)
 
 
 def freeze_backbone(model: PreTrainedModel) -> None:

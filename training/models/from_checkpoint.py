@@ -34,6 +34,20 @@ def configured(config_class: type, fields: dict, make: Callable[[], PreTrainedCo
         raise ValueError(f"model {fields} fits no {config_class.__name__} ({error!r}): correct it.") from error
 
 
+def set_initial_bias(model: PreTrainedModel, bias: float) -> None:
+    """Start each label's logit at `bias`.
+
+    Raises:
+        ValueError: a model whose classifier has no bias.
+    """
+    heads = [getattr(model, name, None) for name in ("classifier", "residual_attention", "candidate_scorer")]
+    biases = [getattr(head, "bias", None) for head in heads if head is not None]
+    if not biases or None in biases:
+        raise ValueError(f"initial_bias belongs to a classifier with a bias, and {type(model).__name__} has none.")
+    for each in biases:
+        torch.nn.init.constant_(each, bias)
+
+
 def _set_prompts(model: PreTrainedModel, config: TrainingConfig, label_names: list[str]) -> None:
     """Other labels for an HP-DVAL: prompts of their names, by the tokenizer of the CLIP that `label_encoder` names."""
     if config.label_encoder is None:
@@ -80,6 +94,8 @@ def from_checkpoint(config: TrainingConfig, label_names: list[str], overrides: d
     config_class, fields = type(source.config), {**source.config.to_dict(), **overrides}
     model_config = configured(config_class, config.model, lambda: config_class.from_dict(fields))
     model = type(source)(model_config)
+    if config.initial_bias is not None:
+        set_initial_bias(model, config.initial_bias)  # stays where a bias starts fresh
     common = [(row, source_names.index(name)) for row, name in enumerate(label_names) if name in source_names]
     rows, source_rows = ([pair[side] for pair in common] for side in (0, 1))
     logger.warning(

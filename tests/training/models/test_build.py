@@ -261,6 +261,14 @@ def test_labels_start_absent_where_told():
     assert (build(model_type="mltr", model={}, initial_bias=-4.0).classifier.bias == -4).all()
 
 
+def test_labels_that_start_fresh_beside_those_of_a_checkpoint_start_absent(tmp_path):
+    folder = checkpoint(tmp_path, source := build())
+    options = TrainingConfig(image_size=32, init_from=folder, initial_bias=-4.0, model={"candidate_labels": 2})
+    model = build_model(options, ["bird", "dog"])
+    assert model.classifier.bias.tolist() == [-4, source.classifier.bias[1].item()]
+    assert (model.candidate_scorer.bias == -4).all()
+
+
 def test_a_short_name_is_a_backbone(tmp_path, monkeypatch):
     save_classifier(tmp_path / "written", ["dog", "cat"])
     monkeypatch.setattr("training.models.build.local_source", lambda name, known: str(tmp_path / "written"))
