@@ -181,6 +181,7 @@ class HSVLTStageBackbone(nn.Module):
     def __init__(self, config: HSVLTConfig):
         super().__init__()
         backbone = config.backbone_config
+        backbone.return_dict = True  # maps are found by their names
         sides = getattr(backbone, "image_size", None) or config.image_size
         self.image_size = (sides, sides) if isinstance(sides, int) else tuple(sides)  # one that it surely reads
         patch = getattr(backbone, "patch_size", None) or 1

@@ -237,6 +237,13 @@ def test_a_convolutional_tower_is_read_at_four_resolutions():
 
 
 @pytest.mark.parametrize(
+    "backbone", [SwinConfig(**SWIN, image_size=32, return_dict=False), ViTConfig(**VIT, return_dict=False)]
+)
+def test_a_configuration_that_asks_for_tuples_is_read_all_the_same(backbone):
+    assert make_model(backbone)(random_images()).logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
     ("backbone", "reason"),
     [(BertConfig(), "no backbone and no vision model"), (ViTMAEConfig(**VIT), "shuffles patches")],
 )

@@ -272,17 +272,19 @@ def _new_model(config: TrainingConfig, overrides: dict) -> PreTrainedModel:
     if config.model_type not in ours:
         raise ValueError(f"model_type is {config.model_type!r}: choose one of {', '.join(ours)}.")
     config_class = CONFIG_MAPPING[config.model_type]
+    model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
+    if config.backbone is not None:
+        if not hasattr(model_class, "from_backbone"):
+            raise ValueError(f"model_type {config.model_type!r} stands on no other backbone: leave backbone out.")
+        source = local_source(config.backbone, BACKBONES)
+        check_pinned("backbone", source, config.backbone_revision, BACKBONES)
+        source_config = backbone_config_of(source, config.backbone_revision)
+        config.backbone_revision = commit_of(source_config) or config.backbone_revision
+        overrides = {**overrides, "backbone_config": source_config}
     make = config_class if config.preset is None else partial(config_class.preset, config.preset)
     model_config = configured(config_class, config.model, lambda: make(**overrides))
-    model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
     if config.backbone is None:
         return model_class(model_config)
-    if not hasattr(model_class, "from_backbone"):
-        raise ValueError(f"model_type {config.model_type!r} stands on no other backbone: leave backbone out.")
-    source = local_source(config.backbone, BACKBONES)
-    check_pinned("backbone", source, config.backbone_revision, BACKBONES)
-    source_config = backbone_config_of(source, config.backbone_revision)
-    config.backbone_revision = commit_of(source_config) or config.backbone_revision
     return model_class.from_backbone(source, revision=config.backbone_revision, config=model_config)
 
 

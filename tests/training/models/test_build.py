@@ -11,6 +11,8 @@ from transformers import (
     ConvNextModel,
     ResNetConfig,
     ResNetModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from modeling_hsvlt.label_prompts import encode_labels, transfer_classifier
@@ -58,6 +60,14 @@ def test_a_pretrained_backbone_from_a_folder(tmp_path, kind):
         maps = list(model.eval().hsvlt.backbone(images))
         expected = backbone.eval()(images, output_hidden_states=True).hidden_states[-1]
     assert_close_outputs(maps[-1], expected)
+
+
+def test_a_pyramid_stands_on_the_backbone_that_is_named_and_not_on_the_preset_s(tmp_path):
+    vit = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 24}
+    ViTModel(ViTConfig(**vit, image_size=32, patch_size=16)).save_pretrained(tmp_path)
+    model = build(model={"label_embedding_dim": 8, "pyramid": "simple"}, backbone=str(tmp_path))
+    maps = model(torch.rand(2, 3, 64, 64), output_hidden_states=True).hidden_states
+    assert [each.shape[-1] for each in maps] == [16, 8, 4, 2]
 
 
 def checkpoint(folder, model):
