@@ -1,5 +1,5 @@
+import copy
 import json
-import random
 
 import numpy as np
 import pytest
@@ -7,32 +7,11 @@ import torch
 from transformers import AutoTokenizer, CLIPModel
 
 from benchmarks.accuracy import long_tail
+from benchmarks.accuracy.prompt_recipes import chosen_recipe
 from benchmarks.cost import cached_text
 from benchmarks.peers import scene_clip
+from tests.tolerance import assert_close_outputs
 from training.data.scene_labels import SCENE_LABELS
-
-
-def test_captions_name_some_of_what_is_there():
-    draw, seen = random.Random(0), set()
-    for _ in range(50):
-        caption = scene_clip.compose_caption(["two", "seven"], draw)
-        named = {name for name in SCENE_LABELS if name in caption.replace(".", "").split()}
-        assert named and named <= {"two", "seven"}
-        seen.add(frozenset(named))
-    assert len(seen) == 3
-
-
-def test_every_word_of_a_caption_is_one_token():
-    tokenizer = scene_clip.word_tokenizer()
-    tokens = tokenizer.tokenize("a photo of a seven and a two.")
-    assert tokens == [f"{word}</w>" for word in ("a", "photo", "of", "a", "seven", "and", "a", "two", ".")]
-
-
-def test_scenes_are_drawn_as_the_dataset_draws_them():
-    pixels, labels = scene_clip.draw_scenes(3, split="validation", seed=4, **scene_clip.TAGGED)
-    row = scene_clip.SceneDataset(3, split="validation", seed=4, **scene_clip.TAGGED)[1]
-    assert np.array_equal(pixels[1].permute(1, 2, 0).numpy(), np.asarray(row["image"]))
-    assert labels[1] == row["labels"]
 
 
 @pytest.mark.slow
@@ -73,6 +52,16 @@ def test_a_whole_run_of_a_second_a_step(tmp_path, capsys):
     assert capsys.readouterr().out.count("| phase1 |") == 1
 
 
+def bare_benchmark(clip, tokenizer, *options):
+    """A benchmark of this CLIP without data."""
+    benchmark = object.__new__(long_tail.Benchmark)
+    benchmark.device, benchmark.clip, benchmark.tokenizer = torch.device("cpu"), clip, tokenizer
+    benchmark.label_names = list(SCENE_LABELS)
+    benchmark.processor = scene_clip.image_processor()
+    benchmark.args = long_tail.build_parser().parse_args([*options])
+    return benchmark
+
+
 def test_zero_shot_is_clip_s_own_score(tmp_path):
     """Through the benchmark's data and model, against transformers alone."""
     tokenizer = scene_clip.word_tokenizer()
@@ -81,11 +70,7 @@ def test_zero_shot_is_clip_s_own_score(tmp_path):
     prompts = tokenizer([f"a photo of a {name}." for name in SCENE_LABELS], return_tensors="pt", padding=True)
     with torch.no_grad():
         expected = clip(pixel_values=scene_clip.normalize(pixels), **prompts).logits_per_image / clip.logit_scale.exp()
-    benchmark = object.__new__(long_tail.Benchmark)
-    benchmark.device, benchmark.clip, benchmark.tokenizer = torch.device("cpu"), clip, tokenizer
-    benchmark.label_names = list(SCENE_LABELS)
-    benchmark.processor = scene_clip.image_processor()
-    benchmark.args = long_tail.build_parser().parse_args(["--logit_scale", "1"])
+    benchmark = bare_benchmark(clip, tokenizer, "--logit_scale", "1")
     labels = torch.zeros(4, 10)
     labels[:, 0] = 1
     split = long_tail.Split(pixels, labels)
@@ -93,6 +78,92 @@ def test_zero_shot_is_clip_s_own_score(tmp_path):
     assert trained == 0
     scores = benchmark.score(model, split) - model.scale.logit_bias.item()
     np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["coop", "phase2"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_prompts_learn_from_stored_features_what_they_learn_from_images(name, optimizer, monkeypatch):
+    """A crop that changes nothing: then the steps are those of a plain loop over the images."""
+    tokenizer, num_images, rate = scene_clip.word_tokenizer(), 5, {"adamw": 1e-2, "sgd": 10.0}[optimizer]
+    torch.manual_seed(0)
+    clip = scene_clip.new_clip(tokenizer).eval()
+    pixels, rows = scene_clip.draw_scenes(num_images, split="train", seed=0, **scene_clip.TAGGED)
+    labels = torch.tensor([[float(label in row["labels"]) for label in SCENE_LABELS] for row in rows])
+    split = long_tail.Split(pixels, labels)
+    options = ["--prompt_epochs", "3", "--prompt_rate", str(rate), "--prompt_optimizer", optimizer, "--batch_size", "8"]
+    benchmark = bare_benchmark(clip, tokenizer, *options)
+    recipe = chosen_recipe(name, benchmark.args)
+    monkeypatch.setattr(long_tail.Benchmark, "crop", long_tail.Benchmark.batch)
+    model = benchmark.new_model(split, **recipe.config)
+    plain = copy.deepcopy(model)
+    start = plain.hp_dval.text_embeds()
+    benchmark.fit(model, split, recipe, seed=0)
+
+    plain.set_phase("phase2")
+    plain.train()
+    contexts = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    if optimizer == "sgd":
+        steps = torch.optim.SGD(contexts, lr=rate, momentum=0.9, weight_decay=5e-4)
+    else:
+        steps = torch.optim.AdamW(contexts, lr=rate, weight_decay=1e-4)
+    for factor in (1, 0.75, 0.25):  # cosine: (1 + cos(pi * step / 3)) / 2
+        steps.param_groups[0]["lr"] = rate * factor
+        steps.zero_grad()
+        plain(scene_clip.normalize(pixels), labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(contexts, 1.0)
+        steps.step()
+    plain.eval()
+    assert (model.hp_dval.text_embeds() - start).abs().max() > 1e-3
+    torch.testing.assert_close(model.hp_dval.text_embeds(), plain.hp_dval.text_embeds(), atol=1e-4, rtol=1e-3)
+    assert_close_outputs(benchmark.score(model, split), plain(scene_clip.normalize(pixels)).logits)
+
+
+def test_calibration_finds_the_least_loss_and_keeps_the_ranking():
+    tokenizer = scene_clip.word_tokenizer()
+    torch.manual_seed(0)
+    clip = scene_clip.new_clip(tokenizer).eval()
+    pixels, rows = scene_clip.draw_scenes(12, split="train", seed=0, **scene_clip.TAGGED)
+    labels = torch.tensor([[float(label in row["labels"]) for label in SCENE_LABELS] for row in rows])
+    split = long_tail.Split(pixels, labels)
+    benchmark = bare_benchmark(clip, tokenizer)
+    model = benchmark.new_model(split)
+    # Scores that agree with the labels somewhat, so that the best scale is no limit.
+    benchmark.score = lambda model, split: (
+        torch.add(split.labels, noise).mul(model.scale()[0]).add(model.scale()[1]).numpy()
+    )
+    noise = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
+
+    def loss(factor, shift):
+        logits = torch.from_numpy(benchmark.score(model, split))
+        mean = logits.mean()
+        return model._loss((logits - mean) * factor + mean + shift, labels).item()
+
+    before = benchmark.score(model, split), loss(1, 0)
+    benchmark.calibrate(model, split)
+    after = benchmark.score(model, split)
+    assert loss(1, 0) < before[1] - 0.01
+    for factor, shift in ((0.9, 0), (1.1, 0), (1, -0.1), (1, 0.1)):
+        assert loss(factor, shift) > loss(1, 0)
+    assert (after.argsort(0) == before[0].argsort(0)).all()
+    assert model.config.logit_scale == pytest.approx(model.scale()[0].item())
+    assert model.config.logit_bias == pytest.approx(model.scale()[1].item())
+
+
+@pytest.mark.slow
+def test_few_shots_with_another_recipe_of_prompts(tmp_path, capsys):
+    assert scene_clip.main([str(tmp_path / "clip"), "--steps", "3", "--device", "cpu"]) == 0
+    arguments = ["--clip", str(tmp_path / "clip"), "--seeds", "2", "--pool", "60", "--num_test", "60", "--shots", "2"]
+    arguments += ["--methods", "zero_shot", "coop", "--context_init", "random", "--prompt_epochs", "2", "--calibrate"]
+    arguments += ["--device", "cpu", "--json", str(tmp_path / "run.json")]
+    assert long_tail.main(arguments) == 0
+    runs = json.loads((tmp_path / "run.json").read_text())["runs"]
+    gains = []
+    for run in runs:
+        assert 2 <= min(run["positives_in_train"]) <= max(run["positives_in_train"]) < 15
+        gains.append(100 * (run["methods"]["coop"]["mAP"] - run["methods"]["zero_shot"]["mAP"]))
+    assert all(gains)  # from random contexts, zero-shot's scores are not come back to in two steps
+    line = f"coop over zero_shot: {np.mean(gains):+.2f} ± {np.std(gains, ddof=1):.2f}"
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.slow
