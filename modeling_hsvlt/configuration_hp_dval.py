@@ -102,7 +102,9 @@ class HPDVALConfig(MultiLabelConfig):
         logit_scale (`float`, defaults to 1.0), logit_bias (`float`, defaults to 0.0):
             `logit = scale * score + bias`. The paper has neither, so its logits lie within [-1, 1]. A larger scale
             gives the loss more range; then choose a bias that puts the mean logit near what label frequency asks for,
-            or the first steps go into moving all scores down. A SigLIP brings both.
+            or the first steps go into moving all scores down. Prompts of a frozen tower want the scale of the least
+            loss: with a larger one they learn to make all cosines smaller, whatever that does to their order. A SigLIP
+            brings both.
         learn_logit_scale (`bool`, defaults to `False`):
             Whether factor and bias are trained, in every phase. Read when a model is built, which then has two
             parameters more, without a dimension: FSDP2 does not take those.
