@@ -33,7 +33,10 @@ def build_backbone(config: HSVLTConfig) -> "HSVLTBlockBackbone | HSVLTStageBackb
     """The backbone that `config.backbone_config` describes, with new weights."""
     if config.backbone_config.model_type in BLOCK_BACKBONES:
         return HSVLTBlockBackbone(config)
-    has_stages = isinstance(config.backbone_config, BackboneConfigMixin)
+    # HieraBackbone (5.23) leaves out the step that puts a window's tokens side by side, so its maps mix places.
+    has_stages = (
+        isinstance(config.backbone_config, BackboneConfigMixin) and config.backbone_config.model_type != "hiera"
+    )
     return HSVLTStageBackbone(config) if has_stages else HSVLTTowerBackbone(config)
 
 
@@ -275,13 +278,11 @@ class HSVLTStageBackbone(nn.Module):
     def _on_grid(self, states: Iterable[torch.Tensor], pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Maps (B, C, H, W) as they are; of tokens (B, N, C), with others around them, the map of the patches."""
         height, width = self._grid(pixel_values.shape[-2:])
-        maps = []
-        for state in states:
-            if state.ndim == 3:
-                end = state.shape[1] - self.tokens_behind
-                state = state[:, end - height * width : end].mT.unflatten(2, (height, width))
-            maps.append(state)
-        return maps
+        first = -height * width - self.tokens_behind
+        return [
+            state if state.ndim == 4 else state[:, first:][:, : height * width].mT.unflatten(2, (height, width))
+            for state in states
+        ]
 
     def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         return image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1]
@@ -298,8 +299,7 @@ class HSVLTTowerBackbone(HSVLTStageBackbone):
     """A vision model of transformers that is no `AutoBackbone` (CLIP, SigLIP, ViT, DeiT, ...), by its hidden states.
 
     Of one scale: four evenly spaced layers; tokens without what stands around the patches (CLS, registers), through the
-    norm that the model has after its last layer. Of several: the last of each resolution, and of those the four
-    coarsest.
+    norm that the model has after its last layer. Of several: the last of each resolution, the four coarsest of those.
     Position embeddings are interpolated where the model can; SigLIP 2's NaFlex gets the image as patches.
     """
 
@@ -312,10 +312,10 @@ class HSVLTTowerBackbone(HSVLTStageBackbone):
                 f"backbone_config of type {backbone_config.model_type!r} is no backbone and no vision model of "
                 "transformers; choose one, such as convnext, swin, dinov2, vit or siglip_vision_model."
             )
-        if hasattr(backbone_config, "mask_ratio"):
+        if backbone_config.model_type == "vit_mae":
             raise ValueError(
-                f"a backbone of type {backbone_config.model_type!r} hides and shuffles patches, so that no map can be "
-                "made of them; load its weights as model_type 'vit'."
+                "a backbone of type 'vit_mae' hides and shuffles patches, so that no map can be made of them; load its "
+                "weights as model_type 'vit'."
             )
         if hasattr(backbone_config, "vision_use_head"):
             backbone_config.vision_use_head = False  # pools, for nobody
@@ -329,7 +329,7 @@ class HSVLTTowerBackbone(HSVLTStageBackbone):
         lists = (part for part in self.model.modules() if isinstance(part, nn.ModuleList))
         layers = next((part for part in lists if len(part) == getattr(config, "num_hidden_layers", None)), [None])
         with NormsAfter(self.model, layers[-1]) as norms:
-            states = without_data(self.model, self.image_size, self._inputs)[0].hidden_states
+            states = _states_of(without_data(self.model, self.image_size, self._inputs)[0])
         self.places = self._places(states)
         self.norm_name, self.norm = None, nn.Identity()
         if states[-1].ndim == 3 and norms.names:
@@ -373,9 +373,14 @@ class HSVLTTowerBackbone(HSVLTStageBackbone):
         return re.sub(r"^norm\b", str(self.norm_name), super()._name_in_source(name))
 
     def _maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        states = self.model(**self._inputs(pixel_values)).hidden_states
+        states = _states_of(self.model(**self._inputs(pixel_values)))
         read = [self.norm(states[place]) for place in self.places]
         return self._on_grid([state.movedim(-1, 1) for state in read] if self.channels_last else read, pixel_values)
+
+
+def _states_of(output) -> tuple[torch.Tensor, ...]:
+    """The hidden states, as maps where the model can give them so (a Hiera or a Swin)."""
+    return getattr(output, "reshaped_hidden_states", None) or output.hidden_states
 
 
 def _class_by_name(config) -> Any:

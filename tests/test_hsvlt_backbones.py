@@ -45,6 +45,7 @@ from .tolerance import assert_close_outputs
 VIT = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "intermediate_size": 24}
 VIT |= {"image_size": 32, "patch_size": 8}
 DINO = Dinov2Config(**{**VIT, "mlp_ratio": 2})
+HIERA = HieraConfig(embed_dim=8, image_size=[64, 64], depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
 SWIN = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2, "patch_size": 2}
 
 
@@ -165,6 +166,19 @@ def test_a_tower_whose_tokens_stay_on_their_grid():
         states = ours.model(random_images(), output_hidden_states=True).hidden_states
         for found, place in zip(ours(random_images()), ours.places, strict=True):
             assert_close_outputs(found, states[place].permute(0, 3, 1, 2))
+
+
+def test_a_hiera_s_maps_show_a_change_where_it_is():
+    """transformers' HieraBackbone does not: its maps mix places."""
+    ours = make_model(HIERA).hsvlt.backbone
+    images = random_images(64, 64)
+    changed = images.clone()
+    changed[..., :8, -8:] += 1
+    with torch.no_grad():
+        for before, after in zip(ours(images), ours(changed), strict=True):
+            height, width = before.shape[2:]
+            assert divmod(int((after - before).abs().sum(1)[0].argmax()), width) <= (height // 4, width)
+            assert int((after - before).abs().sum((0, 1, 2)).argmax()) >= width * 3 // 4
 
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99, "intermediate_size": 16}
@@ -319,7 +333,7 @@ def test_channels_are_those_of_the_maps():
 @pytest.mark.parametrize(
     "backbone",
     [
-        HieraConfig(embed_dim=8, image_size=[64, 64], depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2]),
+        HIERA,
         VitPoseBackboneConfig(**{**VIT, "image_size": [64, 64], "mlp_ratio": 2}),
     ],
     ids=["hiera", "vitpose"],

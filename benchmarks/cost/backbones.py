@@ -171,7 +171,7 @@ def try_backbone(model_type: str, fields: dict, folder: Path, onnx: bool = True)
             image_size=SIZES[0][0],
             initializer_range=None,
         )
-        model = HSVLTForImageClassification(config).train()
+        model = HSVLTForImageClassification(config)
     except Exception as error:
         return {"read at": f"refused: {reason(error)}"}
     backbone, row = model.hsvlt.backbone, {}
@@ -224,9 +224,11 @@ def try_backbone(model_type: str, fields: dict, folder: Path, onnx: bool = True)
             maps = label_heat_maps(model, images_of(SIZES[0]))[1]
         return " x ".join(map(str, maps.shape[2:]))
 
-    row["gradients"] = attempt(gradients)
     model.eval()
     row["in place"] = attempt(in_place)
+    model.train()
+    row["gradients"] = attempt(gradients)
+    model.eval()
     row["96 x 128"] = attempt(another_size)
     row["load"] = attempt(save)
     row["heat maps"] = attempt(heat_maps)
