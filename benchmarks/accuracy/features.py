@@ -1,5 +1,7 @@
 """Inputs of a head: maps of a frozen backbone from the store that training uses, or images where it is trained."""
 
+import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,6 @@ from training.data.features import (
 )
 from training.places import keep_freed_memory, user_cache
 
-VIEWS = 2  # the image and its mirror image
-
 
 def default_cache() -> Path:
     """The folder of maps that training has by default."""
@@ -34,11 +34,22 @@ def dense_labels(dataset: MultiLabelDataset) -> torch.Tensor:
 class FeatureCache:
     """Maps and labels of a split.
 
+    Args:
+        mirrored (`bool`): Computes those of the mirror images too, which training reads.
+
     Attributes:
         labels (`torch.Tensor` of shape `(n, num_labels)`): the label contract.
     """
 
-    def __init__(self, dataset: MultiLabelDataset, backbone: EfficientNetLiteBackbone, cache: Path, name: str):
+    def __init__(
+        self,
+        dataset: MultiLabelDataset,
+        backbone: EfficientNetLiteBackbone,
+        cache: Path,
+        name: str,
+        *,
+        mirrored: bool = True,
+    ):
         self.labels, self._keys = dense_labels(dataset), image_keys(dataset.split.images)
         processor = dataset.image_processor
 
@@ -48,11 +59,18 @@ class FeatureCache:
         keep_freed_memory()  # as training does: maps take half the time
         folder = cache / store_name(backbone, [backbone.config.to_dict(), None], processor)
         self._store = FeatureStore(folder, map_shapes(maps, processor))
-        compute_features(self._store, dataset, self._keys, VIEWS, maps, batch_size=32, name=name)
+        compute_features(self._store, dataset, self._keys, 1 + mirrored, maps, batch_size=32, name=name)
         self._store.refresh()
+        self._first = 0  # where in a record reading begins
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def last_map(self) -> "FeatureCache":
+        """The same, of which the last map alone is read, half of a record."""
+        narrow = copy.copy(self)
+        narrow._first = self._store.numel - math.prod(self._store.shapes[-1])
+        return narrow
 
     def batch(self, rows: torch.Tensor, mirrored: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Maps `(B, C_i, H_i, W_i)`, fp32 and channels last in memory, of some rows.
@@ -63,7 +81,8 @@ class FeatureCache:
         """
         views = [0] * len(rows) if mirrored is None else mirrored.int().tolist()
         keys = [view_key(self._keys[row], view) for row, view in zip(rows.tolist(), views, strict=True)]
-        return tuple(self._store.unpack(torch.stack([self._store.record(key) for key in keys])))
+        records = torch.stack([self._store.record(key)[self._first :] for key in keys])
+        return tuple(self._store.unpack(records, self._store.shapes[-1:] if self._first else self._store.shapes))
 
 
 class ImageCache:
@@ -78,6 +97,10 @@ class ImageCache:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def last_map(self) -> "ImageCache":
+        """Itself: a backbone that is trained makes all its maps."""
+        return self
 
     def batch(self, rows: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised images (B, 3, H, W) of some rows, those in `mirrored` (B,) as mirror images."""

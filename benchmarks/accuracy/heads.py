@@ -209,7 +209,10 @@ class Comparison:
         print(f"{args.dataset}: " + ", ".join(f"{name} {len(each):,} images" for name, each in datasets.items()))
         if args.budget == "frozen":
             folder = args.cache or default_cache()
-            self.caches = {name: FeatureCache(each, self.backbone, folder, name) for name, each in datasets.items()}
+            self.caches = {
+                name: FeatureCache(each, self.backbone, folder, name, mirrored=name == "train")
+                for name, each in datasets.items()
+            }
         else:
             workers = torch.get_num_threads()
             self.caches = {name: ImageCache(each, self.device, workers) for name, each in datasets.items()}
@@ -236,7 +239,9 @@ class Comparison:
         if ablation.embeddings is not None:
             embeddings = ablation.embeddings(embeddings)
         text = self.text_classifier if ablation.text_classifier else None
-        train = self.caches["train"]
+        # A peer stands on the last map.
+        caches = self.caches if name.startswith("hsvlt") else {k: each.last_map() for k, each in self.caches.items()}
+        train = caches["train"]
         model = build_head(name, recipe, self.backbone, self.label_names, embeddings, seed, text)
         if ablation.tweak is not None:
             ablation.tweak(model)
@@ -245,8 +250,8 @@ class Comparison:
             freeze_backbone(model)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         model = train_head(model, recipe, train, draw_images(args.images, len(train), seed), seed)
-        scores = {split: score_head(model, self.caches[split]) for split in {"validation", self.measured}}
-        labels = {split: self.caches[split].labels.numpy() for split in scores}
+        scores = {split: score_head(model, caches[split]) for split in {"validation", self.measured}}
+        labels = {split: caches[split].labels.numpy() for split in scores}
         fitted = (scores["validation"], labels["validation"])
         row = measure(
             scores[self.measured], labels[self.measured], self.groups, fitted if args.test is not None else None

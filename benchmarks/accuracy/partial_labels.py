@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     splits, label_names = loaded.splits, loaded.label_names
     backbone = load_backbone(OUT_FEATURES)
     datasets = {name: MultiLabelDataset(split, label_names, image_processor()) for name, split in splits.items()}
-    caches = {name: FeatureCache(each, backbone, args.cache, name) for name, each in datasets.items()}
+    caches = {name: FeatureCache(each, backbone, args.cache, name, mirrored=False) for name, each in datasets.items()}
     features = {name: pooled_features(cache) for name, cache in caches.items()}
     expected = caches["validation"].labels.numpy()
     results = {}

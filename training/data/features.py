@@ -138,10 +138,12 @@ class FeatureStore:
         autocast on a CPU refuses to put together."""
         return torch.from_numpy(self._records[self._rows[key]])
 
-    def unpack(self, records: torch.Tensor) -> list[torch.Tensor]:
-        """Records (B, numel) to maps (B, C_i, H_i, W_i), fp32, channels last in memory."""
-        parts = records.split([math.prod(shape) for shape in self.shapes], dim=1)
-        maps = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+    def unpack(self, records: torch.Tensor, shapes: Sequence[tuple[int, int, int]] | None = None) -> list[torch.Tensor]:
+        """Records (B, numel), or parts of them that hold maps of these shapes, to maps (B, C_i, H_i, W_i), fp32,
+        channels last in memory."""
+        shapes = self.shapes if shapes is None else shapes
+        parts = records.split([math.prod(shape) for shape in shapes], dim=1)
+        maps = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
         return [each.view(torch.float16).float().permute(0, 3, 1, 2) for each in maps]
 
     @staticmethod

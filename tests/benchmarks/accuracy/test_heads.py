@@ -206,11 +206,16 @@ def test_cached_maps_are_the_backbone_s(dataset, tiny, tmp_path):
         expected = backbone(pixels).feature_maps
     for each, other in zip(cache.batch(rows, mirrored), expected, strict=True):
         torch.testing.assert_close(each, other, atol=2e-3, rtol=2e-3)
+    (last,) = cache.last_map().batch(rows, mirrored)
+    torch.testing.assert_close(last, expected[-1], atol=2e-3, rtol=2e-3)
     assert torch.equal(cache.labels[3], images[3]["labels"].to_dense())
     (store,) = tmp_path.iterdir()
     written = (store / "maps.bin").stat().st_size
     FeatureCache(images, backbone, tmp_path, "validation")  # found again, not computed again
     assert list(tmp_path.iterdir()) == [store] and (store / "maps.bin").stat().st_size == written
+    FeatureCache(images, backbone, tmp_path / "alone", "validation", mirrored=False)
+    (alone,) = (tmp_path / "alone").glob("*/maps.bin")
+    assert alone.stat().st_size == written // 2
 
 
 def test_what_is_refused(dataset, tiny, tmp_path, capsys):
