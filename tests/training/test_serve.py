@@ -355,14 +355,15 @@ def test_one_thread_alone_computes_on_several_cores(tagger):
     before = torch.get_num_threads()
     try:
         app = serving.build_app(tagger, ServeOptions(), threads=3)
-        pools = {"model": app.state.server.model_thread, "decoder": app.state.server.decoders}
+        server = app.state.server
+        pools = {"model": server.model_thread, "decoder": server.decoders, "download": server.downloads}
 
         def number(name):
             return pools[name].submit(lambda: torch.ones(300, 300).exp() is not None and torch.get_num_threads())
 
         assert number("decoder").result() == 1
         assert number("model").result() == 3
-        assert number("decoder").result() == 1
+        assert number("decoder").result() == number("download").result() == 1
     finally:
         torch.set_num_threads(before)
 

@@ -94,7 +94,7 @@ class Server:
         self.queue: asyncio.Queue[Waiting] = asyncio.Queue()
         self.model_thread = ThreadPoolExecutor(1, "model", compute_with, (threads,))
         self.decoders = ThreadPoolExecutor(cores(), "decoder", compute_with, (1,))
-        self.downloads = ThreadPoolExecutor(DOWNLOADS, "download")
+        self.downloads = ThreadPoolExecutor(DOWNLOADS, "download", compute_with, (1,))
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("hsvlt_requests", "Requests, by path and status", ["path", "status"], registry=registry)
         self.errors = Counter("hsvlt_errors", "Requests that were refused or failed", ["status"], registry=registry)
