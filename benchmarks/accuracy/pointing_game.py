@@ -7,11 +7,13 @@
 once; its peak is a hit inside any box of that label. "centre" guesses the middle of the image, "area" is the share
 of the image that the boxes cover, what a random pixel would hit. Scenes are drawn as the checkpoint's own were: the
 knobs are those of training/configs/quickstart.yaml unless --scenes says otherwise. Maps of HSVLT are shown for each
-stage and for all four, which is what the pipeline's `explain=True` gives.
+stage and for all four, which is what the pipeline's `explain=True` gives. Of each stage's attention also the share that
+lies inside the boxes, beside "area", and its entropy divided by that of uniform attention.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -32,51 +34,68 @@ HSVLT_MAPS = {"stage 1": [0], "stage 2": [1], "stage 3": [2], "stage 4": [3], "m
 DEFAULT = "as explained"  # what explain=True gives
 
 
-def hits(maps: torch.Tensor, boxes: list[dict], labels: list[int]) -> list[bool]:
-    """Whether the peak of each map (labels, height, width) lies in a box of its label."""
-    found = []
-    for each, label in zip(maps, labels, strict=True):
-        y, x = divmod(int(each.argmax()), each.shape[1])
-        found.append(contains(boxes, label, x + 0.5, y + 0.5))
-    return found
+def covered(boxes: list[dict], labels: list[int], width: int, height: int) -> torch.Tensor:
+    """Which pixels, (labels, height, width), lie in a box of each label; boxes are in px."""
+    pixels = torch.zeros(len(labels), height, width, dtype=torch.bool)
+    for box in boxes:
+        rows, columns = slice(box["y"], box["y"] + box["h"]), slice(box["x"], box["x"] + box["w"])
+        pixels[labels.index(box["label"]), rows, columns] = True
+    return pixels
 
 
-def contains(boxes: list[dict], label: int, x: float, y: float) -> bool:
-    """Whether a point, in px, lies in one of the boxes of `label`."""
-    return any(
-        box["x"] <= x < box["x"] + box["w"] and box["y"] <= y < box["y"] + box["h"]
-        for box in boxes
-        if box["label"] == label
-    )
+def hits(maps: torch.Tensor, objects: torch.Tensor) -> list[bool]:
+    """Whether the peak of each map (labels, height, width) lies in `objects`, a mask of that shape."""
+    return objects.flatten(1).gather(1, maps.flatten(1).argmax(1, keepdim=True))[:, 0].tolist()
+
+
+def inside(attention: torch.Tensor, objects: torch.Tensor) -> list[float]:
+    """The share of each map (labels, height, width), not negative, that lies in `objects`."""
+    return ((attention * objects).sum((-2, -1)) / attention.sum((-2, -1))).tolist()
+
+
+def entropy(attention: torch.Tensor) -> list[float]:
+    """Of each label's weights (heads, labels, h, w) over the cells, relative to uniform ones; mean over heads."""
+    return (torch.special.entr(attention).sum((-2, -1)).mean(0) / math.log(attention[0, 0].numel())).tolist()
 
 
 @torch.inference_mode()
-def play(model, image_processor, scenes, batch_size: int = 50) -> dict[str, list[bool | float]]:
-    """One entry a present label and map; besides "centre" and "area"."""
-    kinds = {DEFAULT: None}
+def play(model, image_processor, scenes, batch_size: int = 50) -> tuple[dict[str, list], dict[str, dict[str, list]]]:
+    """One entry a present label: by map the hits, besides "centre" and "area", and, for HSVLT, by stage the share
+    "inside" and the "entropy" of the attention."""
+    kinds: dict[str, list[int] | None] = {DEFAULT: None}
+    stages = []
     if model.config.model_type == "hsvlt":
         kinds |= HSVLT_MAPS
+        stages = list(HSVLT_MAPS)[:4]
     outcome: dict[str, list] = {name: [] for name in ("centre", "area", *kinds)}
+    looked: dict[str, dict[str, list]] = {stage: {"inside": [], "entropy": []} for stage in stages}
+    everything = torch.arange(model.config.num_labels, device=model.device)
     scenes = scenes.cast_column("image", Image(decode=False))
     for start in range(0, len(scenes), batch_size):
         rows = scenes[start : start + batch_size]
         images = [load_image(image) for image in rows["image"]]
         pixels = image_processor(images=images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-        maps = {name: label_heat_maps(model, pixels, stages=stages)[1].cpu() for name, stages in kinds.items()}
+        maps = {name: label_heat_maps(model, pixels, stages=read)[1].cpu() for name, read in kinds.items()}
+        attentions = {}
+        if stages:
+            output = model(pixel_values=pixels, class_ids=everything, output_attentions=True)
+            attentions = {
+                stage: each.float().cpu() for stage, each in zip(stages, output.attentions, strict=True)
+            }  # (B, heads, N, h, w)
         for index, (image, boxes) in enumerate(zip(images, rows["boxes"], strict=True)):
             labels = sorted({box["label"] for box in boxes})
             box_in_input = image_box(image_processor, *image.size)
-            for label in labels:
-                outcome["centre"].append(contains(boxes, label, image.width / 2, image.height / 2))
-                covered = np.zeros((image.height, image.width), dtype=bool)
-                for box in boxes:
-                    if box["label"] == label:
-                        covered[box["y"] : box["y"] + box["h"], box["x"] : box["x"] + box["w"]] = True
-                outcome["area"].append(float(covered.mean()))
+            objects = covered(boxes, labels, *image.size)
+            outcome["centre"] += objects[:, image.height // 2, image.width // 2].tolist()
+            outcome["area"] += objects.float().mean((-2, -1)).tolist()
             for name, each in maps.items():
-                resized = resize_to_image(each[index, labels], *image.size, box_in_input)
-                outcome[name] += hits(resized, boxes, labels)
-    return outcome
+                outcome[name] += hits(resize_to_image(each[index, labels], *image.size, box_in_input), objects)
+            for stage, each in attentions.items():
+                weights = each[index][:, labels]
+                on_image = resize_to_image(weights.mean(0), *image.size, box_in_input)
+                looked[stage]["inside"] += inside(on_image, objects)
+                looked[stage]["entropy"] += entropy(weights)
+    return outcome, looked
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -89,15 +108,19 @@ def run(args: argparse.Namespace) -> dict:
     scenes = build_scenes(args.num_scenes, split=args.split, **knobs)
     if names != scenes.features["boxes"].feature["label"].names:
         raise ValueError(f"{args.checkpoint} was not trained on the built-in scenes: its labels are others.")
-    outcome = play(model, processor, scenes)
+    outcome, looked = play(model, processor, scenes)
     count = len(outcome["centre"])
     means = {name: float(np.mean(values)) for name, values in outcome.items()}
+    attention = {
+        stage: {name: float(np.mean(values)) for name, values in each.items()} for stage, each in looked.items()
+    }
     print(f"{model.config.model_type}, {args.split}, {len(scenes)} scenes, {count} labels; hits, 95% interval\n")
-    print("| map | hits | +- |\n|---|---|---|")
+    print("| map | hits | +- | attention inside the boxes | its entropy |\n|---|---|---|---|---|")
     for name, mean in means.items():
-        print(f"| {name} | {mean:.3f} | {1.96 * np.std(outcome[name]) / count**0.5:.3f} |")
+        of_stage = " | ".join(f"{value:.3f}" for value in attention[name].values()) if name in attention else " | "
+        print(f"| {name} | {mean:.3f} | {1.96 * np.std(outcome[name]) / count**0.5:.3f} | {of_stage} |")
     setting = {"checkpoint": Path(args.checkpoint).name, "split": args.split, "scenes": len(scenes), "labels": count}
-    return {**setting, "hits": means}
+    return {**setting, "hits": means, "attention": attention}
 
 
 def main(argv: list[str] | None = None) -> int:
