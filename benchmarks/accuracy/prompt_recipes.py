@@ -20,7 +20,7 @@ class Recipe:
 
 PROMPTS_ALONE = {"alpha": 1.0, "semantic_consistency_weight": 0.0, "context_init": "template"}
 # Chosen on the validation split of seed 0, for prompts as for the student, at a logit scale of 10. There a higher rate,
-# or contexts that start at random as CoOp's do, fall below zero-shot; not so with `--calibrate`.
+# or contexts that start at random as CoOp's do, fall below zero-shot; calibrated, both gain from few images a label.
 RECIPES = {
     "coop": Recipe("phase2", 20, 2e-4, PROMPTS_ALONE),
     "class_contexts": Recipe("phase2", 20, 2e-4, {**PROMPTS_ALONE, "class_specific": True}),
