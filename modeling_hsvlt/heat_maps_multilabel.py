@@ -2,16 +2,17 @@
 
 | model | what the map is |
 |---|---|
-| HSVLT | the label's attention over the pixels, mean over heads and over the last interactions of the four stages; |
+| HSVLT | the label's attention over the pixels, mean over heads, in the last interactions of the four stages together |
 | with `residual_attention` | that and the softmax of the label's pixel scores, by their shares of the logit |
 | HP-DVAL | the cosine of each patch and the label's local text embedding, the scores that its local view averages |
 | MlTr | the pixel's share of the logit: the classifier is linear in the mean over pixels (a class activation map) |
 
-An attention map says where a label looked, for a label that is absent as well, not what it made of what it saw there.
+HSVLT's stages count by how far from uniform each one's attention is. An attention map says where a label looked, for a label that is absent as well, not what it made of what it saw there.
 
 Shapes: B images, N labels, h x w cells of a map, H x W pixels.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -87,8 +88,7 @@ def _attention_maps(model, pixel_values, class_ids, stages, wanted=slice(None)):
     stages = range(4) if stages is None else stages
     attentions = [output.attentions[stage][:, :, wanted].float().mean(1) for stage in stages]
     size = attentions[0].shape[-2:]  # of the finest
-    # A coarse stage has less attention to share out among its few cells: each stage gets the same weight.
-    maps = sum(_shares(each, size) for each in attentions) / len(attentions)
+    maps = _together(attentions, size)
     if mixed:
         last = output.hidden_states[-1]
         scores = model.residual_attention.pixel_scores(last, class_ids).softmax(1)
@@ -97,6 +97,23 @@ def _attention_maps(model, pixel_values, class_ids, stages, wanted=slice(None)):
         residual = _shares(scores[..., wanted].transpose(1, 2).unflatten(-1, last.shape[-2:]), size)
         maps = torch.lerp(maps, residual, model.config.residual_attention_weight)
     return output.logits, maps, output.class_ids
+
+
+def _together(attentions, size):
+    """Attention of several stages, (B, N, h, w) each with a sum of 1, as one map of that size with a sum of 1.
+
+    Each stage is put from 0 to 1 by its largest value, for a coarse one has fewer cells to share its attention out
+    among, and weighed by 1 less its entropy relative to uniform attention's: one that looks everywhere says nothing.
+    """
+    total = 0
+    for each in attentions:
+        cells = each.flatten(2)
+        entropy = -(cells * cells.clamp(min=torch.finfo(cells.dtype).tiny).log()).sum(-1)
+        certainty = 1 - entropy / math.log(cells.shape[-1]) if cells.shape[-1] > 1 else torch.zeros_like(entropy)
+        certainty = certainty.clamp(min=1e-6)  # where all are uniform, each counts the same
+        resized = F.interpolate(each, size, mode="bilinear", align_corners=False)
+        total = total + (certainty / resized.amax((-2, -1)))[..., None, None] * resized
+    return total / total.sum((-2, -1), keepdim=True)
 
 
 def _shares(attention, size):

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -464,14 +465,41 @@ def test_a_map_shares_residual_attention_as_the_logit_does():
         weight = model.residual_attention.weight[ids]
         scores = torch.einsum("nc,bcp->bnp", weight, model.residual_attention.norm(last.flatten(2).mT).mT).softmax(-1)
         size = output.attentions[0].shape[-2:]
-        expected = 0
-        shares = [0.25 / 4] * 4 + [0.75]
-        parts = [*(a.mean(1)[:, ids] for a in output.attentions), scores.unflatten(-1, last.shape[-2:])]
-        for share, each in zip(shares, parts, strict=True):
+        attention, residual = 0, scores.unflatten(-1, last.shape[-2:])
+        for each in output.attentions:
+            each = each.mean(1)[:, ids]
+            certainty = 1 - torch.special.entr(each).sum((-2, -1)) / math.log(each[0, 0].numel())
             each = torch.nn.functional.interpolate(each, size, mode="bilinear", align_corners=False).flatten(2)
-            expected = expected + share * each / each.sum(-1, keepdim=True)
+            attention = attention + certainty[..., None] * each / each.amax(-1, keepdim=True)
+        residual = torch.nn.functional.interpolate(residual, size, mode="bilinear", align_corners=False).flatten(2)
+        expected = sum(
+            share * each / each.sum(-1, keepdim=True)
+            for share, each in zip([0.25, 0.75], [attention, residual], strict=True)
+        )
     low, high = expected.amin(-1, keepdim=True), expected.amax(-1, keepdim=True)
     torch.testing.assert_close(maps.flatten(2), (expected - low) / (high - low))
+
+
+@pytest.mark.parametrize("sharp", range(4))
+def test_a_map_is_that_of_the_stage_that_looks_somewhere(model, monkeypatch, sharp):
+    """Three stages that attend uniformly add nothing to the fourth, be its cells few or many."""
+    attentions = [torch.full((1, 2, 5, side, side), 1 / side**2) for side in (16, 8, 4, 2)]
+    attentions[sharp] = torch.rand_like(attentions[sharp]).flatten(-2).softmax(-1).unflatten(-1, (16 >> sharp,) * 2)
+    output = model(pixel_values=torch.rand(1, 3, 64, 64), output_attentions=True)
+    output.attentions = tuple(attentions)
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: output)
+    _, together = label_heat_maps(model, torch.rand(1, 3, 64, 64))
+    expected = attentions[sharp].mean(1)
+    expected = torch.nn.functional.interpolate(expected, (16, 16), mode="bilinear", align_corners=False)
+    low, high = expected.amin((-2, -1), keepdim=True), expected.amax((-2, -1), keepdim=True)
+    torch.testing.assert_close(together, (expected - low) / (high - low), atol=1e-3, rtol=0)
+
+
+def test_uniform_attention_makes_a_flat_map(model, monkeypatch):
+    output = model(pixel_values=torch.rand(1, 3, 64, 64), output_attentions=True)
+    output.attentions = tuple(torch.full((1, 1, 5, side, side), 1 / side**2) for side in (8, 4, 2, 1))
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: output)
+    assert label_heat_maps(model, torch.rand(1, 3, 64, 64))[1].isfinite().all()
 
 
 def test_mltr_s_maps_average_to_the_logit():

@@ -30,7 +30,7 @@ from training.data.scenes import build_scenes
 from training.options import CheckpointOptions
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "quickstart.yaml"
-HSVLT_MAPS = {"stage 1": [0], "stage 2": [1], "stage 3": [2], "stage 4": [3], "mean of 2 to 4": [1, 2, 3]}
+HSVLT_MAPS = {"stage 1": [0], "stage 2": [1], "stage 3": [2], "stage 4": [3], "stages 2 to 4": [1, 2, 3]}
 DEFAULT = "as explained"  # what explain=True gives
 
 
