@@ -7,7 +7,8 @@
 | HP-DVAL | the cosine of each patch and the label's local text embedding, the scores that its local view averages |
 | MlTr | the pixel's share of the logit: the classifier is linear in the mean over pixels (a class activation map) |
 
-HSVLT's stages count by how far from uniform each one's attention is. An attention map says where a label looked, for a label that is absent as well, not what it made of what it saw there.
+HSVLT's stages count by how far from uniform each one's attention is. An attention map says where a label looked, for a
+label that is absent as well, not what it made of what it saw there.
 
 Shapes: B images, N labels, h x w cells of a map, H x W pixels.
 """
