@@ -51,8 +51,10 @@ METRICS = ("mAP", "head", "medium", "tail", "macro_f1")
 ASYMMETRIC = {"loss_type": "asl", "loss_kwargs": {"gamma_neg": 2.0}}
 RECIPES = {
     "linear": Recipe(learning_rate=1e-2, weight_decay=8.0, **ASYMMETRIC),
-    "ml_decoder": Recipe(learning_rate=5e-4, weight_decay=0.3, **ASYMMETRIC),
-    "query2label": Recipe(learning_rate=5e-4, weight_decay=0.3, model={"hidden_size": 256}, **ASYMMETRIC),
+    "ml_decoder": Recipe(
+        learning_rate=1e-3, weight_decay=0.3, model={"hidden_size": 256, "feed_forward": 1024}, **ASYMMETRIC
+    ),
+    "query2label": Recipe(learning_rate=1e-3, weight_decay=3.0, model={"hidden_size": 128}, **ASYMMETRIC),
     "hsvlt_tied": Recipe(learning_rate=1e-2, weight_decay=16.0, epochs=6, model={"label_stream": "tied"}, **ASYMMETRIC),
     "hsvlt": Recipe(
         learning_rate=5e-4,
