@@ -54,7 +54,7 @@ RECIPES = {
     "ml_decoder": Recipe(
         learning_rate=1e-3, weight_decay=0.3, model={"hidden_size": 256, "feed_forward": 1024}, **ASYMMETRIC
     ),
-    "query2label": Recipe(learning_rate=5e-4, weight_decay=0.3, model={"hidden_size": 256}, **ASYMMETRIC),
+    "query2label": Recipe(learning_rate=5e-4, weight_decay=3.0, model={"hidden_size": 256}, **ASYMMETRIC),
     "hsvlt_tied": Recipe(learning_rate=1e-2, weight_decay=16.0, epochs=6, model={"label_stream": "tied"}, **ASYMMETRIC),
     "hsvlt": Recipe(
         learning_rate=5e-4,
