@@ -140,6 +140,7 @@ def test_resuming_refuses_other_shards_and_can_begin_anew_with_them(recipe, whol
 
 
 def test_parquet_counts_its_rows_and_holds_a_part_of_train_out(tmp_path, monkeypatch, capsys):
+    """Which alone another command scores: a larger part would hold images of training."""
     folder = write_shards(tmp_path / "shards", "parquet", [9, 12], names=False)
     recipe = write_recipe(tmp_path / "r.yaml", folder, epoch_steps=None, validation_images=4, epochs=1, loss_type="asl")
     seen = watch(monkeypatch)
@@ -147,6 +148,9 @@ def test_parquet_counts_its_rows_and_holds_a_part_of_train_out(tmp_path, monkeyp
     assert "4 to validate" in (said := capsys.readouterr().out) and "6 steps of 3 images" in said
     rows = [row for number, rows in seen for row in rows][:17]
     assert sorted(rows) == [(0, row) for row in range(2, 9)] + [(1, row) for row in range(2, 12)]
+    command = [str(tmp_path / "run"), str(folder), "--streaming", "--num_workers", "0", "--validation_images"]
+    assert evaluate([*command, "6"]) == 2 and "--validation_images 4: give the same" in capsys.readouterr().err
+    assert evaluate([*command, "4"]) == 0
 
 
 def unreadable(number):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset
 
 from ..options import DatasetOptions
 from .label_cells import clean_names, is_text, split_text, stack_columns
@@ -50,11 +50,11 @@ class LabelColumn:
         """The names that the ids of a split stand for, where its feature has them."""
         if self.table.label_columns or self.no_label:
             return None
-        return class_names(self.table.splits[split], self.table.label_column)
+        return class_names(self.table.splits[split].features, self.table.label_column)
 
     def class_names(self) -> list[str]:
         """The names in the features of the column, without those of `no_label`; empty where there are none."""
-        found = (class_names(split, self.table.label_column) for split in self.table.splits.values())
+        found = (class_names(split.features, self.table.label_column) for split in self.table.splits.values())
         return [name for name in next(filter(None, found), ()) if name not in self.no_label]
 
     def of_names(self) -> dict[str, pa.Array]:
@@ -73,7 +73,7 @@ class LabelColumn:
         if table.label_columns:
             return stack_columns(table.splits[split], table.label_columns, where)
         column = arrow_column(table.splits[split], table.label_column)
-        own_names = class_names(table.splits[split], table.label_column)
+        own_names = class_names(table.splits[split].features, table.label_column)
         if is_text(column.type):
             column = split_text(column, self.options.label_separator, self.options.label_format, where, self._known)
         elif self.no_label and own_names:
@@ -87,9 +87,8 @@ class LabelColumn:
 _FIELDS = ("objects.category", "objects.label", "objects.labels", "objects.categories", "annotations.category")
 
 
-def label_field(splits: Mapping[str, Dataset]) -> str | None:
+def label_field(columns: Mapping[str, Any]) -> str | None:
     """`objects.category` and its like, where there is no column `labels` and just one such field; says so."""
-    columns = next(iter(splits.values())).features if splits else {}
     if "labels" in columns:
         return None
     found = []

@@ -96,7 +96,8 @@ def load(
     else:
         table = source if isinstance(source, Table) else _read(source, options, cache_dir)
     if options.label_column == "labels" and not table.label_columns:
-        table.label_column = label_field(table.splits) or table.label_column
+        columns = next((split.features for split in table.splits.values()), {})
+        table.label_column = label_field(columns) or table.label_column
     splits = list(splits or table.splits)
     to_read = [name for name in splits if name not in table.ready]
     _check_splits(table, to_read, source_words)

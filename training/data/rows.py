@@ -80,12 +80,14 @@ class Loaded:
         label_names: The vocabulary in class order.
         left_out: Rows and images that take no part, and why.
         label_notes: `vocabulary.LabelNote`s, what is odd about the names.
+        validation_of_train: Whether validation is a part of train, which a stream of it leaves out.
     """
 
     splits: dict[str, Split]
     label_names: list[str]
     left_out: list[LeftOut] = field(default_factory=list)
     label_notes: list = field(default_factory=list)
+    validation_of_train: bool = False
 
     def leave_out(self, kind: str, split: str, reasons: dict[int, str]) -> None:
         """Takes rows out of a split, each for a reason."""

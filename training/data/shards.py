@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetBuilder, Features, Image, IterableDataset, List, Value, load_dataset_builder
+from datasets import DatasetBuilder, Features, Image, List, Value, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -23,9 +22,11 @@ from ..options import DatasetOptions
 from .built_in import BUILT_IN
 from .label_column import label_field
 from .label_name_files import given_names, read_label_names
+from .parquet import common_feature, count_rows, read_features, read_rows
 from .rows import SPLIT_ALIASES, no_such_split
 from .webdataset import (
     SHARD_SUFFIXES,
+    check_ends,
     image_suffix,
     read_samples,
     sample_columns,
@@ -34,6 +35,7 @@ from .webdataset import (
     split_of,
 )
 
+_OTHERWISE_COMPRESSED = re.compile(r"\.(tar\.(zst|xz|bz2|lz4|lzma|br|Z)|t[bx]z2?|tzst)$", re.I)
 ROW_BITS = 40  # of a number for a row: its shard stands above them
 
 
@@ -55,13 +57,15 @@ class Shards:
 
     Attributes:
         files: In the order of their names; files or addresses.
-        rows: Their rows, of one shard after another, images not decoded.
-        image_column, label_column, label_columns: Of `rows`.
+        features: Of their rows, images not decoded.
+        rows_of: The rows of a file from a row on.
+        image_column, label_column, label_columns: Of the rows.
         held_out: How many rows at the beginning of a shard, by its number, belong to validation.
     """
 
     files: list[str]
-    rows: IterableDataset
+    features: Features
+    rows_of: Callable[[str, int], Iterator[dict]]
     image_column: str
     label_column: str
     label_columns: list[str] | None
@@ -79,9 +83,23 @@ class Shards:
         """Words for the row with this `Row.index`."""
         return f"{self.files[index >> ROW_BITS]}, row {index & ((1 << ROW_BITS) - 1)}"
 
-    def read(self, shard: int, row: int = 0, state: dict | None = None) -> ShardReader:
-        """The rows of a shard, from where a reader had `row` and `state` on."""
-        return ShardReader(self, shard, row, state)
+    def read(self, shard: int, row: int = 0) -> Iterator[Row]:
+        """The rows of a shard, from `row` on.
+
+        Raises:
+            ValueError: (while it is read) what is wrong with the file, with its name.
+        """
+        file, first = self.files[shard], row
+        try:
+            for values in self.rows_of(file, row):
+                yield Row(shard, row, values)
+                row += 1
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            at = f" after row {row}" if row > first else ""
+            raise ValueError(
+                f"{file} cannot be read{at} ({type(error).__name__}: {reason}): fetch or write it again."
+            ) from error
 
     def count(self) -> int | None:
         """Rows that are not held out; None where only reading it all would tell."""
@@ -94,13 +112,8 @@ class Shards:
         """Rows of each shard; None where only reading it all would tell."""
         if not self.files[0].endswith(".parquet"):
             return None
-
-        def rows_of(file: str) -> int:
-            with fsspec.open(file, "rb") as opened:
-                return pq.read_metadata(opened).num_rows
-
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(rows_of, self.files))
+            return list(pool.map(count_rows, self.files))
 
     def fingerprint(self, count: int | None = None) -> str:
         """A short mark: names of the files (of the first `count`) with their sizes and times, or their addresses with
@@ -113,41 +126,6 @@ class Shards:
                 facts = (os.path.basename(file), stat.st_size, stat.st_mtime_ns)
             digest.update(repr(facts).encode())
         return digest.hexdigest()[:16]
-
-
-class ShardReader:
-    """Rows of one shard, with a state to go on from: `row`, and `state()` after the last row that was given.
-
-    Raises:
-        ValueError: (while it is read) what is wrong with the file, with its name.
-    """
-
-    def __init__(self, shards: Shards, shard: int, row: int, state: dict | None):
-        self.shards, self.shard, self.row = shards, shard, row
-        self._rows = shards.rows.shard(num_shards=len(shards), index=shard)
-        if state is not None:
-            self._rows.load_state_dict(state)
-        self._iterator = iter(self._rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return self
-
-    def __next__(self) -> Row:
-        try:
-            values = next(self._iterator)
-        except (StopIteration, ValueError):
-            raise
-        except Exception as error:  # damaged files make `datasets` raise nearly everything
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
-            raise ValueError(
-                f"{self.shards.files[self.shard]} cannot be read after row {self.row} ({type(error).__name__}: "
-                f"{reason}): fetch or write it again."
-            ) from error
-        self.row += 1
-        return Row(self.shard, self.row - 1, values)
-
-    def state(self) -> dict:
-        return self._rows.state_dict()
 
 
 def open_shards(
@@ -195,8 +173,15 @@ def wanted(shards: dict[str, Shards], name: str, source: str) -> Shards:
 def _local_files(path: Path) -> dict[str, list[str]]:
     """The shards by split, `train` where no file or folder is called like one."""
     suffixes = (".parquet", *SHARD_SUFFIXES)
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    found = [file for file in found if file.name.endswith(suffixes) and not file.name.startswith(".")]
+    found = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if not _is_hidden(file, path)]
+    found = [file for file in found if file.is_file()]
+    for file in found:
+        if _OTHERWISE_COMPRESSED.search(file.name):
+            raise ValueError(f"{file} is compressed in a way that is not read here: unpack it, or write it as .tar.gz.")
+    found = [file for file in found if file.name.endswith(suffixes)]
+    tars = {file.with_suffix("") for file in found if file.suffix == ".tar"}
+    if all(file.suffix == ".tar" or file.with_suffix("") in tars for file in found):
+        found = [file for file in found if file.suffix == ".tar"]  # img2dataset puts a table beside each shard
     kinds = {file.suffix == ".parquet" for file in found}
     if len(kinds) != 1:
         what = "parquet files and .tar shards: give the folder of one kind" if kinds else "neither .parquet nor .tar"
@@ -206,9 +191,15 @@ def _local_files(path: Path) -> dict[str, list[str]]:
         )
     files: dict[str, list[str]] = {}
     for file in found:
+        if file.suffix != ".parquet":
+            check_ends(file)
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
         files.setdefault(split_of(name) or "train", []).append(str(file))
     return files
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def _hub_files(options: DatasetOptions) -> dict[str, list[str]]:
@@ -242,92 +233,81 @@ def _hub_names(options: DatasetOptions) -> list[str] | None:
 
 
 def _parquet(files: dict[str, list[str]], options: DatasetOptions, only: str | None) -> dict[str, Shards]:
-    label_column, label_columns = options.label_column, options.label_columns
-    for split, of_split in files.items():
-        there = _parquet_schema(of_split[0])
-        if label_column == "labels" and not label_columns:
-            label_column = label_field({split: there}) or label_column
-        for file in of_split[1:] if "://" not in of_split[0] else ():
-            _parquet_schema(file)
-        columns = [] if only == "labels" else [options.image_column]
-        columns += [] if only == "images" else label_columns or [label_column]
-        columns = list(dict.fromkeys(name if name in there.features else name.partition(".")[0] for name in columns))
-        for column in columns:
-            if column not in there.features:
-                raise ValueError(
-                    f"{of_split[0]} has no column {column!r}, only {', '.join(there.features)}; name the right one "
-                    "with image_column, label_column or label_columns."
-                )
-    if Path(options.dataset).exists():
-        builder = load_dataset_builder("parquet", data_files=files, columns=columns)
-    else:
-        builder = _builder(options, columns=columns)
-    shards = {}
-    for split, of_split in files.items():
-        rows = builder.as_streaming_dataset(split=split)
-        if only != "labels":
-            rows = rows.cast_column(options.image_column, Image(decode=False))
-        shards[split] = Shards(of_split, rows, options.image_column, label_column, label_columns)
-    return shards
-
-
-def _parquet_schema(file: str) -> Dataset:
-    """No rows, but the columns of a file.
-
-    Raises:
-        ValueError: no parquet, or not a whole file.
     """
-    try:
-        with fsspec.open(file, "rb") as opened:
-            return Dataset(pq.read_schema(opened).empty_table())
-    except pa.ArrowException as error:
-        raise ValueError(f"{file} is not a whole parquet file ({error}); fetch or write it again.") from error
+    Raises:
+        ValueError: a file that is damaged, lacks a column, or has it written in another way than the others.
+    """
+    every = [file for of_split in files.values() for file in of_split]
+    if is_here := "://" not in every[0]:
+        schemas = {file: read_features(file) for file in every}
+    else:  # one a split, for each has to be fetched; those on the Hub are written together
+        schemas = {of_split[0]: read_features(of_split[0]) for of_split in files.values()}
+    label_column, label_columns = options.label_column, options.label_columns
+    if label_column == "labels" and not label_columns:
+        label_column = label_field(schemas[every[0]]) or label_column
+    columns = [] if only == "labels" else [options.image_column]
+    columns += [] if only == "images" else label_columns or [label_column]
+    there = schemas[every[0]]
+    columns = list(dict.fromkeys(name if name in there else name.partition(".")[0] for name in columns))
+    features = Features({column: common_feature(column, schemas) for column in columns})
+    if not is_here:  # names of labels may be in its card alone
+        features |= {name: each for name, each in (_builder(options).info.features or {}).items() if name in features}
+    image_column = None if only == "labels" else options.image_column
+    if image_column is not None:
+        features[image_column] = Image(decode=False)
+    read = partial(read_rows, columns=columns, image_column=image_column)
+    return {
+        split: Shards(of_split, features, read, options.image_column, label_column, label_columns)
+        for split, of_split in files.items()
+    }
 
 
 def _webdataset(files: list[str], options: DatasetOptions, names: Sequence[str] | None, only: str | None) -> Shards:
     labels = Features({"labels": List(Value("float32" if options.label_format == "multi_hot" else "string"))})
     if options.label_columns:
         labels = Features({name: Value("float32") for name in options.label_columns})
-    read = {
-        "files": files,
-        "label_column": None if options.label_column == "labels" else options.label_column,
-        "label_columns": tuple(options.label_columns or ()),
-        "label_separator": options.label_separator,
-        "multi_hot": options.label_format == "multi_hot",
-        "names": None if names is None else tuple(names),
-        "only": only,
-    }
     labels = Features() if only == "images" else labels
-    rows = IterableDataset.from_generator(
-        samples, features=Features({"image": Image(decode=False), **labels}), gen_kwargs=read
+    read = partial(
+        samples,
+        label_column=None if options.label_column == "labels" else options.label_column,
+        label_columns=tuple(options.label_columns or ()),
+        label_separator=options.label_separator,
+        label_format=options.label_format,
+        image=None if options.image_column == "image" else options.image_column,
+        names=None if names is None else tuple(names),
+        only=only,
     )
-    return Shards(files, rows, "image", "labels", options.label_columns)
+    features = Features({"image": Image(decode=False), **labels})
+    return Shards(files, features, read, "image", "labels", options.label_columns)
 
 
 def samples(
-    files: Iterable[str],
+    file: str,
+    row: int,
+    *,
     label_column: str | None,
     label_columns: Sequence[str],
     label_separator: str,
-    multi_hot: bool,
+    label_format: str,
+    image: str | None,
     names: Sequence[str] | None,
     only: str | None,
 ) -> Iterator[dict]:
-    """The samples of WebDataset shards as rows `image`, `labels` (or `label_columns`)."""
-    for file in files:
-        shard = file.rpartition("/")[2]
-        for key, parts in read_samples(file, images=only != "labels"):
-            where = f"{file}, {key}"
-            suffix = image_suffix(parts, where)
-            if only == "images":
-                labels = {}
-            elif label_columns:
-                labels = sample_columns(parts, label_columns, where)
-            elif multi_hot:
-                labels = {"labels": sample_numbers(parts, label_column, where)}
-            else:
-                labels = {"labels": sample_labels(parts, label_column, label_separator, names, where)}
-            # Without an image too, for the name of the row.
-            name = f"{shard}/{key}{suffix or ''}".encode(errors="surrogateescape").decode(errors="backslashreplace")
-            image = {"bytes": None if suffix is None else parts[suffix], "path": name}
-            yield {"image": image, **labels}
+    """The samples of a WebDataset shard from `row` on, as rows `image`, `labels` (or `label_columns`); `image` is the
+    suffix to take of several."""
+    shard = file.rpartition("/")[2]
+    for key, parts in read_samples(file, row, images=only != "labels"):
+        where = f"{file}, {key}"
+        suffix = image_suffix(parts, where, image)
+        if only == "images":
+            labels = {}
+        elif label_columns:
+            labels = sample_columns(parts, label_columns, where)
+        elif label_format == "multi_hot":
+            labels = {"labels": sample_numbers(parts, label_column, where)}
+        else:
+            labels = {"labels": sample_labels(parts, label_column, label_separator, names, where, label_format)}
+        # Without an image too, for the name of the row.
+        name = f"{shard}/{key}{suffix or ''}".encode(errors="surrogateescape").decode(errors="backslashreplace")
+        stored = {"bytes": None if suffix is None else parts[suffix], "path": name}
+        yield {"image": stored, **labels}

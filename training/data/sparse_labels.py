@@ -6,9 +6,10 @@ Ten thousand labels an image are mostly zeros: rows keep only what is not zero u
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -242,10 +243,10 @@ def _field(array: pa.Array, field: str) -> pa.Array:
     return pa.LargeListArray.from_arrays(starts, pc.struct_field(array.flatten(), field), mask=array.is_null())
 
 
-def class_names(split: Dataset, label_column: str) -> list[str] | None:
+def class_names(features: Mapping[str, Any], label_column: str) -> list[str] | None:
     """The names that the ids of a list column stand for, or None where its feature has none."""
-    name, *fields = [label_column] if label_column in split.features else label_column.split(".")
-    inner = split.features.get(name)
+    name, *fields = [label_column] if label_column in features else label_column.split(".")
+    inner = features.get(name)
     for field in fields:
         inner = getattr(inner, "feature", inner)
         inner = inner.get(field) if isinstance(inner, dict) else None

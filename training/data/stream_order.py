@@ -33,7 +33,6 @@ class Part:
     taken: int = 0  # of its rows, in their shuffled order
     place: int = 0  # shards that were read
     row: int = 0  # of the next shard
-    state: dict | None = None  # of its reader
 
     def shards(self, count: int) -> list[tuple[int, bool]]:
         """The shards to read, and whether this process has all their rows."""
@@ -68,6 +67,7 @@ class StreamOrder:
         self.shards, self.process, self.processes, self.seed, self.buffer = shards, process, processes, seed, buffer
         state = state or {"parts": [], "next": 0}
         self.parts, self.next = [Part(**part) for part in state["parts"]], state["next"]
+        self._reader: Iterator[Row] | None = None  # of the shard that the last block ended in
 
     def batches(self, size: int) -> Iterator[tuple[list[Row], dict]]:
         """Lists of `size` rows, and the state to go on from after each."""
@@ -111,14 +111,15 @@ class StreamOrder:
         shards = part.shards(len(self.shards))
         while part.place < len(shards):
             shard, whole = shards[part.place]
-            reader = self.shards.read(shard, part.row, part.state)
+            reader = self._reader or self.shards.read(shard, part.row)
+            self._reader = None
             held_out = self.shards.held_out.get(shard, 0)
             mine = (row for row in reader if row.row >= held_out and (whole or part.has(row)))
             rows += islice(mine, part.size - len(rows))
             if len(rows) == part.size:
-                part.row, part.state = reader.row, reader.state()
+                part.row, self._reader = rows[-1].row + 1, reader
                 return rows, False
-            part.place, part.row, part.state = part.place + 1, 0, None
+            part.place, part.row = part.place + 1, 0
         return rows, True
 
 

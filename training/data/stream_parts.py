@@ -73,6 +73,7 @@ def load_streamed(options: DatasetOptions, splits: Sequence[str], *, train: bool
             loaded.splits[name] = StreamSplit(of_split, labels)
         else:
             loaded.splits[name] = _part(of_split, labels, options.validation_images, hold_out, name)
+            loaded.validation_of_train |= hold_out
     return loaded
 
 
@@ -94,7 +95,7 @@ def _label_names(
 ) -> list[str]:
     some = next(iter(shards.values()))
     names = names or some.label_columns
-    names = names or class_names(Dataset(some.rows.features.arrow_schema.empty_table()), some.label_column)
+    names = names or class_names(some.features, some.label_column)
     return names or otherwise or _collect_names(options)
 
 
@@ -124,7 +125,7 @@ def _chunks(shards: Shards) -> Iterator[list[Row]]:
 
 
 def _row_labels(options: DatasetOptions, names: Sequence[str], shards: Shards) -> RowLabels:
-    return RowLabels(options, names, shards.rows.features, shards.label_column, shards.label_columns)
+    return RowLabels(options, names, shards.features, shards.label_column, shards.label_columns)
 
 
 def _part(shards: Shards, labels: RowLabels, count: int, hold_out: bool, split: str) -> Split:

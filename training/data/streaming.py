@@ -130,7 +130,7 @@ class StreamingMultiLabelDataset(torch.utils.data.IterableDataset):
     ):
         own_names = None
         if source.features is not None and not label_columns:
-            own_names = class_names(source, label_column)
+            own_names = class_names(source.features, label_column)
         names = label_names or label_columns or own_names
         if names is None:
             raise ValueError("The features of the stream name no labels; give label_names in class order.")

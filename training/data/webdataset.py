@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -17,6 +20,7 @@ from .rows import SPLIT_ALIASES, SPLIT_NAMES
 from .text import decode, parse_json
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_LABEL_SUFFIXES = (".json", ".txt", ".cls")
 # Fields of a sample's json that hold its labels, where none is named.
 _FIELDS = ("labels", "tags", "label", "classes", "class", "categories", "category", "cls", "tag_string")
 
@@ -41,47 +45,90 @@ def split_of(shard: str) -> str:
     return next((SPLIT_ALIASES.get(word, word) for word in bare if word in SPLIT_NAMES), "")
 
 
-def read_samples(path: Path | str, *, images: bool = True) -> Iterator[tuple[str, dict[str, bytes]]]:
+def check_ends(path: Path) -> None:
+    """Looks at the first header of a file, and at its end, where it is not compressed: zeros, if nothing is missing.
+
+    Raises:
+        ValueError: no tar file, or not a whole one.
+    """
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, tarinfo=_Member):
+            if path.suffix == ".tar" and not _is_gzip(file):
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 2 * tarfile.BLOCKSIZE))
+                if file.read().strip(b"\0"):
+                    raise tarfile.ReadError("its end is missing")
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
+        raise _no_whole_tar(path, error) from error
+
+
+def read_samples(path: Path | str, first: int = 0, *, images: bool = True) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The members of each key by suffix; a key is what stands before the first dot of a file's name.
+
+    Only images and files of labels take part: of other files nothing is read.
 
     Args:
         path: A file, or an address that `fsspec` opens.
+        first: Samples before this one are passed over, unread.
         images: False leaves the images unread, `b""`.
 
     Raises:
-        ValueError: no whole tar file, a key twice, a member too large; with the shard and the key.
+        ValueError: no whole tar file, a key or a file of it twice, a link, a member too large; with the shard and the
+            key.
     """
     seen, key, parts = set(), None, {}
     try:
         with fsspec.open(str(path), "rb") as file, tarfile.open(fileobj=file, tarinfo=_Member) as shard:
             for member in shard:
-                if not member.isfile():
+                shard.members = []  # tarfile keeps them all
+                if member.isdir():
                     continue
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
                 stem, dot, suffix = name.partition(".")
                 if not stem or not dot:
                     continue  # hidden files, and those of no sample
-                name = f"{folder}/{stem}".lstrip("/")
+                name, suffix = f"{folder}/{stem}".lstrip("/"), f".{suffix.lower()}"
+                if not (is_image_suffix(suffix) or suffix in _LABEL_SUFFIXES):
+                    continue
+                if not member.isreg():
+                    raise ValueError(
+                        f"{path}, {member.name} is a link or no file, and has no content: write the shard with tar "
+                        "--dereference --hard-dereference."
+                    )
                 if name != key:
-                    if key is not None:
+                    if len(seen) > first:
                         yield key, parts
                     if name in seen:
-                        raise ValueError(f"{path}: the key {name} comes twice; give each sample its own.")
+                        raise ValueError(
+                            f"{path}: the key {name} comes twice, with others between; give each sample its own, and "
+                            "put its files next to each other (tar --sort=name)."
+                        )
                     seen.add(name)
                     key, parts = name, {}
+                if suffix in parts:
+                    raise ValueError(f"{path}: the key {name} has two files {suffix}; keep one.")
                 if member.size > MAX_BYTES:
                     raise ValueError(f"{path}, {member.name} has {member.size:,} bytes, more than {MAX_BYTES:,}.")
-                suffix, data = f".{suffix.lower()}", b""
-                if images or not is_image_suffix(suffix):
+                data = b""
+                if len(seen) > first and (images or not is_image_suffix(suffix)):
                     data = shard.extractfile(member).read()
                     if len(data) != member.size:
                         raise tarfile.ReadError("unexpected end of data")
                 parts[suffix] = data
-                shard.members = []  # tarfile keeps them all
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole tar file ({error}, after {key}); fetch or write it again.") from error
-    if key is not None:
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
+        raise _no_whole_tar(path, error, key) from error
+    if len(seen) > first:
         yield key, parts
+
+
+def _is_gzip(file: IO[bytes]) -> bool:
+    file.seek(0)
+    return file.read(2) == b"\x1f\x8b"
+
+
+def _no_whole_tar(path: Path | str, error: Exception, key: str | None = None) -> ValueError:
+    reason = str(error).splitlines()[0].rstrip(":")  # tarfile goes on with every kind of compression
+    after = "" if key is None else f", after {key}"
+    return ValueError(f"{path} is not a whole tar file ({reason}{after}); fetch or write it again.")
 
 
 def is_image_suffix(suffix: str) -> bool:
@@ -89,20 +136,33 @@ def is_image_suffix(suffix: str) -> bool:
     return f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES
 
 
-def image_suffix(parts: dict[str, bytes], where: str) -> str | None:
+def image_suffix(parts: dict[str, bytes], where: str, wanted: str | None = None) -> str | None:
     """The suffix of a sample's image; None where it has none.
+
+    Args:
+        wanted: The suffix, of samples with several images: `jpg`.
 
     Raises:
         ValueError: several.
     """
     images = [suffix for suffix in parts if is_image_suffix(suffix)]
+    if wanted is not None:
+        images = [suffix for suffix in images if suffix[1:] == wanted.lower().lstrip(".")]
     if len(images) > 1:
-        raise ValueError(f"{where} has several images ({', '.join(images)}); keep one a key.")
+        raise ValueError(
+            f"{where} has several images ({', '.join(images)}); keep one a key, or choose with --image_column "
+            f"{images[0][1:]}."
+        )
     return images[0] if images else None
 
 
 def sample_labels(
-    parts: dict[str, bytes], label_column: str | None, separator: str, names: Sequence[str] | None, where: str
+    parts: dict[str, bytes],
+    label_column: str | None,
+    separator: str,
+    names: Sequence[str] | None,
+    where: str,
+    label_format: str = "auto",
 ) -> list[str] | None:
     """The names of a sample's labels; None where its json says null.
 
@@ -110,22 +170,33 @@ def sample_labels(
         label_column: The field of the json that holds them; None: the usual ones.
         separator: Between the labels of a text.
         names: What class numbers stand for.
+        label_format: "ids" where a list of as many zeros and ones as there are labels is one of class numbers.
 
     Raises:
         ValueError: none, or what cannot be read as labels; with the sample.
     """
     try:
-        if ".json" in parts:
-            content = read_json(parts, where)
+        content = read_json(parts, where) if ".json" in parts else None
+        if ".cls" in parts and label_column is None and not _has_labels(content):
+            value = decode(parts[".cls"], f"{where}.cls").strip()
+            if not re.fullmatch(r"[\d\s,]*", value):
+                raise ValueError(f"has {value!r:.60} in its .cls, where class numbers should be")
+            value = [int(number) for number in value.replace(",", " ").split()]
+        elif ".json" in parts:
             value = _field(content, label_column)
             separator = " " if isinstance(content, dict) and "tag_string" in content else separator
-        elif ".cls" in parts or ".txt" in parts:
-            suffix = ".cls" if ".cls" in parts else ".txt"
-            value = decode(parts[suffix], f"{where}{suffix}").strip()
-            if suffix == ".cls":
-                value = [int(number) for number in value.replace(",", " ").split()]
+            if label_format == "auto" and names and _looks_multi_hot(value, len(names)):
+                raise ValueError(
+                    f"has {value!r:.60}, which may be class numbers or a 0 or 1 for each label; write names, or say "
+                    "with label_format, ids or multi_hot"
+                )
+        elif ".txt" in parts:
+            value = decode(parts[".txt"], f"{where}.txt").strip()
         else:
-            raise ValueError("has no .json, .txt or .cls with its labels; add one")
+            raise ValueError(
+                "has no .json, .txt or .cls with its labels beside it; add one, or put the files of a sample next to "
+                "each other (tar --sort=name)"
+            )
         if isinstance(value, str):
             value = read_cell(value, separator)
         value = [value] if isinstance(value, int) else value
@@ -178,6 +249,21 @@ def read_json(parts: dict[str, bytes], where: str) -> Any:
 
 def _with_place(error: Exception, where: str) -> ValueError:
     return ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}.")
+
+
+def _looks_multi_hot(value: Any, num_labels: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == num_labels
+        and all(type(item) is int and item in (0, 1) for item in value)
+    )
+
+
+def _has_labels(content: Any) -> bool:
+    """Whether a sample's json holds labels, beside which a `.cls` is not looked at."""
+    return isinstance(content, list) or (
+        isinstance(content, dict) and not {*_FIELDS, "objects", "annotations"}.isdisjoint(content)
+    )
 
 
 def _field(content: Any, label_column: str | None) -> Any:

@@ -84,7 +84,7 @@ def _check_shard(shard: Split, path: Path, label_names: list[str], as_ids: bool)
     Raises:
         ValueError: the labels do not read back as they were, which nobody should find out by training.
     """
-    start, own_names = 0, class_names(Dataset(pq.read_schema(path).empty_table()), "labels")
+    start, own_names = 0, class_names(Dataset(pq.read_schema(path).empty_table()).features, "labels")
     for batch in pq.ParquetFile(path).iter_batches(1000, columns=["labels"]):
         read = SparseLabels.from_arrow(
             batch.column("labels"),

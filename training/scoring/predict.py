@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
@@ -141,12 +143,35 @@ def score_split(
 def load_scored(
     config: PretrainedConfig, args: ScoringOptions, accelerator: Accelerator, count_split: str | None = None
 ) -> Loaded:
-    """The splits to score and to count of the data set that `args` name."""
+    """The splits to score and to count of the data set that `args` name.
+
+    Raises:
+        ValueError, OSError: in one sentence, what was wrong with it; or images that the checkpoint was trained on.
+    """
     if args.use_checkpoint_labels:
         args.label_names = [config.id2label[index] for index in range(config.num_labels)]
     with accelerator.main_process_first():  # the others then find the cache
         splits = [args.split] if count_split in (None, args.split) else [args.split, count_split]
-        return load(args.dataset, splits=splits, **dataset_options(args))
+        loaded = load(args.dataset, splits=splits, **dataset_options(args))
+    if loaded.validation_of_train and (trained := _left_out_by_run(args.checkpoint)) not in (
+        None,
+        args.validation_images,
+    ):
+        raise ValueError(
+            f"{args.dataset} has no validation split, and of its train split {args.checkpoint} left out those of "
+            f"--validation_images {trained}: give the same number, for of {args.validation_images} it was trained on "
+            "some."
+        )
+    return loaded
+
+
+def _left_out_by_run(checkpoint: str) -> int | None:
+    """The `validation_images` of the run on a stream that a checkpoint is of; None where that is not known."""
+    for folder in (Path(checkpoint), Path(checkpoint).parent):
+        if (folder / "config.yaml").is_file():
+            options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            return options.get("validation_images") if options.get("streaming") else None
+    return None
 
 
 def match_labels(label_names: Sequence[str], dataset_names: Sequence[str], checkpoint: str, dataset: str) -> list[int]:

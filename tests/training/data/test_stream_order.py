@@ -11,7 +11,7 @@ from training.data.stream_order import StreamOrder, divide_states
 
 
 class Lists:
-    """Shards of numbers, in place of files; a state is a place, as that of a file."""
+    """Shards of numbers, in place of files."""
 
     def __init__(self, sizes, held_out=()):
         self.sizes, self.held_out = sizes, dict(held_out)
@@ -19,25 +19,8 @@ class Lists:
     def __len__(self):
         return len(self.sizes)
 
-    def read(self, shard, row=0, state=None):
-        return Reader(self.sizes[shard], shard, 0 if state is None else state["at"])
-
-
-class Reader:
-    def __init__(self, size, shard, row):
-        self.size, self.shard, self.row = size, shard, row
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.row == self.size:
-            raise StopIteration
-        self.row += 1
-        return Row(self.shard, self.row - 1, {})
-
-    def state(self):
-        return {"at": self.row}
+    def read(self, shard, row=0):
+        return (Row(shard, number, {}) for number in range(row, self.sizes[shard]))
 
 
 def of_pass(batches, number):
@@ -78,6 +61,16 @@ def test_passes_and_seeds_differ_and_blocks_are_shuffled():
     assert first != sorted(first) and any(first[i : i + 4] != sorted(first[i : i + 4]) for i in range(0, 60, 4))
     plain = of_pass(order(shards, buffer=1).batches(1), 0)
     assert [row for _, row in plain] == [*range(20)] * 3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_shard_of_many_blocks_is_opened_once_a_pass(processes):
+    """Whoever opens it again reads all that stands before, so that a large shard would be read many times."""
+    shards, opened = Lists([40, 7, 30]), []
+    plain = shards.read
+    shards.read = lambda shard, *more: opened.append(shard) or plain(shard, *more)
+    of_pass(order(shards, 0, processes).batches(1), 1)
+    assert max(Counter(opened).values()) <= 3, "of two passes, and of the begin of the third"
 
 
 def test_rows_held_out_are_left_out():
@@ -133,10 +126,10 @@ def test_no_rows_end_it_and_few_reach_every_process():
 
 def test_a_damaged_shard_is_told_where_it_is_reached():
     class Broken(Lists):
-        def read(self, shard, row=0, state=None):
+        def read(self, shard, row=0):
             if shard == 1:
                 raise ValueError("b.tar is not a whole tar file")
-            return super().read(shard, row, state)
+            return super().read(shard, row)
 
     batches = order(Broken([2, 2, 2]), buffer=1).batches(1)
     with pytest.raises(ValueError, match=r"b\.tar is not a whole"):
