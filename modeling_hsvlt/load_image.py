@@ -155,7 +155,7 @@ def _open_source(source, name: str, max_bytes: int | None, timeout: float | None
     within_limit(len(text) * 3 // 4)
     try:
         encoded = text.split(",", 1)[1] if text.startswith("data:image/") else text
-        return nullcontext(BytesIO(base64.b64decode(encoded, validate=True)))
+        return nullcontext(BytesIO(base64.b64decode("".join(encoded.split()), validate=True)))  # it may come in lines
     except (binascii.Error, IndexError, ValueError) as error:
         raise ValueError(f"{name} does not exist; check the path.") from error
 

@@ -198,6 +198,7 @@ def test_every_kind_of_source_gives_the_same_image(tmp_path, site):
         "path": path, "text": str(path), "bytes": data, "bytearray": bytearray(data), "stream": BytesIO(data),
         "embedded": {"bytes": data, "path": None}, "linked": {"bytes": None, "path": str(path)},
         "url": f"{site}/image.png", "data": f"data:image/png;base64,{text}", "base64": text,
+        "lines": base64.encodebytes(data).decode(),
         "pil": Image.fromarray(array), "lazy": Image.open(path), "array": array, "first": array.transpose(2, 0, 1),
         "tensor": torch.from_numpy(array), "tensor_first": torch.from_numpy(array).permute(2, 0, 1),
         "unit": array / 255, "unit_tensor": torch.from_numpy(array).permute(2, 0, 1) / 255,

@@ -4,10 +4,11 @@
     hsvlt serve runs/photos       or any run, checkpoint or Hub id
     curl -F image=@photo.jpg -F 'parameters={"threshold": "auto"}' http://127.0.0.1:8000/predict
 
-`/predict` takes files (multipart: `image`, or `images` for a list) or JSON (`{"inputs": BASE64, "parameters": {}}`, or
-a list in `inputs`) and answers as the pipeline does; `parameters` are threshold, top_k, labels and explain. `/health`
-says whether it is ready, `/metrics` is for Prometheus, `/docs` is the page of the interface. There is no password: put
-a proxy in front of it before strangers can reach it. SIGTERM and Ctrl-C end it when what it took is answered.
+`/predict` takes files (multipart: `image`, or `images` for a list), JSON (`{"inputs": BASE64, "parameters": {}}`, or
+a list in `inputs`) or one image as it is, and answers as the pipeline does; `parameters` are threshold, top_k, labels
+and explain. `/health` says whether it is ready, `/metrics` is for Prometheus, `/docs` is the page of the interface.
+There is no password: put a proxy in front of it before strangers can reach it. SIGTERM and Ctrl-C end it when what it
+took is answered.
 """
 
 from __future__ import annotations

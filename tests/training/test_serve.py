@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import re
+import select
 import socket
 import sys
 import threading
@@ -19,6 +20,7 @@ import pytest
 import torch
 import uvicorn
 from fastapi.testclient import TestClient
+from huggingface_hub import InferenceClient
 from PIL import Image
 
 from modeling_hsvlt import MultiLabelImageClassificationPipeline, MultiLabelImageProcessor
@@ -92,6 +94,17 @@ def test_the_answer_is_the_pipelines(client, tagger, parameters):
         client.post("/predict", json={"inputs": f"data:image/png;base64,{as_text(photo())}", "parameters": parameters}),
     ]
     assert all(answer.status_code == 200 and same_labels(answer.json(), expected) for answer in answers)
+
+
+def test_the_hubs_own_client_is_answered(address, tagger):
+    """It sends a file as it is, bytes without a type, and JSON where there are parameters."""
+    url = "http://{}:{}/predict".format(*address)
+    expected = tagger(photo())
+    for parameters in ({}, {"top_k": 2}):
+        found = InferenceClient(model=url).image_classification(photo(), **parameters)
+        same_labels(found, expected[: parameters.get("top_k")])
+    sent = urllib.request.Request(url, photo(), {"Content-Type": "image/png"})
+    same_labels(json.load(urllib.request.urlopen(sent)), expected)
 
 
 def test_a_list_gives_a_list(client, tagger):
@@ -193,7 +206,9 @@ def test_bodies_that_cannot_be_read(client):
     refused(post(b"{", "application/json"), 422, "The request is no JSON")
     refused(post(b"[" * 50_000, "application/json"), 422, "The request is no JSON")
     refused(post(b"\xff\xfe{", "application/json"), 422, "The request is no JSON")
-    refused(post(photo(), "image/png"), 415, "multipart/form-data with a file `image`")
+    refused(post(rb'{"inputs": "", "\ud800": 1}', "application/json"), 422, r"this one has \\ud800")
+    refused(post(photo(), "text/plain"), 415, "multipart/form-data with a file `image`")
+    refused(post(b"", "image/png"), 422, "no image format")
     refused(post(b"x", "multipart/form-data"), 400, "boundary")
     upload = client.post
     refused(upload("/predict", files={"image": photo()}, data={"parameters": "{"}), 422, "parameters is no JSON")
@@ -241,9 +256,10 @@ def test_a_full_queue_says_when_to_come_again(tagger, monkeypatch):
     assert [answer.status_code for answer in (*answers, after)] == [200, 200, 200]
 
 
-def test_a_model_that_fails_ends_the_requests_and_not_the_server(tagger, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("scores are no numbers")])
+def test_a_model_that_fails_ends_the_requests_and_not_the_server(tagger, monkeypatch, error):
     def broken(*args, **kwargs):
-        raise RuntimeError("out of memory")
+        raise error
 
     with TestClient(serving.build_app(tagger, ServeOptions()), raise_server_exceptions=False) as client:
         with monkeypatch.context() as patch:
@@ -260,6 +276,7 @@ def test_health_and_metrics(tagger):
     refused(before.post("/predict", json={"inputs": as_text(photo())}), 503, "Not ready")
     with TestClient(app) as client:
         assert client.get("/health").json() == {"status": "ready"}
+        assert client.head("/health").status_code == 200
         for inputs in ([as_text(photo())] * 3, "no"):
             client.post("/predict", json={"inputs": inputs})
         client.get("/elsewhere/1")
@@ -279,10 +296,13 @@ def test_health_and_metrics(tagger):
 
 
 def test_the_page_of_the_interface(client):
-    assert "/openapi.json" in client.get("/docs").text
+    page = client.get("/docs").text
+    assert "url: 'openapi.json'" in page
+    # Where its script does not come, it is no blank page.
+    assert re.search(r'id="swagger-ui"><p>.*href="openapi.json".*curl -F .*/predict</pre>', page, re.S)
     operation = client.get("/openapi.json").json()["paths"]["/predict"]["post"]
-    assert set(operation["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
-    assert {"200", "413", "422", "503"} <= set(operation["responses"])
+    assert set(operation["requestBody"]["content"]) == {"application/json", "multipart/form-data", "image/*"}
+    assert {"200", "400", "413", "422", "503"} <= set(operation["responses"])
 
 
 @pytest.fixture
@@ -298,26 +318,54 @@ def address(tagger):
     assert not thread.is_alive()
 
 
+HEAD = b" HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: "
+
+
 @pytest.mark.parametrize(
     ("sent", "answer"),
     [
         (b"", b""),
         (b"POST /predict HTTP/1.1\r\nHost:", b""),
         (b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /health", b"HTTP/1.1 200"),
-        (
-            b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
-            b" 408 ",
-        ),
+        (b"POST /predict" + HEAD + b"99\r\n\r\n{", b" 408 "),
+        # Answered before the body is there, which may be one that never ends.
+        (b"POST /elsewhere" + HEAD + b"99\r\n\r\n{", b" 404 "),
+        (b"POST /health" + HEAD + b"99\r\n\r\n{", b" 405 "),
+        (b"GET /health" + HEAD + b"99\r\n\r\n{", b" 200 "),
+        (b"POST /elsewhere HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", b" 404 "),
+        (b"POST /predict" + HEAD + b"99999999999\r\n\r\n{", b" 413 "),
+        (b"POST /predict" + HEAD + b"99999999999\r\nExpect: 100-continue\r\n\r\n", b"HTTP/1.1 413 "),
     ],
-    ids=["nothing", "half a head", "a second head", "half a body"],
+    ids=[
+        *("nothing", "half a head", "a second head", "half a body", "half a body for nobody", "for another method"),
+        *("for a GET", "in chunks", "announced as too long", "announced, and not sent"),
+    ],
 )
 def test_a_slow_client_is_let_go(address, sent, answer):
+    """Also one that goes on sending a byte now and then."""
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(sent)
-        received = b""
-        while data := connection.recv(65536):  # until the server closes
-            received += data
+        began, received = time.monotonic(), b""
+        while True:  # until the server closes
+            assert time.monotonic() - began < 9
+            if select.select([connection], [], [], 0.1)[0]:
+                if not (data := connection.recv(65536)):
+                    break
+                received += data
+            elif b"Content-Length" in sent and b"Expect" not in sent:
+                with suppress(OSError):
+                    connection.sendall(b" ")
     assert answer in received and (answer or not received)
+
+
+@pytest.mark.parametrize(("path", "status"), [("/predict", 413), ("/elsewhere", 404)])
+def test_who_reads_when_all_is_sent_sees_the_answer(address, path, status):
+    """Closed before that, the client would see a reset connection and not the reason."""
+    client = http.client.HTTPConnection(*address, timeout=10)
+    body = b" " * (3 * ServeOptions().max_bytes)
+    client.request("POST", path, body, {"Content-Type": "application/json"})
+    assert client.getresponse().status == status
+    client.close()
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def image_source(item, urls: bool = True):
             raise ValueError("Addresses are not read here; send the image itself, as a file or in base64.")
         return item
     try:
-        return base64.b64decode(item.partition(",")[2] if item.startswith("data:image/") else item, validate=True)
+        encoded = item.partition(",")[2] if item.startswith("data:image/") else item
+        return base64.b64decode("".join(encoded.split()), validate=True)  # many programs write it in lines
     except ValueError:
         raise ValueError(f"This is neither base64 nor an address: {item[:60]!r}; no path is read.") from None
 

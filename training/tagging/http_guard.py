@@ -1,12 +1,11 @@
 """What a client may not do to the server: send too much, or too slowly; and a line in the metrics for each request."""
 
 import asyncio
+from contextlib import suppress
 
 import h11
 from fastapi import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-CLOSE = {"Connection": "close"}
 
 
 class Guard:
@@ -19,28 +18,48 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         options, loop = self.server.options, asyncio.get_running_loop()
-        began, received, whole, status = loop.time(), 0, False, 500
+        headers = dict(scope["headers"])
+        length = int(headers.get(b"content-length", 0))
+        began, received, status = loop.time(), 0, 500
+        whole = not length and b"transfer-encoding" not in headers
+
+        def check_length() -> None:
+            if max(received, length) > options.max_bytes:
+                raise HTTPException(413, f"The request is longer than {options.max_bytes} bytes.")
 
         async def receive_in_time():
             nonlocal received, whole
             if whole:
                 return await receive()
+            check_length()  # what is announced, before it is sent
             try:
                 async with asyncio.timeout_at(began + options.timeout):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"The request took longer than {options.timeout:g} seconds.", CLOSE) from None
+                raise HTTPException(408, f"The request took longer than {options.timeout:g} seconds.") from None
             if message["type"] == "http.disconnect":
                 raise HTTPException(400, "The client left before the request was whole.")
             received += len(message.get("body", b""))
-            if received > options.max_bytes:
-                raise HTTPException(413, f"The request is longer than {options.max_bytes} bytes.", CLOSE)
             whole = not message.get("more_body", False)
+            check_length()
             return message
+
+        async def throw_away() -> None:
+            """Most clients read an answer when they have sent all: of a connection closed before they see nothing."""
+            nonlocal whole
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(began + options.timeout):
+                    while not whole:
+                        whole = not (await receive()).get("more_body", False)
 
         async def send_in_time(message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if not (received == 0 and b"expect" in headers):  # who asks first will not send it
+                    await throw_away()
+                if not whole:  # or what still comes would keep the connection for ever
+                    message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             async with asyncio.timeout(options.timeout):
                 await send(message)
 

@@ -15,7 +15,8 @@ import python_multipart  # noqa: F401  (Starlette asks for it at the first uploa
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -25,7 +26,7 @@ from modeling_hsvlt.pipeline_multilabel import MultiLabelImageClassificationPipe
 from ..checkpoint.loading import computing, load_checkpoint
 from ..places import cores
 from ..publish.handler import as_json, check_maps, image_source, read_request
-from .http_guard import CLOSE, Guard, timed_protocol
+from .http_guard import Guard, timed_protocol
 
 DOWNLOADS = 16  # addresses that are read at a time; they mostly wait
 LONGEST_ERROR = 500
@@ -49,12 +50,18 @@ BODIES = {
         "parameters": {"type": "string", "description": "the same as JSON"},
     },
 }
-REQUEST = {"content": {kind: {"schema": {"type": "object", "properties": body}} for kind, body in BODIES.items()}}
+SCHEMAS = {kind: {"type": "object", "properties": body} for kind, body in BODIES.items()} | {"image/*": FILE}
+REQUEST = {"content": {kind: {"schema": schema} for kind, schema in SCHEMAS.items()}}
+# In the place that the script of the page fills.
+WITHOUT_SCRIPT = """<p>This page is drawn by a script of cdn.jsdelivr.net, which has not come here. Without it:
+<a href="openapi.json">openapi.json</a> describes the interface, and this is a request:</p>
+<pre>curl -F image=@photo.jpg -F 'parameters={"threshold": "auto"}' ADDRESS/predict</pre>"""
 RESPONSES = {
+    400: {"description": "A body that is not what its head says."},
     200: {"description": "[{label, score}, ...] from the highest score on; of a list of images a list of these"},
     408: {"description": "The request came too slowly."},
     413: {"description": "Too many bytes or images."},
-    415: {"description": "Neither JSON nor multipart."},
+    415: {"description": "Neither an image, nor JSON or multipart."},
     422: {"description": "An image or a parameter is wrong; `detail` says what."},
     503: {"description": "Not ready, or too much to do; Retry-After says when to come again."},
 }
@@ -109,7 +116,7 @@ class Server:
     def places(self, count: int) -> Iterator[None]:
         """Room for so many images, or 503."""
         if self.taken + count > self.options.max_queue:
-            raise HTTPException(503, "Too much to do at the moment; come again.", {"Retry-After": "1", **CLOSE})
+            raise HTTPException(503, "Too much to do at the moment; come again.", {"Retry-After": "1"})
         self.taken += count
         try:
             yield
@@ -142,7 +149,10 @@ class Server:
 
     def forward(self, group: list[Waiting]) -> Mapping[str, torch.Tensor]:
         inputs = {name: torch.cat([item.inputs[name] for item in group]) for name in group[0].inputs}
-        return self.tagger.forward(inputs, **group[0].forward)
+        try:
+            return self.tagger.forward(inputs, **group[0].forward)
+        except ValueError as error:  # no client's fault: what a request may be was looked at before
+            raise RuntimeError("The model failed.") from error
 
     async def label(self, items: list, parameters: dict) -> list:
         """The labels of each image, as JSON."""
@@ -191,7 +201,7 @@ def build_app(tagger: MultiLabelImageClassificationPipeline, options, threads: i
         for threads in (server.model_thread, server.decoders, server.downloads):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="hsvlt", version=metadata.version("hsvlt"), lifespan=lifespan)
+    app = FastAPI(title="hsvlt", version=metadata.version("hsvlt"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
     app.add_middleware(Guard, server=server)
 
@@ -213,10 +223,20 @@ def build_app(tagger: MultiLabelImageClassificationPipeline, options, threads: i
                 with server.places(len(items) - 1 if items else 0):
                     answers = await server.label(items, parameters)
         except ValueError as error:
-            raise HTTPException(422, " ".join(str(error).split())[:LONGEST_ERROR]) from error
+            words = " ".join(str(error).split())[:LONGEST_ERROR]
+            raise HTTPException(422, words.encode("utf-8", "backslashreplace").decode()) from error  # half characters
         answer = await asyncio.to_thread(json.dumps, answers if isinstance(inputs, list) else answers[0])
         return Response(answer, media_type="application/json")
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        page, place = (
+            get_swagger_ui_html(openapi_url="openapi.json", title="hsvlt").body.decode(),
+            '<div id="swagger-ui">',
+        )
+        return HTMLResponse(page.replace(place, place + WITHOUT_SCRIPT))
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"description": "Not ready."}})
     async def health() -> Response:
         """Whether it takes images."""
@@ -231,7 +251,7 @@ def build_app(tagger: MultiLabelImageClassificationPipeline, options, threads: i
 
 
 async def _read_body(request: Request, options) -> tuple:
-    """Inputs and parameters of a request in JSON or of an upload.
+    """Inputs and parameters of a request: an image as it is, an upload, or JSON.
 
     Raises:
         ValueError: in one sentence, what is wrong with it.
@@ -239,8 +259,12 @@ async def _read_body(request: Request, options) -> tuple:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         return read_request(await asyncio.to_thread(_parse, await request.body(), "The request"))
+    if kind in ("", "application/octet-stream") or kind.startswith("image/"):  # as the Hub's own client sends one
+        return read_request({"inputs": await request.body()})
     if kind != "multipart/form-data":
-        raise HTTPException(415, "Send multipart/form-data with a file `image`, or application/json with `inputs`.")
+        raise HTTPException(
+            415, "Send an image (image/*), multipart/form-data with a file `image`, or application/json with `inputs`."
+        )
     limits = {"max_files": options.max_queue + 1, "max_fields": 10, "max_part_size": options.max_bytes}
     async with request.form(**limits) as form:
         fields: dict[str, list] = {}

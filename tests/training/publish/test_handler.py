@@ -63,9 +63,10 @@ def as_text(image):
         lambda image: image,
         lambda image: Image.open(io.BytesIO(image)),
         as_text,
+        lambda image: base64.encodebytes(image).decode(),
         lambda image: f"data:image/png;base64,{as_text(image)}",
     ],
-    ids=["bytes", "PIL", "base64", "data URL"],
+    ids=["bytes", "PIL", "base64", "base64 in lines", "data URL"],
 )
 def test_every_way_of_giving_an_image_gives_the_pipelines_labels(handler, tagger, way):
     assert handler({"inputs": way(photo())}) == tagger(photo())
