@@ -1,6 +1,7 @@
 """What strikes at a counted file event strikes there: `make crash-test` rests on it."""
 
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from training.checkpoint.atomic import atomic_folder, write_file
 
+from .crash.__main__ import kill_often, not_inside
 from .crash.strikes import Strike, events_of, is_saving, saves, spread
 from .forked import forked
 
@@ -64,3 +66,57 @@ def test_a_kill_in_a_save_is_in_one_wherever_it_is_meant_to_be(events, tmp_path)
 
 def test_spread():
     assert spread(10, 4) == [1, 4, 7, 10] and spread(2, 5) == [1, 2] and spread(0, 3) == [] and spread(7, 1) == [1]
+
+
+class FinishedBefore:
+    """A bench whose runs, as many as `early`, come to their end before they are hit."""
+
+    def __init__(self, folder: Path, early: int):
+        self.folder, self.early = folder, early
+        (folder / "whole").mkdir()
+
+    def reference(self, processes):
+        return self.folder / "whole"
+
+    def events(self, processes):
+        return [f"os.mkdir RUN/.checkpoint-{number}.new" for number in (3, 6)]
+
+    def start(self, run, processes, strike=None):
+        self.run, self.strike = run, strike
+        return self
+
+    def wait_for_first(self):
+        pass
+
+    def wait_until(self, reached):
+        pass
+
+    def kill(self):
+        self.early -= self.strike is not None
+        self.run.mkdir(exist_ok=True)
+        if self.strike is not None and self.early >= 0:
+            (self.run / "results.json").write_text("{}")
+            return [0, -signal.SIGKILL]
+        if self.strike is not None:
+            assert not (self.run / "results.json").exists(), "a run that begins"
+            (self.run / ".checkpoint-3.new").mkdir()
+        return [-signal.SIGKILL] * 2
+
+    def finish(self, run, processes):
+        pass
+
+    def same_end(self, run, processes):
+        return True
+
+
+@pytest.mark.parametrize("early", [0, 2])
+def test_a_kill_is_not_counted_until_it_hits_a_run(tmp_path, monkeypatch, early):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    some = kill_often(FinishedBefore(tmp_path, early), 2, 3, random.Random(0))
+    assert some == (3, 1, [], True) and not_inside(some) == []
+
+
+def test_a_run_that_is_never_hit_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(AssertionError, match="came to their end before kill 3 of 3"):
+        kill_often(FinishedBefore(tmp_path, 99), 2, 3, random.Random(0))

@@ -79,8 +79,8 @@ class Command:
         for process in self._ranks:
             os.killpg(process.pid, number)
 
-    def kill(self) -> None:
-        """SIGKILL to every process and its data workers."""
+    def kill(self) -> list[int]:
+        """SIGKILL to every process and its data workers; exit statuses, of those too that had ended."""
         for process in self._ranks:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -88,6 +88,11 @@ class Command:
                 process.kill()
         for process in self._ranks:
             process.join()
+        return [process.exitcode for process in self._ranks]
+
+    def wait_for_first(self, seconds: float = 600) -> None:
+        """Until the first process ends, for which a strike is."""
+        self._ranks[0].join(seconds)
 
     def wait(self, seconds: float = 600) -> list[int]:
         """Exit statuses; a run that is not over by then is killed and raises."""

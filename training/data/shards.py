@@ -35,6 +35,7 @@ from .webdataset import (
     split_of,
 )
 
+_NO_HUB_ID = re.compile(r"^[./~]|/.*/|[*?{\[]|\.(tar|tar\.gz|tgz|parquet)$")
 _OTHERWISE_COMPRESSED = re.compile(r"\.(tar\.(zst|xz|bz2|lz4|lzma|br|Z)|t[bx]z2?|tzst)$", re.I)
 ROW_BITS = 40  # of a number for a row: its shard stands above them
 
@@ -148,8 +149,10 @@ def open_shards(
         files = _local_files(path)
         beside = (path if path.is_dir() else path.parent) / "labels.txt"
         names = names or (read_label_names(beside) if beside.is_file() else None)
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise FileNotFoundError(f"{source} does not exist; give a folder of shards, or the id of a dataset on the Hub.")
+    elif _NO_HUB_ID.search(source):
+        raise FileNotFoundError(
+            f"{source} does not exist; give a folder of shards (no pattern), or the id of a dataset on the Hub."
+        )
     else:
         files = _hub_files(options)
         names = names or _hub_names(options)
@@ -179,9 +182,8 @@ def _local_files(path: Path) -> dict[str, list[str]]:
         if _OTHERWISE_COMPRESSED.search(file.name):
             raise ValueError(f"{file} is compressed in a way that is not read here: unpack it, or write it as .tar.gz.")
     found = [file for file in found if file.name.endswith(suffixes)]
-    tars = {file.with_suffix("") for file in found if file.suffix == ".tar"}
-    if all(file.suffix == ".tar" or file.with_suffix("") in tars for file in found):
-        found = [file for file in found if file.suffix == ".tar"]  # img2dataset puts a table beside each shard
+    if are_tables_of_shards([file for file in found if file.suffix == ".parquet"]):
+        found = [file for file in found if file.suffix != ".parquet"]
     kinds = {file.suffix == ".parquet" for file in found}
     if len(kinds) != 1:
         what = "parquet files and .tar shards: give the folder of one kind" if kinds else "neither .parquet nor .tar"
@@ -196,6 +198,11 @@ def _local_files(path: Path) -> dict[str, list[str]]:
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
         files.setdefault(split_of(name) or "train", []).append(str(file))
     return files
+
+
+def are_tables_of_shards(tables: Sequence[Path]) -> bool:
+    """Whether parquet files say where the images of the .tar beside each came from, as img2dataset writes them."""
+    return bool(tables) and all(table.with_suffix(".tar").is_file() for table in tables)
 
 
 def _is_hidden(file: Path, root: Path) -> bool:

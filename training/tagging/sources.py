@@ -14,7 +14,7 @@ from modeling_hsvlt.load_video import NEEDS_PYAV, can_read_videos, is_video
 from ..data.image_files import find_images, is_image
 from ..data.load import load_images
 from ..data.rows import SPLIT_ALIASES, fingerprint_images, no_such_split
-from ..data.shards import Shards, open_shards
+from ..data.shards import Shards, are_tables_of_shards, open_shards
 from ..data.stream_order import one_pass
 from ..data.text import read_text
 from ..data.webdataset import SHARD_SUFFIXES
@@ -140,7 +140,7 @@ def open_source(
     path = Path(source)
     if source.startswith(_URLS):
         return _named(Path(), [source])
-    if streaming or source.endswith(SHARD_SUFFIXES):
+    if streaming or source.endswith(SHARD_SUFFIXES) or are_tables_of_shards([*path.glob("*.parquet")]):
         return _stream(source, split, **options)
     if path.is_file() and (is_image(path) or is_video(path)):
         return _named(path.parent, [path.name])

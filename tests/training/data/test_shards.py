@@ -182,6 +182,12 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, make, more, message):
         load(str(tmp_path), streaming=True, **{"splits": ["test" if "test" in message else "validation"], **more})
 
 
+@pytest.mark.parametrize("source", ["shards/train-{000..009}.tar", "shards/*.tar", "shards.tar", "a/train.parquet"])
+def test_a_pattern_or_a_file_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(FileNotFoundError, match=r"does not exist; give a folder of shards \(no pattern\)"):
+        open_shards(options(source))
+
+
 def loader_of(folder, workers=0, **more):
     split = load_streamed(options(folder, **more), ["train"], train=True).splits["train"]
     dataset = StreamDataset(split, PROCESSOR)

@@ -101,6 +101,10 @@ def test_sources(tars, tmp_path, capsys, checkpoint):  # noqa: F811
     (tmp_path / "data").mkdir()
     write_parquet(tmp_path / "data" / "train.parquet", [1])
     write_parquet(tmp_path / "data" / "test.parquet", [1])
+    write_shards(tmp_path / "img2dataset", "tar", [2, 1])
+    for shard in (0, 1):
+        write_parquet(tmp_path / "img2dataset" / f"train-{shard:05}.parquet", [1])
+    assert len([key for key, _ in open_source(str(tmp_path / "img2dataset")).images()]) == 3
     with pytest.raises(ValueError, match=r"splits test, train; choose one with --split"):
         open_source(str(tmp_path / "data"), streaming=True)
     command = [str(checkpoint), str(tars), str(tmp_path / "out"), "--sidecars", "txt"]
