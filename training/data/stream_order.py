@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 
@@ -68,12 +69,13 @@ class StreamOrder:
         state = state or {"parts": [], "next": 0}
         self.parts, self.next = [Part(**part) for part in state["parts"]], state["next"]
         self._reader: Iterator[Row] | None = None  # of the shard that the last block ended in
+        self._closed = False
 
     def batches(self, size: int) -> Iterator[tuple[list[Row], dict]]:
         """Lists of `size` rows, and the state to go on from after each."""
         batch = []
         # The next block is read while this one is given.
-        with ThreadPoolExecutor(1, thread_name_prefix="stream") as reader:
+        with ThreadPoolExecutor(1, thread_name_prefix="stream") as reader, closing(self):
             upcoming = reader.submit(self._block)
             while True:
                 state, rows = upcoming.result()
@@ -87,6 +89,10 @@ class StreamOrder:
                     if len(batch) == size:
                         yield batch, {**state, "parts": [{**part, "taken": taken}, *later]}
                         batch = []
+
+    def close(self) -> None:
+        """Ends a block that is being read, for which nobody waits any more."""
+        self._closed = True
 
     def _block(self) -> tuple[dict, list[Row | None]]:
         """The state where a block begins, and its rows."""
@@ -109,12 +115,13 @@ class StreamOrder:
         """The rows of a block of a part, which is then as far, and whether it has ended."""
         rows = []
         shards = part.shards(len(self.shards))
-        while part.place < len(shards):
+        while part.place < len(shards) and not self._closed:
             shard, whole = shards[part.place]
             reader = self._reader or self.shards.read(shard, part.row)
             self._reader = None
             held_out = self.shards.held_out.get(shard, 0)
-            mine = (row for row in reader if row.row >= held_out and (whole or part.has(row)))
+            reading = takewhile(lambda _: not self._closed, reader)
+            mine = (row for row in reading if row.row >= held_out and (whole or part.has(row)))
             rows += islice(mine, part.size - len(rows))
             if len(rows) == part.size:
                 part.row, self._reader = rows[-1].row + 1, reader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -135,7 +136,10 @@ def _part(shards: Shards, labels: RowLabels, count: int, hold_out: bool, split: 
     """
     opened = min(len(shards), PART_SHARDS, count)
     each, rows = count // opened, []
-    for place in range(opened):
+    # Those of a Hub take a while; every process reads them.
+    for place in tqdm(
+        range(opened), f"Reading {split}", unit="shard", delay=2, disable=os.environ.get("RANK", "0") != "0"
+    ):
         shard = place * len(shards) // opened
         reader = shards.read(shard)
         first = list(islice(reader, each))

@@ -150,8 +150,8 @@ def image_suffix(parts: dict[str, bytes], where: str, wanted: str | None = None)
         images = [suffix for suffix in images if suffix[1:] == wanted.lower().lstrip(".")]
     if len(images) > 1:
         raise ValueError(
-            f"{where} has several images ({', '.join(images)}); keep one a key, or choose with --image_column "
-            f"{images[0][1:]}."
+            f"{where} has several images ({', '.join(images)}); keep one a key, or stream the shards with "
+            f"--image_column {images[0][1:]}."
         )
     return images[0] if images else None
 
@@ -187,8 +187,8 @@ def sample_labels(
             separator = " " if isinstance(content, dict) and "tag_string" in content else separator
             if label_format == "auto" and names and _looks_multi_hot(value, len(names)):
                 raise ValueError(
-                    f"has {value!r:.60}, which may be class numbers or a 0 or 1 for each label; write names, or say "
-                    "with label_format, ids or multi_hot"
+                    f"has {value!r:.60}, which may be class numbers or a 0 or 1 for each label; write names, or "
+                    "stream the shards with --label_format ids or multi_hot"
                 )
         elif ".txt" in parts:
             value = decode(parts[".txt"], f"{where}.txt").strip()

@@ -1,13 +1,15 @@
 """Every row once a pass, over any number of processes; from any place on the same rows follow."""
 
 import json
+import time
 from collections import Counter
+from dataclasses import asdict
 from itertools import count, islice
 
 import pytest
 
 from training.data.shards import Row
-from training.data.stream_order import StreamOrder, divide_states
+from training.data.stream_order import Part, StreamOrder, divide_states
 
 
 class Lists:
@@ -71,6 +73,17 @@ def test_a_shard_of_many_blocks_is_opened_once_a_pass(processes):
     shards.read = lambda shard, *more: opened.append(shard) or plain(shard, *more)
     of_pass(order(shards, 0, processes).batches(1), 1)
     assert max(Counter(opened).values()) <= 3, "of two passes, and of the begin of the third"
+
+
+def test_who_closes_it_does_not_wait_for_the_next_block():
+    shards, read = Lists([3000]), []
+    plain = shards.read
+    shards.read = lambda *place: (read.append(row) or time.sleep(0.001) or row for row in plain(*place))
+    state = {"parts": [asdict(Part(0, 3, 0, 1, size=2))], "next": 1}
+    batches = order(shards, buffer=3000, state=state).batches(2)
+    next(batches)
+    batches.close()
+    assert len(read) < 3000
 
 
 def test_rows_held_out_are_left_out():
