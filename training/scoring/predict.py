@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,8 +170,10 @@ def _left_out_by_run(checkpoint: str) -> int | None:
     """The `validation_images` of the run on a stream that a checkpoint is of; None where that is not known."""
     for folder in (Path(checkpoint), Path(checkpoint).parent):
         if (folder / "config.yaml").is_file():
-            options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            return options.get("validation_images") if options.get("streaming") else None
+            with suppress(yaml.YAMLError, UnicodeDecodeError):  # damaged
+                options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+                if isinstance(options, dict) and options.get("streaming"):
+                    return options.get("validation_images")
     return None
 
 

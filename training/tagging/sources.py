@@ -140,7 +140,8 @@ def open_source(
     path = Path(source)
     if source.startswith(_URLS):
         return _named(Path(), [source])
-    if streaming or source.endswith(SHARD_SUFFIXES) or are_tables_of_shards([*path.glob("*.parquet")]):
+    tables = [*path.glob("*.parquet"), *path.glob("*/*.parquet")]
+    if streaming or source.endswith(SHARD_SUFFIXES) or are_tables_of_shards(tables):
         return _stream(source, split, **options)
     if path.is_file() and (is_image(path) or is_video(path)):
         return _named(path.parent, [path.name])
