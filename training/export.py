@@ -86,6 +86,8 @@ def run(args: ExportOptions) -> None:
         names = [INT8_FILE if args.quantize else MODEL_FILE, *WEB_FILES]
     elif args.layout == "transformers_js":
         names = list(TRANSFORMERS_JS_FILES)
+    if args.layout in ("web", "transformers_js") and any(args.target.glob("*.safetensors")):
+        raise ValueError(f"{args.target} holds a checkpoint, of which this would replace files; choose another TARGET.")
     if not args.overwrite:
         refuse_to_replace(args.target, names, "TARGET")
     if args.quantize and args.dataset is None:

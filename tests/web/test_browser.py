@@ -371,6 +371,19 @@ def test_hundreds_in_the_worker(page, photos):
     assert len(table(page)) == 300
 
 
+def test_a_page_that_does_not_start_says_why(browser, server, page_folder):
+    page = browser.new_page()
+    page.goto((page_folder / "index.html").as_uri())
+    page.locator("#unstarted", has_text="a page opened as a file may not load it").wait_for()
+    page.goto(server.url)
+    page.locator("html[data-device]").wait_for(state="attached")
+    assert page.locator("#unstarted").count() == 0
+    page.context.route("**/model.json", lambda route: route.fulfill(status=404, body="<html>"))
+    page.goto(server.url)
+    page.locator("#status", has_text="The model cannot be loaded: model.json is not there (404). Reload").wait_for()
+    page.context.close()
+
+
 def test_paste_and_camera(page, photos):
     data = list((photos / "tiny.png").read_bytes())
     page.evaluate(
@@ -382,13 +395,23 @@ def test_paste_and_camera(page, photos):
         data,
     )
     page.locator("#status", has_text="1 image labelled.").wait_for()
+    page.evaluate(
+        """() => {
+          const transfer = new DataTransfer();
+          transfer.setData('text/plain', 'no image');
+          document.dispatchEvent(new ClipboardEvent('paste', { clipboardData: transfer }));
+        }"""
+    )
+    assert page.locator("#status").inner_text() == "There is no image among these."
     page.locator("#camera").click()
     page.locator("#shoot").wait_for()
+    assert page.locator("#camera").is_disabled()  # a second stream would stay on when the page closes the first
     while not page.evaluate("document.querySelector('#video').videoWidth"):
         page.wait_for_timeout(100)
     page.locator("#shoot").click()
     page.locator("#status", has_text="2 images labelled.").wait_for()
     page.locator("#close").click()
+    assert page.locator("#camera").is_enabled()
     assert set(table(page)) == {"image.png", "camera.png"}
 
 

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from modeling_hsvlt import MultiLabelImageProcessor, load_image
+from training.export import main
 from training.publish.onnxruntime_web import FILES
 from training.publish.to_onnx import metadata, write_metadata
 from training.publish.web import (
@@ -31,7 +32,7 @@ from training.publish.web import (
 )
 from training.tagging.xmp import EMPTY_XMP, with_keywords
 
-from ..tiny_checkpoint import tiny_model
+from ..tiny_checkpoint import save_checkpoint, tiny_model
 
 HOSTILE = "</script><img src=x onerror=alert(1)>: 'a' # \"b\""
 NAMES = ["dog", HOSTILE, "=1+1"]
@@ -94,6 +95,16 @@ def test_a_folder_for_transformers_js(tmp_path):
     assert (config["thresholds"], config["thresholds_q8"]) == ([0.2, 0.3, 0.4], [0.5, 0.6, 0.7])
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
     assert processor["size"] == {"height": 24, "width": 40} and processor["image_mean"]
+
+
+@pytest.mark.parametrize("layout", ["web", "transformers_js"])
+def test_a_checkpoint_is_not_written_over(layout, tmp_path, capsys):
+    save_checkpoint(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert main([str(tmp_path), str(tmp_path), "--layout", layout, "--overwrite"]) == 2
+    assert "holds a checkpoint" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_a_processor_that_the_page_cannot_stand_in_for():

@@ -7,10 +7,14 @@ const $ = id => document.getElementById(id);
 const images = [], queue = [], answers = new Map();
 let settings, chosen = null, working = false, done = 0, asked = 0, showAll = false, label;
 
+$("unstarted").remove();
+say("Loading the model");
+progress(null);
+
 // Started from a blob, the worker is bound by this page's Content-Security-Policy; from an address it would not be.
 const source = `import ${JSON.stringify(new URL("worker.mjs", import.meta.url).href)};`;
 const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })), { type: "module" });
-worker.onerror = () => fail("the browser is too old for this page");
+worker.onerror = () => fail("a script of this page is missing, or the browser is too old for it");
 worker.onmessage = ({ data }) => {
   if (data.failed) return fail(data.failed);
   if (data.settings) return ready(data);
@@ -48,7 +52,7 @@ function progress(share) {
 
 function fail(words) {
   progress();
-  say(`The model cannot be loaded: ${words}. Reload the page.`, true);
+  say(`The model cannot be loaded: ${words.replace(/\.+$/, "")}. Reload the page.`, true);
 }
 
 function ready(data) {
@@ -134,26 +138,33 @@ document.addEventListener("drop", async event => {
   }
 });
 document.addEventListener("paste", event => {
-  const files = [...event.clipboardData.files];
-  if (files.length) add(files.map(withPath));
+  add([...event.clipboardData.files].map(withPath));
 });
 
 $("camera").onclick = async () => {
+  $("camera").disabled = true; // one stream: a second one would leave the first on
   try {
+    if (!navigator.mediaDevices) throw new Error("a browser gives it to https: and localhost alone");
     $("video").srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     $("viewfinder").hidden = false;
+    $("shoot").focus();
   } catch (error) {
-    say(`There is no camera for this page: ${error.message}`, true);
+    $("camera").disabled = false;
+    say(`There is no camera for this page: ${error.message}.`, true);
   }
 };
 $("shoot").onclick = async () => {
-  const video = $("video"), canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
+  const video = $("video");
+  if (!video.videoWidth) return; // it has just begun
+  const canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
   canvas.getContext("2d").drawImage(video, 0, 0);
   add([{ file: await canvas.convertToBlob({ type: "image/png" }), path: "camera.png" }]);
 };
 $("close").onclick = () => {
   for (const track of $("video").srcObject?.getTracks() ?? []) track.stop();
   $("viewfinder").hidden = true;
+  $("camera").disabled = false;
+  $("camera").focus();
 };
 
 // --- and are labelled

@@ -15,7 +15,7 @@ async function hasGpu() {
 
 /** Loads the model: on the GPU where the browser has WebGPU, else by WebAssembly. */
 async function start() {
-  settings = await (await fetch(here("model.json"))).json();
+  settings = await (await found("model.json")).json();
   const bytes = await download(settings.file, loaded => postMessage({ loaded }));
   let device = "wasm";
   if (await hasGpu()) {
@@ -39,9 +39,14 @@ async function open(device, bytes) {
   await score(new Float32Array(3 * settings.height * settings.width)); // what is compiled at the first run is ready
 }
 
-async function download(name, progress) {
+async function found(name) {
   const response = await fetch(here(name));
   if (!response.ok) throw new Error(`${name} is not there (${response.status})`);
+  return response;
+}
+
+async function download(name, progress) {
+  const response = await found(name);
   const total = Number(response.headers.get("content-length")), parts = [];
   let done = 0;
   for (const reader = response.body.getReader(); ;) {
