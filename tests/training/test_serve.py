@@ -219,6 +219,28 @@ def test_bodies_that_cannot_be_read(client):
     refused(upload("/predict", files={"image": b"no image"}), 422, "no image format")
 
 
+def test_json_is_parsed_one_at_a_time(tagger, monkeypatch):
+    """It can take thirty times its bytes: side by side a few requests would fill the memory."""
+    alive, most, parse = 0, 0, serving._parse
+
+    def counted(*arguments):
+        nonlocal alive, most
+        alive, most = alive + 1, max(most, alive + 1)
+        time.sleep(0.02)
+        alive -= 1
+        return parse(*arguments)
+
+    async def six():
+        async with running(tagger) as client:
+            bodies = [as_text(photo()), [as_text(photo()), [{}] * 9]] * 3
+            return await asyncio.gather(*(client.post("/predict", json={"inputs": body}) for body in bodies))
+
+    monkeypatch.setattr(serving, "_parse", counted)
+    answers = asyncio.run(six())
+    assert [answer.status_code for answer in answers] == [200, 422] * 3 and most == 1
+    refused(answers[1], 422, "this is of type list")
+
+
 def test_addresses_are_read_where_that_was_said(tagger, monkeypatch):
     asked = []
 

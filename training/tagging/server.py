@@ -16,7 +16,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -51,6 +51,8 @@ BODIES = {
     },
 }
 SCHEMAS = {kind: {"type": "object", "properties": body} for kind, body in BODIES.items()} | {"image/*": FILE}
+SCHEMAS["application/json"]["required"] = ["inputs"]
+SCHEMAS["multipart/form-data"]["oneOf"] = [{"required": ["image"]}, {"required": ["images"]}]
 REQUEST = {"content": {kind: {"schema": schema} for kind, schema in SCHEMAS.items()}}
 # In the place that the script of the page fills.
 WITHOUT_SCRIPT = """<p>This page is drawn by a script of cdn.jsdelivr.net, which has not come here. Without it:
@@ -99,6 +101,7 @@ class Server:
         self.tagger, self.options = tagger, options
         self.ready, self.taken = False, 0
         self.queue: asyncio.Queue[Waiting] = asyncio.Queue()
+        self.parsing = asyncio.Lock()
         self.model_thread = ThreadPoolExecutor(1, "model", compute_with, (threads,))
         self.decoders = ThreadPoolExecutor(cores(), "decoder", compute_with, (1,))
         self.downloads = ThreadPoolExecutor(DOWNLOADS, "download", compute_with, (1,))
@@ -216,8 +219,11 @@ def build_app(tagger: MultiLabelImageClassificationPipeline, options, threads: i
             raise HTTPException(503, "Not ready yet; come again.", {"Retry-After": "1"})
         try:
             with server.places(1):  # before the body is read
-                inputs, parameters = await _read_body(request, options)
+                inputs, parameters = await _read_body(request, server)
                 items = inputs if isinstance(inputs, list) else [inputs]
+                for item in items:
+                    if not isinstance(item, (str, bytes)):
+                        image_source(item)  # refuses it now, with whatever is in it
                 if len(items) > options.max_queue:
                     raise HTTPException(413, f"{len(items)} images are more than the {options.max_queue} of a request.")
                 with server.places(len(items) - 1 if items else 0):
@@ -242,7 +248,7 @@ def build_app(tagger: MultiLabelImageClassificationPipeline, options, threads: i
         """Whether it takes images."""
         return JSONResponse({"status": "ready" if server.ready else "not ready"}, 200 if server.ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(generate_latest(server.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -250,7 +256,7 @@ def build_app(tagger: MultiLabelImageClassificationPipeline, options, threads: i
     return app
 
 
-async def _read_body(request: Request, options) -> tuple:
+async def _read_body(request: Request, server: Server) -> tuple:
     """Inputs and parameters of a request: an image as it is, an upload, or JSON.
 
     Raises:
@@ -258,13 +264,16 @@ async def _read_body(request: Request, options) -> tuple:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return read_request(await asyncio.to_thread(_parse, await request.body(), "The request"))
+        body = await request.body()
+        async with server.parsing:  # thirty times its bytes, if it likes: one at a time, each looked at before the next
+            return read_request(await asyncio.to_thread(_parse, body, "The request"))
     if kind in ("", "application/octet-stream") or kind.startswith("image/"):  # as the Hub's own client sends one
         return read_request({"inputs": await request.body()})
     if kind != "multipart/form-data":
         raise HTTPException(
             415, "Send an image (image/*), multipart/form-data with a file `image`, or application/json with `inputs`."
         )
+    options = server.options
     limits = {"max_files": options.max_queue + 1, "max_fields": 10, "max_part_size": options.max_bytes}
     async with request.form(**limits) as form:
         fields: dict[str, list] = {}
