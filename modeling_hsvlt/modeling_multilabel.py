@@ -140,7 +140,7 @@ def eager_attention_forward(
         weights = weights * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    weights = F.softmax(weights, dim=-1)  # adds up in fp32 whatever it is given: a copy in fp32 gives the same bits
     weights = F.dropout(weights, p=dropout, training=module.training)
     shape = weights.shape
     if attention_shape is not None:

@@ -5,9 +5,10 @@
 
 Every round runs each way once, in turn, on the same noise; a ratio is the median of the ratios round by round. "limit"
 is the time that the model's multiply-adds take as plain matrix products of the same data type (2048 x 2048 x 2048, in
-the same round) to the time that the model takes; int8 has no such product to be compared with here. "bare" is
-transformers' own backbone with random weights, as anybody would call it. With --dataset each way's mAP is computed too.
-int8 is that of `hsvlt export`.
+the same round) to the time that the model takes; int8 has no such product to be compared with here. "compiled" is
+`model.compile(dynamic=False)`, "frozen" the same with `options={"freezing": True}`: weights are constants, laid out for
+the processor once. "bare" is transformers' own backbone with random weights, as anybody would call it. With --dataset
+each way's mAP is computed too. int8 is that of `hsvlt export`.
 """
 
 import argparse
@@ -31,7 +32,11 @@ from training.options import ScoringOptions
 from training.publish.to_onnx import OnnxClassifier, export_onnx, image_size, quantize_int8
 from training.scoring.predict import load_scored, score_split
 
-WAYS = ("fp32", "bf16", "fp32_compiled", "bf16_compiled", "onnx_fp32", "onnx_int8", "bare_fp32", "bare_bf16")
+COMPILED = {"compiled": {}, "frozen": {"freezing": True}}  # the compiler's options
+WAYS = (
+    *("fp32", "bf16", "fp32_compiled", "bf16_compiled", "fp32_frozen", "bf16_frozen"),
+    *("onnx_fp32", "onnx_int8", "bare_fp32", "bare_bf16"),
+)
 SIDE = 2048  # of a plain product: large enough for the full speed, small enough for a second
 
 
@@ -103,8 +108,9 @@ def build(way: str, model, processor, folder: Path):
         return OnnxClassifier(path, model.config)
     own = AutoModel.from_config(model.config.backbone_config) if way.startswith("bare") else copy.deepcopy(model)
     own = own.eval().to(torch.bfloat16 if "bf16" in way else torch.float32)
-    if way.endswith("compiled"):
-        own.compile(dynamic=False)
+    options = COMPILED.get(way.rpartition("_")[-1])
+    if options is not None:
+        own.compile(dynamic=False, options=options)
     return own
 
 
@@ -116,7 +122,7 @@ def measure(models: dict, pixels: torch.Tensor, rounds: int) -> list[dict]:
     products = {dtype: torch.randn(SIDE, SIDE).to(dtype) for dtype in dict.fromkeys(dtypes.values())}
     work = {}
     for way, model in models.items():  # and so each has been called once
-        if "compiled" in way or "onnx" in way:
+        if way.endswith(tuple(COMPILED)) or "onnx" in way:
             model(pixel_values=inputs[way])
             continue
         # Under inference_mode linear layers and convolutions are not seen as the products that they are.
