@@ -6,9 +6,9 @@
 Every round runs each way once, in turn, on the same noise; a ratio is the median of the ratios round by round. "limit"
 is the time that the model's multiply-adds take as plain matrix products of the same data type (2048 x 2048 x 2048, in
 the same round) to the time that the model takes; int8 has no such product to be compared with here. "compiled" is
-`model.compile(dynamic=False)`, "frozen" the same with `options={"freezing": True}`: weights are constants, laid out for
-the processor once. "bare" is transformers' own backbone with random weights, as anybody would call it. With --dataset
-each way's mAP is computed too. int8 is that of `hsvlt export`.
+`torch.compile` with the weights as constants, laid out for the processor once (`torch._inductor.config.freezing`).
+"bare" is transformers' own backbone with random weights, as anybody would call it. With --dataset each way's mAP is
+computed too. int8 is that of `hsvlt export`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._inductor.config
 from accelerate import Accelerator
 from transformers import AutoModel
 
@@ -32,11 +33,7 @@ from training.options import ScoringOptions
 from training.publish.to_onnx import OnnxClassifier, export_onnx, image_size, quantize_int8
 from training.scoring.predict import load_scored, score_split
 
-COMPILED = {"compiled": {}, "frozen": {"freezing": True}}  # the compiler's options
-WAYS = (
-    *("fp32", "bf16", "fp32_compiled", "bf16_compiled", "fp32_frozen", "bf16_frozen"),
-    *("onnx_fp32", "onnx_int8", "bare_fp32", "bare_bf16"),
-)
+WAYS = ("fp32", "bf16", "fp32_compiled", "bf16_compiled", "onnx_fp32", "onnx_int8", "bare_fp32", "bare_bf16")
 SIDE = 2048  # of a plain product: large enough for the full speed, small enough for a second
 
 
@@ -63,6 +60,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         ValueError, OSError: the checkpoint or the dataset cannot be read, or a mAP of random weights was asked for.
     """
     torch.set_num_threads(args.threads)
+    torch._inductor.config.freezing = True
     if args.checkpoint is None and args.dataset is not None:
         raise ValueError("Random weights have no mAP worth printing; give a checkpoint, or leave out --dataset.")
     if args.checkpoint is None:
@@ -108,9 +106,8 @@ def build(way: str, model, processor, folder: Path):
         return OnnxClassifier(path, model.config)
     own = AutoModel.from_config(model.config.backbone_config) if way.startswith("bare") else copy.deepcopy(model)
     own = own.eval().to(torch.bfloat16 if "bf16" in way else torch.float32)
-    options = COMPILED.get(way.rpartition("_")[-1])
-    if options is not None:
-        own.compile(dynamic=False, options=options)
+    if way.endswith("compiled"):
+        own.compile(dynamic=False)
     return own
 
 
@@ -122,7 +119,7 @@ def measure(models: dict, pixels: torch.Tensor, rounds: int) -> list[dict]:
     products = {dtype: torch.randn(SIDE, SIDE).to(dtype) for dtype in dict.fromkeys(dtypes.values())}
     work = {}
     for way, model in models.items():  # and so each has been called once
-        if way.endswith(tuple(COMPILED)) or "onnx" in way:
+        if "compiled" in way or "onnx" in way:
             model(pixel_values=inputs[way])
             continue
         # Under inference_mode linear layers and convolutions are not seen as the products that they are.
