@@ -58,7 +58,8 @@ def _state(encoder: nn.Module, table: nn.Module, token_ids: torch.Tensor) -> tup
         return None
     if not is_plain(*(module for module in modules if module not in wrappers)):
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # within vmap, grad and the like values are not read
+    # Within vmap, grad and the like, and in a graph, there are no values to read.
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling():
         return None
     tensors = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
     tensors = [tensor for tensor in tensors if tensor is not None]

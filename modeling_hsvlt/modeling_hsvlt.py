@@ -196,6 +196,8 @@ def _times_head_weights(states: torch.Tensor, weights: torch.Tensor) -> torch.Te
     Broadcasting would copy the weights, and their gradient, for every image.
     """
     batch, heads, num_labels, _ = states.shape
+    if heads == 1:  # a linear layer, also to whatever quantises an exported graph
+        return (states.squeeze(1) @ weights.squeeze(0)).unsqueeze(1)
     product = torch.bmm(states.transpose(0, 1).reshape(heads, batch * num_labels, -1), weights)
     return product.view(heads, batch, num_labels, -1).transpose(0, 1)
 

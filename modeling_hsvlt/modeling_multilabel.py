@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
@@ -24,6 +25,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # make, classes of other places.
 _PLAIN = ("torch.nn.modules.", "transformers.models.", "transformers.activations")
 _PLAIN_WEIGHTS = (nn.Parameter, torch.Tensor, type(None))
+_EXPORTED_WEIGHTS = (*_PLAIN_WEIGHTS, FakeTensor)  # what stands for a weight while torch.export writes a graph
 
 
 def is_plain(*modules: nn.Module) -> bool:
@@ -46,12 +48,13 @@ def is_plain(*modules: nn.Module) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     own = module.__dict__  # read without `nn.Module.__getattr__`: this runs for every layer of every image
     weights = own["_parameters"]
+    types = _EXPORTED_WEIGHTS if torch.compiler.is_exporting() else _PLAIN_WEIGHTS
     return (
         type(module).__module__.startswith(_PLAIN)
         and not (own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])
         and "forward" not in own  # replaced on the instance, as offloading does
         and "_hf_hook" not in own
-        and all(type(weight) in _PLAIN_WEIGHTS for weight in weights.values())
+        and all(type(weight) in types for weight in weights.values())
         # Pruning and the old weight norm keep the weight as a plain attribute, computed by a hook.
         and all(name in weights or not hasattr(module, name) for name in ("weight", "bias"))
     )

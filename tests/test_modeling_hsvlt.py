@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     ConvNextConfig,
@@ -247,6 +248,33 @@ def test_absorbed_equals_projected_forward_and_gradients(heads, label_width, imp
         torch.testing.assert_close(gradient, results[1][1][name], atol=1e-6, rtol=1e-5, msg=name)
     with torch.no_grad():
         torch.testing.assert_close(absorbed(random_images().double()).logits, results[1][0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_an_exported_graph_multiplies_as_much_as_the_model(heads):
+    model = make_model(num_attention_heads=heads, attn_implementation="eager")
+    with torch.no_grad():
+        graph = torch.export.export(model, (), {"pixel_values": random_images()}, strict=False).module()
+        counts = []
+        for each in (model, graph):
+            with CountMultiplyAdds() as counter:
+                each(pixel_values=random_images())
+            counts.append(counter.total)
+        model.config.absorb_projections = False
+        with CountMultiplyAdds() as projected:
+            model(pixel_values=random_images())
+    assert counts[0] == counts[1] < projected.total
+
+
+def test_an_exported_graph_keeps_what_adapters_add():
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["key", "value"], init_lora_weights=False))
+    with torch.no_grad():
+        expected = model.eval()(random_images()).logits
+        graph = torch.export.export(model.base_model.model, (), {"pixel_values": random_images()}, strict=False)
+        found = graph.module()(pixel_values=random_images()).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(random_images()).logits, expected, atol=1e-3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_absorption_is_chosen_by_the_rule_of_the_shapes():
