@@ -20,7 +20,7 @@ from .reliability import check_range
 
 METHODS = ("platt", "temperature")
 SHRINKAGE = 10.0
-# Logits of float32 scores: the highest below 1 is 1 - 2**-24.
+# Of float32 scores the highest below 1 is 1 - 2**-24.
 _LOWEST, _HIGHEST = 1e-12, 1 - 2.0**-25
 
 
@@ -32,8 +32,7 @@ class Calibration(NamedTuple):
 
     def apply(self, scores: np.ndarray) -> np.ndarray:
         """Scores (..., num_labels) in [0, 1] to calibrated ones of the same type."""
-        logits = logit(np.clip(scores.astype(np.float64), _LOWEST, _HIGHEST))
-        return expit(self.scale * logits + self.bias).astype(scores.dtype)
+        return expit(self.scale * logits_of(scores) + self.bias).astype(scores.dtype)
 
     def inverse(self) -> Calibration:
         """The one that undoes this one."""
@@ -42,6 +41,11 @@ class Calibration(NamedTuple):
     def then(self, second: Calibration) -> Calibration:
         """This one and `second` after it, as one."""
         return Calibration(second.scale * self.scale, second.scale * self.bias + second.bias)
+
+
+def logits_of(scores: np.ndarray) -> np.ndarray:
+    """float64 logits of scores in [0, 1], between -27.7 and 17.4."""
+    return logit(np.clip(scores.astype(np.float64), _LOWEST, _HIGHEST))
 
 
 def fit_calibration(
@@ -77,28 +81,37 @@ def fit_calibration(
     check_range(scores)
     of_label = []
     for _, block, positive, known in iterate_blocks(scores, labels, "label", label_names):
-        logits = logit(np.clip(block.astype(np.float64), _LOWEST, _HIGHEST))
+        logits = logits_of(block)
         of_label += [(logits[row][known[row]], positive[row][known[row]]) for row in range(len(block))]
     if not any(positive.any() for _, positive in of_label):
         raise no_positive(scores.shape, "fit to")
     pooled = tuple(np.concatenate(parts) for parts in zip(*of_label, strict=True))
-    shared = _lowest_log_loss(*pooled, np.zeros(2), shrinkage, method)
+    shared = lowest_log_loss(*pooled, np.zeros(2), shrinkage, method)
     fitted = np.tile(shared, (len(of_label), 1))
     if per_label:
-        fitted = np.stack([_lowest_log_loss(*entries, shared, shrinkage, method) for entries in of_label])
+        fitted = np.stack([lowest_log_loss(*entries, shared, shrinkage, method) for entries in of_label])
     return Calibration(np.exp(fitted[:, 0]), fitted[:, 1])
 
 
-def _lowest_log_loss(
-    logits: np.ndarray, positive: np.ndarray, center: np.ndarray, shrinkage: float, method: str
+def lowest_log_loss(
+    logits: np.ndarray,
+    positive: np.ndarray,
+    center: np.ndarray,
+    shrinkage: float = SHRINKAGE,
+    method: str = "platt",
+    count: np.ndarray | int = 1,
 ) -> np.ndarray:
-    """(2,) log scale and bias, drawn to `center`. By its logarithm, the scale cannot turn negative."""
+    """(2,) log scale and bias, drawn to `center`. By its logarithm, the scale cannot turn negative.
+
+    Args:
+        positive: (entries,) which are, or, of `count` entries with one logit, how many.
+    """
 
     def loss_and_gradient(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         scale, bias = np.exp(parameters[0]), parameters[1]
         scaled = scale * logits + bias
-        loss = np.logaddexp(0, scaled).sum() - scaled[positive].sum()
-        residual = expit(scaled) - positive
+        loss = (count * np.logaddexp(0, scaled) - positive * scaled).sum()
+        residual = count * expit(scaled) - positive
         gradient = np.array([scale * (residual * logits).sum(), residual.sum()])
         offset = parameters - center
         loss, gradient = loss + shrinkage / 2 * (offset**2).sum(), gradient + shrinkage * offset

@@ -1,4 +1,5 @@
-"""Thresholds: exact against trying every cut, sane with few positives, stored without half-written files."""
+"""Thresholds: exact against trying every cut, or for F1 better than that on other images; sane with few positives;
+stored without half-written files."""
 
 import json
 import os
@@ -6,6 +7,8 @@ import os
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.optimize import minimize
+from scipy.special import expit, logit
 from sklearn.metrics import f1_score
 
 from modeling_hsvlt import HSVLTConfig
@@ -15,7 +18,7 @@ from training.scoring.thresholds import fit_thresholds, store_thresholds, thresh
 
 from ..tiny_checkpoint import save_checkpoint, tiny_model
 
-OBJECTIVES = [("f1", None), ("precision", 0.6), ("precision", 1.0), ("recall", 0.8), ("recall", 1.0)]
+OBJECTIVES = [("precision", 0.6), ("precision", 1.0), ("recall", 0.8), ("recall", 1.0)]
 COSTS = [("cost", 0.2), ("cost", 1.0), ("cost", 4.0)]
 
 
@@ -33,8 +36,6 @@ def goodness(decided, labels, objective, target):
     """What the objective wants to be high, by its definition."""
     tp, predicted, positives = (decided & (labels == 1)).sum(), decided.sum(), (labels == 1).sum()
     precision, recall = tp / max(predicted, 1), tp / positives
-    if objective == "f1":
-        return 2 * tp / (predicted + positives)
     if objective == "cost":
         return -(target * (predicted - tp) + (positives - tp))
     if objective == "precision":
@@ -99,7 +100,7 @@ def test_neighbouring_float32_scores_are_told_apart():
     for _ in range(50):
         high = np.nextafter(low, np.float32(1))
         scores = np.array([[low], [high]])
-        threshold = fit_thresholds(scores, np.array([[0], [1]]), min_positives=0)
+        threshold = fit_thresholds(scores, np.array([[0], [1]]), "recall", 1.0, min_positives=0)
         assert (scores >= threshold).ravel().tolist() == [False, True]
         low = high
 
@@ -107,13 +108,97 @@ def test_neighbouring_float32_scores_are_told_apart():
 def test_a_label_with_few_positives_leans_on_the_shared_threshold():
     scores, labels = make(1, n=400, unknown=0)
     labels[:, 0], labels[:3, 0], labels[:, 1] = 0, 1, 0  # three positives; none
-    own = fit_thresholds(scores, labels, min_positives=0)
-    shared = fit_thresholds(scores.reshape(-1, 1), labels.reshape(-1, 1), min_positives=0)[0]
-    fitted = fit_thresholds(scores, labels, min_positives=12)
+    recall = {"objective": "recall", "target": 0.8}
+    own = fit_thresholds(scores, labels, **recall, min_positives=0)
+    shared = fit_thresholds(scores.reshape(-1, 1), labels.reshape(-1, 1), **recall, min_positives=0)[0]
+    fitted = fit_thresholds(scores, labels, **recall, min_positives=12)
     assert fitted[0] == pytest.approx(3 / 12 * own[0] + 9 / 12 * shared)
     assert fitted[1] == pytest.approx(shared) and own[1] == pytest.approx(shared)
     np.testing.assert_array_equal(fitted[2:], own[2:])
     assert own[0] != pytest.approx(shared)
+
+
+def f1_of(tp, predicted, positives):
+    return 2 * tp / (predicted + positives)
+
+
+def middle_of_good_cuts(s, y):
+    """Of all cuts at a positive with an F1 within half a standard error of the best: between the outermost scores."""
+    found = {cut: f1_of(y[s >= cut].sum(), (s >= cut).sum(), y.sum()) for cut in s[y == 1].tolist()}
+    best = max(found.values())
+    good = [cut for cut, f1 in found.items() if f1 >= best - 0.5 * (best * (1 - best) / y.sum()) ** 0.5]
+    return (max(good) + s[s < min(good)].max(initial=0)) / 2
+
+
+def platt(s, y, center, shrinkage):
+    """Log scale and bias by a search without gradients, over single entries."""
+
+    def loss(parameters):
+        z = np.exp(parameters[0]) * logit(s) + parameters[1]
+        return -np.log(np.where(y == 1, expit(z), expit(-z))).sum() + shrinkage / 2 * ((parameters - center) ** 2).sum()
+
+    return minimize(loss, center, method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-7}).x
+
+
+def half_of_the_best_f1(s, y, center):
+    log_scale, bias = platt(s, y, center, 10)
+    probability = np.sort(expit(np.exp(log_scale) * logit(s) + bias))[::-1]
+    best = max(f1_of(probability[:n].sum(), n, probability.sum()) for n in range(1, len(s) + 1))
+    return expit((logit(best / 2) - bias) / np.exp(log_scale))
+
+
+@pytest.mark.parametrize("min_positives", [0, 10, 40])
+@pytest.mark.parametrize("block_entries", [1 << 22, 200])
+def test_the_f1_threshold_is_drawn_from_a_labels_own_cuts_to_those_of_calibrated_scores(
+    min_positives, block_entries, monkeypatch
+):
+    monkeypatch.setattr(ranking, "BLOCK_ENTRIES", block_entries)
+    scores, labels = make(n=200, num_labels=5, steps=10**6)
+    scores = np.clip(scores**2, 1e-3, 1 - 1e-3)
+    labels[:, 0] = 0
+    labels[:2, 1], labels[2:, 1] = 1, 0
+    known = labels != -100
+    center = platt(scores[known], labels[known], np.zeros(2), 1)
+    shared = middle_of_good_cuts(scores[known], labels[known])
+    fitted = fit_thresholds(scores, labels, min_positives=min_positives)
+    assert fitted[0] == pytest.approx(shared, abs=1e-6) and fitted.dtype == np.float32
+    for column in range(1, 5):
+        s, y = scores[known[:, column], column], labels[known[:, column], column]
+        positives, lean = y.sum(), min_positives / 10
+        drawn_to = (positives * half_of_the_best_f1(s, y, center) + lean * shared) / (positives + lean)
+        expected = (positives * middle_of_good_cuts(s, y) + 100 * drawn_to) / (positives + 100)
+        assert fitted[column] == pytest.approx(expected, abs=0.004)  # calibrated in bins of logits
+
+
+def test_the_f1_threshold_is_better_on_other_images_than_the_best_of_all_cuts():
+    rng = np.random.default_rng(0)
+    frequency, strength, bias = np.geomspace(0.3, 0.01, 30), rng.uniform(1, 4, 30), rng.normal(0, 0.5, 30)
+
+    def draw(n):
+        labels = (rng.random((n, 30)) < frequency).astype(np.int64)
+        logits = strength * (labels * strength + rng.normal(size=labels.shape)) - strength**2 / 2 + logit(frequency)
+        return expit(0.8 * logits + bias).astype(np.float32), labels
+
+    scores, labels = draw(500)
+    best_cuts = [
+        max(s[y == 1].tolist(), key=lambda cut, s=s, y=y: f1_of(y[s >= cut].sum(), (s >= cut).sum(), y.sum()))
+        for s, y in zip(scores.T, labels.T, strict=True)
+    ]
+    others, present = draw(20_000)
+    f1 = [
+        f1_score(present, others >= thresholds, average=average)
+        for average in ("macro", "micro")
+        for thresholds in (np.array(best_cuts, dtype=np.float32), fit_thresholds(scores, labels))
+    ]
+    assert f1[1] > f1[0] + 0.02 and f1[3] > f1[2]
+
+
+def test_f1_thresholds_of_scores_without_noise_or_spread_are_within_them():
+    labels = np.repeat([[1, 0], [0, 1]], 20, axis=0)
+    for low, high in ((0.0, 1.0), (0.2, 0.7), (0.49, 0.51)):
+        scores = np.where(labels == 1, high, low).astype(np.float32)
+        np.testing.assert_array_equal(scores >= fit_thresholds(scores, labels), labels == 1)
+    assert np.isfinite(fit_thresholds(np.full((40, 2), 0.3, dtype=np.float32), labels)).all()
 
 
 def test_fitted_thresholds_raise_macro_f1_on_other_images():
