@@ -357,6 +357,35 @@ def test_a_folder_and_what_is_no_image(page, photos, tmp_path):
     assert page.locator("#list li").count() == 0
 
 
+def test_what_cannot_be_read_in_a_dropped_folder_spares_the_rest(page, photos):
+    page.evaluate(
+        """data => {
+          const entry = (path, rest) =>
+            ({ fullPath: path, isFile: !rest.createReader, isDirectory: !rest.file, ...rest });
+          const image = new File([new Uint8Array(data)], 'a.png', { type: 'image/png' });
+          const refuse = (_, reject) => reject(new DOMException('no permission', 'NotReadableError'));
+          const folder = (path, batches) => entry(path, { createReader: () => ({
+            readEntries: (resolve, reject) => batches.length ? batches.shift()(resolve, reject) : resolve([]),
+          }) });
+          const top = folder('/trip', [
+            resolve => resolve([
+              entry('/trip/locked.png', { file: refuse }),
+              folder('/trip/shut', [refuse]),
+              entry('/trip/a.png', { file: resolve => resolve(image) }),
+            ]),
+          ]);
+          const drop = new Event('drop', { cancelable: true });
+          drop.dataTransfer = { items: [{ kind: 'file', webkitGetAsEntry: () => top, getAsFile: () => null }] };
+          document.dispatchEvent(drop);
+        }""",
+        list((photos / "tiny.png").read_bytes()),
+    )
+    page.locator("#status", has_text="1 image labelled, 2 not read.").wait_for()
+    assert set(table(page)) == {"trip/a.png"}
+    listed = page.locator("#list").inner_text()
+    assert "trip/locked.png" in listed and "trip/shut" in listed
+
+
 def test_hundreds_in_the_worker(page, photos):
     data = (photos / "exact.png").read_bytes()
     page.locator("#files").set_input_files(

@@ -97,19 +97,23 @@ function add(files) {
 const isImage = file => file.type.startsWith("image/");
 const withPath = file => ({ file, path: file.webkitRelativePath || file.name });
 
-/** The files of a folder that was dropped, and of those in it. */
+/** The images of a folder that was dropped, and of those in it; what cannot be read is listed as that. */
 async function below(entry) {
-  if (entry.isFile) {
-    const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
-    return [{ file, path: entry.fullPath.replace(/^\/+/, "") }];
+  const path = entry.fullPath.replace(/^\/+/, ""), found = [];
+  try {
+    if (entry.isFile) {
+      const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+      return isImage(file) ? [{ file, path }] : [];
+    }
+    const reader = entry.createReader();
+    for (;;) {
+      const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      if (!some.length) return found;
+      for (const each of some) found.push(...(await below(each)));
+    }
+  } catch {
+    return [...found, { file: new File([], path), path }];
   }
-  const reader = entry.createReader(), found = [];
-  for (;;) {
-    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-    if (!some.length) break;
-    for (const each of some) found.push(...(await below(each)));
-  }
-  return found.filter(({ file }) => isImage(file));
 }
 
 $("files").onchange = event => {
@@ -130,12 +134,8 @@ document.addEventListener("drop", async event => {
   $("drop").classList.remove("over");
   const items = [...event.dataTransfer.items].filter(item => item.kind === "file");
   const entries = items.map(item => item.webkitGetAsEntry?.()), files = items.map(item => item.getAsFile());
-  try {
-    const found = entries.map((entry, i) => (entry?.isDirectory ? below(entry) : [withPath(files[i])]));
-    add((await Promise.all(found)).flat());
-  } catch (error) {
-    say(`The folder cannot be read: ${error.message}`, true);
-  }
+  const found = entries.map((entry, i) => (entry?.isDirectory ? below(entry) : [withPath(files[i])]));
+  add((await Promise.all(found)).flat());
 });
 document.addEventListener("paste", event => {
   add([...event.clipboardData.files].map(withPath));
