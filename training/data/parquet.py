@@ -64,8 +64,9 @@ def common_feature(column: str, schemas: Mapping[str, Mapping[str, Any]]) -> Any
 
 
 def _check_there(file: str, there: Iterable[str], columns: Sequence[str]) -> None:
+    there = list(there)
     for column in columns:
-        if column not in (there := list(there)):
+        if column not in there:
             raise ValueError(
                 f"{file} has no column {column!r}, only {', '.join(there)}; name the right one with image_column, "
                 "label_column or label_columns."

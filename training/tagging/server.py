@@ -55,7 +55,7 @@ SCHEMAS["application/json"]["required"] = ["inputs"]
 SCHEMAS["multipart/form-data"]["oneOf"] = [{"required": ["image"]}, {"required": ["images"]}]
 REQUEST = {"content": {kind: {"schema": schema} for kind, schema in SCHEMAS.items()}}
 # In the place that the script of the page fills.
-WITHOUT_SCRIPT = """<p>This page is drawn by a script of cdn.jsdelivr.net, which has not come here. Without it:
+WITHOUT_SCRIPT = """<p>This page is drawn by a script from the web, which has not come here. Without it:
 <a href="openapi.json">openapi.json</a> describes the interface, and this is a request:</p>
 <pre>curl -F image=@photo.jpg -F 'parameters={"threshold": "auto"}' ADDRESS/predict</pre>"""
 RESPONSES = {
