@@ -12,10 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
 def _fused_linear_flop(pixels_shape: list[int], *args, out_shape: list[int], **kwargs) -> int:
     """Of a linear layer with its activation, the layer's: a packed weight does not tell its shape."""
     return mm_flop(pixels_shape, [pixels_shape[-1], out_shape[-1]])
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in every build of torch
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_fused_linear_flop)
 
 
 class CountMultiplyAdds(TorchDispatchMode):

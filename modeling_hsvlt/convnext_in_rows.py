@@ -1,5 +1,7 @@
 """A ConvNeXt block of transformers at inference on a CPU, some thousand pixels at a time."""
 
+from functools import cache
+
 import torch
 from torch import nn
 from transformers.activations import GELUActivation
@@ -84,11 +86,17 @@ def _fused_pointwise(layer: ConvNextLayer, rows: int, pieces: int):
 
 def has_fused_linear(dtype: torch.dtype) -> bool:
     """Whether torch can compute a linear layer and its activation in one pass on this CPU, in this data type."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
+    return torch.backends.mkldnn.enabled and dtype in _fused_dtypes()
+
+
+@cache
+def _fused_dtypes() -> tuple[torch.dtype, ...]:
+    """The data types of [`has_fused_linear`]; the same for as long as a process runs."""
+    if not torch.backends.mkldnn.is_available():
+        return ()
     operations = (getattr(torch.ops.mkldnn, name, None) for name in ("_linear_pointwise", "_reorder_linear_weight"))
     if tuple(str(getattr(each, "default", each)._schema) if each else "" for each in operations) != _FUSED_LINEAR:
-        return False
+        return ()
     if torch.ops.mkldnn._is_mkldnn_acl_supported():  # Arm's own library, where `torch.compile` leaves it out
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)

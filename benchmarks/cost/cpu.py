@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_benchmark(run, parser, argv)
 
 
+@torch._inductor.config.patch(freezing=True)
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> list[dict]:
     """A row for each way and batch size.
@@ -60,7 +61,6 @@ def run(args: argparse.Namespace) -> list[dict]:
         ValueError, OSError: the checkpoint or the dataset cannot be read, or a mAP of random weights was asked for.
     """
     torch.set_num_threads(args.threads)
-    torch._inductor.config.freezing = True
     if args.checkpoint is None and args.dataset is not None:
         raise ValueError("Random weights have no mAP worth printing; give a checkpoint, or leave out --dataset.")
     if args.checkpoint is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -63,8 +63,7 @@ def common_feature(column: str, schemas: Mapping[str, Mapping[str, Any]]) -> Any
     return feature
 
 
-def _check_there(file: str, there: Iterable[str], columns: Sequence[str]) -> None:
-    there = list(there)
+def _check_there(file: str, there: Collection[str], columns: Sequence[str]) -> None:
     for column in columns:
         if column not in there:
             raise ValueError(

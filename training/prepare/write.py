@@ -19,6 +19,7 @@ from modeling_hsvlt.load_image import describe, read_header
 
 from ..checkpoint.atomic import atomic_folder
 from ..data.label_name_files import read_label_names
+from ..data.parquet import read_features
 from ..data.rows import Split
 from ..data.sparse_labels import SparseLabels, class_names
 from ..say import counted
@@ -84,7 +85,7 @@ def _check_shard(shard: Split, path: Path, label_names: list[str], as_ids: bool)
     Raises:
         ValueError: the labels do not read back as they were, which nobody should find out by training.
     """
-    start, own_names = 0, class_names(Dataset(pq.read_schema(path).empty_table()).features, "labels")
+    start, own_names = 0, class_names(read_features(str(path)), "labels")
     for batch in pq.ParquetFile(path).iter_batches(1000, columns=["labels"]):
         read = SparseLabels.from_arrow(
             batch.column("labels"),

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
 from ..checkpoint.loading import computing
+from ..checkpoint.lock import run_folder
 from ..data.batches import build_dataloader
 from ..data.dataset import MultiLabelDataset
 from ..data.load import load
@@ -168,12 +169,10 @@ def load_scored(
 
 def _left_out_by_run(checkpoint: str) -> int | None:
     """The `validation_images` of the run on a stream that a checkpoint is of; None where that is not known."""
-    for folder in (Path(checkpoint), Path(checkpoint).parent):
-        if (folder / "config.yaml").is_file():
-            with suppress(yaml.YAMLError, UnicodeDecodeError):  # damaged
-                options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-                if isinstance(options, dict) and options.get("streaming"):
-                    return options.get("validation_images")
+    with suppress(OSError, yaml.YAMLError, UnicodeDecodeError):  # none there, or damaged
+        options = yaml.safe_load((run_folder(Path(checkpoint)) / "config.yaml").read_text(encoding="utf-8"))
+        if isinstance(options, dict) and options.get("streaming"):
+            return options.get("validation_images")
     return None
 
 

@@ -140,8 +140,7 @@ def open_source(
     path = Path(source)
     if source.startswith(_URLS):
         return _named(Path(), [source])
-    tables = [*path.glob("*.parquet"), *path.glob("*/*.parquet")]
-    if streaming or source.endswith(SHARD_SUFFIXES) or are_tables_of_shards(tables):
+    if streaming or source.endswith(SHARD_SUFFIXES):
         return _stream(source, split, **options)
     if path.is_file() and (is_image(path) or is_video(path)):
         return _named(path.parent, [path.name])
@@ -162,6 +161,8 @@ def open_source(
             why = "; for its videos install PyAV, pip install av, or" if found.videos else ";"
             raise ValueError(f"{path} holds no images{why} give another folder, a list, or a data set.")
         return FileSource(path, [*found.names, *videos], found.left_out, videos)
+    if are_tables_of_shards([*path.glob("*.parquet"), *path.glob("*/*.parquet")]):
+        return _stream(source, split, **options)
     return DatasetSource(load_images(source, split, **options))
 
 
